@@ -1,0 +1,1 @@
+"""What runs a student: bundles, engines, pipeline. Knows arrays and graphs, nothing of HTTP or training."""

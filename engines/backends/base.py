@@ -1,0 +1,120 @@
+"""The Engine seam: one compiled graph on one device. Knows names and shapes; knows nothing of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, field_validator
+
+Array = NDArray[Any]
+Role = Literal["text", "encode", "decode", "step"]
+
+BATCH = "batch"
+
+
+class EngineError(Exception):
+    """An engine could not be opened, was given inputs that break its specs, or failed while running."""
+
+
+class TensorSpec(BaseModel):
+    """Name, dtype and shape of one graph input or output; a string dimension is symbolic."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    dtype: Literal["float32", "int64", "int32"]
+    shape: tuple[int | str, ...]
+
+    @field_validator("shape")
+    @classmethod
+    def _dimensions(cls, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if any(isinstance(dim, int) and dim < 1 for dim in shape):
+            raise ValueError(f"dimensions must be positive, got {shape}")
+        return shape
+
+    def sized(self, batch: int) -> tuple[int, ...]:
+        """The shape with ``batch`` in place of every symbolic dimension."""
+        return tuple(batch if isinstance(dim, str) else dim for dim in self.shape)
+
+    def zeros(self, batch: int) -> Array:
+        """An array of zeros that honours this spec at batch size ``batch``."""
+        return np.zeros(self.sized(batch), dtype=self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}({', '.join(str(dim) for dim in self.shape)})"
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of a bundle: where it lies and what it must take and give."""
+
+    role: Role
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Engine(Protocol):
+    """One compiled graph on one device. ``run`` may be called from several threads."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives."""
+        ...
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once. Raises EngineError where the inputs break the specs or the graph fails."""
+        ...
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """Run once on zeros at every batch size, so that later calls pay no first-use cost."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def check_arrays(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], what: str) -> int:
+    """Check names, dtypes and shapes against ``specs`` and return the batch size they share.
+
+    Raises EngineError naming the first array that does not fit; ``what`` opens its message.
+    """
+    expected = {spec.name for spec in specs}
+    if missing := sorted(expected - arrays.keys()):
+        raise EngineError(f"{what}: missing {', '.join(missing)}")
+    if extra := sorted(arrays.keys() - expected):
+        raise EngineError(f"{what}: unknown {', '.join(extra)}")
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        array = arrays[spec.name]
+        if array.dtype != np.dtype(spec.dtype):
+            raise EngineError(f"{what}: {spec.name} is {array.dtype}, expected {spec.dtype}")
+        if array.ndim != len(spec.shape):
+            raise EngineError(f"{what}: {spec.name} has shape {array.shape}, expected {spec}")
+        for size, dim in zip(array.shape, spec.shape, strict=True):
+            wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+            if size != wanted:
+                raise EngineError(
+                    f"{what}: {spec.name} has shape {array.shape}, expected {spec} with {sizes}"
+                )
+    batch = sizes.get(BATCH, 1)
+    if batch < 1:
+        raise EngineError(f"{what}: the batch is empty")
+    return batch

@@ -1,0 +1,260 @@
+"""A bundle on disk: a folder of manifest, graphs and tokenizer. Loads, verifies and writes; runs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from engines.backends.base import BATCH, GraphSpec, Role, TensorSpec
+from engines.manifest import (
+    ATTENTION_MASK,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Attribution,
+    Description,
+    FileRecord,
+    Grid,
+    GuidanceRange,
+    Manifest,
+    Provenance,
+    Student,
+    TextEncoder,
+    plain_file_name,
+    seal,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "SHIPPED",
+    "Attribution",
+    "Bundle",
+    "BundleError",
+    "Description",
+    "FileRecord",
+    "Grid",
+    "GuidanceRange",
+    "Manifest",
+    "Provenance",
+    "Student",
+    "TensorSpec",
+    "TextEncoder",
+    "find_problems",
+    "load_bundle",
+    "read_manifest",
+    "shipped_bundle",
+    "write_bundle",
+]
+
+SHIPPED = "emoji"
+
+_MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_BUNDLES = Path(__file__).parent / "bundles"
+
+
+class BundleError(Exception):
+    """A bundle is missing, damaged, of another format, or cannot do what was asked."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and the manifest it holds."""
+
+    path: Path
+    manifest: Manifest
+
+    def graph_path(self, name: str) -> Path:
+        """Where file ``name`` of the bundle lies. Raises BundleError for a name not in the manifest."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
+        return self.path / name
+
+    def student(self, steps: int) -> Student:
+        """The student of ``steps`` steps. Raises BundleError naming those there are."""
+        for student in self.manifest.students:
+            if student.steps == steps:
+                return student
+        trained = ", ".join(str(student.steps) for student in self.manifest.students)
+        raise BundleError(f"no student of {steps} steps, only {trained}")
+
+    def graphs(self) -> dict[str, GraphSpec]:
+        """Every graph by file name, with the inputs and outputs it must have."""
+        manifest = self.manifest
+        graphs: dict[str, GraphSpec] = {}
+
+        def add(
+            role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+        ) -> None:
+            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs)
+
+        if manifest.text is not None:
+            tokens = (BATCH, manifest.text.max_tokens)
+            ids = tuple(_spec(name, *tokens, dtype="int64") for name in ("input_ids", ATTENTION_MASK))
+            outputs = tuple(spec for spec in manifest.condition if spec.name != ATTENTION_MASK)
+            add("text", manifest.text.graph, ids, outputs)
+        image = _spec("image", BATCH, *manifest.image_shape)
+        latent = _spec("latent", BATCH, *manifest.latent_shape)
+        if manifest.encode is not None:
+            add("encode", manifest.encode, (image,), (latent,))
+        if manifest.decode is not None:
+            add("decode", manifest.decode, (latent,), (image,))
+        for student in manifest.students:
+            add("step", student.graph, *step_specs(manifest))
+        return graphs
+
+
+def _spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec.model_validate({"name": name, "dtype": dtype, "shape": shape})
+
+
+def step_specs(description: Description) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a step graph; everything is per row."""
+    channels, height, width = description.latent_shape
+    latent = (BATCH, channels, height, width)
+    scalars = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
+    inputs = (
+        _spec("z", *latent),
+        *(_spec(name, BATCH) for name in scalars),
+        *description.condition,
+        _spec("known", *latent),
+        _spec("keep", BATCH, 1, height, width),
+        _spec("noise", *latent),
+    )
+    return inputs, (_spec("z_next", *latent),)
+
+
+def shipped_bundle(name: str = SHIPPED) -> Path:
+    """The folder of a bundle that ships with the package. Raises BundleError naming those there are."""
+    shipped = sorted(path.parent.name for path in _BUNDLES.glob(f"*/{MANIFEST_NAME}"))
+    if name not in shipped:
+        raise BundleError(
+            f"no bundle {name!r} ships with this package; shipped: {', '.join(shipped) or 'none'}"
+        )
+    return _BUNDLES / name
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """Read and check `manifest.json` of the folder ``path`` without looking at the other files."""
+    file = Path(path) / MANIFEST_NAME
+    try:
+        if file.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{file}: larger than {_MAX_MANIFEST_BYTES} bytes")
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"{path} is not a bundle: {file.name} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: not a JSON document") from error
+    return _parse(document, file)
+
+
+def _parse(document: Any, file: Path) -> Manifest:
+    if not isinstance(document, dict):
+        raise BundleError(f"{file}: not a JSON object")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{file}: format version {version!r}, this package reads {FORMAT_VERSION}")
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(f"{file}: {where}: {first['msg']}") from error
+    if seal(document) != manifest.revision:
+        raise BundleError(f"{file}: changed after it was written (revision does not match)")
+    return manifest
+
+
+def find_problems(path: Path | str, manifest: Manifest, hashes: bool = True) -> list[str]:
+    """What is wrong with the files of ``path``, one line each; hashes are checked only when asked for."""
+    folder = Path(path)
+    problems = []
+    present = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME}
+    problems += [f"{name}: not listed in the manifest" for name in sorted(present - manifest.files.keys())]
+    for name, record in sorted(manifest.files.items()):
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif (size := file.stat().st_size) != record.size_bytes:
+            problems.append(f"{name}: {size} bytes, the manifest says {record.size_bytes}")
+        elif hashes and _sha256(file) != record.sha256:
+            problems.append(f"{name}: its SHA-256 does not match the manifest")
+    return problems
+
+
+def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
+    """Open the bundle in folder ``path``.
+
+    Names and sizes of the files are always checked, their hashes when ``verify``. Raises BundleError naming
+    the file.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    try:
+        problems = find_problems(folder, manifest, hashes=verify)
+    except OSError as error:
+        raise BundleError(f"{folder}: {error}") from error
+    if problems:
+        raise BundleError(f"{folder}: " + "; ".join(problems))
+    return Bundle(folder, manifest)
+
+
+def write_bundle(
+    path: Path | str, description: Description, files: Mapping[str, Path], replace: bool = False
+) -> Bundle:
+    """Write a bundle of ``files`` (name in the bundle -> where to copy it from) to folder ``path``.
+
+    Hashes and revision are computed here. The folder appears complete or not at all; an existing one is an
+    error unless ``replace``. To change only the description, pass the files of the bundle itself.
+    """
+    folder = Path(path).absolute()
+    if folder.exists() and not replace:
+        raise BundleError(f"{folder} exists already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        staged = Path(scratch) / "new"
+        staged.mkdir()
+        for name, source in files.items():
+            shutil.copyfile(source, staged / _checked(name))
+        _write_manifest(staged, description, sorted(files))
+        load_bundle(staged)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        staged.rename(folder)
+    return load_bundle(folder, verify=False)
+
+
+def _checked(name: str) -> str:
+    try:
+        return plain_file_name(name)
+    except ValueError as error:
+        raise BundleError(str(error)) from error
+
+
+def _write_manifest(folder: Path, description: Description, names: Sequence[str]) -> None:
+    records = {
+        name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size}
+        for name in names
+    }
+    fields = Description.model_fields.keys()
+    document: dict[str, Any] = {**description.model_dump(mode="json", include=set(fields)), "files": records}
+    document["revision"] = seal(document)
+    _parse(document, folder / MANIFEST_NAME)
+    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as out:
+        json.dump(document, out, indent=2)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,227 @@
+"""The manifest: what a bundle says of itself. Pure data and its laws; knows nothing of files on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from engines.backends.base import BATCH, TensorSpec
+
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+CONTEXT = "context"
+ATTENTION_MASK = "attention_mask"
+LABEL = "label"
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def plain_file_name(name: str) -> str:
+    """The name itself; ValueError where it could lead out of the bundle's folder or hide in it."""
+    if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME:
+        raise ValueError(f"{name!r} is not a plain file name inside the bundle")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(plain_file_name)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1)]
+ImageShape = tuple[Literal[3], Size, Size]
+LatentShape = tuple[Size, Size, Size]
+
+
+class Model(BaseModel):
+    """Base of every manifest model: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Grid(Model):
+    """The N + 1 times of a student, from noise (t = 1) to clean (t = 0), with alpha and sigma for each."""
+
+    times: tuple[Finite, ...]
+    alphas: tuple[Finite, ...]
+    sigmas: tuple[Finite, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of network calls, N."""
+        return len(self.times) - 1
+
+    @model_validator(mode="after")
+    def _laws(self) -> Self:
+        if not len(self.times) == len(self.alphas) == len(self.sigmas) >= 2:
+            raise ValueError("times, alphas and sigmas must have the same length, at least 2")
+        if not all(late > early for late, early in pairwise(self.times)):
+            raise ValueError("times must decrease")
+        if not all(early <= late for early, late in pairwise(self.alphas)):
+            raise ValueError("alphas must not decrease along the grid")
+        if not all(early >= late for early, late in pairwise(self.sigmas)):
+            raise ValueError("sigmas must not increase along the grid")
+        if self.times[0] > 1 or min(self.alphas) < 0 or min(self.sigmas) < 0:
+            raise ValueError("times lie in [0, 1]; alphas and sigmas are not negative")
+        if (self.times[-1], self.alphas[-1], self.sigmas[-1]) != (0.0, 1.0, 0.0):
+            raise ValueError("the grid must end clean: time 0, alpha 1, sigma 0")
+        return self
+
+
+class Student(Model):
+    """One step graph and the grid it was trained on."""
+
+    steps: Size
+    graph: FileName
+    grid: Grid
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> Self:
+        if self.grid.steps != self.steps:
+            raise ValueError(f"a student of {self.steps} steps has a grid of {self.grid.steps}")
+        return self
+
+
+class TextEncoder(Model):
+    """The text graph and the tokenizer in front of it; prompts are padded to ``max_tokens``."""
+
+    graph: FileName
+    tokenizer: FileName
+    max_tokens: Size
+    pad_id: Annotated[int, Field(ge=0)] = 0
+
+
+class GuidanceRange(Model):
+    """The range of w the students were trained on. w = 0 is no guidance."""
+
+    minimum: Finite
+    maximum: Finite
+    default: Finite
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 0 <= self.minimum <= self.default <= self.maximum:
+            raise ValueError("guidance needs 0 <= minimum <= default <= maximum")
+        return self
+
+
+class Attribution(Model):
+    """A work the bundle was made from; ``source`` is a URL or a package."""
+
+    name: str
+    licence: str
+    source: str
+    notice: str = ""
+
+
+class Provenance(Model):
+    """How the bundle came to be; ``created`` is an ISO 8601 time, ``quality_table`` is Markdown."""
+
+    recipe: str
+    data: str
+    commit: str
+    created: str
+    quality_table: str = ""
+
+
+class FileRecord(Model):
+    """Digest and size of one file of the bundle."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    size_bytes: Annotated[int, Field(ge=0)]
+
+
+class Description(Model):
+    """A manifest without what `write_bundle` computes from the files: `files` and `revision`.
+
+    Text bundles: the condition arrays are the outputs of the text graph, and ``attention_mask`` where the
+    step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    space: Literal["pixel", "latent"]
+    conditioning: Literal["text", "class"]
+    image_shape: ImageShape
+    latent_shape: LatentShape
+    students: Annotated[tuple[Student, ...], Field(min_length=1)]
+    guidance: GuidanceRange
+    condition: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    text: TextEncoder | None = None
+    classes: tuple[str, ...] = ()
+    encode: FileName | None = None
+    decode: FileName | None = None
+    weights_dtype: str
+    licence: str
+    attributions: tuple[Attribution, ...] = ()
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _space_fits(self) -> Self:
+        latent = self.space == "latent"
+        if latent != (self.encode is not None) or latent != (self.decode is not None):
+            raise ValueError("latent bundles have encode and decode graphs, pixel bundles neither")
+        if not latent and self.latent_shape != self.image_shape:
+            raise ValueError("latent_shape of a pixel bundle must equal image_shape")
+        if any(
+            pixels % cells for pixels, cells in zip(self.image_shape[1:], self.latent_shape[1:], strict=True)
+        ):
+            raise ValueError(f"latent {self.latent_shape} does not divide image {self.image_shape}")
+        return self
+
+    @model_validator(mode="after")
+    def _conditioning_fits(self) -> Self:
+        specs = {spec.name: spec for spec in self.condition}
+        if len(specs) != len(self.condition) or any(spec.shape[:1] != (BATCH,) for spec in self.condition):
+            raise ValueError("condition arrays need different names and a first dimension 'batch'")
+        if self.conditioning == "class":
+            if self.text is not None or not self.classes or len(set(self.classes)) != len(self.classes):
+                raise ValueError("class bundles list their classes, each once, and have no text encoder")
+            if self.condition != (TensorSpec(name=LABEL, dtype="int64", shape=(BATCH,)),):
+                raise ValueError(f"class bundles have one condition array: {LABEL} int64(batch)")
+        else:
+            if self.text is None or self.classes or CONTEXT not in specs:
+                raise ValueError(f"text bundles have a text encoder, a condition {CONTEXT!r}, and no classes")
+            mask = TensorSpec(name=ATTENTION_MASK, dtype="int64", shape=(BATCH, self.text.max_tokens))
+            if specs.get(ATTENTION_MASK, mask) != mask:
+                raise ValueError(f"{ATTENTION_MASK} must be {mask}")
+        return self
+
+    @model_validator(mode="after")
+    def _students_differ(self) -> Self:
+        if len({student.steps for student in self.students}) != len(self.students):
+            raise ValueError("two students have the same number of steps")
+        return self
+
+    def named_files(self) -> Iterator[str]:
+        """Every file the description refers to (README, external weights and the like may come on top)."""
+        yield from (student.graph for student in self.students)
+        if self.text is not None:
+            yield from (self.text.graph, self.text.tokenizer)
+        yield from (name for name in (self.encode, self.decode) if name is not None)
+
+
+class Manifest(Description):
+    """What `manifest.json` holds: the description, every file's record, and the revision that seals both."""
+
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+    files: dict[FileName, FileRecord]
+
+    @model_validator(mode="after")
+    def _files_listed(self) -> Self:
+        if missing := sorted(set(self.named_files()) - self.files.keys()):
+            raise ValueError(f"files does not list {', '.join(missing)}")
+        return self
+
+
+def seal(document: Mapping[str, Any]) -> str:
+    """The revision: 12 hex digits of SHA-256 over the JSON document without its own ``revision``.
+
+    The document holds every file's digest, so the revision changes with any file and any field.
+    """
+    body = {key: value for key, value in document.items() if key != "revision"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
