@@ -52,6 +52,7 @@ __all__ = [
     "load_bundle",
     "read_manifest",
     "shipped_bundle",
+    "step_specs",
     "write_bundle",
 ]
 

@@ -1,0 +1,137 @@
+"""The fake backend: deterministic arithmetic in place of a network. Needs no weights; for tests and demos.
+
+It obeys the specs and the semantics of every role, so a pipeline on it behaves as on a real backend: the same
+inputs give the same outputs, another condition or guidance gives another image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.backends.base import Array, EngineError, GraphSpec, TensorSpec, check_arrays
+
+_STEP_INPUTS = {
+    *("z", "time", "alpha", "sigma", "alpha_next", "sigma_next"),
+    *("guidance", "known", "keep", "noise"),
+}
+
+
+class FakeEngine:
+    """An Engine that ignores the graph file and computes a made-up function of the inputs, row by row."""
+
+    def __init__(self, graph: GraphSpec, *, threads: int = 0) -> None:
+        """Take the specs of ``graph``. ``threads`` may be any count: there is too little work to share."""
+        if threads < 0:
+            raise EngineError(f"threads must not be negative, got {threads}")
+        self._graph = graph
+        self._open = True
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        return self._graph.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives."""
+        return self._graph.outputs
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the outputs. Raises EngineError where the inputs break the specs."""
+        if not self._open:
+            raise EngineError(f"{self._graph.path.name}: the engine is closed")
+        batch = check_arrays(inputs, self.inputs, self._graph.path.name)
+        compute = {"text": _text, "encode": _resample, "decode": _resample, "step": _step}[self._graph.role]
+        return {
+            spec.name: compute(inputs, spec.sized(batch)).astype(spec.dtype, copy=False)
+            for spec in self.outputs
+        }
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """Run once on zeros at every batch size."""
+        for batch in batch_sizes:
+            self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
+
+    def __enter__(self) -> Self:
+        """Return the engine, which is open already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the engine."""
+        self._open = False
+
+
+@cache
+def _projection(size_in: int, size_out: int) -> NDArray[np.float64]:
+    generator = np.random.Generator(np.random.Philox(key=size_in))
+    matrix: NDArray[np.float64] = generator.standard_normal((size_in, size_out)) / np.sqrt(size_in)
+    return matrix
+
+
+def _text(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """Any context of ``shape``, from the ids under the mask."""
+    words = np.sin(inputs["input_ids"].astype(np.float64)) * inputs["attention_mask"]
+    return np.tanh(words @ _projection(words.shape[1], int(np.prod(shape[1:])))).reshape(shape)
+
+
+def _resample(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """Block means one way, repetition the other; channel c comes from channel c modulo those there are."""
+    (source,) = inputs.values()
+    batch, channels, height, width = shape
+    array = source[:, np.arange(channels) % source.shape[1]]
+    down = (max(source.shape[2] // height, 1), max(source.shape[3] // width, 1))
+    array = array.reshape(
+        batch, channels, source.shape[2] // down[0], down[0], source.shape[3] // down[1], down[1]
+    )
+    array = array.mean(axis=(3, 5))
+    array = array.repeat(height // array.shape[2], axis=2)
+    return np.asarray(array.repeat(width // array.shape[3], axis=3))
+
+
+def _step(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """A predictor of x with guidance, then the step that every step graph takes."""
+    alpha, sigma, w = (_per_row(inputs[name]) for name in ("alpha", "sigma", "guidance"))
+    guided = (1 + w) * _conditional_x(inputs, shape)
+    x = np.clip(sigma * guided + alpha * inputs["z"], -1, 1)
+    return step(x, inputs)
+
+
+def _conditional_x(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    names = sorted(inputs.keys() - _STEP_INPUTS)
+    batch = shape[0]
+    features = np.concatenate(
+        [np.sin(inputs[name].reshape(batch, -1).astype(np.float64)) for name in names], 1
+    )
+    coarse = np.tanh(features @ _projection(features.shape[1], shape[1] * 4)).reshape(batch, shape[1], 2, 2)
+    rows = np.arange(shape[2]) * 2 // shape[2]
+    columns = np.arange(shape[3]) * 2 // shape[3]
+    return 0.5 * coarse[:, :, rows][:, :, :, columns]
+
+
+def step(x: Array, inputs: Mapping[str, Array]) -> Array:
+    """The semantics of a step graph, given the predicted x: DDIM (eta = 0), then the kept cells put back.
+
+    eps = (z - alpha x) / sigma; z' = alpha_next x + sigma_next eps;
+    z_next = keep (alpha_next known + sigma_next noise) + (1 - keep) z'.
+    """
+    alpha, sigma = _per_row(inputs["alpha"]), _per_row(inputs["sigma"])
+    alpha_next, sigma_next = _per_row(inputs["alpha_next"]), _per_row(inputs["sigma_next"])
+    eps = (inputs["z"] - alpha * x) / np.maximum(sigma, np.float32(1e-6))
+    moved = alpha_next * x + sigma_next * eps
+    kept = alpha_next * inputs["known"] + sigma_next * inputs["noise"]
+    return np.asarray(inputs["keep"] * kept + (1 - inputs["keep"]) * moved)
+
+
+def _per_row(scalars: Array) -> Array:
+    return scalars.reshape(-1, 1, 1, 1)

@@ -1,0 +1,122 @@
+"""Rows: one image being made, its start on the grid, its inputs to a tick. Arrays only; calls no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.backends.base import Array
+from engines.manifest import Student
+from engines.tasks import Edit, Inpaint, Mask, Task, kept_steps
+
+Floats = NDArray[np.float32]
+
+
+class Group(NamedTuple):
+    """Rows of one group may share a tick."""
+
+    revision: str
+    steps: int
+    latent_shape: tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One image being made. Arrays have no batch dimension; ``z``, ``known`` and ``noise`` are (c, h, w)."""
+
+    task: Task
+    revision: str
+    student: Student
+    z: Floats
+    step_index: int
+    known: Floats
+    keep: Floats
+    noise: Floats
+    condition: dict[str, Array]
+
+    @property
+    def remaining(self) -> int:
+        """Steps still to run."""
+        return self.student.steps - self.step_index
+
+    @property
+    def done(self) -> bool:
+        """Whether the row reached the end of its grid."""
+        return self.remaining == 0
+
+    @property
+    def group(self) -> Group:
+        """What decides which rows may share a tick."""
+        return Group(self.revision, self.student.steps, self.z.shape)
+
+
+def start_row(
+    task: Task,
+    *,
+    revision: str,
+    student: Student,
+    condition: dict[str, Array],
+    shape: Sequence[int],
+    latent: Floats | None,
+) -> Row:
+    """Place ``task`` at its start: noise, or for edit and inpaint its encoded image ``latent`` renoised.
+
+    ``shape`` is the latent's, (c, h, w). z_k = alpha_k latent + sigma_k noise, k the first step that runs.
+    """
+    noise = initial_noise(task.seed, shape)
+    row = Row(
+        task=task,
+        revision=revision,
+        student=student,
+        z=noise,
+        step_index=0,
+        known=np.zeros_like(noise),
+        keep=np.zeros((1, *shape[1:]), dtype=np.float32),
+        noise=np.zeros_like(noise),
+        condition=condition,
+    )
+    if isinstance(task, Edit | Inpaint):
+        if latent is None:
+            raise ValueError("editing needs the encoded image")
+        k = student.steps - kept_steps(student.steps, task.strength)
+        row.step_index = k
+        row.z = np.float32(student.grid.alphas[k]) * latent + np.float32(student.grid.sigmas[k]) * noise
+        if isinstance(task, Inpaint):
+            row.known, row.noise, row.keep = latent, noise, keep_cells(task.repaint, shape)
+    return row
+
+
+def initial_noise(seed: int, shape: Sequence[int]) -> Floats:
+    """Standard normal float32 noise of ``shape``, from ``seed`` (0 to MAX_SEED) alone."""
+    return np.random.Generator(np.random.Philox(key=seed)).standard_normal(tuple(shape), dtype=np.float32)
+
+
+def step_inputs(rows: Sequence[Row]) -> dict[str, Array]:
+    """Stack rows of one group into the inputs of their step graph."""
+    grids = [(row.student.grid, row.step_index) for row in rows]
+    scalars = {
+        "time": [grid.times[k] for grid, k in grids],
+        "alpha": [grid.alphas[k] for grid, k in grids],
+        "sigma": [grid.sigmas[k] for grid, k in grids],
+        "alpha_next": [grid.alphas[k + 1] for grid, k in grids],
+        "sigma_next": [grid.sigmas[k + 1] for grid, k in grids],
+        "guidance": [row.task.guidance for row in rows],
+    }
+    inputs: dict[str, Array] = {name: np.array(values, dtype=np.float32) for name, values in scalars.items()}
+    for name in ("z", "known", "keep", "noise"):
+        inputs[name] = np.stack([getattr(row, name) for row in rows])
+    for name in rows[0].condition:
+        inputs[name] = np.stack([row.condition[name] for row in rows])
+    return inputs
+
+
+def keep_cells(repaint: Mask, latent_shape: Sequence[int]) -> Floats:
+    """The ``keep`` input (1, h, w): 1 where every pixel under a latent cell is kept, else 0."""
+    _, height, width = latent_shape
+    blocks = repaint.reshape(height, repaint.shape[0] // height, width, repaint.shape[1] // width)
+    kept = np.logical_not(blocks.any(axis=(1, 3)))
+    return np.asarray(kept, dtype=np.float32)[None]

@@ -1,0 +1,138 @@
+"""Tasks: what a caller asks for, and whether a bundle can honour it. Pure data and checks; runs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.manifest import Manifest
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+MAX_SEED = 2**63 - 1
+
+
+class TaskError(ValueError):
+    """What the loaded bundle cannot honour. ``param`` is the field of the task at fault."""
+
+    def __init__(self, code: str, param: str, message: str) -> None:
+        """``code`` is for programs, ``message`` for people."""
+        super().__init__(message)
+        self.code = code
+        self.param = param
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make an image from noise. ``condition`` is a prompt or a class name; ``guidance`` is w (0 = none)."""
+
+    condition: str
+    steps: int
+    guidance: float
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(Generate):
+    """Make an image starting from ``image`` (H, W, 3); ``strength`` in (0, 1] is the share of steps run."""
+
+    image: Pixels
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint(Generate):
+    """Make anew the pixels of ``image`` (H, W, 3) where ``repaint`` (H, W) is True; keep the others."""
+
+    image: Pixels
+    repaint: Mask
+    strength: float = 1.0
+
+
+Task = Generate | Edit | Inpaint
+
+
+def kept_steps(steps: int, strength: float) -> int:
+    """Steps that run at ``strength``: int(steps * strength), as diffusers has it."""
+    return min(int(steps * strength), steps)
+
+
+def lowest_strength(steps: int) -> float:
+    """The lowest strength, in hundredths, that keeps one step of a student of ``steps`` steps."""
+    return math.ceil(100 / steps) / 100
+
+
+def check_task(task: Task, manifest: Manifest, count_tokens: Callable[[str], int]) -> None:
+    """Raise TaskError where the bundle of ``manifest`` cannot honour ``task``. Calls no engine."""
+    _check_steps(task, manifest)
+    _check_guidance(task, manifest)
+    _check_seed(task)
+    _check_condition(task, manifest, count_tokens)
+    if isinstance(task, Edit | Inpaint):
+        _check_strength(task.steps, task.strength)
+        _check_image(task.image, manifest)
+    if isinstance(task, Inpaint):
+        _check_repaint(task.repaint, manifest)
+
+
+def _check_steps(task: Task, manifest: Manifest) -> None:
+    trained = [student.steps for student in manifest.students]
+    if task.steps not in trained:
+        listed = ", ".join(str(steps) for steps in sorted(trained))
+        raise TaskError("unsupported_steps", "steps", f"no student of {task.steps} steps; there are {listed}")
+
+
+def _check_guidance(task: Task, manifest: Manifest) -> None:
+    low, high = manifest.guidance.minimum, manifest.guidance.maximum
+    if not low <= task.guidance <= high:
+        message = f"guidance w = {task.guidance:g} is outside the trained range {low:g} to {high:g}"
+        raise TaskError("guidance_out_of_range", "guidance", f"{message} (guidance_scale is 1 + w)")
+
+
+def _check_seed(task: Task) -> None:
+    if not 0 <= task.seed <= MAX_SEED:
+        raise TaskError("seed_out_of_range", "seed", f"seed must lie between 0 and {MAX_SEED}")
+
+
+def _check_condition(task: Task, manifest: Manifest, count_tokens: Callable[[str], int]) -> None:
+    if manifest.text is None:
+        if task.condition not in manifest.classes:
+            listed = ", ".join(manifest.classes[:20]) + (", ..." if len(manifest.classes) > 20 else "")
+            raise TaskError("unknown_class", "condition", f"no class {task.condition!r}; there are {listed}")
+        return
+    if not task.condition.strip():
+        raise TaskError("empty_prompt", "condition", "the prompt is empty")
+    count = count_tokens(task.condition)
+    if count > manifest.text.max_tokens:
+        message = f"the prompt has {count} tokens with its end marks, at most {manifest.text.max_tokens} fit"
+        raise TaskError("prompt_too_long", "condition", message)
+
+
+def _check_strength(steps: int, strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise TaskError("strength_out_of_range", "strength", f"strength {strength:g} is not in (0, 1]")
+    if kept_steps(steps, strength) == 0:
+        message = f"strength {strength:g} leaves no step of {steps}; use {lowest_strength(steps):g} to 1"
+        raise TaskError("strength_leaves_no_step", "strength", message)
+
+
+def _check_image(image: Pixels, manifest: Manifest) -> None:
+    _, height, width = manifest.image_shape
+    if image.dtype != np.uint8 or image.shape != (height, width, 3):
+        message = f"image is {image.dtype} {image.shape}, expected uint8 {(height, width, 3)}"
+        raise TaskError("image_shape", "image", message)
+
+
+def _check_repaint(repaint: Mask, manifest: Manifest) -> None:
+    _, height, width = manifest.image_shape
+    if repaint.dtype != np.bool_ or repaint.shape != (height, width):
+        message = f"mask is {repaint.dtype} {repaint.shape}, expected bool {(height, width)}"
+        raise TaskError("mask_shape", "mask", message)
+    if not repaint.any():
+        raise TaskError("empty_mask", "mask", "the mask marks no pixel to repaint")

@@ -1,0 +1,53 @@
+"""Prompts -> token ids of a fixed length. Knows a tokenizer.json; knows nothing of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+
+class TokenizerError(Exception):
+    """The tokenizer file cannot be read, or a prompt cannot be turned into tokens."""
+
+
+class Tokenizer:
+    """A tokenizer.json with every prompt padded to ``max_tokens``; nothing is ever truncated silently."""
+
+    def __init__(self, path: Path, max_tokens: int, pad_id: int) -> None:
+        """Read the file at ``path``. Raises TokenizerError."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path.name}: not a tokenizer ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._max_tokens = max_tokens
+        self._pad_id = pad_id
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt`` with the special tokens. Raises TokenizerError for invalid Unicode."""
+        try:
+            # One by one: encode_batch starts a thread pool, which forked workers do not survive.
+            ids: list[int] = self._tokenizer.encode(prompt).ids
+        except (TypeError, UnicodeError) as error:
+            raise TokenizerError("the prompt is not valid Unicode text") from error
+        return ids
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and attention mask, both int64 (len(prompts), max_tokens).
+
+        Raises TokenizerError for a prompt of more tokens than that.
+        """
+        ids = np.full((len(prompts), self._max_tokens), self._pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            tokens = self.ids(prompt)
+            if len(tokens) > self._max_tokens:
+                raise TokenizerError(f"the prompt has {len(tokens)} tokens, at most {self._max_tokens} fit")
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return ids, mask
