@@ -1,0 +1,210 @@
+"""The map-style dataset of captioned images that training and evaluation read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from training.data.entries import DataError, Entry, Record, Skipped
+from training.data.folder import METADATA
+from training.data.imagefolder import read_imagefolder
+from training.data.pixels import Colour, composite, decode, fit_square
+from training.data.shards import read_shards, shard_paths
+
+SPLITS = ("train", "heldout", "validation", "test")
+WHITE: Colour = (255, 255, 255)
+# Fitted images are kept in memory up to this many bytes; a larger set is decoded again at each access.
+CACHE_BYTES = 1 << 30
+
+
+class CaptionedImages:
+    """Captioned images of one size. Everything in it decoded once without fault; the rest is in `skipped`.
+
+    Attributes:
+        records: name, captions and other metadata of each image, in a fixed order.
+        skipped: what was left out, and why.
+        size: side of the square images in pixels.
+        background: colour under transparent pixels and padding.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        skipped: Sequence[Skipped],
+        rgba: Callable[[int], NDArray[np.uint8]],
+        size: int,
+        background: Colour = WHITE,
+    ) -> None:
+        self.records = tuple(records)
+        self.skipped = tuple(skipped)
+        self.size = size
+        self.background = background
+        self._rgba = rgba
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        split: str = "train",
+        size: int = 32,
+        background: Colour = WHITE,
+        groups: Collection[str] | None = None,
+        styles: Collection[str] | None = None,
+    ) -> CaptionedImages:
+        """Opens one split of a set: an imagefolder, or a folder of WebDataset shards.
+
+        Args:
+            path: the set; its split is the folder of that name in it, and a folder without splits is "train".
+            split: name of the split.
+            size: side in pixels; other images are resized, their aspect kept by padding.
+            background: colour under transparent pixels and padding.
+            groups: keep only records whose `group` or `subgroup` is one of these.
+            styles: keep only records whose `style` is one of these.
+
+        Raises DataError when the split does not exist, a group or style is unknown, or nothing is left.
+        """
+        folder = split_folder(Path(path), split)
+        entries: list[Entry] = []
+        skipped: list[Skipped] = []
+        for found in read_entries(folder):
+            if isinstance(found, Skipped):
+                skipped.append(found)
+            else:
+                entries.append(found)
+        for fields, wanted in ((("group", "subgroup"), groups), (("style",), styles)):
+            if wanted is not None:
+                entries = _keep(entries, fields, wanted, folder)
+        return cls._decoded(entries, skipped, size, background, folder)
+
+    @classmethod
+    def _decoded(
+        cls, entries: Sequence[Entry], skipped: list[Skipped], size: int, background: Colour, folder: Path
+    ) -> CaptionedImages:
+        keep_all = len(entries) * size * size * 4 <= CACHE_BYTES
+        good: list[Entry] = []
+        pixels: list[NDArray[np.uint8]] = []
+        for entry in tqdm(entries, desc=f"reading {folder.name}", unit="image", disable=None, leave=False):
+            try:
+                array = _fitted(entry, size)
+            except (OSError, ValueError) as error:
+                skipped.append(Skipped(entry.record.file_name, str(error)))
+                continue
+            good.append(entry)
+            if keep_all:
+                pixels.append(array)
+        if not good:
+            raise DataError(f"{folder} holds no usable captioned image{_examples(skipped)}")
+        read = pixels.__getitem__ if keep_all else lambda i: _fitted(good[i], size)
+        return cls([entry.record for entry in good], skipped, read, size, background)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+        return self.image(i), self.texts(i)
+
+    def rgba(self, i: int) -> NDArray[np.uint8]:
+        """Image i with its transparency: uint8 (size, size, 4), straight alpha."""
+        return self._rgba(i)
+
+    def image(self, i: int, background: Colour | None = None) -> NDArray[np.uint8]:
+        """Image i over the background: uint8 (size, size, 3)."""
+        return composite(self._rgba(i), self.background if background is None else background)
+
+    def alpha(self, i: int) -> NDArray[np.uint8]:
+        """Opacity of image i: uint8 (size, size), 0 where the background shows."""
+        return self._rgba(i)[..., 3]
+
+    def texts(self, i: int) -> tuple[str, ...]:
+        """Captions of image i, at least one."""
+        return self.records[i].texts
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Sorted class names: `class_name` of the records, or their `group` where they have none."""
+        return tuple(sorted({_class_of(record) for record in self.records}))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of every image as its place in `classes`, shape (images,)."""
+        return self.labels_in(self.classes)
+
+    def labels_in(self, classes: Sequence[str]) -> NDArray[np.int64]:
+        """Class of every image as its place in `classes`, such as those of another split, shape (images,).
+
+        Raises DataError when a record has no class, or one that is not among them.
+        """
+        index = {name: k for k, name in enumerate(classes)}
+        names = [_class_of(record) for record in self.records]
+        unknown = sorted(set(names) - set(index))
+        if unknown:
+            raise DataError(f"unknown classes: {', '.join(unknown)}")
+        return np.array([index[name] for name in names], np.int64)
+
+
+def read_entries(folder: Path) -> Iterable[Entry | Skipped]:
+    """Entries of one split's folder, whichever of the formats it has."""
+    return read_shards(folder) if shard_paths(folder) else read_imagefolder(folder)
+
+
+def splits_of(path: Path) -> dict[str, Path]:
+    """Folder of each split of a set. Raises DataError when `path` is not a folder.
+
+    Splits are folders with a usual name, or with metadata or shards in them. A folder that has metadata
+    or shards itself, or no such folder in it, is one split: "train".
+    """
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder")
+    if _is_split(path):
+        return {"train": path}
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    splits = {folder.name: folder for folder in folders if folder.name in SPLITS or _is_split(folder)}
+    return splits or {"train": path}
+
+
+def split_folder(path: Path, split: str) -> Path:
+    """Folder of one split. Raises DataError when there is none."""
+    splits = splits_of(path)
+    if split not in splits:
+        raise DataError(f'{path} has no split "{split}"; it has {", ".join(splits)}')
+    return splits[split]
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / METADATA).is_file() or bool(shard_paths(folder))
+
+
+def _fitted(entry: Entry, size: int) -> NDArray[np.uint8]:
+    image: Image.Image = fit_square(decode(entry.read()), size)
+    return np.asarray(image, np.uint8)
+
+
+def _keep(
+    entries: Sequence[Entry], fields: Sequence[str], wanted: Collection[str], folder: Path
+) -> list[Entry]:
+    def values(entry: Entry) -> set[str]:
+        return {str(entry.record.fields[field]) for field in fields if field in entry.record.fields}
+
+    present = {value for entry in entries for value in values(entry)}
+    if unknown := sorted(set(wanted) - present):
+        have = ", ".join(sorted(present)) or "none"
+        raise DataError(f"{folder} has no {fields[0]} {', '.join(unknown)}; it has {have}")
+    return [entry for entry in entries if values(entry) & set(wanted)]
+
+
+def _examples(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return ""
+    return f": {len(skipped)} skipped, the first is {skipped[0].file}: {skipped[0].reason}"
+
+
+def _class_of(record: Record) -> str:
+    for field in ("class_name", "group"):
+        if field in record.fields:
+            return str(record.fields[field])
+    raise DataError(f'{record.file_name} has neither "class_name" nor "group" to be its class')

@@ -1,0 +1,68 @@
+"""What a set is made of before any pixel is decoded: entries with captions, and what was skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class DataError(Exception):
+    """A set that cannot be used at all."""
+
+
+class Skipped(NamedTuple):
+    """Something left out: the file (with the line, where there is one) and the reason."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a set: its name, its captions, and the other fields of its metadata line."""
+
+    file_name: str
+    texts: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record with a way to get the bytes of its image. `read` raises OSError when it cannot."""
+
+    record: Record
+    read: Callable[[], bytes]
+
+
+def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Captions in the fields `texts` (a list) and `text` (one), stripped, without repeats.
+
+    Raises ValueError with a reason to show when there is none, or one is not a string or empty.
+    """
+    given: list[Any] = []
+    for key in ("text", "texts"):
+        value = metadata.get(key)
+        if isinstance(value, list):
+            given += value
+        elif value is not None:
+            given.append(value)
+    if not given:
+        raise ValueError('no caption: neither "text" nor "texts"')
+    if not all(isinstance(text, str) for text in given):
+        raise ValueError("a caption is not a string")
+    captions = [" ".join(text.split()) for text in given]
+    if not all(captions):
+        raise ValueError("empty caption")
+    return tuple(dict.fromkeys(captions))
+
+
+def caption_lines(data: bytes) -> tuple[str, ...]:
+    """Captions of a .txt file, one a line. Raises ValueError when it is empty or not UTF-8."""
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"caption is not UTF-8: {error.reason} at byte {error.start}") from error
+    return captions_of({"texts": [line for line in lines if line.strip()] or [""]})

@@ -1,0 +1,67 @@
+"""Image files and colours: decoded to RGBA, fitted into a square, laid over a background."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Colour = tuple[int, int, int]
+
+
+def decode(data: bytes) -> Image.Image:
+    """First frame of an image file as RGBA, turned as its EXIF orientation says.
+
+    Raises ValueError, with a reason to show, when the file is empty, broken, truncated or absurdly large.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.load()
+                return _rgba(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError:
+        raise ValueError("not an image in a known format") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"too large: {error}") from error
+    # Pillow's decoders report broken files with these, among them SyntaxError for broken PNG chunks.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+        raise ValueError(f"broken image: {error}") from error
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGBA")
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # no direct way to RGBA
+        return image.convert("RGB").convert("RGBA")
+    return image.convert("RGBA")
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """The image as RGBA of `size` x `size`, centred, its aspect kept by transparent padding.
+
+    Whole-number reductions average over areas, which keeps flat drawings crisp; other scales use Lanczos.
+    """
+    rgba = image.convert("RGBA")
+    longest = max(rgba.size)
+    fitted = (max(1, round(rgba.width * size / longest)), max(1, round(rgba.height * size / longest)))
+    if fitted != rgba.size:
+        exact = rgba.width % fitted[0] == 0 and rgba.height % fitted[1] == 0 and longest % size == 0
+        rgba = rgba.resize(fitted, Image.Resampling.BOX if exact else Image.Resampling.LANCZOS)
+    if fitted == (size, size):
+        return rgba
+    square = Image.new("RGBA", (size, size))
+    square.paste(rgba, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
+    return square
+
+
+def composite(rgba: NDArray[np.uint8], background: Colour) -> NDArray[np.uint8]:
+    """Straight-alpha RGBA (..., 4) over one colour: RGB (..., 3)."""
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    blended = rgba[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)
+    return np.rint(blended).astype(np.uint8)

@@ -1,0 +1,143 @@
+"""WebDataset shards: tar files in which <key>.png lies beside <key>.json and <key>.txt."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from training.data.entries import (
+    IMAGE_SUFFIXES,
+    Entry,
+    Record,
+    Skipped,
+    caption_lines,
+    captions_of,
+)
+
+Part = Callable[[], bytes]
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Shards of a folder, sorted by name."""
+    return sorted(folder.glob("*.tar"))
+
+
+def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
+    """Entries of every shard in a folder, in the order of shard names and of the members within.
+
+    Samples need an image, and captions in `<key>.json` ("text" or "texts") or `<key>.txt`.
+    """
+    seen: set[str] = set()
+    for shard in shard_paths(folder):
+        samples, fault = _samples(shard)
+        for key, parts in samples.items():
+            found = _sample(f"{shard.name}:{key}", parts)
+            if isinstance(found, Entry):
+                if found.record.file_name in seen:
+                    found = Skipped(f"{shard.name}:{key}", f"duplicate file_name {found.record.file_name}")
+                else:
+                    seen.add(found.record.file_name)
+            yield found
+        if fault:
+            yield Skipped(shard.name, fault)
+
+
+def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], str]:
+    samples: dict[str, dict[str, Part]] = {}
+    try:
+        # Plain "r:", since members of a compressed tar cannot be read in place.
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    path = PurePosixPath(member.name)
+                    stem, _, extension = path.name.partition(".")
+                    part = _part(shard, member.offset_data, member.size)
+                    samples.setdefault(str(path.with_name(stem)), {})["." + extension.lower()] = part
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        return samples, f"the shard cannot be read to its end: {error}"
+    return samples, ""
+
+
+def _part(shard: Path, offset: int, size: int) -> Part:
+    def read() -> bytes:
+        with shard.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise OSError(f"{shard.name} ends in the middle of the sample")
+        return data
+
+    return read
+
+
+def _sample(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+    if suffix is None:
+        return Skipped(name, "the sample has no image")
+    try:
+        metadata: dict[str, Any] = json.loads(parts[".json"]()) if ".json" in parts else {}
+        if not isinstance(metadata, dict):
+            raise ValueError("the metadata is not a JSON object")
+        if ".txt" in parts and not {"text", "texts"} & set(metadata):
+            texts = caption_lines(parts[".txt"]())
+        else:
+            texts = captions_of(metadata)
+    except UnicodeDecodeError as error:
+        return Skipped(name, f"the metadata is not UTF-8: {error.reason}")
+    except json.JSONDecodeError as error:
+        return Skipped(name, f"the metadata is not JSON: {error}")
+    except (OSError, ValueError) as error:
+        return Skipped(name, str(error))
+    file_name = metadata.get("file_name")
+    fields = {k: v for k, v in metadata.items() if k not in ("file_name", "text", "texts")}
+    return Entry(
+        Record(file_name if isinstance(file_name, str) else name + suffix, texts, fields), parts[suffix]
+    )
+
+
+class ShardWriter:
+    """Writes samples into numbered shards of a folder, `per_shard` to each; a context manager.
+
+    The same input gives the same bytes.
+    """
+
+    def __init__(self, folder: Path, per_shard: int) -> None:
+        self.folder = folder
+        self.per_shard = per_shard
+        self.count = 0
+        self._stack = ExitStack()
+        self._archive: tarfile.TarFile | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def write(self, record: Record, image: bytes) -> None:
+        """Adds one sample; the image's bytes are stored as they are."""
+        if self._archive is None or self.count % self.per_shard == 0:
+            self._stack.close()
+            path = self.folder / f"{self.count // self.per_shard:06d}.tar"
+            self._archive = self._stack.enter_context(
+                tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by the stack
+            )
+        key = f"{self.count:09d}"
+        metadata = {"file_name": record.file_name, "texts": list(record.texts), **record.fields}
+        suffix = PurePosixPath(record.file_name).suffix.lower()
+        self._add(key + suffix, image)
+        self._add(key + ".json", json.dumps(metadata, ensure_ascii=False).encode())
+        self._add(key + ".txt", record.texts[0].encode())
+        self.count += 1
+
+    def _add(self, name: str, data: bytes) -> None:
+        assert self._archive is not None
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._archive.addfile(info, io.BytesIO(data))
