@@ -1,0 +1,98 @@
+// The service's HTTP interface as the page uses it. Knows nothing of the document.
+
+// The page may be served below a prefix, so paths are taken relative to this module.
+const BASE = new URL("..", import.meta.url);
+
+export class ApiError extends Error {
+  constructor(message, { status = 0, code = "", param = null, requestId = "" } = {}) {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.param = param;
+    this.requestId = requestId;
+  }
+}
+
+async function call(path, options) {
+  try {
+    return await fetch(new URL(path, BASE), options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The service cannot be reached. Check that it is running, then try again.");
+  }
+}
+
+async function errorFrom(response) {
+  const text = await response.text();
+  let body;
+  try {
+    body = JSON.parse(text).error;
+  } catch {
+    body = null;
+  }
+  const retryAfter = Number(response.headers.get("Retry-After"));
+  let message = body?.message || `The service answered ${response.status} without saying why.`;
+  if (retryAfter > 0) message = `${sentence(message)} Try again in ${retryAfter} s.`;
+  return new ApiError(sentence(message), {
+    status: response.status,
+    code: body?.code,
+    param: body?.param ?? null,
+    requestId: body?.request_id ?? "",
+  });
+}
+
+function sentence(text) {
+  const trimmed = text.trim();
+  return /[.!?]$/.test(trimmed) ? trimmed : `${trimmed}.`;
+}
+
+/** What GET /readyz says: "ready", "loading", "draining", "failed" ... Throws ApiError when out of reach. */
+export async function readiness() {
+  const response = await call("readyz", { cache: "no-store" });
+  if (response.ok) return "ready";
+  try {
+    return (await response.json()).status ?? "loading";
+  } catch {
+    return "loading";
+  }
+}
+
+export async function capabilities() {
+  const response = await call("capabilities", { cache: "no-store" });
+  if (!response.ok) throw await errorFrom(response);
+  return response.json();
+}
+
+/** Posts one request for one image to /generate, /edit or /inpaint. Aborting `signal` abandons it. */
+export async function create(task, body, signal) {
+  const start = performance.now();
+  const response = await call(task, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", Accept: "application/json" },
+    body: JSON.stringify({ ...body, n: 1, output_format: "png" }),
+    signal,
+  });
+  if (!response.ok) throw await errorFrom(response);
+  const answer = await response.json();
+  const roundTripMs = performance.now() - start;
+  const [image] = answer.images;
+  return {
+    blob: blobFromBase64(image.b64_json, "image/png"),
+    seed: image.seed,
+    width: image.width,
+    height: image.height,
+    timings: answer.timings,
+    ticks: answer.batch?.ticks ?? [],
+    roundTripMs,
+  };
+}
+
+// fetch("data:...") would be refused by the page's content security policy.
+function blobFromBase64(text, type) {
+  return new Blob([Uint8Array.from(atob(text), (character) => character.charCodeAt(0))], { type });
+}
+
+/** A canvas as base64 PNG without the data URI's prefix. */
+export function canvasToBase64(canvas) {
+  return canvas.toDataURL("image/png").split(",")[1];
+}

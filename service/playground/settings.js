@@ -1,0 +1,174 @@
+// The numbers of a request: steps, guidance scale, strength and seed.
+
+import { clearError } from "./errors.js";
+import { byId, choose, chosen, element } from "./dom.js";
+
+const SEEDS = 2 ** 32;
+
+export class Settings {
+  #strengths = {};
+  #defaultStrength = {};
+  #kept = { edit: null, inpaint: null };
+  #task = "generate";
+  #seedIsUsed = false;
+
+  constructor() {
+    const [slider, number] = [byId("guidance"), byId("guidance-value")];
+    slider.addEventListener("input", () => this.#setGuidance(slider.value));
+    number.addEventListener("input", () => {
+      if (number.value !== "") slider.value = number.value;
+      this.#fill(slider);
+      clearError("guidance_scale");
+    });
+    byId("strength").addEventListener("input", () => {
+      this.#kept[this.#task] = this.strength;
+      this.#describeStrength();
+    });
+    byId("steps").addEventListener("change", () => {
+      clearError("steps");
+      this.#offerStrengths();
+    });
+    byId("seed").addEventListener("input", () => {
+      this.#seedIsUsed = false;
+      this.#lock(byId("seed").value.trim() !== "");
+      clearError("seed");
+    });
+    byId("seed-dice").addEventListener("click", () => this.#roll());
+    byId("seed-lock").addEventListener("click", () => this.#lock(!this.#locked));
+    byId("brush-size").addEventListener("input", (event) => this.#fill(event.target));
+    this.#roll();
+    this.#lock(false);
+  }
+
+  /** Takes the ranges and choices from the answer of GET /capabilities. */
+  configure(capabilities) {
+    this.#strengths = capabilities.strengths;
+    this.#defaultStrength = capabilities.default_strength;
+    const before = chosen("steps");
+    byId("steps-choices").replaceChildren(
+      ...capabilities.students.map((steps) =>
+        element(
+          "label",
+          {},
+          element("input", { type: "radio", name: "steps", value: steps }),
+          element("span", { textContent: steps }),
+        ),
+      ),
+    );
+    const known = capabilities.students.some((steps) => String(steps) === before);
+    choose("steps", known ? before : capabilities.default_steps);
+    const { minimum, maximum, default: initial } = capabilities.guidance_scale;
+    Object.assign(byId("guidance"), { min: minimum, max: maximum, step: sliderStep(maximum - minimum) });
+    Object.assign(byId("guidance-value"), { min: minimum, max: maximum });
+    byId("guidance").disabled = minimum === maximum;
+    byId("steps").hidden = byId("field-guidance").hidden = false;
+    if (byId("guidance-value").value === "") this.#setGuidance(initial);
+    this.#offerStrengths();
+  }
+
+  /** Strength counts for edit and inpaint only; each keeps its own choice. */
+  setTask(task) {
+    this.#task = task;
+    byId("field-strength").hidden = task === "generate";
+    this.#offerStrengths();
+  }
+
+  get steps() {
+    return Number(chosen("steps"));
+  }
+
+  get guidanceScale() {
+    const text = byId("guidance-value").value;
+    return text === "" ? null : Number(text);
+  }
+
+  get strength() {
+    return this.#choices()[Number(byId("strength").value) - 1];
+  }
+
+  /** The seed of the next request: the one shown if it is locked or was never used, else a new one. */
+  takeSeed() {
+    if (byId("seed").value.trim() === "" || (this.#seedIsUsed && !this.#locked)) this.#roll();
+    const text = byId("seed").value.trim();
+    if (!/^\d+$/.test(text) || !Number.isSafeInteger(Number(text))) {
+      throw new RangeError(`A seed is a whole number from 0 to ${Number.MAX_SAFE_INTEGER}.`);
+    }
+    this.#seedIsUsed = true;
+    return Number(text);
+  }
+
+  keepSeed(seed) {
+    byId("seed").value = seed;
+    this.#lock(true);
+    clearError("seed");
+  }
+
+  get #locked() {
+    return byId("seed-lock").getAttribute("aria-pressed") === "true";
+  }
+
+  #lock(locked) {
+    byId("seed-lock").setAttribute("aria-pressed", String(locked));
+    byId("seed-note").textContent = locked ? "Kept: same settings, same image." : "Each image gets a new seed.";
+  }
+
+  #roll() {
+    byId("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] % SEEDS;
+    this.#seedIsUsed = false;
+    clearError("seed");
+  }
+
+  #setGuidance(value) {
+    const slider = byId("guidance");
+    slider.value = value;
+    byId("guidance-value").value = Number(Number(value).toFixed(2));
+    this.#fill(slider);
+    clearError("guidance_scale");
+  }
+
+  /** The strengths that keep 1, 2, ... N of the N steps. */
+  #choices() {
+    return this.#strengths[this.steps] ?? [1];
+  }
+
+  #offerStrengths() {
+    const choices = this.#choices();
+    const slider = byId("strength");
+    const initial = this.#task === "inpaint" ? 1 : this.#defaultStrength[this.steps];
+    const wanted = this.#kept[this.#task] ?? initial ?? 1;
+    const distance = (value) => Math.abs(value - wanted);
+    const nearest = choices.reduce((best, value) => (distance(value) < distance(best) ? value : best));
+    slider.max = choices.length;
+    slider.value = choices.indexOf(nearest) + 1;
+    slider.disabled = choices.length < 2;
+    this.#describeStrength();
+  }
+
+  #describeStrength() {
+    const count = this.#choices().length;
+    const kept = Number(byId("strength").value);
+    const value = Number(this.strength.toFixed(4));
+    byId("strength-value").textContent = value;
+    byId("strength").setAttribute("aria-valuetext", `${value}, ${kept} of ${count} steps run`);
+    byId("strength-note").textContent = strengthNote(this.#task, kept, count);
+    this.#fill(byId("strength"));
+    clearError("strength");
+  }
+
+  #fill(slider) {
+    const span = slider.max - slider.min;
+    slider.style.setProperty("--filled", `${span > 0 ? (100 * (slider.value - slider.min)) / span : 100}%`);
+  }
+}
+
+// Tenths, unless the slider could then not reach its end.
+function sliderStep(span) {
+  return Number.isInteger(Number((span * 10).toFixed(6))) ? 0.1 : span / 100;
+}
+
+function strengthNote(task, kept, count) {
+  if (count === 1) return "One step leaves one strength. More steps let more of the input through.";
+  const part = task === "inpaint" ? "what lies under the mask" : "the input";
+  if (kept === count) return `All ${count} steps run: ${part} counts for little or nothing.`;
+  return `${kept} of ${count} steps run; fewer keep more of ${part}.`;
+}
