@@ -1,0 +1,50 @@
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/pip --disable-pip-version-check
+SOURCES = engines training service fewstep.py tests benchmarks
+
+.DEFAULT_GOAL := help
+
+.PHONY: help serve test nightly check format lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/serving ## Install what serving needs (no torch) and serve the bundle that ships
+	$(VENV)/bin/fewstep serve $(ARGS)
+
+test: $(VENV)/development ## Install the rest and run the tests
+	$(VENV)/bin/pytest $(ARGS)
+
+nightly: $(VENV)/development ## Run every test, those that take minutes too
+	$(VENV)/bin/pytest -m "slow or not slow" $(ARGS)
+
+check: $(VENV)/development ## Format, lint, types, import contract
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/development ## Format the code and fix what the linter can fix
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+lock: ## Write requirements.lock anew: the versions that a fresh install takes today
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install -q -e '.[training,dev]' 'torch==2.13.0'
+	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+	rm -rf build/lock
+
+clean: ## Remove the environment and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serving: $(VENV)/bin/python pyproject.toml requirements.lock
+	$(PIP) install -q -c requirements.lock -e .
+	touch $@
+
+$(VENV)/development: $(VENV)/bin/python pyproject.toml requirements.lock
+	$(PIP) install -q -c requirements.lock -e '.[training,dev]'
+	touch $@ $(VENV)/serving
