@@ -1,0 +1,45 @@
+"""Recipes: those that ship are valid, and a faulty one is refused with the field's name."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from training.recipe import Recipe, RecipeError
+
+SHIPPED = sorted(Path(str(files("training") / "recipes")).glob("*.toml"))
+DIGITS = (Path(str(files("training") / "recipes")) / "digits.toml").read_text()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load(path: Path) -> None:
+    assert Recipe.load(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "named"),
+    [
+        ("seed = 0", "sede = 0", "sede"),
+        ("steps = 4, updates", "steps = 5, updates", "each round halves"),
+        ("start = 16", "start = 24", "does not divide"),
+        ("guidance = [0.0, 4.0]", "guidance = [4.0, 0.0]", "guidance"),
+        ("steps = [4, 2, 1]", "steps = [3]", "export.steps"),
+        ('source = "digits"', 'source = "folder"', "needs a path"),
+        ("learning_rate = 2e-3", "learning_rate = -1", "learning_rate"),
+        ("[teacher]", "[teacher", "Expected"),
+    ],
+)
+def test_faulty_recipes_are_refused_by_name(tmp_path: Path, change: str, to: str, named: str) -> None:
+    assert change in DIGITS
+    path = tmp_path / "faulty.toml"
+    path.write_text(DIGITS.replace(change, to, 1))
+    with pytest.raises(RecipeError, match=named) as refused:
+        Recipe.load(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="absent"):
+        Recipe.load(tmp_path / "absent.toml")

@@ -1,0 +1,1 @@
+"""Offline: training, distillation, evaluation, export. Imports engines; nothing imports it."""

@@ -1,0 +1,29 @@
+"""Training of the autoencoder that makes the latent space, and the measure of its scale."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Generator, Tensor
+
+from training.losses import draw_normal
+from training.recipe import AutoencoderRecipe
+
+
+def reconstruction_loss(
+    autoencoder: AutoencoderKL, images: Tensor, recipe: AutoencoderRecipe, generator: Generator
+) -> Tensor:
+    """L1 + L1 of the differences between neighbours (edges matter in drawings) + a small KL term."""
+    posterior = autoencoder.encode(images, return_dict=False)[0]
+    latents = posterior.mean + posterior.std * draw_normal(posterior.mean, generator)
+    output = autoencoder.decode(latents, return_dict=False)[0]
+    loss: Tensor = (output - images).abs().mean()
+    for axis in (-1, -2):
+        loss = loss + recipe.gradient_weight * (output.diff(dim=axis) - images.diff(dim=axis)).abs().mean()
+    return loss + recipe.kl_weight * posterior.kl().mean()
+
+
+@torch.inference_mode()
+def measure_scale(autoencoder: AutoencoderKL, images: Tensor) -> float:
+    """1 / the standard deviation of the latents of `images` (B, 3, H, W): latents times it have unit variance."""
+    return float(1.0 / autoencoder.encode(images, return_dict=False)[0].mode().std())

