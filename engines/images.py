@@ -1,21 +1,238 @@
-"""Images: bytes <-> arrays, masks, limits."""
+"""Images: bytes <-> arrays, masks, limits. Every limit is checked on the header, before a pixel is decoded."""
 
 from __future__ import annotations
 
+import io
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
 import numpy as np
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from engines.rows import Floats
-from engines.tasks import Pixels
+from engines.tasks import Mask, Pixels
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+MaskMode = Literal["white", "black", "alpha"]
+
+FORMATS: tuple[str, ...] = get_args(ImageFormat)
+MASK_MODES: tuple[str, ...] = get_args(MaskMode)
+DEFAULT_QUALITY = 90
+
+_WHITE = (255, 255, 255)
+_BLACK = (0, 0, 0)
+_EXIF_ORIENTATION = 0x0112
+_EXIF_DESCRIPTION = 0x010E
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def from_pixels(image: Pixels) -> Floats:
+class ImageError(ValueError):
+    """Bytes that are not an image we take. ``code`` is for programs, ``message`` for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Codes: too_many_bytes, too_many_pixels, undecodable, animated, mask_size, mask_without_alpha."""
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Bounds on one uploaded image: bytes of the file, pixels (width x height) of the picture."""
+
+    max_bytes: int = 10 * 1024 * 1024
+    max_pixels: int = 4096 * 4096
+
+
+def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
+    """Decode a PNG, JPEG or WebP of one frame to uint8 RGB (H, W, 3).
+
+    EXIF orientation is applied and alpha is flattened on white; colour profiles are not. Raises ImageError.
+    """
+    with _reading():
+        return _flatten(_open(data, limits or ImageLimits()), _WHITE)
+
+
+def decode_mask(
+    data: bytes, mode: MaskMode, size: tuple[int, int], limits: ImageLimits | None = None
+) -> Mask:
+    """Decode a mask of ``size`` (width, height) to bool (H, W), True where to repaint.
+
+    Repaint where the mask is: lighter than middle grey (``white``), darker (``black``), or wholly transparent
+    (``alpha``). In the first two modes transparent parts are not repainted. Raises ImageError.
+    """
+    with _reading():
+        image = _open(data, limits or ImageLimits())
+        if image.size != size:
+            found, wanted = (f"{width} x {height}" for width, height in (image.size, size))
+            raise ImageError("mask_size", f"the mask is {found} pixels, the image {wanted}")
+        if mode == "alpha":
+            if not image.has_transparency_data:
+                raise ImageError("mask_without_alpha", "mask mode 'alpha' needs a mask with an alpha channel")
+            return np.asarray(image.convert("RGBA"))[..., 3] == 0
+        pixels = _flatten(image, _BLACK if mode == "white" else _WHITE)
+        grey = np.asarray(Image.fromarray(pixels).convert("L"))
+        return grey >= 128 if mode == "white" else grey < 128
+
+
+def fit(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize (H, W, 3) to ``size`` (width, height), stretched where the shapes differ; the same size is a copy."""
+    if (image.shape[1], image.shape[0]) == size:
+        return image.copy()
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """Resize a mask (H, W) to ``size`` (width, height); a pixel is True if any part of it was."""
+    if (mask.shape[1], mask.shape[0]) == size:
+        return mask.copy()
+    grown = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)
+    return np.asarray(grown) > 1e-6
+
+
+def encode_image(
+    image: Pixels, format: ImageFormat, quality: int | None = None, text: Mapping[str, str] | None = None
+) -> bytes:
+    """Encode uint8 (H, W, 3). ``quality`` 1 to 100 is for jpeg and webp; png has none (ValueError).
+
+    ``text`` goes into the file: PNG text chunks, or in the others one EXIF description with the JSON of it all.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if quality is not None and (format == "png" or not 1 <= quality <= 100):
+        raise ValueError("quality is 1 to 100, for jpeg and webp only")
+    options: dict[str, Any] = {}
+    if format == "png":
+        options["pnginfo"] = _png_text(text or {})
+    else:
+        options["quality"] = DEFAULT_QUALITY if quality is None else quality
+        if text:
+            exif = Image.Exif()
+            exif[_EXIF_DESCRIPTION] = json.dumps(dict(text))
+            options["exif"] = exif
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, format, **options)
+    return out.getvalue()
+
+
+def _png_text(text: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    return info
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn whatever Pillow raises on bad bytes into an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("undecodable", "not a PNG, JPEG or WebP image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_many_pixels", "the image is too large") from error
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        IndexError,
+        KeyError,
+        TypeError,
+    ) as error:
+        raise ImageError("undecodable", f"the image is damaged ({error})") from error
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    """Check the limits on the header, then decode and turn upright. The mode is the file's own."""
+    if len(data) > limits.max_bytes:
+        raise ImageError(
+            "too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken"
+        )
+    # Pillow allocates a WebP's canvas as it opens it, so its size is read before.
+    _check_pixels(_webp_size(data), limits)
+    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    _check_pixels(image.size, limits)
+    # A JPEG with further pictures behind it (MPO: depth or gain maps of phones) is its first picture.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise ImageError("animated", "the image has several frames, only still images are taken")
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else _keep_info(image, image.transpose(turn))
+
+
+def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        message = f"the image has {width} x {height} pixels, at most {limits.max_pixels} are taken"
+        raise ImageError("too_many_pixels", message)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a WebP's header states; (0, 0) for other files."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return 0, 0
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF is no reason to refuse the picture
+        return 1
+
+
+def _keep_info(source: Image.Image, turned: Image.Image) -> Image.Image:
+    turned.info = dict(source.info)
+    return turned
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:
+    """RGB (H, W, 3) of any mode we read, alpha laid on ``background``."""
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit grey instead of scaling it.
+        wide = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray((wide // 257).clip(0, 255).astype(np.uint8))
+        if isinstance(clear := image.info.get("transparency"), int):
+            alpha = Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8))
+            grey = Image.merge("LA", (grey, alpha))
+        image = grey
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def from_pixels(image: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / np.float32(127.5) - np.float32(
-        1
-    )
+    channels_first = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+    return channels_first / np.float32(127.5) - np.float32(1)
 
 
-def to_pixels(image: Floats) -> Pixels:
+def to_pixels(image: np.ndarray[Any, np.dtype[np.float32]]) -> Pixels:
     """float32 (3, H, W) -> uint8 (H, W, 3), clipped to [-1, 1] first."""
     scaled = (np.clip(image, -1, 1) + np.float32(1)) * np.float32(127.5)
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 0))
