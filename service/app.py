@@ -1,0 +1,66 @@
+"""The application: everything put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from service import errors
+from service.metrics import Metrics
+from service.middleware import BodyLimit, RequestContext
+from service.queue.base import JobQueue
+from service.queue.memory import MemoryQueue
+from service.routes import images, status
+from service.routes.page import page_router
+from service.runtime import OpenPipeline, Service, open_pipeline, package_version
+from service.settings import Settings
+
+_DESCRIPTION = """
+Images from few-step students: text to image, editing and inpainting, batched together.
+
+Every error has one shape, `{"error": {type, code, message, param, request_id, retryable}}`. An option that the
+loaded bundle cannot honour is refused, never ignored; `/capabilities` says what it can.
+"""
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    queue: JobQueue | None = None,
+    opener: OpenPipeline = open_pipeline,
+) -> FastAPI:
+    """The service as an ASGI application; it loads its bundle in the background once it is started.
+
+    ``queue`` is where jobs wait, in memory by default; ``opener`` gives the pipeline, warm.
+    """
+    settings = settings or Settings()
+    metrics = Metrics()
+    queue = queue or MemoryQueue(settings.max_queue_cost)
+    metrics.watch_queue(queue.stats)
+    service = Service(settings, metrics, queue, opener)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    # The interactive pages of the framework would load their scripts from elsewhere.
+    app = FastAPI(
+        title="fewstep",
+        version=package_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext, metrics=metrics)
+    app.include_router(images.router)
+    app.include_router(status.router)
+    app.include_router(page_router())
+    return app

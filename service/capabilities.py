@@ -1,0 +1,69 @@
+"""What the loaded bundle offers, in the words of the API. Pure functions of the manifest and the settings."""
+
+from __future__ import annotations
+
+import math
+
+from engines.images import FORMATS, MASK_MODES
+from engines.manifest import Manifest
+from service.schemas import Capabilities, Limits, Range, Size
+from service.settings import Settings
+
+_PREFERRED_STEPS = 4
+_PREFERRED_STRENGTH = 0.75
+TASKS = ("generate", "edit", "inpaint")
+
+
+def default_steps(manifest: Manifest) -> int:
+    """4 where a student has 4 steps, else the most there are."""
+    trained = trained_steps(manifest)
+    return _PREFERRED_STEPS if _PREFERRED_STEPS in trained else trained[-1]
+
+
+def trained_steps(manifest: Manifest) -> tuple[int, ...]:
+    """The numbers of steps there are, in order."""
+    return tuple(sorted(student.steps for student in manifest.students))
+
+
+def strengths(steps: int) -> tuple[float, ...]:
+    """The lowest strength that runs k of ``steps`` steps, for each k from 1; at most four decimals."""
+    return tuple(math.ceil(10_000 * k / steps) / 10_000 for k in range(1, steps + 1))
+
+
+def default_strength(steps: int) -> float:
+    """The strength of an edit that names none: the one nearest below 0.75, or the lowest."""
+    return max((value for value in strengths(steps) if value <= _PREFERRED_STRENGTH), default=1 / steps)
+
+
+def describe(manifest: Manifest, settings: Settings) -> Capabilities:
+    """The answer of /capabilities."""
+    _, height, width = manifest.image_shape
+    guidance = manifest.guidance
+    steps = trained_steps(manifest)
+    return Capabilities(
+        model=manifest.name,
+        revision=manifest.revision,
+        space=manifest.space,
+        conditioning=manifest.conditioning,
+        classes=manifest.classes,
+        image=Size(width=width, height=height),
+        students=steps,
+        default_steps=default_steps(manifest),
+        guidance_scale=Range(minimum=1 + guidance.minimum, maximum=1 + guidance.maximum, default=1 + guidance.default),
+        strengths={str(count): strengths(count) for count in steps},
+        default_strength={str(count): default_strength(count) for count in steps},
+        tasks=TASKS,
+        mask_modes=MASK_MODES,
+        output_formats=FORMATS,
+        negative_prompt=False,
+        limits=Limits(
+            max_body_bytes=settings.max_body_bytes,
+            max_image_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_pixels,
+            max_images=settings.max_images,
+            max_prompt_chars=settings.max_prompt_chars,
+            max_prompt_tokens=manifest.text.max_tokens if manifest.text else None,
+            timeout_ms=settings.timeout_ms,
+            max_timeout_ms=settings.max_timeout_ms,
+        ),
+    )

@@ -1,0 +1,43 @@
+"""`fewstep serve`: the command line of the service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from engines.backends import BACKENDS
+from service.settings import Settings
+
+
+@click.command()
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on, 0 for any free one.")
+@click.option("--bundle", help="Folder of a bundle, or the name of one that ships.")
+@click.option("--backend", type=click.Choice(list(BACKENDS)), help="What runs the graphs.")
+@click.option("--threads", type=int, help="Threads of an engine, 0 leaves it to the backend.")
+@click.option("--max-batch", type=int, help="Most images in one call of the step engine.")
+@click.option("--timeout-ms", type=int, help="Time limit of a request that names none.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Form of a log line.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level.")
+def serve(**options: Any) -> None:
+    """Serve a bundle over HTTP, with a page at /.
+
+    Every setting can also come from the environment, as FEWSTEP_<NAME>; an option here goes before it.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise click.UsageError(problems) from error
+    # Imported late, so that --help and a wrong option answer at once.
+    from service import logs, server
+
+    logs.configure(settings.log_format, settings.log_level)
+    raise SystemExit(server.run(settings))
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,161 @@
+"""The one shape of every error answer, and the ways into it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from engines.images import ImageError
+from engines.pipeline import TaskError
+from service.jobs import Failed
+from service.logs import request_id_var
+
+_TYPES = {
+    429: "overloaded_error",
+    500: "internal_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+_RETRYABLE = frozenset({408, 429, 500, 503, 504})
+_IMAGE_STATUS = {
+    "too_many_bytes": 413,
+    "too_many_pixels": 413,
+    "animated": 422,
+    "mask_size": 422,
+    "mask_without_alpha": 422,
+}
+_LISTED_PROBLEMS = 5
+
+
+class ApiError(Exception):
+    """An answer other than success. ``code`` is for programs, ``message`` for people."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retryable: bool | None = None,
+        retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retryable = status in _RETRYABLE if retryable is None else retryable
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+
+    def body(self, request_id: str | None) -> dict[str, dict[str, Any]]:
+        """The one shape."""
+        error = {
+            "type": _TYPES.get(self.status, "invalid_request_error"),
+            "code": self.code,
+            "message": self.message,
+            "param": self.param,
+            "request_id": request_id,
+            "retryable": self.retryable,
+        }
+        return {"error": error}
+
+    def response(self) -> Response:
+        """The answer, with the id of the request that is being served."""
+        # ASCII, because a message may quote a field name that no encoding of the answer could carry.
+        body = json.dumps(self.body(request_id_var.get()), ensure_ascii=True).encode()
+        return Response(body, self.status, self.headers, media_type="application/json")
+
+
+def internal_error() -> ApiError:
+    """The answer to a fault of our own; what happened stands in the log under the request id."""
+    return ApiError(500, "internal_error", "the service failed; the log has the details")
+
+
+def from_task_error(error: TaskError, param: str) -> ApiError:
+    """What the bundle cannot honour, under the name the field has in the request."""
+    return ApiError(422, error.code, error.message, param=param)
+
+
+def from_image_error(error: ImageError, param: str) -> ApiError:
+    """An image that cannot be read (400), is too large (413), or is not of the kind asked for (422)."""
+    return ApiError(_IMAGE_STATUS.get(error.code, 400), error.code, error.message, param=param)
+
+
+def from_failure(failure: Failed) -> ApiError:
+    """The answer to a job that gave no images."""
+    status, code = {
+        "invalid": (422, failure.code or "invalid_request"),
+        "expired": (504, "deadline_exceeded"),
+        "cancelled": (503, "cancelled"),
+        "engine": (500, "generation_failed"),
+        "stopped": (503, "shutting_down"),
+    }[failure.reason]
+    retryable = failure.retryable if failure.reason == "engine" else None
+    retry_after_s = 1.0 if status == 503 else None
+    return ApiError(
+        status,
+        code,
+        failure.message,
+        param=failure.param,
+        retryable=retryable,
+        retry_after_s=retry_after_s,
+    )
+
+
+def from_validation(problems: Iterable[Mapping[str, Any]]) -> ApiError:
+    """pydantic's list of problems as one error: all of them in the message, the first in ``param``."""
+    listed = [(_place(problem["loc"]), problem["type"], _plain(problem)) for problem in problems]
+    message = "; ".join(f"{place}: {text}" if place else text for place, _, text in listed[:_LISTED_PROBLEMS])
+    if len(listed) > _LISTED_PROBLEMS:
+        message += f"; and {len(listed) - _LISTED_PROBLEMS} more"
+    place, kind, _ = listed[0]
+    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
+    return ApiError(422, code, message, param=place or None)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception that reaches the framework in the one shape."""
+
+    async def api_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = HTTPStatus(error.status_code)
+        code = status.phrase.lower().replace(" ", "_").replace("-", "_")
+        message = status.description or status.phrase
+        return ApiError(error.status_code, code, message, headers=error.headers).response()
+
+    async def validation_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error.errors()).response()
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    # The last part of the path through a union names its branch, not a field.
+    return str(location[0]) if location else ""
+
+
+def _plain(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown field"
+    if problem["type"] == "missing":
+        return "required"
+    text = str(problem["msg"])
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,53 @@
+"""Bisection: one bad item must not fail its whole batch. Knows nothing of what the items are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from engines.pipeline import TaskError
+from service.jobs import Failed
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+BROKEN = Failed("engine", "the engine failed", retryable=True)
+_AT_FAULT = Failed("engine", "the engine failed on this request, and on no other of its batch")
+
+
+def isolate(
+    call: Callable[[Sequence[Item]], Sequence[Result]],
+    items: Sequence[Item],
+    on_failure: Callable[[Exception, Sequence[Item]], None],
+) -> list[Result | Exception]:
+    """The result of ``call`` for every item, or the exception that the item causes on its own.
+
+    A failing batch is halved until only the bad items fail: b bad ones among n cost about 2 b log2(n) more
+    calls. ``call`` must leave its items as they were where it raises. ``on_failure`` sees each failed batch.
+    """
+    if not items:
+        return []
+    try:
+        return list(call(items))
+    except Exception as error:
+        on_failure(error, items)
+        if len(items) == 1:
+            return [error]
+    middle = len(items) // 2
+    return isolate(call, items[:middle], on_failure) + isolate(call, items[middle:], on_failure)
+
+
+def failures(results: Sequence[object]) -> list[Failed | None]:
+    """What to tell the client of each result of `isolate`; None where it succeeded.
+
+    Where others of the batch succeeded, the item is at fault and trying again is vain; where none did, the
+    engine may be.
+    """
+    spread = all(isinstance(result, Exception) for result in results)
+    return [_failure(result, spread) if isinstance(result, Exception) else None for result in results]
+
+
+def _failure(error: Exception, spread: bool) -> Failed:
+    if isinstance(error, TaskError):
+        return Failed("invalid", error.message, error.code, error.param)
+    return BROKEN if spread else _AT_FAULT

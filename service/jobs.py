@@ -1,0 +1,78 @@
+"""A job, the unit of the queue: the images of one request, and what became of them. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.images import ImageFormat
+from engines.pipeline import Edit, Inpaint, Task, kept_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How finished images are encoded; ``quality`` is 1 to 100, None for lossless formats."""
+
+    format: ImageFormat
+    quality: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """The images of one request: one task each, all made by the same student.
+
+    ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
+    translates them.
+    """
+
+    id: str
+    request_id: str
+    tasks: tuple[Task, ...]
+    output: Output
+    submitted: float
+    deadline: float
+
+    @property
+    def cost(self) -> int:
+        """The job's work in row-ticks: the steps that its images run, together."""
+        return sum(_ticks(task) for task in self.tasks)
+
+
+def _ticks(task: Task) -> int:
+    return kept_steps(task.steps, task.strength) if isinstance(task, Edit | Inpaint) else task.steps
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds a job spent in each stage; the stages follow one another, so they add up."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The encoded images in the order of the tasks, and the number of rows in each tick that made them."""
+
+    images: tuple[bytes, ...]
+    timings: Timings
+    ticks: tuple[int, ...]
+
+
+FailureReason = Literal["invalid", "expired", "cancelled", "engine", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why there are no images. ``code`` and ``param`` say more where the reason is ``invalid``."""
+
+    reason: FailureReason
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retryable: bool = False
+
+
+Outcome = Finished | Failed

@@ -1,0 +1,72 @@
+"""Every metric of the service, once. Each app has a registry of its own, so tests do not share counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from service.queue.base import QueueStats
+
+PREFIX = "fewstep"
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The counters, histograms and gauges, in base units and with few labels."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = self._counter("requests", "Requests answered", "endpoint", "outcome")
+        self.images = self._counter("images", "Images made")
+        self.rejected = self._counter("rejected", "Requests turned away unserved", "reason")
+        self.cancelled = self._counter("cancelled", "Jobs given up by their client", "stage")
+        self.batch_failures = self._counter("batch_failures", "Batches that failed", "cause")
+        self.request_seconds = self._histogram(
+            "request_duration_seconds", "From a request's first byte to its answer", "endpoint"
+        )
+        self.queue_seconds = self._histogram("queue_wait_seconds", "From acceptance of a job to its start")
+        self.stage_seconds = self._histogram("stage_duration_seconds", "Time of a job in a stage", "stage")
+        self.tick_seconds = self._histogram("tick_duration_seconds", "One call of the step engine")
+        self.tick_rows = Histogram(f"{PREFIX}_tick_rows", "Rows in a tick", buckets=_ROWS, registry=self.registry)
+        self.inflight = self._gauge("inflight_requests", "Image requests being served")
+        self.worker_up = self._gauge("worker_up", "1 while the worker runs")
+        self._build = self._gauge("build_info", "1, with what runs here", "version", "model", "revision")
+
+    def watch_queue(self, stats: Callable[[], QueueStats]) -> None:
+        """Report ``stats`` at every scrape."""
+        self.registry.register(_QueueCollector(stats))
+
+    def set_build(self, version: str, model: str, revision: str) -> None:
+        """Say what runs here."""
+        self._build.clear()
+        self._build.labels(version, model, revision).set(1)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", text, labels, buckets=_SECONDS, registry=self.registry)
+
+
+class _QueueCollector(Collector):
+    def __init__(self, stats: Callable[[], QueueStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield GaugeMetricFamily(f"{PREFIX}_queue_depth", "Jobs that wait", value=stats.depth)
+        yield GaugeMetricFamily(f"{PREFIX}_queue_cost", "Row-ticks that wait", value=stats.cost)
+        yield GaugeMetricFamily(
+            f"{PREFIX}_oldest_queued_seconds", "Age of the oldest waiting job", value=stats.oldest_s
+        )

@@ -1,0 +1,131 @@
+"""What surrounds every request: its id, its log line, its metrics, its size limit, and the last safety net.
+
+Plain ASGI, because a wrapper that buffers would hide from the routes that a client has gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ApiError, internal_error
+from service.logs import describe, request_id_var
+from service.metrics import Metrics
+from service.runtime import ClientGone
+
+logger = logging.getLogger("service.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MAX_DIGITS = 18
+_CLIENT_CLOSED = 499
+_OUTCOMES = {_CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504: "timeout"}
+_QUIET = frozenset({"livez", "readyz", "metrics"})
+
+
+class RequestContext:
+    """Gives each request an id and a start time, and reports how it ended in one log line and in metrics."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.monotonic()
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope.setdefault("state", {}).update(request_id=request_id, began=began)
+        status = 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        token = request_id_var.set(request_id)
+        try:
+            await self.app(scope, receive, tagged)
+        except (ClientDisconnect, ClientGone):
+            status = _CLIENT_CLOSED
+        except Exception as error:
+            logger.error("unhandled", extra=describe(error))
+            if status == 0:
+                await internal_error().response()(scope, receive, tagged)
+            status = 500
+        finally:
+            self._report(scope, status, time.monotonic() - began)
+            request_id_var.reset(token)
+
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
+        route = scope.get("route")
+        endpoint = getattr(route, "name", None) or "unmatched"
+        self.metrics.requests.labels(endpoint, _outcome(status)).inc()
+        self.metrics.request_seconds.labels(endpoint).observe(seconds)
+        level = logging.DEBUG if endpoint in _QUIET else logging.INFO
+        fields = {
+            "method": scope["method"],
+            "endpoint": endpoint,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 1),
+        }
+        logger.log(level, "request", extra=fields)
+
+
+class BodyLimit:
+    """Refuses bodies of more than ``max_bytes``: by Content-Length at once, else when the bytes arrive."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > self.max_bytes):
+            await self._too_large().response()(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise self._too_large()
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, "body_too_large", f"the body may have at most {self.max_bytes} bytes")
+
+
+def _request_id(offered: str | None) -> str:
+    """The client's id where it is plain and short, so that it can do no harm in logs, else a new one."""
+    if offered is not None and _REQUEST_ID.fullmatch(offered):
+        return offered
+    return uuid.uuid4().hex
+
+
+def _outcome(status: int) -> str:
+    if status in _OUTCOMES:
+        return _OUTCOMES[status]
+    if status >= 500 or status == 0:
+        return "error"
+    return "invalid" if status >= 400 else "ok"

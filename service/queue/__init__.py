@@ -1,0 +1,1 @@
+"""Where jobs wait between the request that made them and the worker that runs them."""

@@ -1,0 +1,147 @@
+"""The embedded job queue: one process, no persistence."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+
+from service.jobs import Failed, Job, Outcome
+from service.queue.base import QueueFull, QueueStats, Stage
+
+_RATE_MEMORY_S = 10.0
+_RETRY_AFTER_S = (1.0, 60.0)
+
+
+class DrainRate:
+    """How fast workers take cost off the queue, in row-ticks a second, forgetting over about ``memory_s``.
+
+    Only time in which something waited counts: an idle worker says nothing about its speed.
+    """
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self._cost = 0.0
+        self._seconds = 0.0
+        self._busy_since: float | None = None
+
+    def taken(self, cost: int, more_waiting: bool, now: float) -> None:
+        """Note that ``cost`` was taken at ``now``, and whether anything was left waiting."""
+        if self._busy_since is not None:
+            elapsed = max(0.0, now - self._busy_since)
+            kept = math.exp(-elapsed / self._memory_s)
+            self._cost = self._cost * kept + cost
+            self._seconds = self._seconds * kept + elapsed
+        self._busy_since = now if more_waiting else None
+
+    @property
+    def per_second(self) -> float:
+        """Row-ticks a second, 0 while nothing is known."""
+        return self._cost / self._seconds if self._seconds > 0 else 0.0
+
+
+class MemoryQueue:
+    """A JobQueue in memory that holds jobs of at most ``max_cost`` row-ticks.
+
+    A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run.
+    """
+
+    def __init__(self, max_cost: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_cost = max_cost
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._waiting: OrderedDict[str, Job] = OrderedDict()
+        self._waiting_cost = 0
+        self._outcomes: dict[str, Future[Outcome]] = {}
+        self._cancelled: set[str] = set()
+        self._rate = DrainRate(_RATE_MEMORY_S)
+
+    async def submit(self, job: Job) -> None:
+        """See JobQueue.submit."""
+        with self._changed:
+            if job.id in self._outcomes:
+                raise ValueError(f"job {job.id} was submitted before")
+            if self._waiting and self._waiting_cost + job.cost > self._max_cost:
+                raise QueueFull(self._retry_after_s())
+            self._waiting[job.id] = job
+            self._waiting_cost += job.cost
+            future: Future[Outcome] = Future()
+            # A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`.
+            future.set_running_or_notify_cancel()
+            self._outcomes[job.id] = future
+            self._changed.notify()
+
+    async def outcome(self, job_id: str) -> Outcome:
+        """See JobQueue.outcome."""
+        with self._changed:
+            future = self._outcomes[job_id]
+        outcome = await asyncio.wrap_future(future)
+        with self._changed:
+            self._outcomes.pop(job_id, None)
+        return outcome
+
+    async def cancel(self, job_id: str) -> Stage | None:
+        """See JobQueue.cancel."""
+        with self._changed:
+            future = self._outcomes.pop(job_id, None)
+            if future is None or future.done():
+                return None
+            stage: Stage = "running"
+            if (job := self._waiting.pop(job_id, None)) is not None:
+                self._waiting_cost -= job.cost
+                stage = "queued"
+            else:
+                self._cancelled.add(job_id)
+            future.set_result(Failed("cancelled", "the job was cancelled"))
+        return stage
+
+    def take(self, rows: int, wait_s: float) -> list[Job]:
+        """See JobQueue.take."""
+        with self._changed:
+            if not self._waiting and wait_s > 0:
+                self._changed.wait_for(lambda: bool(self._waiting), wait_s)
+            taken: list[Job] = []
+            room = rows
+            while self._waiting and room > 0:
+                job = next(iter(self._waiting.values()))
+                if taken and len(job.tasks) > room:
+                    break
+                taken.append(self._waiting.pop(job.id))
+                room -= len(job.tasks)
+            cost = sum(job.cost for job in taken)
+            self._waiting_cost -= cost
+            if taken:
+                self._rate.taken(cost, bool(self._waiting), self._clock())
+            return taken
+
+    def cancelled(self, job_ids: Iterable[str]) -> set[str]:
+        """See JobQueue.cancelled."""
+        with self._changed:
+            return self._cancelled.intersection(job_ids)
+
+    def settle(self, job_id: str, outcome: Outcome) -> bool:
+        """See JobQueue.settle."""
+        with self._changed:
+            self._cancelled.discard(job_id)
+            future = self._outcomes.get(job_id)
+            if future is None or future.done():
+                return False
+            future.set_result(outcome)
+            return True
+
+    def stats(self) -> QueueStats:
+        """See JobQueue.stats."""
+        with self._changed:
+            oldest = next(iter(self._waiting.values()), None)
+            age = max(0.0, self._clock() - oldest.submitted) if oldest else 0.0
+            return QueueStats(len(self._waiting), self._waiting_cost, age)
+
+    def _retry_after_s(self) -> float:
+        shortest, longest = _RETRY_AFTER_S
+        rate = self._rate.per_second
+        expected = self._waiting_cost / rate if rate > 0 else shortest
+        return min(max(expected, shortest), longest)

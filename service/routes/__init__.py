@@ -1,0 +1,1 @@
+"""The endpoints. A route reads a request, calls what does the work, and writes the answer."""

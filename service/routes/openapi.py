@@ -1,0 +1,90 @@
+"""What the OpenAPI document says of the image endpoints, which read their bodies themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from service.bodies import FILE_FIELDS
+from service.errors import ApiError
+from service.schemas import ErrorResponse, GenerateRequest, ImagesResponse
+
+_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+# status: (what it means, an example's code, its message, its param)
+ERRORS: dict[int, tuple[str, str, str, str | None]] = {
+    400: ("The body or an image cannot be read", "invalid_json", "the body is not valid JSON", None),
+    404: ("Another model than the loaded one", "model_not_found", "the loaded model is emoji", "model"),
+    406: ("No form of answer that Accept allows", "not_acceptable", "the answer can be ...", "accept"),
+    408: ("The body did not arrive in time", "body_timeout", "the body did not arrive in time", None),
+    413: ("Body or image too large", "body_too_large", "the body may have at most 12582912 bytes", None),
+    415: ("Another content type", "unsupported_media_type", "send application/json or ...", "content-type"),
+    422: (
+        "A field is unknown, wrong, or more than the bundle can do",
+        "unsupported_steps",
+        "no student of 3 steps; there are 1, 2, 4",
+        "steps",
+    ),
+    429: ("Too much waits; see Retry-After", "queue_full", "the queue is full; ...", None),
+    500: ("The service failed", "internal_error", "the service failed; the log has the details", None),
+    503: ("Not ready, or shutting down; see Retry-After", "not_ready", "the bundle is loading", None),
+    504: ("The time limit passed", "deadline_exceeded", "the time limit passed before ...", None),
+}
+
+
+def documented(model: type[GenerateRequest]) -> dict[str, Any]:
+    """Keyword arguments for a route whose body is ``model``, as JSON or as multipart."""
+    schema = model.model_json_schema()
+    body = {
+        "required": True,
+        "content": {
+            "application/json": {"schema": schema, "example": _example(model)},
+            "multipart/form-data": {"schema": _with_files(schema)},
+        },
+    }
+    return {"openapi_extra": {"requestBody": body}, "responses": _responses(), "response_model": None}
+
+
+def error(status: int) -> dict[str, Any]:
+    """One error answer with an example."""
+    text, code, message, param = ERRORS[status]
+    example = ApiError(status, code, message, param=param).body("5f0c5a2e9b6c4d0f8a6f3c1d2e4b7a90")
+    answer: dict[str, Any] = {
+        "model": ErrorResponse,
+        "description": text,
+        "content": {"application/json": {"example": example}},
+    }
+    if status in (429, 503):
+        answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    return answer
+
+
+def _responses() -> dict[int | str, dict[str, Any]]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    success = {
+        "model": ImagesResponse,
+        "description": "The images; raw bytes of the one image where Accept asks for an image type.",
+        "content": {f"image/{name}": binary for name in ("png", "jpeg", "webp")},
+        "headers": {
+            "X-Seed": {"schema": {"type": "integer"}, "description": "The seed, of a raw image."},
+            "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds in each stage."},
+        },
+    }
+    return {200: success, **{status: error(status) for status in ERRORS}}
+
+
+def _example(model: type[GenerateRequest]) -> dict[str, Any]:
+    example: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "guidance_scale": 3.0, "seed": 7}
+    if "image" in model.model_fields:
+        example |= {"image": _PNG}
+    if "mask" in model.model_fields:
+        return example | {"mask": _PNG, "mask_mode": "white"}
+    return example | ({"strength": 0.75} if "strength" in model.model_fields else {"n": 1})
+
+
+def _with_files(schema: dict[str, Any]) -> dict[str, Any]:
+    schema = copy.deepcopy(schema)
+    for name in FILE_FIELDS & schema["properties"].keys():
+        description = schema["properties"][name].get("description", "")
+        schema["properties"][name] = {"type": "string", "format": "binary", "description": description}
+    return schema

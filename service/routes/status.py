@@ -1,0 +1,45 @@
+"""GET /livez, /readyz, /capabilities and /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from service.capabilities import describe
+from service.routes.openapi import error
+from service.runtime import Service, State
+from service.schemas import Capabilities, Health
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/livez", summary="The process answers")
+async def livez() -> Health:
+    """Ok from the first moment, also while the bundle loads."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", summary="Requests for images are welcome", responses={503: {"model": Health}})
+async def readyz(request: Request, response: Response) -> Health:
+    """200 once the bundle is loaded and warm, until the service drains; else 503 with what it is doing."""
+    service: Service = request.app.state.service
+    state = service.state
+    if state is not State.READY:
+        response.status_code = 503
+        response.headers["Retry-After"] = "2"
+    return Health(status=state.value)
+
+
+@router.get("/capabilities", summary="What the bundle can do", responses={503: error(503)})
+async def capabilities(request: Request) -> Capabilities:
+    """Steps, guidance range, sizes, formats and limits."""
+    service: Service = request.app.state.service
+    return describe(service.pipeline.manifest, service.settings)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """In the text format that the Accept header names."""
+    service: Service = request.app.state.service
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})

@@ -1,0 +1,217 @@
+"""The life of the service: loads the bundle, is ready, drains, stops. Knows nothing of HTTP's details."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from engines.bundle import shipped_bundle
+from engines.pipeline import Pipeline
+from service.errors import ApiError, from_failure
+from service.jobs import Finished, Job, Outcome
+from service.logs import describe
+from service.metrics import Metrics
+from service.queue.base import JobQueue, QueueFull
+from service.scheduler import Scheduler
+from service.settings import Settings
+from service.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+OpenPipeline = Callable[[Settings], Pipeline]
+
+# Requests whose images are decoded at once: each may hold several times max_pixels in bytes.
+_INTAKE_THREADS = 2
+_LOADING_RETRY_S = 2.0
+_BUSY_RETRY_S = 1.0
+
+
+class State(StrEnum):
+    """Where in its life the service is. Only a ready one takes requests for images."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+def open_pipeline(settings: Settings) -> Pipeline:
+    """Open the bundle that the settings name, a folder or a bundle that ships, and warm it up."""
+    path = Path(settings.bundle)
+    if not path.is_dir():
+        path = shipped_bundle(settings.bundle)
+    sizes = {settings.max_batch} | {1 << k for k in range(settings.max_batch.bit_length())}
+    pipeline = Pipeline.open(path, settings.backend, settings.threads, batch_sizes=sorted(sizes))
+    pipeline.warmup()
+    return pipeline
+
+
+class Service:
+    """One queue, one pipeline, one worker, and the gate in front of them."""
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, queue: JobQueue, opener: OpenPipeline = open_pipeline
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.clock = time.monotonic
+        self.inflight = 0
+        self.failure: Exception | None = None
+        self._queue = queue
+        self._opener = opener
+        self._state = State.LOADING
+        self._pipeline: Pipeline | None = None
+        self._worker: Worker | None = None
+        self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
+        self._stopping = asyncio.Event()
+        self.intake_slots = asyncio.Semaphore(_INTAKE_THREADS)
+
+    @property
+    def state(self) -> State:
+        """Where in its life the service is; a worker that died is a failure."""
+        if self._state is State.READY and not (self._worker and self._worker.alive):
+            return State.FAILED
+        return self._state
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline. Raises ApiError 503 until the bundle is loaded."""
+        if self._pipeline is None:
+            raise self._unavailable()
+        return self._pipeline
+
+    def start(self) -> None:
+        """Load the bundle in a thread, so that the service can say meanwhile that it lives."""
+        self._loader.start()
+
+    def drain(self) -> None:
+        """Take no new requests for images; those in flight go on."""
+        if self._state is not State.FAILED:
+            self._state = State.DRAINING
+        logger.info("draining", extra={"inflight": self.inflight})
+
+    def abandon(self) -> None:
+        """Answer every request that still waits with 503."""
+        self._stopping.set()
+
+    async def stop(self) -> None:
+        """Abandon what still waits and end every thread."""
+        self._state = State.STOPPED
+        self.abandon()
+        await asyncio.to_thread(self._close)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[Pipeline]:
+        """Count a request for images while it is served. Raises ApiError 503 or 429 instead."""
+        if self.state is not State.READY:
+            self.metrics.rejected.labels("draining" if self._state is State.DRAINING else "not_ready").inc()
+            raise self._unavailable()
+        if self.inflight >= self.settings.max_inflight:
+            self.metrics.rejected.labels("too_many_requests").inc()
+            raise ApiError(429, "too_many_requests", "too many requests at once", retry_after_s=_BUSY_RETRY_S)
+        self._count(+1)
+        try:
+            yield self.pipeline
+        finally:
+            self._count(-1)
+
+    async def complete(self, job: Job, client_gone: Callable[[], Awaitable[None]]) -> Finished:
+        """Queue the job and wait for its images.
+
+        ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
+        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped, 500.
+        """
+        try:
+            await self._queue.submit(job)
+        except QueueFull as error:
+            self.metrics.rejected.labels("queue_full").inc()
+            raise ApiError(429, "queue_full", str(error), retry_after_s=error.retry_after_s) from error
+        outcome = await self._wait(job, client_gone)
+        if isinstance(outcome, Finished):
+            return outcome
+        raise from_failure(outcome)
+
+    async def _wait(self, job: Job, client_gone: Callable[[], Awaitable[None]]) -> Outcome:
+        outcome = asyncio.ensure_future(self._queue.outcome(job.id))
+        gone = asyncio.ensure_future(client_gone())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        waiting = {outcome, gone, stopping}
+        try:
+            await asyncio.wait(
+                waiting, timeout=max(0.0, job.deadline - self.clock()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if outcome.done():
+                return outcome.result()
+            if gone.done():
+                await self._count_cancelled(job)
+                raise ClientGone
+            if stopping.done():
+                raise ApiError(503, "shutting_down", "the service is shutting down", retry_after_s=_BUSY_RETRY_S)
+            raise ApiError(504, "deadline_exceeded", "the time limit passed before the images were made")
+        finally:
+            for task in waiting:
+                task.cancel()
+            if not outcome.done():
+                await self._queue.cancel(job.id)
+
+    async def _count_cancelled(self, job: Job) -> None:
+        stage = await self._queue.cancel(job.id)
+        if stage is not None:
+            self.metrics.cancelled.labels(stage).inc()
+
+    def _count(self, change: int) -> None:
+        self.inflight += change
+        self.metrics.inflight.set(self.inflight)
+
+    def _unavailable(self) -> ApiError:
+        code, message = {
+            State.DRAINING: ("draining", "the service is shutting down"),
+            State.STOPPED: ("draining", "the service is shutting down"),
+            State.FAILED: ("failed", "the service could not start or lost its worker"),
+        }.get(self.state, ("not_ready", "the bundle is loading"))
+        return ApiError(503, code, message, retry_after_s=_LOADING_RETRY_S)
+
+    def _load(self) -> None:
+        try:
+            pipeline = self._opener(self.settings)
+        except Exception as error:
+            logger.error("the bundle does not load", extra=describe(error))
+            self.failure = error
+            self._state = State.FAILED
+            return
+        manifest = pipeline.manifest
+        worker = Worker(pipeline, self._queue, Scheduler(self.settings.max_batch), self.metrics)
+        self.metrics.set_build(package_version(), manifest.name, manifest.revision)
+        self._pipeline, self._worker = pipeline, worker
+        worker.start()
+        if self._state is State.LOADING:
+            self._state = State.READY
+            logger.info("ready", extra={"model": manifest.name, "revision": manifest.revision})
+
+    def _close(self) -> None:
+        if self._loader.ident is not None:
+            self._loader.join()
+        if self._worker is not None:
+            self._worker.stop()
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+
+def package_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("fewstep")
+    except PackageNotFoundError:
+        return "unknown"

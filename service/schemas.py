@@ -1,0 +1,205 @@
+"""The bodies of requests and answers. What needs the bundle or the settings is checked in intake.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from engines.images import ImageFormat, MaskMode
+
+# JSON and JavaScript carry integers exactly up to here.
+MAX_SEED = 2**53 - 1
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Text in JSON (base64), bytes in a multipart file part; intake.py makes bytes of both.
+Picture = Annotated[
+    str | bytes,
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "examples": ["iVBORw0KGgo..."]}),
+]
+
+
+class Body(BaseModel):
+    """Base of every model here: frozen; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class GenerateRequest(Body):
+    """Make images from text (or from a class, where the bundle is class-conditional)."""
+
+    prompt: Annotated[
+        str | None, Field(description="What to show. Text bundles need it.", examples=["a red apple"])
+    ] = None
+    class_name: Annotated[
+        str | None, Field(alias="class", description="What to show, one of the classes of a class bundle.")
+    ] = None
+    negative_prompt: Annotated[
+        str | None,
+        Field(description="Refused unless empty: the students know no negative prompt.", examples=[""]),
+    ] = None
+    model: Annotated[
+        str | None, Field(description="Name of the loaded bundle, or name@revision.", examples=["emoji"])
+    ] = None
+    width: Annotated[int | None, Field(description="The bundle's width in pixels, or absent.")] = None
+    height: Annotated[int | None, Field(description="The bundle's height in pixels, or absent.")] = None
+    steps: Annotated[
+        int | None,
+        Field(description="A number of steps that a student has; 4 where there is one.", examples=[4]),
+    ] = None
+    guidance_scale: Annotated[
+        Finite | None,
+        Field(description="1 is no guidance; the range is in /capabilities.", examples=[3.0]),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_SEED, description="Image i uses seed + i. Random when absent.", examples=[7]),
+    ] = None
+    n: Annotated[int, Field(ge=1, description="How many images.")] = 1
+    output_format: Annotated[ImageFormat | None, Field(description="png unless the Accept header names another.")] = (
+        None
+    )
+    quality: Annotated[int | None, Field(ge=1, le=100, description="Of jpeg and webp; png has none.")] = None
+    response_format: Annotated[
+        Literal["b64_json"] | None,
+        Field(description="JSON with base64 images; for one image as raw bytes send Accept: image/*."),
+    ] = None
+    timeout_ms: Annotated[
+        int | None, Field(ge=1, description="Time limit from the arrival of the request; then 504.")
+    ] = None
+
+
+class EditRequest(GenerateRequest):
+    """Make images that start from an image. An image of another size is resized to the bundle's."""
+
+    image: Annotated[Picture, Field(description="PNG, JPEG or WebP: base64 or data URI, or a file part.")]
+    strength: Annotated[
+        Finite | None,
+        Field(gt=0, le=1, description="Share of the steps that run; low keeps more of the image."),
+    ] = None
+
+
+class InpaintRequest(EditRequest):
+    """Make part of an image anew.
+
+    Pixels outside the mask come back exactly as they went in (in png and where the image has the bundle's
+    size; an image of another size is resized first, and its resized pixels come back exactly).
+    """
+
+    mask: Annotated[Picture, Field(description="Marks what to repaint; of the image's own size.")]
+    mask_mode: Annotated[
+        MaskMode,
+        Field(description="What is repainted: white pixels, black pixels, or where alpha is 0."),
+    ] = "white"
+
+
+class Image(Body):
+    """One image made, with the seed that makes it again."""
+
+    b64_json: str
+    seed: int
+    width: int
+    height: int
+
+
+class TimingsMs(Body):
+    """Milliseconds in each stage; ``total_ms`` is from the arrival of the request to its answer."""
+
+    queue_ms: float
+    encode_ms: float
+    denoise_ms: float
+    decode_ms: float
+    total_ms: float
+
+
+class Batch(Body):
+    """The company the images had."""
+
+    ticks: Annotated[tuple[int, ...], Field(description="Rows in each tick that moved these images.")]
+
+
+class ImagesResponse(Body):
+    """The images in order, with seeds and timings."""
+
+    id: str
+    created: Annotated[int, Field(description="Unix time in seconds.")]
+    model: str
+    revision: str
+    images: tuple[Image, ...]
+    timings: TimingsMs
+    batch: Batch
+
+
+class ErrorBody(Body):
+    """What went wrong."""
+
+    type: Annotated[str, Field(examples=["invalid_request_error"])]
+    code: Annotated[str, Field(examples=["unsupported_steps"])]
+    message: Annotated[str, Field(examples=["no student of 3 steps; there are 1, 2, 4"])]
+    param: Annotated[str | None, Field(examples=["steps"])]
+    request_id: Annotated[str | None, Field(examples=["5f0c5a2e"])]
+    retryable: bool
+
+
+class ErrorResponse(Body):
+    """The shape of every error answer."""
+
+    error: ErrorBody
+
+
+class Size(Body):
+    """Pixels."""
+
+    width: int
+    height: int
+
+
+class Range(Body):
+    """A range and its default."""
+
+    minimum: float
+    maximum: float
+    default: float
+
+
+class Limits(Body):
+    """The bounds on a request."""
+
+    max_body_bytes: int
+    max_image_bytes: int
+    max_pixels: int
+    max_images: int
+    max_prompt_chars: int
+    max_prompt_tokens: int | None
+    timeout_ms: int
+    max_timeout_ms: int
+
+
+class Capabilities(Body):
+    """What the loaded bundle can do, and the bounds of the service."""
+
+    model: str
+    revision: str
+    space: Literal["pixel", "latent"]
+    conditioning: Literal["text", "class"]
+    classes: tuple[str, ...]
+    image: Size
+    students: Annotated[tuple[int, ...], Field(description="The numbers of steps there are.")]
+    default_steps: int
+    guidance_scale: Range
+    strengths: Annotated[
+        dict[str, tuple[float, ...]],
+        Field(description="By steps: the strengths that differ. One in between acts as the next lower."),
+    ]
+    default_strength: Annotated[dict[str, float], Field(description="Of /edit, by steps.")]
+    tasks: tuple[str, ...]
+    mask_modes: tuple[str, ...]
+    output_formats: tuple[str, ...]
+    negative_prompt: bool
+    limits: Limits
+
+
+class Health(Body):
+    """Whether the service lives, and whether it is ready."""
+
+    status: Literal["ok", "loading", "ready", "draining", "failed", "stopped"]

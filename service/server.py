@@ -1,0 +1,68 @@
+"""uvicorn with manners: on SIGTERM it goes on answering until what is in flight is done."""
+
+from __future__ import annotations
+
+import time
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.runtime import Service, State
+from service.settings import Settings
+
+
+class Server(uvicorn.Server):
+    """One process that serves one app.
+
+    The first SIGTERM or SIGINT starts draining: /readyz and requests for images get 503 while those in flight
+    are finished, for at most ``drain_timeout_s``; then it exits. A second signal exits at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_since: float | None = None
+        self.failed = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, exit on the second."""
+        if self._drain_since is None:
+            self._drain_since = time.monotonic()
+            self._service.drain()
+        else:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second: exit once drained, or where the service cannot go on."""
+        self.failed = self.failed or self._service.state is State.FAILED
+        if self.failed or self._drained():
+            self._service.abandon()
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _drained(self) -> bool:
+        if self._drain_since is None:
+            return False
+        waited_s = time.monotonic() - self._drain_since
+        return self._service.inflight == 0 or waited_s > self._service.settings.drain_timeout_s
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal. Returns the exit code: 0, or 1 where the service could not start or go on."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=5,
+    )
+    server = Server(config, app.state.service)
+    server.run()
+    return 1 if server.failed else 0

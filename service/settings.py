@@ -1,0 +1,50 @@
+"""What the service can be told from outside. The environment is read once, here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engines.bundle import SHIPPED
+
+MIB = 1024 * 1024
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Settings of one process, from keyword arguments or from ``FEWSTEP_<NAME>`` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", frozen=True)
+
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on, 0 for any free one")] = 8000
+    bundle: Annotated[str, Field(description="folder of a bundle, or the name of one that ships")] = SHIPPED
+    backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends")] = "ort"
+    threads: Annotated[int, Field(ge=0, description="threads of an engine, 0 leaves it to the backend")] = 0
+    max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
+
+    max_body_bytes: Annotated[Count, Field(description="largest request body")] = 12 * MIB
+    max_image_bytes: Annotated[Count, Field(description="largest encoded image or mask")] = 8 * MIB
+    max_pixels: Annotated[Count, Field(description="most pixels of an image or mask")] = 16 * MIB
+    max_images: Annotated[int, Field(ge=1, le=64, description="most images of one request")] = 8
+    max_prompt_chars: Annotated[Count, Field(description="longest prompt, in characters")] = 1000
+    max_queue_cost: Annotated[Count, Field(description="most work that may wait, in images x steps")] = 1024
+    max_inflight: Annotated[Count, Field(description="most image requests at once")] = 256
+
+    timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
+    max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000
+    body_timeout_s: Annotated[Seconds, Field(description="time a client has to send its body")] = 30.0
+    drain_timeout_s: Annotated[Seconds, Field(description="time for requests in flight on SIGTERM")] = 30.0
+
+    log_format: Annotated[Literal["text", "json"], Field(description="form of a log line")] = "text"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level")] = "info"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError("timeout_ms must not exceed max_timeout_ms")
+        return self

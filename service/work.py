@@ -1,0 +1,54 @@
+"""What the worker knows of a job it holds: its images in the making, and the time each stage took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engines.pipeline import Row, Task
+from service.jobs import Job, Timings
+
+
+@dataclass(eq=False, slots=True)
+class Unit:
+    """One image in the making. It has a row from its first tick on."""
+
+    work: Work
+    index: int
+    task: Task
+    row: Row | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """A job that was taken and is not settled yet.
+
+    The worker's thread writes everything until the last unit is handed to the finisher; then the finisher's
+    thread does. ``over`` may be set by either: whoever sees it drops what is left.
+    """
+
+    job: Job
+    units: list[Unit] = field(default_factory=list)
+    ticks: list[int] = field(default_factory=list)
+    images: dict[int, bytes] = field(default_factory=dict)
+    started: float | None = None
+    encode_s: float = 0.0
+    denoised: float = 0.0
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.units = [Unit(self, index, task) for index, task in enumerate(self.job.tasks)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image is encoded."""
+        return len(self.images) == len(self.job.tasks)
+
+    def timings(self, now: float) -> Timings:
+        """Seconds in each stage, for a job whose last image was encoded at ``now``."""
+        started = self.job.submitted if self.started is None else self.started
+        return Timings(
+            queue_s=max(0.0, started - self.job.submitted),
+            encode_s=self.encode_s,
+            denoise_s=max(0.0, self.denoised - started - self.encode_s),
+            decode_s=max(0.0, now - self.denoised),
+        )

@@ -1,0 +1,189 @@
+"""The loop: take -> tick -> settle. The only place where queue, scheduler and pipeline meet."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from engines.pipeline import Pipeline, Row
+from service.finisher import Finisher
+from service.isolate import BROKEN, failures, isolate
+from service.jobs import Failed
+from service.logs import describe
+from service.metrics import Metrics
+from service.queue.base import JobQueue
+from service.scheduler import Candidate, Plan, Scheduler
+from service.work import Unit, Work
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.1
+_AFTER_ERROR_S = 0.5
+
+
+class Worker:
+    """Runs jobs until stopped, with continuous batching: waiting rows are admitted at every tick.
+
+    It holds at most two full ticks of images. So rows of another student can fill the next tick, and what
+    waits longer stays in the queue, where its cost bounds admission and another worker could take it.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        queue: JobQueue,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pipeline = pipeline
+        self._queue = queue
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._clock = clock
+        self._finisher = Finisher(pipeline, queue, metrics, clock)
+        self._held: dict[str, Work] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the thread after the tick that runs. Jobs it holds fail as stopped, those that wait stay."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._finisher.close()
+        self._end(list(self._held.values()), _STOPPED)
+
+    def step(self, wait_s: float = 0.0) -> None:
+        """Admit, drop what is cancelled or expired, and run one tick. Waits only when there is nothing."""
+        self._admit(wait_s)
+        self._drop_cancelled()
+        plan = self._scheduler.plan(self._candidates(), self._clock())
+        self._end([self._held[job_id] for job_id in plan.expired], _EXPIRED)
+        units = self._started(plan)
+        if units:
+            self._tick(units)
+
+    def _run(self) -> None:
+        self._metrics.worker_up.set(1)
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self.step(_IDLE_WAIT_S)
+                except Exception as error:
+                    logger.error("the worker's loop failed", extra=describe(error))
+                    self._end(list(self._held.values()), BROKEN)
+                    self._stopping.wait(_AFTER_ERROR_S)
+        finally:
+            self._metrics.worker_up.set(0)
+
+    def _units(self) -> Iterator[Unit]:
+        """Every unit that still needs ticks."""
+        for work in self._held.values():
+            yield from work.units
+
+    def _admit(self, wait_s: float) -> None:
+        held = sum(1 for _ in self._units())
+        room = 2 * self._scheduler.max_rows - held
+        if room > 0:
+            for job in self._queue.take(room, 0.0 if held else wait_s):
+                self._held[job.id] = Work(job)
+
+    def _drop_cancelled(self) -> None:
+        cancelled = self._queue.cancelled(self._held)
+        self._end([self._held[job_id] for job_id in cancelled], _CANCELLED)
+
+    def _candidates(self) -> list[Candidate]:
+        # One pipeline is one bundle and one latent shape: the number of steps alone tells groups apart.
+        return [
+            Candidate(unit.work.job.id, unit.index, unit.task.steps, unit.work.job.submitted, unit.work.job.deadline)
+            for unit in self._units()
+        ]
+
+    def _started(self, plan: Plan) -> list[Unit]:
+        """The units of the plan, with a row each; those that cannot start fail."""
+        by_place = {(unit.work.job.id, unit.index): unit for unit in self._units()}
+        units = [by_place[candidate.job_id, candidate.index] for candidate in plan.batch]
+        self._prepare([unit for unit in units if unit.row is None])
+        return [unit for unit in units if not unit.work.over]
+
+    def _prepare(self, fresh: Sequence[Unit]) -> None:
+        if not fresh:
+            return
+        begin = self._clock()
+        works = list(dict.fromkeys(unit.work for unit in fresh))
+        for work in works:
+            if work.started is None:
+                work.started = begin
+                self._metrics.queue_seconds.observe(max(0.0, begin - work.job.submitted))
+        results = isolate(self._encode, fresh, lambda error, units: self._failed("encode", error, units))
+        elapsed = self._clock() - begin
+        for work in works:
+            work.encode_s += elapsed
+        for unit, row in zip(fresh, results, strict=True):
+            if isinstance(row, Row):
+                unit.row = row
+        self._end_failed(fresh, results)
+
+    def _encode(self, units: Sequence[Unit]) -> list[Row]:
+        return self._pipeline.prepare([unit.task for unit in units])
+
+    def _tick(self, units: Sequence[Unit]) -> None:
+        results = isolate(self._denoise, units, lambda error, batch: self._failed("denoise", error, batch))
+        self._end_failed(units, results)
+        done = [unit for unit in units if unit.row is not None and unit.row.done and not unit.work.over]
+        if done:
+            self._hand_over(done)
+
+    def _denoise(self, units: Sequence[Unit]) -> list[Row]:
+        rows = [unit.row for unit in units if unit.row is not None]
+        begin = self._clock()
+        self._pipeline.tick(rows)
+        self._metrics.tick_seconds.observe(self._clock() - begin)
+        self._metrics.tick_rows.observe(len(rows))
+        for work in dict.fromkeys(unit.work for unit in units):
+            work.ticks.append(len(rows))
+        return rows
+
+    def _hand_over(self, done: Sequence[Unit]) -> None:
+        now = self._clock()
+        for unit in done:
+            work = unit.work
+            work.units.remove(unit)
+            if not work.units:
+                work.denoised = now
+                del self._held[work.job.id]
+        self._finisher.submit(done)
+
+    def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
+        self._metrics.batch_failures.labels(type(error).__name__).inc()
+        requests = sorted({unit.work.job.request_id for unit in units})
+        logger.warning("batch failed", extra={"stage": stage, "requests": requests, **describe(error)})
+
+    def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
+        for unit, failure in zip(units, failures(results), strict=True):
+            if failure is not None and not unit.work.over:
+                self._end([unit.work], failure)
+
+    def _end(self, works: Sequence[Work], failure: Failed) -> None:
+        for work in works:
+            work.over = True
+            self._held.pop(work.job.id, None)
+            self._queue.settle(work.job.id, failure)
+
+
+_EXPIRED = Failed("expired", "the time limit passed before the images were made")
+_CANCELLED = Failed("cancelled", "the job was cancelled")
+_STOPPED = Failed("stopped", "the service is shutting down")

@@ -1,0 +1,43 @@
+"""Fixtures of the service's tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings
+from tests.bundles import make_tiny_bundle
+from tests.service.helpers import SIZE, Running, running
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundles"), size=SIZE).path
+
+
+@pytest.fixture(scope="session")
+def class_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundles"), conditioning="class", size=SIZE).path
+
+
+@pytest.fixture(scope="session")
+def latent_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundles"), space="latent", size=SIZE).path
+
+
+@pytest.fixture
+def settings(bundle_path: Path) -> Settings:
+    return Settings(bundle=str(bundle_path), backend="fake", threads=1)
+
+
+@pytest.fixture
+async def app(anyio_backend: str, settings: Settings) -> AsyncIterator[Running]:
+    async with running(settings) as this:
+        yield this

@@ -1,0 +1,286 @@
+"""From start to stop: loading, readiness, overload, deadlines, clients that leave, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engines.bundle import BundleError
+from engines.pipeline import Pipeline
+from service.app import create_app
+from service.logs import Formatter
+from service.runtime import State, open_pipeline
+from service.settings import Settings
+from tests.service.helpers import Running, error, listening, running, until
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate:
+    """Holds the pipeline's ticks back until it is opened."""
+
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        tick = pipeline.tick
+
+        def gated(rows: Any) -> None:
+            self.reached.set()
+            assert self.opened.wait(20)
+            tick(rows)
+
+        monkeypatch.setattr(pipeline, "tick", gated)
+
+
+@pytest.fixture
+def gate(app: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(app.pipeline, monkeypatch)
+    yield gate
+    gate.opened.set()
+
+
+async def test_it_lives_at_once_and_is_ready_when_the_bundle_is_warm(anyio_backend: str, settings: Settings) -> None:
+    go = threading.Event()
+
+    def slow(settings: Settings) -> Pipeline:
+        assert go.wait(20)
+        return open_pipeline(settings)
+
+    async with running(settings, opener=slow, wait=False) as app:
+        assert (await app.client.get("/livez")).json() == {"status": "ok"}
+        ready = await app.client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
+        found = error(await app.post("/generate", prompt="a cat"), 503, "not_ready")
+        assert found["retryable"]
+        refused = await app.client.get("/capabilities")
+        error(refused, 503, "not_ready")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await app.client.get("/")).status_code == 200
+        assert app.metric("fewstep_rejected_total", reason="not_ready") == 1
+        go.set()
+        await until(lambda: app.service.state is State.READY)
+        ready = await app.client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
+        assert (await app.post("/generate", prompt="a cat")).status_code == 200
+
+
+async def test_a_bundle_that_does_not_load_is_never_ready(
+    anyio_backend: str, settings: Settings, bundle_path: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in bundle_path.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    with (broken / "step-4.onnx").open("r+b") as graph:
+        graph.seek(40)
+        graph.write(b"\x00\x01")
+    async with running(settings.model_copy(update={"bundle": str(broken)}), wait=False) as app:
+        await until(lambda: app.service.state is State.FAILED)
+        assert isinstance(app.service.failure, BundleError)
+        assert "step-4.onnx" in str(app.service.failure)
+        assert (await app.client.get("/readyz")).json() == {"status": "failed"}
+        assert (await app.client.get("/livez")).status_code == 200
+        error(await app.post("/generate", prompt="a cat"), 503, "failed")
+
+
+async def test_a_deadline_is_a_504_and_the_row_is_dropped(app: Running, gate: Gate) -> None:
+    late = await app.post("/generate", prompt="a cat", timeout_ms=50)
+    found = error(late, 504, "deadline_exceeded")
+    assert (found["type"], found["retryable"]) == ("timeout_error", True)
+    gate.opened.set()
+    assert (await app.post("/generate", prompt="a cat", steps=1)).json()["batch"]["ticks"] == [1]
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="timeout") == 1
+    assert app.metric("fewstep_images_total") == 1
+    assert app.metric("fewstep_tick_rows_sum") == 2
+
+
+async def test_a_full_queue_is_a_429_that_says_when_to_come_back(
+    anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(settings.model_copy(update={"max_batch": 1, "max_queue_cost": 8})) as app:
+        gate = Gate(app.pipeline, monkeypatch)
+        accepted = []
+        for waiting in (0, 0, 1, 2):
+            accepted.append(asyncio.create_task(app.post("/generate", prompt="a cat")))
+            await asyncio.to_thread(gate.reached.wait, 10)
+            await until(lambda: app.service.inflight == len(accepted))
+            del waiting
+        await until(lambda: app.metric("fewstep_queue_cost") + 4 > 8)
+        refused = await app.post("/generate", prompt="a cat")
+        found = error(refused, 429, "queue_full")
+        assert (found["type"], found["retryable"]) == ("overloaded_error", True)
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert app.metric("fewstep_rejected_total", reason="queue_full") == 1
+        gate.opened.set()
+        assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {200}
+        assert (await app.post("/generate", prompt="a cat")).status_code == 200
+
+
+async def test_too_many_requests_at_once_are_turned_away(
+    anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(settings.model_copy(update={"max_inflight": 1})) as app:
+        gate = Gate(app.pipeline, monkeypatch)
+        first = asyncio.create_task(app.post("/generate", prompt="a cat"))
+        await until(lambda: app.service.inflight == 1)
+        error(await app.post("/generate", prompt="a cat"), 429, "too_many_requests")
+        gate.opened.set()
+        assert (await first).status_code == 200
+
+
+async def test_draining_finishes_what_is_in_flight_and_takes_nothing_new(app: Running, gate: Gate) -> None:
+    first = asyncio.create_task(app.post("/generate", prompt="a cat"))
+    await asyncio.to_thread(gate.reached.wait, 10)
+    app.service.drain()
+    refused = await app.post("/generate", prompt="a cat")
+    error(refused, 503, "draining")
+    assert "retry-after" in refused.headers
+    assert (await app.client.get("/readyz")).json() == {"status": "draining"}
+    assert (await app.client.get("/livez")).status_code == 200
+    gate.opened.set()
+    assert (await first).status_code == 200
+
+
+async def test_abandoned_requests_get_a_503(app: Running, gate: Gate) -> None:
+    first = asyncio.create_task(app.post("/generate", prompt="a cat"))
+    await asyncio.to_thread(gate.reached.wait, 10)
+    app.service.abandon()
+    found = error(await first, 503, "shutting_down")
+    assert found["retryable"]
+
+
+def request_bytes(body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+def test_a_client_that_leaves_takes_its_rows_along(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(settings)
+    service = app.state.service
+    with listening(app) as port:
+        gate = Gate(service.pipeline, monkeypatch)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(request_bytes({"prompt": "a cat", "n": 2}))
+            assert gate.reached.wait(10)
+        deadline = time.monotonic() + 10
+        while service.inflight:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        gate.opened.set()
+        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json={"prompt": "a dog"}, timeout=20)
+        assert answer.json()["batch"]["ticks"] == [1, 1, 1, 1]
+        value = service.metrics.registry.get_sample_value
+        assert value("fewstep_cancelled_total", {"stage": "running"}) == 1
+        assert value("fewstep_requests_total", {"endpoint": "generate", "outcome": "cancelled"}) == 1
+        # One tick of the two rows ran before anyone could know; then four of the one row.
+        assert value("fewstep_tick_rows_sum") == 6
+        assert value("fewstep_images_total") == 1
+
+
+def test_a_body_that_does_not_come_is_a_408(settings: Settings) -> None:
+    with listening(create_app(settings.model_copy(update={"body_timeout_s": 0.1}))) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(request_bytes({"prompt": "a cat"})[:-5])
+            answer = client.recv(65536)
+        assert b" 408 " in answer.split(b"\r\n")[0]
+        assert b"body_timeout" in answer
+
+
+async def test_log_lines_have_the_request_id_and_no_prompt(app: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    answer = await app.client.post("/generate", json={"prompt": "a secret cat"}, headers={"X-Request-ID": "me"})
+    assert answer.status_code == 200
+    lines = [Formatter("json").format(record) for record in caplog.records]
+    assert not [line for line in lines if "secret" in line]
+    [line] = [line for line in map(json.loads, lines) if line.get("endpoint") == "generate"]
+    assert (line["event"], line["status"], line["level"]) == ("request", 200, "info")
+    assert line["request_id"] == "me"
+    assert Formatter("text").format(caplog.records[-1])
+
+
+def test_log_lines_show_messages_of_our_own_exceptions_only() -> None:
+    def line(error: Exception) -> str:
+        try:
+            raise error
+        except Exception:
+            info = sys.exc_info()
+            record = logging.LogRecord("x", logging.ERROR, __file__, 1, "failed", None, info)
+        return Formatter("json").format(record)
+
+    assert "a cat" not in line(ValueError("a cat"))
+    assert "step.onnx" in line(BundleError("step.onnx is damaged"))
+    assert "ValueError" in line(ValueError("a cat"))
+    assert "test_lifecycle" in line(ValueError("a cat"))
+
+
+def spawn(*options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.commands", "--port", "0", "--log-format", "json", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def read_until(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
+    assert process.stderr is not None
+    for text in process.stderr:
+        line: dict[str, Any] = json.loads(text)
+        if re.search(event, line["event"]):
+            return line
+    raise AssertionError(f"no line {event!r}")
+
+
+def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path) -> None:
+    with spawn("--bundle", str(bundle_path), "--backend", "ort", "--threads", "1") as process:
+        try:
+            address = re.search(r"http://\S+", read_until(process, "running on")["event"])
+            assert address is not None
+            url = address.group()
+            assert httpx.get(f"{url}/livez").status_code == 200
+            deadline = time.monotonic() + 30
+            while httpx.get(f"{url}/readyz").status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            answer = httpx.post(f"{url}/generate", json={"prompt": "a cat", "seed": 1}, timeout=30)
+            assert answer.status_code == 200, answer.text
+            resident = re.search(r"^process_resident_memory_bytes (\S+)", httpx.get(f"{url}/metrics").text, re.M)
+            assert resident is not None
+            assert float(resident.group(1)) < 300e6
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "onnxruntime" in maps
+            assert "torch" not in maps
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_a_real_process_ends_with_an_error_when_its_bundle_does_not_load(tmp_path: Path) -> None:
+    with spawn("--bundle", str(tmp_path)) as process:
+        try:
+            assert "not a bundle" in read_until(process, "does not load")["detail"]
+            assert process.stderr is not None
+            process.stderr.read()
+            assert process.wait(20) == 1
+        finally:
+            process.kill()

@@ -1,0 +1,89 @@
+"""Every metric says what happened."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engines.backends.base import EngineError
+from service.metrics import Metrics
+from service.queue.base import QueueStats
+from tests.service.helpers import Running, b64, png, random_image
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_request_leaves_its_marks(app: Running) -> None:
+    await app.post("/generate", prompt="a cat", n=3)
+    await app.post("/edit", prompt="a cat", image=b64(png(random_image())), strength=0.5)
+    await app.post("/generate", prompt="")
+    await app.client.get("/nowhere")
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="ok") == 1
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="invalid") == 1
+    assert app.metric("fewstep_requests_total", endpoint="edit", outcome="ok") == 1
+    assert app.metric("fewstep_requests_total", endpoint="unmatched", outcome="invalid") == 1
+    assert app.metric("fewstep_images_total") == 4
+    assert app.metric("fewstep_tick_rows_sum") == 3 * 4 + 2
+    assert app.metric("fewstep_tick_rows_count") == app.metric("fewstep_tick_duration_seconds_count") == 6
+    assert app.metric("fewstep_queue_wait_seconds_count") == 2
+    for stage in ("encode", "denoise", "decode"):
+        assert app.metric("fewstep_stage_duration_seconds_count", stage=stage) == 2
+    assert app.metric("fewstep_request_duration_seconds_count", endpoint="generate") == 2
+    assert app.metric("fewstep_inflight_requests") == 0
+    assert app.metric("fewstep_worker_up") == 1
+    manifest = app.pipeline.manifest
+    labels = {"model": manifest.name, "revision": manifest.revision}
+    [build] = [
+        sample
+        for family in app.service.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "fewstep_build_info"
+    ]
+    assert build.value == 1
+    assert labels.items() <= build.labels.items()
+
+
+async def test_failures_are_counted_by_cause(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise EngineError("broken")
+
+    monkeypatch.setattr(app.pipeline, "tick", broken)
+    answer = await app.post("/generate", prompt="a cat")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "generation_failed"
+    assert app.metric("fewstep_batch_failures_total", cause="EngineError") == 1
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="error") == 1
+
+
+async def test_the_exposition_parses_and_has_every_metric(app: Running) -> None:
+    answer = await app.client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    names = {family.name for family in text_string_to_metric_families(answer.text)}
+    counters = ["requests", "images", "rejected", "cancelled", "batch_failures"]
+    seconds = ["request_duration", "queue_wait", "stage_duration", "tick_duration", "oldest_queued"]
+    gauges = ["tick_rows", "queue_depth", "queue_cost", "inflight_requests", "worker_up", "build_info"]
+    expected = [*counters, *gauges, *(f"{name}_seconds" for name in seconds)]
+    assert {f"fewstep_{name}" for name in expected} <= names
+    assert "process_resident_memory_bytes" in names
+    other = await app.client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert other.headers["content-type"].startswith("application/openmetrics-text")
+
+
+def test_the_queue_is_read_at_every_scrape() -> None:
+    metrics = Metrics()
+    stats = iter([QueueStats(1, 4, 0.5), QueueStats(2, 8, 1.5)])
+    metrics.watch_queue(lambda: next(stats, QueueStats(3, 12, 2.5)))
+    found = [metrics.registry.get_sample_value("fewstep_queue_cost") for _ in range(3)]
+    assert found[-1] == 12.0
+
+
+def test_apps_do_not_share_counts() -> None:
+    first, second = Metrics(), Metrics()
+    first.images.inc()
+    assert second.registry.get_sample_value("fewstep_images_total") == 0
+
+
+async def test_buckets_resolve_a_millisecond_to_half_a_minute(app: Running) -> None:
+    text = (await app.client.get("/metrics")).text
+    assert 'fewstep_tick_duration_seconds_bucket{le="0.001"}' in text
+    assert 'fewstep_tick_duration_seconds_bucket{le="30.0"}' in text

@@ -1,0 +1,72 @@
+"""The OpenAPI document says what the service does."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+
+from service.app import create_app
+from service.routes.openapi import ERRORS
+from service.schemas import EditRequest, GenerateRequest, InpaintRequest
+from service.settings import Settings
+from tests.service.helpers import Running, read_pixels
+
+pytestmark = pytest.mark.anyio
+
+MODELS: dict[str, type[GenerateRequest]] = {
+    "/generate": GenerateRequest,
+    "/edit": EditRequest,
+    "/inpaint": InpaintRequest,
+}
+
+
+@pytest.fixture
+def document(settings: Settings) -> dict[str, Any]:
+    return create_app(settings).openapi()
+
+
+def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
+    assert set(document["paths"]) == {*MODELS, "/livez", "/readyz", "/capabilities", "/metrics"}
+
+
+@pytest.mark.parametrize("path", MODELS)
+def test_bodies_have_every_field_in_both_forms(document: dict[str, Any], path: str) -> None:
+    content = document["paths"][path]["post"]["requestBody"]["content"]
+    names = {field.alias or name for name, field in MODELS[path].model_fields.items()}
+    for kind in ("application/json", "multipart/form-data"):
+        schema = content[kind]["schema"]
+        assert set(schema["properties"]) == names
+        assert schema["additionalProperties"] is False
+    if "image" in names:
+        assert content["multipart/form-data"]["schema"]["properties"]["image"]["format"] == "binary"
+        assert content["application/json"]["schema"]["properties"]["image"]["contentEncoding"] == "base64"
+
+
+@pytest.mark.parametrize("path", MODELS)
+def test_every_error_is_documented_with_an_example_of_the_one_shape(document: dict[str, Any], path: str) -> None:
+    responses = document["paths"][path]["post"]["responses"]
+    assert {int(status) for status in responses} == {200, *ERRORS}
+    assert {"image/png", "image/jpeg", "image/webp", "application/json"} == set(responses["200"]["content"])
+    for status in map(str, ERRORS):
+        media = responses[status]["content"]["application/json"]
+        assert media["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+        assert media["example"]["error"].keys() >= {"type", "code", "message"}
+    assert "Retry-After" in responses["429"]["headers"]
+
+
+@pytest.mark.parametrize("path", MODELS)
+async def test_the_examples_are_valid(document: dict[str, Any], app: Running, path: str) -> None:
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    example = body["example"]
+    MODELS[path].model_validate(example, strict=True)
+    if "image" in example:
+        read_pixels(base64.b64decode(example["image"]))
+    answer = await app.post(path, **{**example, "prompt": "a cat"})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_the_document_is_served(app: Running) -> None:
+    answer = await app.client.get("/openapi.json")
+    assert answer.json()["info"]["title"] == "fewstep"

@@ -1,0 +1,259 @@
+"""The contract of a job queue. Every implementation passes the same tests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.pipeline import Edit, Generate
+from service.jobs import Failed, Finished, Job, Output, Timings
+from service.queue.base import JobQueue, QueueFull, QueueStats
+from service.queue.memory import DrainRate, MemoryQueue
+from tests.service.helpers import random_image
+
+pytestmark = pytest.mark.anyio
+
+Clock = Callable[[], float]
+IMPLEMENTATIONS: dict[str, Callable[[int, Clock], JobQueue]] = {"memory": MemoryQueue}
+FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
+MAX_COST = 32
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def queue(request: pytest.FixtureRequest, clock: FakeClock) -> JobQueue:
+    return IMPLEMENTATIONS[request.param](MAX_COST, clock)
+
+
+def job(name: str, images: int = 1, steps: int = 4, submitted: float = 0.0) -> Job:
+    tasks = tuple(Generate("a cat", steps, 0.0, seed) for seed in range(images))
+    return Job(name, name, tasks, Output("png"), submitted, deadline=1e9)
+
+
+def taken(queue: JobQueue, rows: int) -> list[str]:
+    return [job.id for job in queue.take(rows, 0.0)]
+
+
+async def test_jobs_are_taken_once_and_oldest_first(queue: JobQueue) -> None:
+    for name in "abc":
+        await queue.submit(job(name))
+    assert taken(queue, 2) == ["a", "b"]
+    assert taken(queue, 2) == ["c"]
+    assert taken(queue, 2) == []
+
+
+async def test_take_counts_images_but_gives_at_least_one_job(queue: JobQueue) -> None:
+    await queue.submit(job("big", images=6, steps=1))
+    await queue.submit(job("small", images=2, steps=1))
+    await queue.submit(job("last", images=2, steps=1))
+    assert taken(queue, 4) == ["big"]
+    assert taken(queue, 3) == ["small"]
+    assert taken(queue, 0) == []
+
+
+async def test_an_outcome_reaches_the_one_who_waits(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    waiting = asyncio.create_task(queue.outcome("a"))
+    taken(queue, 1)
+    assert queue.settle("a", FINISHED)
+    assert await waiting == FINISHED
+
+
+async def test_an_outcome_waits_for_the_one_who_comes_late_and_is_given_once(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    taken(queue, 1)
+    queue.settle("a", FINISHED)
+    assert await queue.outcome("a") == FINISHED
+    with pytest.raises(KeyError):
+        await queue.outcome("a")
+
+
+async def test_the_first_settlement_counts(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    taken(queue, 1)
+    assert queue.settle("a", FINISHED)
+    assert not queue.settle("a", Failed("engine", "too late"))
+    assert await queue.outcome("a") == FINISHED
+    assert not queue.settle("never seen", FINISHED)
+
+
+async def test_a_queued_job_that_is_cancelled_is_never_taken(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    await queue.submit(job("b"))
+    assert await queue.cancel("a") == "queued"
+    assert taken(queue, 9) == ["b"]
+    assert queue.stats() == QueueStats(0, 0, 0.0)
+
+
+async def test_a_running_job_that_is_cancelled_is_made_known_until_it_is_settled(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    taken(queue, 1)
+    assert queue.cancelled(["a"]) == set()
+    assert await queue.cancel("a") == "running"
+    assert queue.cancelled(["a", "b"]) == {"a"}
+    queue.settle("a", Failed("cancelled", "gone"))
+    assert queue.cancelled(["a"]) == set()
+
+
+async def test_cancelling_what_is_over_or_unknown_does_nothing(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    taken(queue, 1)
+    queue.settle("a", FINISHED)
+    assert await queue.cancel("a") is None
+    assert await queue.cancel("a") is None
+    assert await queue.cancel("never seen") is None
+    assert queue.cancelled(["a"]) == set()
+
+
+async def test_who_waits_learns_of_the_cancellation(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    waiting = asyncio.create_task(queue.outcome("a"))
+    await asyncio.sleep(0)
+    await queue.cancel("a")
+    outcome = await waiting
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "cancelled"
+
+
+async def test_who_stops_waiting_has_not_cancelled(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    waiting = asyncio.create_task(queue.outcome("a"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert taken(queue, 1) == ["a"]
+    assert queue.settle("a", FINISHED)
+    assert await queue.outcome("a") == FINISHED
+
+
+async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    with pytest.raises(QueueFull) as caught:
+        await queue.submit(job("one more"))
+    assert caught.value.retry_after_s >= 1
+    assert queue.stats().cost == MAX_COST
+    taken(queue, 1)
+    await queue.submit(job("one more"))
+
+
+async def test_a_job_dearer_than_the_bound_runs_when_nothing_else_waits(queue: JobQueue) -> None:
+    await queue.submit(job("huge", images=16, steps=4))
+    with pytest.raises(QueueFull):
+        await queue.submit(job("tiny", steps=1))
+    assert taken(queue, 1) == ["huge"]
+
+
+async def test_the_same_job_is_not_accepted_twice(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    with pytest.raises(ValueError, match="before"):
+        await queue.submit(job("a"))
+
+
+async def test_stats_tell_of_what_waits(queue: JobQueue, clock: FakeClock) -> None:
+    clock.now = 10.0
+    await queue.submit(job("a", images=2, steps=4, submitted=4.0))
+    await queue.submit(job("b", steps=1, submitted=9.0))
+    assert queue.stats() == QueueStats(depth=2, cost=9, oldest_s=6.0)
+    taken(queue, 2)
+    assert queue.stats() == QueueStats(depth=1, cost=1, oldest_s=1.0)
+
+
+async def test_retry_after_follows_the_speed_at_which_jobs_were_taken(clock: FakeClock) -> None:
+    queue = MemoryQueue(MAX_COST, clock)
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    for _ in range(3):
+        clock.now += 2.0
+        taken(queue, 1)
+    for k in range(8, 11):
+        await queue.submit(job(f"{k}"))
+    with pytest.raises(QueueFull) as caught:
+        await queue.submit(job("one more"))
+    # 4 row-ticks in 2 s, so 32 that wait need 16 s.
+    assert caught.value.retry_after_s == pytest.approx(16, rel=0.01)
+
+
+async def test_take_waits_for_a_job_and_only_for_the_first(queue: JobQueue) -> None:
+    found: list[list[str]] = []
+    thread = threading.Thread(target=lambda: found.append([job.id for job in queue.take(4, 10.0)]))
+    thread.start()
+    await queue.submit(job("a"))
+    await asyncio.to_thread(thread.join)
+    assert found == [["a"]]
+    begin = time.monotonic()
+    assert queue.take(4, 0.02) == []
+    assert time.monotonic() - begin < 5
+
+
+async def test_many_workers_share_many_jobs_without_loss(queue: JobQueue) -> None:
+    names = [f"job-{k}" for k in range(64)]
+    seen: list[str] = []
+
+    def work() -> None:
+        while len(seen) < len(names):
+            for job in queue.take(3, 0.01):
+                seen.append(job.id)
+                queue.settle(job.id, FINISHED)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+
+    async def ask(name: str) -> None:
+        while True:
+            try:
+                await queue.submit(job(name, steps=1))
+                break
+            except QueueFull:
+                await asyncio.sleep(0.001)
+        assert await queue.outcome(name) == FINISHED
+
+    await asyncio.gather(*map(ask, names))
+    for worker in workers:
+        await asyncio.to_thread(worker.join)
+    assert sorted(seen) == sorted(names)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 5)), min_size=1, max_size=30))
+def test_the_drain_rate_lies_between_the_slowest_and_the_fastest_seen(events: list[tuple[int, float]]) -> None:
+    rate, now = DrainRate(10.0), 0.0
+    rate.taken(1, True, now)
+    for cost, pause in events:
+        now += pause
+        rate.taken(cost, True, now)
+    speeds = [cost / pause for cost, pause in events]
+    assert min(speeds) * 0.999 <= rate.per_second <= max(speeds) * 1.001
+
+
+def test_idle_time_does_not_count_as_slowness() -> None:
+    rate = DrainRate(10.0)
+    rate.taken(4, True, 0.0)
+    rate.taken(4, False, 1.0)
+    rate.taken(4, True, 1000.0)
+    rate.taken(4, False, 1001.0)
+    assert rate.per_second == pytest.approx(4.0)
+
+
+def test_cost_counts_the_steps_that_run() -> None:
+    edit = Edit("a cat", 4, 0.0, 0, random_image(), strength=0.5)
+    assert Job("a", "a", (edit, edit), Output("png"), 0.0, 1.0).cost == 4

@@ -1,0 +1,280 @@
+"""The worker's loop, one step at a time, on a real pipeline with the fake backend."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.backends.base import EngineError
+from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Row, Task
+from service.jobs import Failed, Finished, Job, Outcome, Output
+from service.metrics import Metrics
+from service.queue.memory import MemoryQueue
+from service.scheduler import Scheduler
+from service.worker import Worker
+from tests.service.helpers import random_image, read_pixels
+
+pytestmark = pytest.mark.anyio
+
+MAX_ROWS = 4
+
+
+class Bench:
+    """A worker whose steps the test takes itself."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.metrics = Metrics()
+        self.queue = MemoryQueue(1000)
+        self.worker = Worker(pipeline, self.queue, Scheduler(MAX_ROWS), self.metrics)
+        self.ticks: list[list[str]] = []
+
+    async def submit(self, name: str, *tasks: Task, seconds: float = 60.0) -> None:
+        now = time.monotonic()
+        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds))
+
+    async def outcome(self, name: str) -> Outcome:
+        return await asyncio.wait_for(self.queue.outcome(name), 10)
+
+    async def finished(self, name: str) -> Finished:
+        outcome = await self.outcome(name)
+        assert isinstance(outcome, Finished), outcome
+        return outcome
+
+    async def failed(self, name: str) -> Failed:
+        outcome = await self.outcome(name)
+        assert isinstance(outcome, Failed), outcome
+        return outcome
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.worker.step()
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture
+def bench(bundle_path: Path) -> Iterator[Bench]:
+    with Pipeline.open(bundle_path, backend="fake") as pipeline:
+        bench = Bench(pipeline)
+        yield bench
+        bench.worker.stop()
+
+
+def task(seed: int = 0, steps: int = 4, prompt: str = "a cat") -> Generate:
+    return Generate(prompt, steps, 1.0, seed)
+
+
+def alone(bench: Bench, *tasks: Task) -> list[np.ndarray[Any, Any]]:
+    return [image for one in tasks for image in bench.pipeline.run([one])]
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, bench: Bench, method: str, bad: Callable[[Any], bool]) -> None:
+    """Make a method of the pipeline fail for every batch that holds a bad item."""
+    original = getattr(bench.pipeline, method)
+
+    def failing(items: Sequence[Any]) -> Any:
+        if any(bad(item) for item in items):
+            raise EngineError("sabotage")
+        return original(items)
+
+    monkeypatch.setattr(bench.pipeline, method, failing)
+
+
+def is_bad(item: Task | Row) -> bool:
+    return (item.task if isinstance(item, Row) else item).condition == "the moon"
+
+
+async def test_a_job_is_done_after_the_ticks_of_its_steps(bench: Bench) -> None:
+    await bench.submit("a", task(seed=7))
+    bench.steps(4)
+    finished = await bench.finished("a")
+    assert finished.ticks == (1, 1, 1, 1)
+    assert np.array_equal(read_pixels(finished.images[0]), alone(bench, task(seed=7))[0])
+    timings = finished.timings
+    assert min(timings.queue_s, timings.encode_s, timings.denoise_s, timings.decode_s) >= 0
+
+
+async def test_waiting_rows_are_admitted_at_every_tick(bench: Bench) -> None:
+    await bench.submit("first", task(1))
+    bench.steps(2)
+    await bench.submit("second", task(2))
+    bench.steps(4)
+    assert (await bench.finished("first")).ticks == (1, 1, 2, 2)
+    assert (await bench.finished("second")).ticks == (2, 2, 1, 1)
+
+
+async def test_all_endpoints_and_guidance_values_share_ticks_and_change_nothing(bench: Bench) -> None:
+    image, repaint = random_image(3), np.zeros((16, 16), dtype=bool)
+    repaint[4:12, 4:12] = True
+    tasks: list[Task] = [
+        Generate("a cat", 4, 0.0, 1),
+        Generate("a dog", 4, 6.5, 2),
+        Edit("the sun", 4, 2.0, 3, image, strength=0.5),
+        Inpaint("a red heart", 4, 3.0, 4, image, repaint),
+    ]
+    for name, one in zip("abcd", tasks, strict=True):
+        await bench.submit(name, one)
+    bench.steps(4)
+    for name, expected in zip("abcd", alone(bench, *tasks), strict=True):
+        finished = await bench.finished(name)
+        assert finished.ticks == ((4, 4) if name == "c" else (4, 4, 3, 3))
+        assert np.array_equal(read_pixels(finished.images[0]), expected)
+
+
+async def test_other_students_do_not_share_ticks_but_all_are_served(bench: Bench) -> None:
+    await bench.submit("four", task(1, steps=4))
+    await bench.submit("one", task(2, steps=1))
+    await bench.submit("two", task(3, steps=2))
+    bench.steps(4 + 1 + 2)
+    assert (await bench.finished("four")).ticks == (1, 1, 1, 1)
+    assert (await bench.finished("one")).ticks == (1,)
+    assert (await bench.finished("two")).ticks == (1, 1)
+
+
+async def test_a_job_of_more_images_than_a_tick_holds(bench: Bench) -> None:
+    tasks = [task(seed, steps=2) for seed in range(6)]
+    await bench.submit("six", *tasks)
+    bench.steps(4)
+    finished = await bench.finished("six")
+    assert finished.ticks == (4, 4, 2, 2)
+    for data, expected in zip(finished.images, alone(bench, *tasks), strict=True):
+        assert np.array_equal(read_pixels(data), expected)
+
+
+async def test_what_the_worker_holds_is_bounded(bench: Bench) -> None:
+    for k in range(20):
+        await bench.submit(f"{k}", task(k))
+    bench.steps(1)
+    assert bench.queue.stats().depth == 20 - 2 * MAX_ROWS
+
+
+async def test_a_cancelled_job_leaves_at_the_next_tick(bench: Bench) -> None:
+    await bench.submit("gone", task(1))
+    await bench.submit("stays", task(2))
+    bench.steps(1)
+    assert await bench.queue.cancel("gone") == "running"
+    bench.steps(3)
+    assert (await bench.finished("stays")).ticks == (2, 1, 1, 1)
+    assert bench.queue.cancelled(["gone"]) == set()
+
+
+async def test_a_job_past_its_deadline_never_ticks(bench: Bench) -> None:
+    await bench.submit("late", task(1), seconds=-1)
+    await bench.submit("in time", task(2, steps=1))
+    bench.steps(1)
+    assert (await bench.failed("late")).reason == "expired"
+    assert (await bench.finished("in time")).ticks == (1,)
+
+
+@pytest.mark.parametrize("method", ["prepare", "tick", "finish"])
+async def test_a_bad_row_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    sabotage(monkeypatch, bench, method, is_bad)
+    tasks = {name: task(seed, steps=1) for seed, name in enumerate("abc")}
+    for name, one in tasks.items():
+        await bench.submit(name, one)
+    await bench.submit("bad", task(9, steps=1, prompt="the moon"))
+    bench.steps(1)
+    failed = await bench.failed("bad")
+    assert (failed.reason, failed.retryable) == ("engine", False)
+    for name in tasks:
+        await bench.finished(name)
+    assert bench.count("fewstep_batch_failures_total", cause="EngineError") >= 3
+
+
+@pytest.mark.parametrize("method", ["prepare", "tick", "finish"])
+async def test_an_engine_that_fails_on_everything_makes_failures_retryable_and_the_worker_lives(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with monkeypatch.context() as broken:
+        sabotage(broken, bench, method, lambda _: True)
+        await bench.submit("a", task(1, steps=1))
+        await bench.submit("b", task(2, steps=1))
+        bench.steps(1)
+        assert (await bench.failed("a")).retryable
+        assert (await bench.failed("b")).retryable
+    await bench.submit("c", task(3, steps=1))
+    bench.steps(1)
+    await bench.finished("c")
+
+
+async def test_one_bad_image_fails_its_job_and_frees_its_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    sabotage(monkeypatch, bench, "tick", lambda row: row.task.seed == 2)
+    await bench.submit("mixed", task(1), task(2), task(3))
+    await bench.submit("other", task(4))
+    bench.steps(4)
+    assert (await bench.failed("mixed")).reason == "engine"
+    assert (await bench.finished("other")).ticks[1:] == (1, 1, 1)
+
+
+async def test_what_the_bundle_cannot_honour_is_the_clients_error(bench: Bench) -> None:
+    await bench.submit("a", task(1, steps=3))
+    bench.steps(1)
+    failed = await bench.failed("a")
+    assert (failed.reason, failed.code, failed.param) == ("invalid", "unsupported_steps", "steps")
+
+
+async def test_a_fault_in_the_loop_fails_what_is_held_and_the_thread_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = threading.Event()
+    failing.set()
+    original = bench.queue.cancelled
+
+    def cancelled(job_ids: Any) -> set[str]:
+        held = list(job_ids)
+        if held and failing.is_set():
+            failing.clear()
+            raise RuntimeError("the queue is broken")
+        return original(held)
+
+    monkeypatch.setattr(bench.queue, "cancelled", cancelled)
+    bench.worker.start()
+    await bench.submit("a", task(1))
+    assert (await bench.failed("a")).retryable
+    await bench.submit("b", task(2))
+    await bench.finished("b")
+    assert bench.worker.alive
+    assert bench.count("fewstep_worker_up") == 1
+
+
+async def test_stopping_fails_what_is_held_and_leaves_what_waits(bench: Bench) -> None:
+    for k in range(3 * MAX_ROWS):
+        await bench.submit(f"{k}", task(k))
+    bench.steps(1)
+    bench.worker.stop()
+    assert (await bench.failed("0")).reason == "stopped"
+    assert bench.queue.stats().depth == MAX_ROWS
+
+
+async def test_decoding_overlaps_the_next_tick(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, ticked = threading.Event(), threading.Event()
+    finish, tick = bench.pipeline.finish, bench.pipeline.tick
+
+    def slow_finish(rows: Sequence[Row]) -> Any:
+        decoding.set()
+        assert ticked.wait(10), "no tick ran while the decoder was busy"
+        return finish(rows)
+
+    def watched_tick(rows: Sequence[Row]) -> None:
+        tick(rows)
+        if decoding.is_set():
+            ticked.set()
+
+    monkeypatch.setattr(bench.pipeline, "finish", slow_finish)
+    monkeypatch.setattr(bench.pipeline, "tick", watched_tick)
+    await bench.submit("first", task(1, steps=1))
+    await bench.submit("second", task(2, steps=4))
+    bench.steps(1)
+    await asyncio.to_thread(decoding.wait, 10)
+    bench.steps(4)
+    await bench.finished("first")
+    await bench.finished("second")
