@@ -184,9 +184,7 @@ def _fitted(entry: Entry, size: int) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8)
 
 
-def _keep(
-    entries: Sequence[Entry], fields: Sequence[str], wanted: Collection[str], folder: Path
-) -> list[Entry]:
+def _keep(entries: Sequence[Entry], fields: Sequence[str], wanted: Collection[str], folder: Path) -> list[Entry]:
     def values(entry: Entry) -> set[str]:
         return {str(entry.record.fields[field]) for field in fields if field in entry.record.fields}
 

@@ -77,9 +77,7 @@ def check(path: Path, strict: bool) -> None:
 @data.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @OUT
-@click.option(
-    "--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Images in a shard."
-)
+@click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Images in a shard.")
 @OVERWRITE
 def shards(source: Path, out: Path, per_shard: int, overwrite: bool) -> None:
     """Pack the set at SOURCE into WebDataset tar shards in the folder OUT."""

@@ -55,9 +55,7 @@ def check(path: Path) -> list[SplitReport]:
     return reports
 
 
-def write_shards(
-    source: Path, out: Path, per_shard: int = 1000, overwrite: bool = False
-) -> list[SplitReport]:
+def write_shards(source: Path, out: Path, per_shard: int = 1000, overwrite: bool = False) -> list[SplitReport]:
     """Packs a set into WebDataset shards, `<split>/000000.tar` and on, and reports on each split.
 
     Image files go in as they are. What is broken is left out and named in the report.

@@ -32,9 +32,7 @@ SOURCE = {
 }
 
 
-def load_digits_images(
-    size: int = NATIVE_PX, split: str = "train"
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def load_digits_images(size: int = NATIVE_PX, split: str = "train") -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Digits of a split: images (N, size, size, 3), white on black, and labels (N,) in 0..9.
 
     Raises DataError when `split` is neither "train" nor "heldout".

@@ -219,9 +219,7 @@ def _read_drawings(
         else:
             found[source.style] = file_drawings(paths[source.style])
         if not found[source.style]:
-            raise PackageError(
-                f"{source.name} {source.version} has no drawing that could be matched to a concept"
-            )
+            raise PackageError(f"{source.name} {source.version} has no drawing that could be matched to a concept")
     return found
 
 
@@ -243,9 +241,7 @@ def _rasterise_all(
     return images, failures
 
 
-def _write_split(
-    root: Path, split: str, pairs: Sequence[Pair], images: Mapping[Pair, Image.Image], seed: int
-) -> None:
+def _write_split(root: Path, split: str, pairs: Sequence[Pair], images: Mapping[Pair, Image.Image], seed: int) -> None:
     writer = SplitWriter(root, split)
     for concept, source in tqdm(pairs, desc=f"writing {split}", unit="image", disable=None):
         rng = random.Random(f"{seed}:{concept.hexcode}:{source.style}")

@@ -75,9 +75,7 @@ class SplitWriter:
         (self.folder / METADATA).write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
 
 
-def write_description(
-    root: Path, title: str, splits: tuple[str, ...], description: Mapping[str, Any]
-) -> None:
+def write_description(root: Path, title: str, splits: tuple[str, ...], description: Mapping[str, Any]) -> None:
     """Writes dataset.json and the README.md that tells `datasets` where the splits lie."""
     text = json.dumps({"format_version": FORMAT_VERSION, **description}, indent=2, ensure_ascii=False)
     (root / "dataset.json").write_text(text + "\n", encoding="utf-8")

@@ -35,9 +35,7 @@ def thumbnail(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(small, np.uint8).reshape(-1)
 
 
-def choose_heldout(
-    items: Sequence[Item], thumbnails: NDArray[np.uint8], fraction: float, seed: int
-) -> frozenset[int]:
+def choose_heldout(items: Sequence[Item], thumbnails: NDArray[np.uint8], fraction: float, seed: int) -> frozenset[int]:
     """Indices of the items to hold out, at least `fraction` of all where enough of them qualify.
 
     Items are grouped when they are one concept in one family, or when their drawings look the same; a
@@ -102,9 +100,7 @@ def _groups(items: Sequence[Item], thumbnails: NDArray[np.uint8]) -> list[list[i
     return list(groups.values())
 
 
-def same_drawings(
-    concepts: Sequence[str], thumbnails: NDArray[np.uint8], block: int = 1024
-) -> list[tuple[int, int]]:
+def same_drawings(concepts: Sequence[str], thumbnails: NDArray[np.uint8], block: int = 1024) -> list[tuple[int, int]]:
     """Pairs (i < j) of drawings that look the same. `thumbnails` has shape (drawings, features)."""
     # float64 products of whole numbers are exact, so the result is the same on every machine.
     features = thumbnails.astype(np.float64)

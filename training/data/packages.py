@@ -112,9 +112,7 @@ def _npm_pack(package: Package, cache: Path) -> None:
         cwd=cache,
     )
     if result.returncode != 0:
-        raise PackageError(
-            f"npm pack {package.name}@{package.version} failed: {result.stderr.strip()[-500:]}"
-        )
+        raise PackageError(f"npm pack {package.name}@{package.version} failed: {result.stderr.strip()[-500:]}")
 
 
 def read_members(tarball: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
@@ -227,9 +225,7 @@ def rasterise(drawing: Drawing, size: int) -> Image.Image:
         image = fit_square(decode(drawing.data), size)
     else:
         left, top, width, height = drawing.view_box
-        svg = SVG_TEMPLATE.format(
-            size=size, left=left, top=top, width=width, height=height, body=drawing.data
-        )
+        svg = SVG_TEMPLATE.format(size=size, left=left, top=top, width=width, height=height, body=drawing.data)
         png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
         image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     if drawing.flip_horizontal:

@@ -58,6 +58,9 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], str]:
                     stem, _, extension = path.name.partition(".")
                     part = _part(shard, member.offset_data, member.size)
                     samples.setdefault(str(path.with_name(stem)), {})["." + extension.lower()] = part
+            end = _part(shard, archive.offset, tarfile.BLOCKSIZE)()
+            if end.strip(b"\0"):  # a header that is cut off reads like the end of the archive
+                raise OSError("no end marker")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         return samples, f"the shard cannot be read to its end: {error}"
     return samples, ""
@@ -95,9 +98,7 @@ def _sample(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
         return Skipped(name, str(error))
     file_name = metadata.get("file_name")
     fields = {k: v for k, v in metadata.items() if k not in ("file_name", "text", "texts")}
-    return Entry(
-        Record(file_name if isinstance(file_name, str) else name + suffix, texts, fields), parts[suffix]
-    )
+    return Entry(Record(file_name if isinstance(file_name, str) else name + suffix, texts, fields), parts[suffix])
 
 
 class ShardWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -49,9 +49,7 @@ def svg_body(style: int, concept: int) -> str:
     return f'<rect x="{style}" y="{1 + concept}" width="8" height="{2 + 2 * style}" fill="{colour}"/>'
 
 
-def iconify(
-    icons: Mapping[str, object], chars: Mapping[str, str], aliases: object = None
-) -> dict[str, bytes]:
+def iconify(icons: Mapping[str, object], chars: Mapping[str, str], aliases: object = None) -> dict[str, bytes]:
     """Files of an Iconify package."""
     table = {"prefix": "x", "icons": icons, "width": 16, "height": 16, "aliases": aliases or {}}
     return {"icons.json": json.dumps(table).encode(), "chars.json": json.dumps(chars).encode()}
@@ -63,7 +61,17 @@ def slug(label: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[DrawingPackage, ...]]:
+def write_tarball() -> Callable[[Path, Mapping[str, bytes]], None]:
+    return tarball
+
+
+@pytest.fixture(scope="session")
+def iconify_files() -> Callable[..., dict[str, bytes]]:
+    return iconify
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Package, tuple[DrawingPackage, ...]]:
     """A folder of tarballs: words, three Iconify packages (the last without chars.json), one of files."""
     folder = tmp_path_factory.mktemp("npm")
     words = [
@@ -109,4 +117,4 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Draw
         layout="files",
     )
     tarball(folder / solid.tarball, files)
-    return folder, (*sources, solid)
+    return folder, WORDS, (*sources, solid)

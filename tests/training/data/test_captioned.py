@@ -1,0 +1,256 @@
+"""Captioned folders: every layout that works, everything broken that must be named and survived."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data import captioned
+from training.data.captioned import CaptionedImages, splits_of
+from training.data.entries import DataError
+from training.data.pixels import composite, decode, fit_square
+
+RED = (200, 10, 10)
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", colour: Any = RED) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def metadata(folder: Path, *lines: Any) -> None:
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(raw) + b"\n")
+
+
+def reasons(images: CaptionedImages) -> dict[str, str]:
+    return {skipped.file: skipped.reason for skipped in images.skipped}
+
+
+def test_metadata_lines_in_their_order(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png", "sub/c.png"):
+        picture(tmp_path / "train" / name)
+    metadata(
+        tmp_path / "train",
+        {"file_name": "b.png", "text": "a  red\nsquare"},
+        {"file_name": "sub/c.png", "texts": ["one", "two", "one"], "group": "g"},
+        {"file_name": "a.png", "text": "main", "texts": ["other"]},
+    )
+    images = CaptionedImages.open(tmp_path, size=4)
+    assert [record.file_name for record in images.records] == ["b.png", "sub/c.png", "a.png"]
+    assert [images.texts(i) for i in range(3)] == [("a red square",), ("one", "two"), ("main", "other")]
+    assert images.records[1].fields == {"group": "g"}
+    assert images.skipped == ()
+    image, texts = images[0]
+    assert image.shape == (4, 4, 3)
+    assert image.dtype == np.uint8
+    assert (image == RED).all()
+    assert texts == ("a red square",)
+
+
+def test_caption_files_beside_the_images(tmp_path: Path) -> None:
+    picture(tmp_path / "x.jpg")
+    picture(tmp_path / "y.png")
+    picture(tmp_path / "z.png")
+    picture(tmp_path / "w.png")
+    (tmp_path / "x.txt").write_text("first\n\n  second \n")
+    (tmp_path / "y.txt").write_text(" \n")
+    (tmp_path / "w.txt").write_bytes(b"caf\xe9")
+    images = CaptionedImages.open(tmp_path)
+    assert images.texts(0) == ("first", "second")
+    assert reasons(images) == {
+        "w.txt": "caption is not UTF-8: unexpected end of data at byte 3",
+        "y.txt": "empty caption",
+        "z.png": "no caption: not in metadata.jsonl, and no z.txt beside it",
+    }
+
+
+def test_class_folders_become_classes(tmp_path: Path) -> None:
+    for name in ("b_dog/1.png", "b_dog/2.png", "a_cat/1.png"):
+        picture(tmp_path / name)
+    images = CaptionedImages.open(tmp_path)
+    assert images.classes == ("a_cat", "b_dog")
+    assert images.labels.tolist() == [0, 1, 1]
+    assert images.texts(1) == ("b dog",)
+    assert images.labels_in(("b_dog", "none", "a_cat")).tolist() == [2, 0, 0]
+    with pytest.raises(DataError, match="unknown classes: b_dog"):
+        images.labels_in(("a_cat",))
+
+
+def test_groups_are_classes_and_filters(tmp_path: Path) -> None:
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": "a", "group": "food", "style": "flat"},
+        {"file_name": "b.png", "text": "b", "group": "food", "style": "round"},
+        {"file_name": "c.png", "text": "c"},
+    )
+    food = CaptionedImages.open(tmp_path, groups=("food",))
+    assert len(food) == 2
+    assert food.classes == ("food",)
+    flat = CaptionedImages.open(tmp_path, groups=("food",), styles=("flat",))
+    assert [record.file_name for record in flat.records] == ["a.png"]
+    with pytest.raises(DataError, match="has no group fod; it has food"):
+        CaptionedImages.open(tmp_path, groups=("fod",))
+    with pytest.raises(DataError, match=r"c\.png has neither"):
+        _ = CaptionedImages.open(tmp_path).labels
+
+
+def test_everything_broken_is_named_and_skipped(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    picture(folder / "good.png")
+    picture(tmp_path / "outside.png")
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(whole, "PNG")
+    (folder / "truncated.png").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    corrupt = bytearray(whole.getvalue())
+    corrupt[60] ^= 0xFF
+    (folder / "corrupt.png").write_bytes(bytes(corrupt))
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "words.png").write_text("hello")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    picture(folder / "silent.png")
+    picture(folder / "number.png")
+    picture(folder / "dumb.png")
+    metadata(
+        folder,
+        {"file_name": "good.png", "text": "good"},
+        {"file_name": "truncated.png", "text": "x"},
+        {"file_name": "corrupt.png", "text": "x"},
+        {"file_name": "empty.png", "text": "x"},
+        {"file_name": "words.png", "text": "x"},
+        {"file_name": "missing.png", "text": "x"},
+        {"file_name": "silent.png", "text": "  "},
+        {"file_name": "number.png", "text": 3},
+        {"file_name": "dumb.png"},
+        {"file_name": "good.png", "text": "again"},
+        {"file_name": "../outside.png", "text": "x"},
+        {"file_name": "/etc/passwd", "text": "x"},
+        {"file_name": "link.png", "text": "x"},
+        b'{"file_name": "caf\xe9.png", "text": "x"}',
+        b'{"file_name": "good.png", ',
+        ["a list"],
+        {"text": "nameless"},
+    )
+    images = CaptionedImages.open(folder)
+    assert [record.file_name for record in images.records] == ["good.png"]
+    said = reasons(images)
+    line = "metadata.jsonl:{}".format
+    expected = {
+        "truncated.png": "broken image",
+        "corrupt.png": "broken image",
+        "empty.png": "the file is empty",
+        "words.png": "not an image in a known format",
+        f"missing.png ({line(6)})": "the file is missing",
+        f"silent.png ({line(7)})": "empty caption",
+        f"number.png ({line(8)})": "a caption is not a string",
+        f"dumb.png ({line(9)})": "no caption",
+        f"good.png ({line(10)})": "duplicate file_name",
+        f"../outside.png ({line(11)})": "inside the folder",
+        f"/etc/passwd ({line(12)})": "inside the folder",
+        f"link.png ({line(13)})": "leads outside the folder",
+        line(14): "not UTF-8",
+        line(15): "not JSON",
+        line(16): 'no "file_name"',
+        line(17): 'no "file_name"',
+    }
+    # The link is met twice: by its line, and as an image that no accepted line names.
+    assert set(said) - {"link.png"} == set(expected)
+    for file, reason in expected.items():
+        assert reason in said[file], file
+
+
+def test_nothing_left_is_an_error_with_an_example(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"no usable captioned image: 1 skipped, the first is a\.png: the file is"):
+        CaptionedImages.open(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        CaptionedImages.open(tmp_path / "absent")
+
+
+def test_splits(tmp_path: Path) -> None:
+    picture(tmp_path / "train/dog/1.png")
+    picture(tmp_path / "heldout/dog/1.png", colour=(0, 0, 9))
+    assert list(splits_of(tmp_path)) == ["heldout", "train"]
+    assert CaptionedImages.open(tmp_path, split="heldout").image(0)[0, 0].tolist() == [0, 0, 9]
+    with pytest.raises(DataError, match='no split "test"; it has heldout, train'):
+        CaptionedImages.open(tmp_path, split="test")
+
+
+def test_padding_and_transparency_show_the_background(tmp_path: Path) -> None:
+    picture(tmp_path / "a/wide.png", (16, 8))
+    picture(tmp_path / "a/x_clear.png", (8, 8), "RGBA", (0, 0, 0, 0))
+    picture(tmp_path / "a/y_half.png", (8, 8), "RGBA", (255, 255, 255, 128))
+    images = CaptionedImages.open(tmp_path, size=8, background=(0, 100, 0))
+    wide = images.image(0)
+    assert (wide[2:6] == RED).all()
+    assert (wide[[0, 1, 6, 7]] == (0, 100, 0)).all()
+    assert images.alpha(0)[:, 0].tolist() == [0, 0, 255, 255, 255, 255, 0, 0]
+    assert (images.image(1) == (0, 100, 0)).all()
+    assert (images.image(1, background=(1, 2, 3)) == (1, 2, 3)).all()
+    assert images.image(2)[0, 0].tolist() == [128, 178, 128]
+    assert images.rgba(2).shape == (8, 8, 4)
+
+
+def test_a_set_too_large_for_memory_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        picture(tmp_path / f"a/{i}.png", colour=(i, i, i))
+    (tmp_path / "a/1.png").write_bytes(b"broken")
+    kept = CaptionedImages.open(tmp_path, size=8)
+    monkeypatch.setattr(captioned, "CACHE_BYTES", 0)
+    lazy = CaptionedImages.open(tmp_path, size=8)
+    assert len(kept) == len(lazy) == 2
+    assert all(np.array_equal(kept.image(i), lazy.image(i)) for i in range(2))
+    assert lazy.skipped == kept.skipped
+
+
+def test_reducing_by_whole_numbers_is_the_area_mean() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    small = np.asarray(fit_square(Image.fromarray(noise), 4).convert("RGB"), np.float64)
+    mean = noise.reshape(4, 3, 4, 3, 3).mean((1, 3))
+    assert np.abs(small - mean).max() < 1  # Pillow rounds after each of its two passes
+
+
+def test_resizing_before_compositing_does_not_bleed_hidden_colour() -> None:
+    hidden = np.zeros((8, 8, 4), np.uint8)
+    hidden[:, ::2] = (255, 0, 0, 0)
+    hidden[:, 1::2] = (0, 0, 255, 255)
+    small = np.asarray(fit_square(Image.fromarray(hidden), 4))
+    assert (small == (0, 0, 255, 128)).all()
+    assert composite(small, (0, 0, 0))[0, 0].tolist() == [0, 0, 128]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
+def test_every_usual_mode_decodes(mode: str) -> None:
+    grey = Image.fromarray(np.full((4, 4), 255, np.uint8))
+    image = Image.fromarray(np.full((4, 4), 65535, np.uint16)) if mode == "I;16" else grey.convert(mode)
+    data = io.BytesIO()
+    image.save(data, "TIFF")
+    decoded = decode(data.getvalue())
+    assert decoded.mode == "RGBA"
+    assert decoded.getpixel((1, 1)) == (255, 255, 255, 255)
+
+
+def test_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(data, "JPEG", exif=exif)
+    assert decode(data.getvalue()).size == (4, 8)
+
+
+def test_absurdly_large_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    Image.new("1", (20, 6)).save(data, "PNG")
+    for limit in (100, 50):  # Pillow warns above its limit and fails above twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match="too large"):
+            decode(data.getvalue())
