@@ -92,9 +92,7 @@ class Bundle:
         manifest = self.manifest
         graphs: dict[str, GraphSpec] = {}
 
-        def add(
-            role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
-        ) -> None:
+        def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
             graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs)
 
         if manifest.text is not None:
@@ -137,9 +135,7 @@ def shipped_bundle(name: str = SHIPPED) -> Path:
     """The folder of a bundle that ships with the package. Raises BundleError naming those there are."""
     shipped = sorted(path.parent.name for path in _BUNDLES.glob(f"*/{MANIFEST_NAME}"))
     if name not in shipped:
-        raise BundleError(
-            f"no bundle {name!r} ships with this package; shipped: {', '.join(shipped) or 'none'}"
-        )
+        raise BundleError(f"no bundle {name!r} ships with this package; shipped: {', '.join(shipped) or 'none'}")
     return _BUNDLES / name
 
 
@@ -241,10 +237,7 @@ def _checked(name: str) -> str:
 
 
 def _write_manifest(folder: Path, description: Description, names: Sequence[str]) -> None:
-    records = {
-        name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size}
-        for name in names
-    }
+    records = {name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size} for name in names}
     fields = Description.model_fields.keys()
     document: dict[str, Any] = {**description.model_dump(mode="json", include=set(fields)), "files": records}
     document["revision"] = seal(document)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from engines.tasks import Mask, Pixels
+from engines.tasks import Floats, Mask, Pixels
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 MaskMode = Literal["white", "black", "alpha"]
@@ -64,9 +64,7 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
         return _flatten(_open(data, limits or ImageLimits()), _WHITE)
 
 
-def decode_mask(
-    data: bytes, mode: MaskMode, size: tuple[int, int], limits: ImageLimits | None = None
-) -> Mask:
+def decode_mask(data: bytes, mode: MaskMode, size: tuple[int, int], limits: ImageLimits | None = None) -> Mask:
     """Decode a mask of ``size`` (width, height) to bool (H, W), True where to repaint.
 
     Repaint where the mask is: lighter than middle grey (``white``), darker (``black``), or wholly transparent
@@ -80,7 +78,8 @@ def decode_mask(
         if mode == "alpha":
             if not image.has_transparency_data:
                 raise ImageError("mask_without_alpha", "mask mode 'alpha' needs a mask with an alpha channel")
-            return np.asarray(image.convert("RGBA"))[..., 3] == 0
+            alpha = np.asarray(image.convert("RGBA"))[..., 3]
+            return np.asarray(alpha == 0)
         pixels = _flatten(image, _BLACK if mode == "white" else _WHITE)
         grey = np.asarray(Image.fromarray(pixels).convert("L"))
         return grey >= 128 if mode == "white" else grey < 128
@@ -144,25 +143,14 @@ def _reading() -> Iterator[None]:
         raise ImageError("undecodable", "not a PNG, JPEG or WebP image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_many_pixels", "the image is too large") from error
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        IndexError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # its plugins raise a dozen kinds
         raise ImageError("undecodable", f"the image is damaged ({error})") from error
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Check the limits on the header, then decode and turn upright. The mode is the file's own."""
     if len(data) > limits.max_bytes:
-        raise ImageError(
-            "too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken"
-        )
+        raise ImageError("too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken")
     # Pillow allocates a WebP's canvas as it opens it, so its size is read before.
     _check_pixels(_webp_size(data), limits)
     image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
@@ -172,7 +160,7 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
         raise ImageError("animated", "the image has several frames, only still images are taken")
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else _keep_info(image, image.transpose(turn))
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
@@ -205,11 +193,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _keep_info(source: Image.Image, turned: Image.Image) -> Image.Image:
-    turned.info = dict(source.info)
-    return turned
-
-
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:
     """RGB (H, W, 3) of any mode we read, alpha laid on ``background``."""
     if image.mode.startswith("I"):
@@ -226,13 +209,13 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def from_pixels(image: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
+def from_pixels(image: Pixels) -> Floats:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
     channels_first = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
     return channels_first / np.float32(127.5) - np.float32(1)
 
 
-def to_pixels(image: np.ndarray[Any, np.dtype[np.float32]]) -> Pixels:
+def to_pixels(image: Floats) -> Pixels:
     """float32 (3, H, W) -> uint8 (H, W, 3), clipped to [-1, 1] first."""
     scaled = (np.clip(image, -1, 1) + np.float32(1)) * np.float32(127.5)
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 0))

@@ -166,9 +166,7 @@ class Description(Model):
             raise ValueError("latent bundles have encode and decode graphs, pixel bundles neither")
         if not latent and self.latent_shape != self.image_shape:
             raise ValueError("latent_shape of a pixel bundle must equal image_shape")
-        if any(
-            pixels % cells for pixels, cells in zip(self.image_shape[1:], self.latent_shape[1:], strict=True)
-        ):
+        if any(pixels % cells for pixels, cells in zip(self.image_shape[1:], self.latent_shape[1:], strict=True)):
             raise ValueError(f"latent {self.latent_shape} does not divide image {self.image_shape}")
         return self
 

@@ -16,10 +16,11 @@ from engines.backends.base import Array, Engine, EngineError
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
-from engines.rows import Floats, Group, Row, initial_noise, start_row, step_inputs
+from engines.rows import Group, Row, initial_noise, start_row, step_inputs
 from engines.tasks import (
     MAX_SEED,
     Edit,
+    Floats,
     Generate,
     Inpaint,
     Pixels,
@@ -54,9 +55,7 @@ _Item = TypeVar("_Item")
 class Pipeline:
     """A bundle with every graph of it open on one backend. Its methods may be called from several threads."""
 
-    def __init__(
-        self, bundle: Bundle, engines: Mapping[str, Engine], batch_sizes: Sequence[int] = BATCH_SIZES
-    ) -> None:
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
         """Take the engines of ``bundle`` by the file name of their graph; the pipeline closes them."""
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError("batch_sizes must be positive, and at least one")
@@ -184,9 +183,7 @@ class Pipeline:
         else:
             engine = self._engines[self.manifest.decode]
             decoded = [
-                image
-                for batch in self._batches(latents)
-                for image in engine.run({"latent": np.stack(batch)})["image"]
+                image for batch in self._batches(latents) for image in engine.run({"latent": np.stack(batch)})["image"]
             ]
         return [_paste(row.task, to_pixels(image)) for row, image in zip(rows, decoded, strict=True)]
 
@@ -225,7 +222,8 @@ class Pipeline:
         return [by_prompt[prompt] for prompt in conditions]
 
     def _encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Array]]:
-        assert self._tokenizer is not None and self.manifest.text is not None
+        assert self._tokenizer is not None
+        assert self.manifest.text is not None
         ids, mask = self._tokenizer(prompts)
         arrays = self._engines[self.manifest.text.graph].run({"input_ids": ids, ATTENTION_MASK: mask})
         arrays[ATTENTION_MASK] = mask

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.backends.base import Array
 from engines.manifest import Student
-from engines.tasks import Edit, Inpaint, Mask, Task, kept_steps
-
-Floats = NDArray[np.float32]
+from engines.tasks import Edit, Floats, Inpaint, Mask, Task, kept_steps
 
 
 class Group(NamedTuple):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engines.manifest import Manifest
 
+Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 

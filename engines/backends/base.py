@@ -111,9 +111,7 @@ def check_arrays(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], what:
         for size, dim in zip(array.shape, spec.shape, strict=True):
             wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
             if size != wanted:
-                raise EngineError(
-                    f"{what}: {spec.name} has shape {array.shape}, expected {spec} with {sizes}"
-                )
+                raise EngineError(f"{what}: {spec.name} has shape {array.shape}, expected {spec} with {sizes}")
     batch = sizes.get(BATCH, 1)
     if batch < 1:
         raise EngineError(f"{what}: the batch is empty")

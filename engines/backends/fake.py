@@ -48,10 +48,7 @@ class FakeEngine:
             raise EngineError(f"{self._graph.path.name}: the engine is closed")
         batch = check_arrays(inputs, self.inputs, self._graph.path.name)
         compute = {"text": _text, "encode": _resample, "decode": _resample, "step": _step}[self._graph.role]
-        return {
-            spec.name: compute(inputs, spec.sized(batch)).astype(spec.dtype, copy=False)
-            for spec in self.outputs
-        }
+        return {spec.name: compute(inputs, spec.sized(batch)).astype(spec.dtype, copy=False) for spec in self.outputs}
 
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Run once on zeros at every batch size."""
@@ -91,9 +88,7 @@ def _resample(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
     batch, channels, height, width = shape
     array = source[:, np.arange(channels) % source.shape[1]]
     down = (max(source.shape[2] // height, 1), max(source.shape[3] // width, 1))
-    array = array.reshape(
-        batch, channels, source.shape[2] // down[0], down[0], source.shape[3] // down[1], down[1]
-    )
+    array = array.reshape(batch, channels, source.shape[2] // down[0], down[0], source.shape[3] // down[1], down[1])
     array = array.mean(axis=(3, 5))
     array = array.repeat(height // array.shape[2], axis=2)
     return np.asarray(array.repeat(width // array.shape[3], axis=3))
@@ -110,9 +105,9 @@ def _step(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
 def _conditional_x(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> NDArray[np.float64]:
     names = sorted(inputs.keys() - _STEP_INPUTS)
     batch = shape[0]
-    features = np.concatenate(
-        [np.sin(inputs[name].reshape(batch, -1).astype(np.float64)) for name in names], 1
-    )
+    flat = np.concatenate([inputs[name].reshape(batch, -1).astype(np.float64) for name in names], axis=1)
+    # Both waves, so that no value of the condition means a blank image.
+    features = np.concatenate([np.sin(flat), np.cos(flat)], axis=1)
     coarse = np.tanh(features @ _projection(features.shape[1], shape[1] * 4)).reshape(batch, shape[1], 2, 2)
     rows = np.arange(shape[2]) * 2 // shape[2]
     columns = np.arange(shape[3]) * 2 // shape[3]

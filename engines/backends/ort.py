@@ -118,9 +118,7 @@ def _check_signature(graph: str, kind: str, found: Sequence[Any], specs: Sequenc
     for spec in specs:
         node = nodes[spec.name]
         if _DTYPES.get(node.type) != spec.dtype or not _shape_fits(node.shape, spec.shape):
-            raise EngineError(
-                f"{graph}: {kind} {spec.name} is {node.type}{node.shape}; the manifest wants {spec}"
-            )
+            raise EngineError(f"{graph}: {kind} {spec.name} is {node.type}{node.shape}; the manifest wants {spec}")
 
 
 def _shape_fits(found: Sequence[int | str | None], wanted: Sequence[int | str]) -> bool:

@@ -1,0 +1,139 @@
+"""The subcommands `generate` and `inspect`: bundles at the command line, without a service."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engines.backends import BACKENDS
+from engines.backends.base import EngineError
+from engines.bundle import SHIPPED, BundleError, Manifest, find_problems, read_manifest, shipped_bundle
+from engines.images import ImageFormat, encode_image
+from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
+
+_SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_IN_TASKS = {"condition": "PROMPT", "guidance": "--guidance-scale"}
+
+
+def _locate(bundle: str) -> Path:
+    """The folder that BUNDLE means: a path, or "shipped" for the bundle in the package."""
+    return shipped_bundle(SHIPPED) if bundle == "shipped" else Path(bundle)
+
+
+def _image_format(out: Path) -> ImageFormat:
+    if not out.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
+    if out.suffix.lower() not in _SUFFIXES:
+        raise click.BadParameter(f"end the name in {', '.join(_SUFFIXES)}", param_hint="--out")
+    return _SUFFIXES[out.suffix.lower()]
+
+
+@click.command()
+@click.argument("bundle")
+@click.argument("prompt")
+@click.option("--steps", type=int, help="Network calls an image; the student's with the most by default.")
+@click.option("--guidance-scale", type=float, help="1 is no guidance; the bundle's own default by default.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Image i of N takes SEED + i; random by default.")
+@click.option("--n", "count", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of images.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("image.png"), show_default=True)
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="0 (default): every core it may use.")
+def generate(
+    bundle: str,
+    prompt: str,
+    steps: int | None,
+    guidance_scale: float | None,
+    seed: int | None,
+    count: int,
+    out: Path,
+    backend: str,
+    threads: int,
+) -> None:
+    """Make N images of PROMPT (a class name, for class bundles) with BUNDLE: a folder, or "shipped".
+
+    With N above 1, the files are numbered: image-0.png, image-1.png ...
+    """
+    image_format = _image_format(out)
+    first_seed = secrets.randbelow(2**32) if seed is None else seed
+    try:
+        with Pipeline.open(_locate(bundle), backend=backend, threads=threads) as pipeline:
+            manifest = pipeline.manifest
+            w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
+            if steps is None:
+                steps = max(student.steps for student in manifest.students)
+            tasks = [Generate(prompt, steps, w, first_seed + i) for i in range(count)]
+            with click.progressbar(length=count * steps, label="Denoising", show_pos=True) as bar:
+                images = pipeline.run(tasks, progress=bar.update)
+    except TaskError as error:
+        name = _IN_TASKS.get(error.param, f"--{error.param}")
+        raise click.BadParameter(error.message, param_hint=name) from error
+    except (BundleError, EngineError) as error:
+        raise click.ClickException(str(error)) from error
+    for i, (task, image) in enumerate(zip(tasks, images, strict=True)):
+        path = out if count == 1 else out.with_stem(f"{out.stem}-{i}")
+        text = {"fewstep": json.dumps(_provenance(task, manifest))}
+        path.write_bytes(encode_image(image, image_format, text=text))
+        click.echo(f"{path}  seed {task.seed}")
+
+
+def _provenance(task: Generate, manifest: Manifest) -> dict[str, Any]:
+    """What it takes to make the image again, but for the prompt, which may be private."""
+    return {
+        "model": manifest.name,
+        "revision": manifest.revision,
+        "steps": task.steps,
+        "guidance_scale": 1 + task.guidance,
+        "seed": task.seed,
+    }
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def inspect(bundle: str, as_json: bool) -> None:
+    """Show what is in BUNDLE (a folder, or "shipped") and verify its files. Exit status 1 if one differs."""
+    try:
+        path = _locate(bundle)
+        manifest = read_manifest(path)
+        problems = find_problems(path, manifest)
+    except (BundleError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        document = {"path": str(path), "manifest": manifest.model_dump(mode="json"), "problems": problems}
+        click.echo(json.dumps(document, indent=2))
+    else:
+        for line in _report(path, manifest):
+            click.echo(line)
+        click.echo("\n".join(f"  DIFFERS  {problem}" for problem in problems) or "  all files match their hashes")
+    if problems:
+        raise SystemExit(1)
+
+
+def _report(path: Path, manifest: Manifest) -> list[str]:
+    """The manifest in lines for people."""
+    shapes = [" x ".join(str(size) for size in shape) for shape in (manifest.image_shape, manifest.latent_shape)]
+    guidance = [f"{1 + w:g}" for w in (manifest.guidance.minimum, manifest.guidance.maximum, manifest.guidance.default)]
+    lines = [
+        f"{manifest.name} {manifest.revision}  ({path})",
+        f"  {manifest.conditioning} to image, {manifest.space} space, image {shapes[0]}, latent {shapes[1]}",
+        f"  guidance_scale {guidance[0]} to {guidance[1]}, default {guidance[2]}; weights {manifest.weights_dtype}",
+    ]
+    if manifest.text is not None:
+        lines.append(f"  prompts of at most {manifest.text.max_tokens} tokens")
+    else:
+        lines.append(f"  classes: {', '.join(manifest.classes)}")
+    for student in manifest.students:
+        times = " ".join(f"{t:.4g}" for t in student.grid.times)
+        lines.append(f"  student of {student.steps}: {student.graph}, t = {times}")
+    origin = manifest.provenance
+    lines.append(f"  from recipe {origin.recipe}, data {origin.data}, commit {origin.commit}, {origin.created}")
+    lines.append(f"  licence {manifest.licence}; made from:")
+    lines += [f"    {work.name} ({work.licence}) {work.source}" for work in manifest.attributions]
+    total = sum(record.size_bytes for record in manifest.files.values())
+    lines.append(f"  files, {total / 1e6:.1f} MB:")
+    lines += [f"    {record.size_bytes:>11,}  {name}" for name, record in sorted(manifest.files.items())]
+    return lines

@@ -1,0 +1,120 @@
+"""What only the ONNX Runtime backend must do: refuse graphs that are not what the manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from engines.backends import cores, open_engine
+from engines.backends.base import EngineError, GraphSpec, TensorSpec
+from tests.bundles import GraphBuilder
+
+
+def spec(name: str, *shape: int | str, dtype: Any = "float32") -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+IMAGE = spec("image", "batch", 3, 8, 8)
+LATENT = spec("latent", "batch", 3, 8, 8)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> GraphSpec:
+    builder = GraphBuilder()
+    builder.op("Identity", "image", out="latent")
+    path = builder.save(tmp_path / "encode.onnx", (IMAGE,), (LATENT,))
+    return GraphSpec("encode", path, (IMAGE,), (LATENT,))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"inputs": (spec("picture", "batch", 3, 8, 8),)}, "inputs are image; the manifest wants picture"),
+        ({"inputs": (IMAGE, spec("mask", "batch"))}, "wants image, mask"),
+        ({"inputs": (spec("image", "batch", 3, 16, 16),)}, "input image"),
+        ({"inputs": (spec("image", 1, 3, 8, 8),)}, None),
+        ({"inputs": (spec("image", "batch", "c", 8, 8),)}, "input image"),
+        ({"inputs": (spec("image", "batch", 3, 64),)}, "input image"),
+        ({"inputs": (spec("image", "batch", 3, 8, 8, dtype="int64"),)}, "input image"),
+        ({"outputs": (spec("z", "batch", 3, 8, 8),)}, "outputs are latent"),
+        ({"outputs": (spec("latent", "batch", 4, 8, 8),)}, "output latent"),
+    ],
+)
+def test_a_graph_that_differs_does_not_load(graph: GraphSpec, change: Any, named: str | None) -> None:
+    """A dimension that the graph leaves open fits any fixed size; everything else must agree."""
+    wanted = replace(graph, **change)
+    if named is None:
+        open_engine("ort", wanted, threads=1)
+        return
+    with pytest.raises(EngineError, match=named):
+        open_engine("ort", wanted, threads=1)
+
+
+def test_output_of_another_shape_than_promised_is_an_error(tmp_path: Path) -> None:
+    """The graph drops the columns that are wholly 0, so only a run can tell its width."""
+    builder = GraphBuilder()
+    column_sums = builder.op("ReduceSum", "image", builder.constant([0, 1, 2], "int64"), keepdims=0)
+    filled = builder.op("Cast", column_sums, to=TensorProto.BOOL)
+    builder.op("Compress", "image", filled, out="latent", axis=3)
+    path = builder.save(tmp_path / "encode.onnx", (IMAGE,), (spec("latent", "batch", 3, 8, "width"),))
+    with open_engine("ort", GraphSpec("encode", path, (IMAGE,), (LATENT,)), threads=1) as engine:
+        assert engine.run({"image": np.ones((2, 3, 8, 8), np.float32)})["latent"].shape == (2, 3, 8, 8)
+        with pytest.raises(EngineError, match="wrong output"):
+            engine.warmup((1,))
+
+
+def test_a_graph_that_fails_while_running_is_an_engine_error(tmp_path: Path) -> None:
+    builder = GraphBuilder()
+    table = builder.constant([[1.0], [2.0]])
+    builder.op("Gather", table, "label", out="context")
+    label, context = spec("label", "batch", dtype="int64"), spec("context", "batch", 1)
+    path = builder.save(tmp_path / "text.onnx", (label,), (context,))
+    with open_engine("ort", GraphSpec("text", path, (label,), (context,)), threads=1) as engine:
+        assert engine.run({"label": np.array([1])})["context"].tolist() == [[2.0]]
+        with pytest.raises(EngineError, match=r"text\.onnx"):
+            engine.run({"label": np.array([7])})
+
+
+def test_a_file_that_is_no_graph_does_not_load(graph: GraphSpec) -> None:
+    graph.path.write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"encode\.onnx: ONNX Runtime cannot load it"):
+        open_engine("ort", graph)
+
+
+def test_int8_weights_are_unpacked_at_load(tmp_path: Path) -> None:
+    """Weights stored as int8 with a scale give what the same weights in float32 give."""
+    weight = np.random.default_rng(0).integers(-127, 128, (3, 3, 1, 1))
+    scale = np.array([0.01, 0.02, 0.03])
+    builder = GraphBuilder()
+    packed, scales = builder.constant(weight, "int8"), builder.constant(scale)
+    unpacked = builder.op("DequantizeLinear", packed, scales, axis=0)
+    builder.op("Conv", "image", unpacked, out="latent")
+    path = builder.save(tmp_path / "encode.onnx", (IMAGE,), (LATENT,))
+    image = np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    with open_engine("ort", GraphSpec("encode", path, (IMAGE,), (LATENT,)), threads=1) as engine:
+        latent = engine.run({"image": image})["latent"]
+    expected = np.einsum("oi,bihw->bohw", weight[:, :, 0, 0] * scale[:, None], image)
+    np.testing.assert_allclose(latent, expected, atol=1e-4)
+    assert TensorProto.INT8 in {tensor.data_type for tensor in builder.constants}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("400000 100000", 4)])
+def test_the_container_quota_bounds_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(cores, "_CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "_allowed_cpus", lambda: set(range(64)))
+    monkeypatch.setattr(cores, "_physical_cores", len)
+    assert cores.usable_cores() == expected
+
+
+def test_usable_cores_is_positive_without_cgroup_or_topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_CPU_MAX", tmp_path / "absent")
+    monkeypatch.setattr(cores, "_SIBLINGS", str(tmp_path / "{}"))
+    assert cores.usable_cores() >= 1
