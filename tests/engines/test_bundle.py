@@ -1,0 +1,261 @@
+"""A bundle loads exactly as it was written, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from engines import bundle as bundles
+from engines.bundle import (
+    Bundle,
+    BundleError,
+    Description,
+    Grid,
+    GuidanceRange,
+    load_bundle,
+    read_manifest,
+    shipped_bundle,
+    write_bundle,
+)
+from engines.manifest import seal
+from tests.bundles import cosine_grid, make_tiny_bundle, tiny_description
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def edit_manifest(folder: Path, edit: Edit, reseal: bool = True) -> None:
+    """Change the manifest as someone with an editor would; `reseal` as someone who also fixes the revision."""
+    file = folder / "manifest.json"
+    document = json.loads(file.read_text())
+    edit(document)
+    if reseal:
+        document["revision"] = seal(document)
+    file.write_text(json.dumps(document))
+
+
+def test_what_is_written_is_loaded(bundle: Bundle) -> None:
+    loaded = load_bundle(bundle.path)
+    assert loaded == bundle
+    assert loaded.manifest == read_manifest(bundle.path)
+    assert "README.md" in loaded.manifest.files
+    assert {graph.role for graph in loaded.graphs().values()} >= {"step"}
+    assert [loaded.student(steps).steps for steps in (1, 2, 4)] == [1, 2, 4]
+
+
+def test_graphs_have_the_inputs_that_the_design_names(text_bundle: Bundle) -> None:
+    graphs = text_bundle.graphs()
+    assert {name: [spec.name for spec in graph.inputs] for name, graph in graphs.items()} == {
+        "text.onnx": ["input_ids", "attention_mask"],
+        "encode.onnx": ["image"],
+        "decode.onnx": ["latent"],
+        **{
+            f"step-{n}.onnx": [
+                *("z", "time", "alpha", "sigma", "alpha_next", "sigma_next"),
+                *("guidance", "context", "known", "keep", "noise"),
+            ]
+            for n in (1, 2, 4)
+        },
+    }
+    assert graphs["step-4.onnx"].outputs[0].name == "z_next"
+
+
+def test_unknown_student_names_those_there_are(text_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="3 steps, only 1, 2, 4"):
+        text_bundle.student(3)
+
+
+def test_unlisted_file_has_no_path(text_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="secret"):
+        text_bundle.graph_path("../secret")
+
+
+def test_every_tampered_file_is_named(bundle_copy: Path) -> None:
+    """One flipped bit, the size unchanged, in each file in turn."""
+    for file in bundle_copy.iterdir():
+        if file.name == "manifest.json":
+            continue
+        original = file.read_bytes()
+        file.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        with pytest.raises(BundleError, match=file.name):
+            load_bundle(bundle_copy)
+        file.write_bytes(original)
+    load_bundle(bundle_copy)
+
+
+def test_unverified_load_still_checks_names_and_sizes(bundle_copy: Path) -> None:
+    file = bundle_copy / "step-4.onnx"
+    file.write_bytes(b"x" * file.stat().st_size)
+    load_bundle(bundle_copy, verify=False)
+    file.write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"step-4\.onnx: 1 bytes"):
+        load_bundle(bundle_copy, verify=False)
+
+
+def test_missing_and_extra_files_are_named(bundle_copy: Path) -> None:
+    (bundle_copy / "step-2.onnx").unlink()
+    (bundle_copy / "notes.txt").write_text("hello")
+    with pytest.raises(BundleError, match=r"notes\.txt: not listed.*step-2\.onnx: missing"):
+        load_bundle(bundle_copy)
+
+
+def test_a_folder_in_place_of_a_file_does_not_load(bundle_copy: Path) -> None:
+    (bundle_copy / "README.md").unlink()
+    (bundle_copy / "README.md").mkdir()
+    with pytest.raises(BundleError, match=r"README\.md: missing"):
+        load_bundle(bundle_copy)
+
+
+def rename(document: dict[str, Any], name: str) -> None:
+    document["files"][name] = document["files"].pop("step-4.onnx")
+    document["students"][2]["graph"] = name
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda d: d.update(colour="blue"), "colour: Extra inputs"),
+        (lambda d: d["text"].update(colour="blue"), r"text\.colour"),
+        (lambda d: d.update(format_version=2), "format version 2, this package reads 1"),
+        (lambda d: d.pop("format_version"), "format version None"),
+        (lambda d: rename(d, "../step.onnx"), "not a plain file name"),
+        (lambda d: rename(d, "/etc/passwd"), "not a plain file name"),
+        (lambda d: rename(d, "a/b.onnx"), "not a plain file name"),
+        (lambda d: rename(d, "..\\step.onnx"), "not a plain file name"),
+        (lambda d: rename(d, ".hidden"), "not a plain file name"),
+        (lambda d: rename(d, "manifest.json"), "not a plain file name"),
+        (lambda d: d["files"].pop("step-4.onnx"), "files does not list step-4.onnx"),
+        (lambda d: d["files"].pop("README.md"), r"README\.md: not listed"),
+        (lambda d: d["files"]["README.md"].update(sha256="abc"), "sha256"),
+        (lambda d: d.update(decode=None), "latent bundles have encode and decode"),
+        (lambda d: d.update(text=None), "text bundles have a text encoder"),
+        (lambda d: d.update(classes=["a"]), "text bundles have a text encoder"),
+        (lambda d: d.update(latent_shape=[4, 7, 8]), "does not divide"),
+        (lambda d: d.update(image_shape=[4, 16, 16]), "image_shape"),
+        (lambda d: d["students"].append(d["students"][0]), "same number of steps"),
+        (lambda d: d["students"][0].update(steps=3), "has a grid of 1"),
+        (lambda d: d["condition"][0].update(shape=[1, 8, 6]), "first dimension 'batch'"),
+        (lambda d: d["condition"][0].update(shape=["batch", 0, 6]), "must be positive"),
+    ],
+)
+def test_bad_manifests_do_not_load(bundle_copy: Path, edit: Edit, named: str) -> None:
+    edit_manifest(bundle_copy, edit)
+    with pytest.raises(BundleError, match=named):
+        load_bundle(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d["guidance"].update(maximum=100),
+        lambda d: d.update(licence="none"),
+        lambda d: d.update(revision="0" * 12),
+        lambda d: d["files"]["README.md"].update(sha256="0" * 64),
+    ],
+)
+def test_a_manifest_changed_after_the_fact_does_not_load(bundle_copy: Path, edit: Edit) -> None:
+    edit_manifest(bundle_copy, edit, reseal=False)
+    with pytest.raises(BundleError, match="revision does not match"):
+        load_bundle(bundle_copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format_version": 1}', "[" * 100_000, "\ud800"])
+def test_what_is_no_manifest_does_not_load(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        load_bundle(tmp_path)
+
+
+def test_an_enormous_manifest_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "manifest.json").open("wb") as out:
+        out.truncate(5 * 1024 * 1024)
+    with pytest.raises(BundleError, match="larger"):
+        load_bundle(tmp_path)
+
+
+def test_no_folder_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        load_bundle(tmp_path / "absent")
+    with pytest.raises(BundleError, match="absent"):
+        shipped_bundle("absent")
+
+
+def test_shipped_bundles_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_BUNDLES", tmp_path)
+    made = make_tiny_bundle(tmp_path, steps=(1,))
+    assert shipped_bundle("tiny") == made.path
+    with pytest.raises(BundleError, match="shipped: tiny"):
+        shipped_bundle("other")
+
+
+def test_writing_refuses_to_overwrite_unless_told(text_bundle: Bundle, tmp_path: Path) -> None:
+    """Also the way to change only the description: the files are the bundle's own."""
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    description = tiny_description(space="latent")
+    first = write_bundle(tmp_path / "new", description, files)
+    with pytest.raises(BundleError, match="exists"):
+        write_bundle(tmp_path / "new", description, files)
+    changed = description.model_copy(update={"licence": "CC-BY-4.0"})
+    second = write_bundle(first.path, changed, {name: first.path / name for name in files}, replace=True)
+    assert second.manifest.licence == "CC-BY-4.0"
+    assert second.manifest.files == first.manifest.files
+    assert second.manifest.revision != first.manifest.revision
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+
+
+def test_same_content_gives_the_same_revision(text_bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: text_bundle.path / name for name in reversed(list(text_bundle.manifest.files))}
+    again = write_bundle(tmp_path / "again", tiny_description(space="latent", name=text_bundle.manifest.name), files)
+    assert again.manifest.revision == text_bundle.manifest.revision
+
+
+def test_a_failed_write_leaves_nothing(text_bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    del files["step-4.onnx"]
+    with pytest.raises(BundleError, match=r"step-4\.onnx"):
+        write_bundle(tmp_path / "new", tiny_description(space="latent"), files)
+    with pytest.raises(BundleError, match="plain file name"):
+        write_bundle(tmp_path / "new", tiny_description(space="latent"), {**files, "../escape": files["README.md"]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_class_bundles_take_one_label() -> None:
+    fields = tiny_description("class").model_dump()
+    Description.model_validate(fields)
+    for change in (
+        {"classes": ()},
+        {"classes": ("a", "a")},
+        {"condition": ({"name": "label", "dtype": "float32", "shape": ("batch",)},)},
+    ):
+        with pytest.raises(ValidationError):
+            Description.model_validate(fields | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"times": (1.0, 0.5, 0.5, 0.25, 0.0)},
+        {"times": (2.0, 0.75, 0.5, 0.25, 0.0)},
+        {"times": (1.0, 0.75, 0.5, 0.25, 0.1)},
+        {"times": (1.0, 0.0)},
+        {"alphas": (0.0, 0.5, 0.4, 0.9, 1.0)},
+        {"alphas": (0.0, 0.4, 0.7, 0.9, 0.99)},
+        {"sigmas": (1.0, 0.9, 0.95, 0.4, 0.0)},
+        {"sigmas": (float("nan"), 0.9, 0.7, 0.4, 0.0)},
+    ],
+)
+def test_grids_are_monotone_and_end_clean(change: dict[str, Any]) -> None:
+    grid = cosine_grid(4).model_dump()
+    with pytest.raises(ValidationError):
+        Grid.model_validate(grid | change)
+
+
+@pytest.mark.parametrize("values", [(-1, 4, 2), (0, 4, 5), (2, 4, 1), (4, 0, 2), (0, float("inf"), 2)])
+def test_guidance_ranges_are_ordered(values: tuple[float, float, float]) -> None:
+    minimum, maximum, default = values
+    with pytest.raises(ValidationError):
+        GuidanceRange(minimum=minimum, maximum=maximum, default=default)
