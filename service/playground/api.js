@@ -41,8 +41,9 @@ async function errorFrom(response) {
   });
 }
 
+// The API's messages start in lower case, or with a field's name, which stays as it is.
 function sentence(text) {
-  const trimmed = text.trim();
+  const trimmed = text.trim().replace(/^[a-z]+(?![a-z_])/, (word) => word[0].toUpperCase() + word.slice(1));
   return /[.!?]$/.test(trimmed) ? trimmed : `${trimmed}.`;
 }
 

@@ -20,6 +20,9 @@ export class Settings {
       this.#fill(slider);
       clearError("guidance_scale");
     });
+    number.addEventListener("change", () => {
+      if (number.value === "") this.#setGuidance(slider.value);
+    });
     byId("strength").addEventListener("input", () => {
       this.#kept[this.#task] = this.strength;
       this.#describeStrength();
@@ -78,8 +81,7 @@ export class Settings {
   }
 
   get guidanceScale() {
-    const text = byId("guidance-value").value;
-    return text === "" ? null : Number(text);
+    return Number(byId("guidance-value").value || byId("guidance").value);
   }
 
   get strength() {

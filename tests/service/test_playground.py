@@ -16,7 +16,7 @@ from service.app import create_app
 from service.schemas import InpaintRequest
 from service.settings import Settings
 from tests.service import webdriver
-from tests.service.helpers import listening, png, random_image
+from tests.service.helpers import Pixels, listening, png, random_image
 
 FOLDER = Path(service.__file__).parent / "playground"
 FILES = sorted(FOLDER.iterdir())
@@ -195,7 +195,7 @@ def _assert_only_the_mask_changed(window: webdriver.Browser) -> None:
     assert not np.array_equal(before[painted], after[painted])
 
 
-def _pixels(window: webdriver.Browser, selector: str) -> np.ndarray:
+def _pixels(window: webdriver.Browser, selector: str) -> Pixels:
     """RGBA of an image or canvas in the page, (16, 16, 4)."""
     script = """
         const picture = document.querySelector(arguments[0]);
