@@ -98,7 +98,8 @@ async def _read_multipart(request: Request, settings: Settings) -> dict[str, str
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise ApiError(400, "invalid_multipart", error.message) from error
+        message = f"{error.message} Images and masks are file parts, all else is short text."
+        raise ApiError(400, "invalid_multipart", message) from error
     try:
         return await _unpack(form)
     finally:

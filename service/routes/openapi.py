@@ -9,7 +9,8 @@ from service.bodies import FILE_FIELDS
 from service.errors import ApiError
 from service.schemas import ErrorResponse, GenerateRequest, ImagesResponse
 
-_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+# One white pixel: an image, and as a mask all of it.
+_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg=="
 
 # status: (what it means, an example's code, its message, its param)
 ERRORS: dict[int, tuple[str, str, str, str | None]] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
-from tests.service.helpers import SIZE, Running, running
+from tests.service.helpers import SIZE, Gate, Running, running
 
 
 @pytest.fixture
@@ -41,3 +41,10 @@ def settings(bundle_path: Path) -> Settings:
 async def app(anyio_backend: str, settings: Settings) -> AsyncIterator[Running]:
     async with running(settings) as this:
         yield this
+
+
+@pytest.fixture
+def gate(app: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(app.pipeline, monkeypatch)
+    yield gate
+    gate.opened.set()

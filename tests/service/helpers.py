@@ -8,18 +8,19 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.pipeline import Pipeline
+from engines.pipeline import Pipeline, Row
 from service.app import create_app
 from service.queue.base import JobQueue
 from service.runtime import Service, State, open_pipeline
@@ -97,6 +98,22 @@ def listening(app: FastAPI) -> Iterator[int]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class Gate:
+    """Holds the pipeline's ticks back until it is opened."""
+
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        tick = pipeline.tick
+
+        def gated(rows: Sequence[Row]) -> None:
+            self.reached.set()
+            assert self.opened.wait(60)
+            tick(rows)
+
+        monkeypatch.setattr(pipeline, "tick", gated)
 
 
 def random_image(seed: int = 0, size: int | tuple[int, int] = SIZE) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -13,9 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -26,32 +26,9 @@ from service.app import create_app
 from service.logs import Formatter
 from service.runtime import State, open_pipeline
 from service.settings import Settings
-from tests.service.helpers import Running, error, listening, running, until
+from tests.service.helpers import Gate, Running, error, listening, running, until
 
 pytestmark = pytest.mark.anyio
-
-
-class Gate:
-    """Holds the pipeline's ticks back until it is opened."""
-
-    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened = threading.Event()
-        self.reached = threading.Event()
-        tick = pipeline.tick
-
-        def gated(rows: Any) -> None:
-            self.reached.set()
-            assert self.opened.wait(20)
-            tick(rows)
-
-        monkeypatch.setattr(pipeline, "tick", gated)
-
-
-@pytest.fixture
-def gate(app: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(app.pipeline, monkeypatch)
-    yield gate
-    gate.opened.set()
 
 
 async def test_it_lives_at_once_and_is_ready_when_the_bundle_is_warm(anyio_backend: str, settings: Settings) -> None:
@@ -106,7 +83,8 @@ async def test_a_deadline_is_a_504_and_the_row_is_dropped(app: Running, gate: Ga
     assert (await app.post("/generate", prompt="a cat", steps=1)).json()["batch"]["ticks"] == [1]
     assert app.metric("fewstep_requests_total", endpoint="generate", outcome="timeout") == 1
     assert app.metric("fewstep_images_total") == 1
-    assert app.metric("fewstep_tick_rows_sum") == 2
+    # The late row ran one tick, or none where even that came too late; never its four.
+    assert app.metric("fewstep_tick_rows_sum") <= 2
 
 
 async def test_a_full_queue_is_a_429_that_says_when_to_come_back(
@@ -114,13 +92,10 @@ async def test_a_full_queue_is_a_429_that_says_when_to_come_back(
 ) -> None:
     async with running(settings.model_copy(update={"max_batch": 1, "max_queue_cost": 8})) as app:
         gate = Gate(app.pipeline, monkeypatch)
-        accepted = []
-        for waiting in (0, 0, 1, 2):
-            accepted.append(asyncio.create_task(app.post("/generate", prompt="a cat")))
-            await asyncio.to_thread(gate.reached.wait, 10)
-            await until(lambda: app.service.inflight == len(accepted))
-            del waiting
-        await until(lambda: app.metric("fewstep_queue_cost") + 4 > 8)
+        accepted = [asyncio.create_task(app.post("/generate", prompt="a cat"))]
+        await asyncio.to_thread(gate.reached.wait, 20)
+        accepted += [asyncio.create_task(app.post("/generate", prompt="a cat")) for _ in range(2)]
+        await until(lambda: app.metric("fewstep_queue_cost") == 8)
         refused = await app.post("/generate", prompt="a cat")
         found = error(refused, 429, "queue_full")
         assert (found["type"], found["retryable"]) == ("overloaded_error", True)
@@ -204,16 +179,30 @@ def test_a_body_that_does_not_come_is_a_408(settings: Settings) -> None:
         assert b"body_timeout" in answer
 
 
-async def test_log_lines_have_the_request_id_and_no_prompt(app: Running, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("form", ["json", "text"])
+async def test_log_lines_have_the_request_id_and_no_prompt(
+    app: Running, caplog: pytest.LogCaptureFixture, form: Literal["json", "text"]
+) -> None:
     caplog.set_level(logging.DEBUG)
-    answer = await app.client.post("/generate", json={"prompt": "a secret cat"}, headers={"X-Request-ID": "me"})
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Formatter(form))
+    logging.getLogger().addHandler(handler)
+    try:
+        headers = {"X-Request-ID": "from-me"}
+        answer = await app.client.post("/generate", json={"prompt": "a secret cat"}, headers=headers)
+    finally:
+        logging.getLogger().removeHandler(handler)
     assert answer.status_code == 200
-    lines = [Formatter("json").format(record) for record in caplog.records]
-    assert not [line for line in lines if "secret" in line]
-    [line] = [line for line in map(json.loads, lines) if line.get("endpoint") == "generate"]
-    assert (line["event"], line["status"], line["level"]) == ("request", 200, "info")
-    assert line["request_id"] == "me"
-    assert Formatter("text").format(caplog.records[-1])
+    assert "secret" not in stream.getvalue()
+    [text] = [line for line in stream.getvalue().splitlines() if "generate" in line and "service.access" in line]
+    if form == "text":
+        assert 'request_id="from-me"' in text
+        assert "status=200" in text
+    else:
+        line = json.loads(text)
+        assert (line["event"], line["status"], line["level"]) == ("request", 200, "info")
+        assert line["request_id"] == "from-me"
 
 
 def test_log_lines_show_messages_of_our_own_exceptions_only() -> None:
