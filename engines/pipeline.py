@@ -53,7 +53,10 @@ _Item = TypeVar("_Item")
 
 
 class Pipeline:
-    """A bundle with every graph of it open on one backend. Its methods may be called from several threads."""
+    """A bundle with every graph of it open on one backend. Its methods may be called from several threads.
+
+    An image made alone and the same made in any batch differ by at most 2 of 255 in any value.
+    """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
         """Take the engines of ``bundle`` by the file name of their graph; the pipeline closes them."""
@@ -104,7 +107,6 @@ class Pipeline:
         with ExitStack() as closing:
             for engine in self._engines.values():
                 closing.push(engine)
-        self._engines.clear()
 
     @property
     def manifest(self) -> Manifest:

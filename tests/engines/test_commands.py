@@ -1,0 +1,125 @@
+"""`fewstep generate` and `fewstep inspect`, as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from engines import bundle as bundles
+from engines.bundle import Bundle
+from engines.commands import generate, inspect
+from engines.images import decode_image
+from engines.pipeline import Generate, Pipeline
+
+
+def call(command: object, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
+
+
+def test_generate_writes_the_image_that_the_pipeline_makes(text_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    options = ("--steps", 2, "--guidance-scale", 3, "--seed", 11, "--out", out)
+    result = call(generate, text_bundle.path, "a red cat", *options, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert "seed 11" in result.output
+    with Pipeline.open(text_bundle.path, threads=1) as pipeline:
+        (expected,) = pipeline.run([Generate("a red cat", 2, 2.0, 11)])
+    np.testing.assert_array_equal(decode_image(out.read_bytes()), expected)
+    written = json.loads(Image.open(out).text["fewstep"])  # type: ignore[attr-defined]
+    assert written == {
+        "model": text_bundle.manifest.name,
+        "revision": text_bundle.manifest.revision,
+        "steps": 2,
+        "guidance_scale": 3.0,
+        "seed": 11,
+    }
+
+
+def test_generate_numbers_several_images_and_their_seeds(text_bundle: Bundle, tmp_path: Path) -> None:
+    result = call(
+        generate, text_bundle.path, "moon", "--n", 3, "--seed", 5, "--out", tmp_path / "m.webp", "--backend", "fake"
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m-0.webp", "m-1.webp", "m-2.webp"]
+    assert all(f"seed {seed}" in result.output for seed in (5, 6, 7))
+
+
+def test_generate_without_a_seed_says_which_it_took(text_bundle: Bundle, tmp_path: Path) -> None:
+    seeds = set()
+    for name in ("a.png", "b.png"):
+        result = call(generate, text_bundle.path, "moon", "--out", tmp_path / name, "--backend", "fake")
+        seeds.add(result.output.rsplit("seed ", 1)[1].strip())
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--steps", 3), "--steps"),
+        (("--guidance-scale", 99), "--guidance-scale"),
+        (("--guidance-scale", "nan"), "--guidance-scale"),
+        (("--seed", -1), "--seed"),
+        (("--seed", 2**63 - 1, "--n", 2), "--seed"),
+        (("--n", 0), "--n"),
+        (("--out", "image.gif"), "--out"),
+        (("--out", "absent/image.png"), "--out"),
+        (("--backend", "abacus"), "--backend"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_honour(
+    text_bundle: Bundle, tmp_path: Path, arguments: tuple[object, ...], named: str
+) -> None:
+    options = ("--out", tmp_path / "x.png", "--backend", "fake", *arguments)
+    result = call(generate, text_bundle.path, "a cat", *options)
+    assert result.exit_code == 2
+    assert named in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_names_prompts_that_do_not_fit(text_bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--out", tmp_path / "x.png", "--backend", "fake")
+    assert "PROMPT" in call(generate, text_bundle.path, "", *options).output
+    assert "at most 8 fit" in call(generate, text_bundle.path, "cat " * 9, *options).output
+
+
+def test_generate_without_a_bundle_fails_plainly(tmp_path: Path) -> None:
+    result = call(generate, tmp_path / "absent", "a cat", "--out", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "is not a bundle" in result.output
+
+
+def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
+    result = call(inspect, bundle.path)
+    assert result.exit_code == 0
+    for expected in ("step-4.onnx", "README.md", "CC0-1.0", bundle.manifest.revision, "all files match"):
+        assert expected in result.output
+    assert ("classes: zero" in result.output) == (bundle.manifest.conditioning == "class")
+
+
+def test_inspect_as_json(text_bundle: Bundle) -> None:
+    document = json.loads(call(inspect, text_bundle.path, "--json").output)
+    assert document["problems"] == []
+    assert document["manifest"] == text_bundle.manifest.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_inspect_names_what_differs_and_exits_with_1(bundle_copy: Path, options: tuple[str, ...]) -> None:
+    file = bundle_copy / "step-2.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (bundle_copy / "extra.bin").touch()
+    result = call(inspect, bundle_copy, *options)
+    assert result.exit_code == 1
+    assert "step-2.onnx: its SHA-256" in result.output
+    assert "extra.bin: not listed" in result.output
+
+
+def test_shipped_means_the_bundle_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_BUNDLES", tmp_path)
+    result = call(inspect, "shipped")
+    assert result.exit_code == 1
+    assert "no bundle 'emoji' ships" in result.output
