@@ -29,11 +29,13 @@ format: $(VENV)/development ## Format the code and fix what the linter can fix
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
 
-lock: ## Write requirements.lock anew: the versions that a fresh install takes today
-	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/pip install -q -e '.[training,dev]' 'torch==2.13.0'
-	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
-	rm -rf build/lock
+lock: $(VENV)/bin/python ## Write requirements.lock anew: the versions that a fresh install takes today
+	$(PIP) install -q --dry-run --ignore-installed --report build-lock.json -e '.[training,dev]' 'torch==2.13.0'
+	$(VENV)/bin/python -c "import json; \
+	  names = [i['metadata'] for i in json.load(open('build-lock.json'))['install']]; \
+	  print(*sorted(n['name'].lower() + '==' + n['version'].split('+')[0] for n in names if n['name'] != 'fewstep'), sep='\n')" \
+	  > requirements.lock
+	rm build-lock.json
 
 clean: ## Remove the environment and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -183,7 +183,7 @@ class _Report:
         self.folder, self.recipe, self.sample, self.pace, self.speaks = folder, recipe, sample, pace, speaks
         self.log = _Log(folder / "log.jsonl", recipe.batch_size, update)
         self.bar = tqdm(total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True,
-                        disable=not speaks)  # fmt: skip
+                        disable=None if speaks else True)  # fmt: skip
         self.saved_at = time.monotonic()
 
     def __enter__(self) -> Self:

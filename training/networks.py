@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,8 +78,8 @@ def student_from(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 
     So the untrained student equals the conditional teacher at every w. A student is copied as it is.
     """
-    config: Mapping[str, Any] = {**teacher.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM}
-    student = UNet2DConditionModel.from_config(config)
+    config: dict[str, Any] = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
+    student = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM})
     weights = dict(teacher.state_dict())
     projection = "time_embedding.cond_proj.weight"
     weights.setdefault(projection, torch.zeros_like(student.state_dict()[projection]))

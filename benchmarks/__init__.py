@@ -1,0 +1,1 @@
+"""Measurements against the peers. Not installed; run from the repository."""

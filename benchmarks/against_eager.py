@@ -1,0 +1,96 @@
+"""A bundle on ONNX Runtime against the same students step by step in eager torch, in turn in one process.
+
+Both sides make whole images from prompts: text, steps, decoding. Medians over the repeats are printed, and the
+ratios of the pairs; the images are compared, so that the two sides are known to do the same work.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from engines.pipeline import Generate, Pipeline, initial_noise
+from training.commands import open_run
+from training.distill import Run, decode_all, student_stage
+from training.pictures import to_uint8
+from training.sampler import sample
+from training.text import load_text_encoder, load_tokenizer, tokenize
+
+PROMPTS = ("dog", "red apple", "smiling face", "car")
+WARMUP = 2
+
+
+class Eager:
+    """The students of a run in eager torch."""
+
+    def __init__(self, run: Run, steps: int) -> None:
+        self.run, self.steps = run, steps
+        self.student = run.denoiser(student_stage(steps))
+        self.autoencoder = run.autoencoder() if run.recipe.autoencoder else None
+        self.text, self.tokenizer = load_text_encoder(), load_tokenizer(run.recipe.max_tokens)
+
+    def __call__(self, tasks: list[Generate]) -> np.ndarray:
+        noise = torch.from_numpy(np.stack([initial_noise(task.seed, self.run.data.shape) for task in tasks]))
+        w = torch.tensor([task.guidance for task in tasks])
+        with torch.inference_mode():
+            z = sample(self.student, self.run.schedule.grid(self.steps), noise, self._condition(tasks), w)
+            return to_uint8(z if self.autoencoder is None else decode_all(self.autoencoder, z))
+
+    def _condition(self, tasks: list[Generate]) -> dict[str, Tensor]:
+        if self.run.recipe.conditioning == "class":
+            return {"label": torch.tensor([self.run.data.classes.index(task.condition) for task in tasks])}
+        return {"context": self.text(*tokenize(self.tokenizer, [task.condition for task in tasks]))}
+
+
+def in_turn(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call of a and of b, called in turn."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(WARMUP + repeats):
+        for side, call in enumerate((a, b)):
+            start = time.perf_counter()
+            call()
+            if repeat >= WARMUP:
+                seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(exists=True, path_type=Path))
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option("--run", "folder", type=click.Path(exists=True, path_type=Path), help="The run's folder.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="The image set.")
+@click.option("--steps", default=4, show_default=True)
+@click.option("--threads", default=2, show_default=True, help="Threads of each side.")
+@click.option("--repeats", default=15, show_default=True)
+def main(recipe: Path, bundle: Path, folder: Path | None, data: Path | None, steps: int, threads: int, repeats: int) -> None:
+    """Time BUNDLE against the students of RECIPE's run."""
+    torch.set_num_threads(threads)
+    run = open_run(recipe, folder, data)
+    prompts = run.data.classes or PROMPTS
+    eager = Eager(run, steps)
+    click.echo(f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}, "
+               f"onnxruntime {onnxruntime.__version__}, {steps} steps, {repeats} repeats\n")  # fmt: skip
+    click.echo("| images at once | eager torch, s | bundle, s | images/s, bundle | eager / bundle | largest difference |")
+    click.echo("|---|---|---|---|---|---|")
+    with Pipeline.open(bundle, threads=threads) as pipeline:
+        for count in (1, 16):
+            tasks = [Generate(prompts[i % len(prompts)], steps, 2.0, seed=i) for i in range(count)]
+            theirs, ours = in_turn(lambda: eager(tasks), lambda: pipeline.run(tasks), repeats)  # noqa: B023
+            ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+            difference = np.abs(np.stack(pipeline.run(tasks)).astype(int) - eager(tasks)).max()
+            median = statistics.median(ours)
+            click.echo(f"| {count} | {statistics.median(theirs):.3f} | {median:.3f} | {count / median:.1f} | "
+                       f"{ratio:.2f} | {difference} of 255 |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

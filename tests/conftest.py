@@ -1,0 +1,50 @@
+"""Fixtures that several parts share: a tiny run on real digits, trained once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from training.distill import Run
+
+TINY_DIGITS = """
+name = "tiny-digits"
+conditioning = "class"
+data = { source = "digits", size = 8 }
+network = { channels = [16, 32], norm_groups = 8, attention_heads = 2 }
+teacher = { updates = 400, batch_size = 64, learning_rate = 4e-3, warmup = 20, ema = 0.97 }
+stage1 = { updates = 250, batch_size = 64, learning_rate = 2e-3 }
+export = { licence = "CC-BY-4.0", steps = [4, 2, 1] }
+
+[stage2]
+start = 8
+rounds = [
+    { steps = 4, updates = 100, batch_size = 64, learning_rate = 2e-3 },
+    { steps = 2, updates = 100, batch_size = 64, learning_rate = 2e-3 },
+    { steps = 1, updates = 100, batch_size = 64, learning_rate = 2e-3 },
+]
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file that trains both stages on digits in about a minute."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny-digits.toml"
+    path.write_text(TINY_DIGITS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """That recipe's run, every stage done."""
+    from accelerate import Accelerator
+
+    from training import distill
+    from training.recipe import Recipe
+
+    run = distill.Run(Recipe.load(tiny_recipe), tmp_path_factory.mktemp("run"), Accelerator(cpu=True))
+    distill.distill(run)
+    return run

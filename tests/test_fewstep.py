@@ -1,0 +1,61 @@
+"""The command line: every entry of the table exists, and a missing package is named with its extra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import fewstep
+
+
+@pytest.mark.parametrize("name", list(fewstep.COMMANDS))
+def test_every_subcommand_has_help(name: str) -> None:
+    result = CliRunner().invoke(fewstep.main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "Usage:" in result.output
+
+
+def test_help_lists_the_table() -> None:
+    output = CliRunner().invoke(fewstep.main, ["--help"]).output
+    assert all(name in output for name in fewstep.COMMANDS)
+
+
+def test_an_unknown_subcommand_is_a_usage_error() -> None:
+    result = CliRunner().invoke(fewstep.main, ["paint"])
+    assert result.exit_code == 2
+    assert "No such command 'paint'" in result.output
+
+
+def missing(name: str) -> object:
+    def import_module(_: str) -> object:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    return import_module
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.import_module", missing("torch"))
+    result = CliRunner().invoke(fewstep.main, ["distill", "recipe.toml"])
+    assert result.exit_code == 1
+    assert "needs the training extra (torch is missing): pip install 'fewstep[training]'" in result.output
+
+
+@pytest.mark.parametrize(("command", "package"), [("serve", "fastapi"), ("train", "training.distill")])
+def test_what_no_extra_installs_is_not_blamed_on_one(
+    monkeypatch: pytest.MonkeyPatch, command: str, package: str
+) -> None:
+    monkeypatch.setattr("importlib.import_module", missing(package))
+    with pytest.raises(ModuleNotFoundError):
+        fewstep.main.get_command(click.Context(fewstep.main), command)
+
+
+def test_serving_and_the_command_line_import_no_torch() -> None:
+    code = (
+        "import sys, fewstep, service.app, engines.pipeline, engines.commands, service.commands;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

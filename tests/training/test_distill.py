@@ -1,0 +1,126 @@
+"""Both stages on real digits: the students beat their own teacher at equal steps; stages are kept and resumed."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from training import distill
+from training.distill import Run, student_stage
+from training.guidance import Denoiser
+from training.loop import TrainingError, generator_at
+from training.networks import UNetDenoiser, student_from
+from training.recipe import TIMESTEPS, Recipe
+from training.sampler import sample
+
+EXACT_STEPS = 64
+ROWS = 128
+
+
+def draw(run: Run, denoiser: Denoiser, steps: int) -> Tensor:
+    """Digits of every class and of w over the range, from the same noise for every denoiser."""
+    noise = torch.randn(ROWS, *run.data.shape, generator=generator_at(1, 0))
+    condition = {"label": torch.arange(ROWS) % 10}
+    w = torch.linspace(*run.recipe.guidance, ROWS)
+    return sample(denoiser, run.schedule.grid(steps), noise, condition, w)
+
+
+@pytest.fixture(scope="module")
+def exact(digits_run: Run) -> Tensor:
+    """What the teacher draws in many steps."""
+    return draw(digits_run, digits_run.guided_teacher(), EXACT_STEPS)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize(("steps", "closer"), [(2, 1.3), (1, 3.0)])
+def test_students_beat_the_guided_teacher_at_equal_steps(digits_run: Run, exact: Tensor, steps: int, closer: float) -> None:
+    """Against the teacher's own many-step images at equal noise, condition and w."""
+    student_error = distance(draw(digits_run, digits_run.denoiser(student_stage(steps)), steps), exact)
+    teacher_error = distance(draw(digits_run, digits_run.guided_teacher(), steps), exact)
+    assert student_error * closer < teacher_error
+
+
+@pytest.mark.parametrize(("calls", "closer"), [(4, 1.5), (2, 3.0)])
+def test_students_beat_the_guided_teacher_at_equal_network_calls(
+    digits_run: Run, exact: Tensor, calls: int, closer: float
+) -> None:
+    """Guidance costs the teacher two calls a step, and a student one."""
+    student_error = distance(draw(digits_run, digits_run.denoiser(student_stage(calls)), calls), exact)
+    teacher_error = distance(draw(digits_run, digits_run.guided_teacher(), calls // 2), exact)
+    assert student_error * closer < teacher_error
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_beats_the_guided_teacher_at_every_equal_number_of_steps(tmp_path: Path) -> None:
+    recipe = Recipe.load(Path(str(files("training") / "recipes" / "digits.toml")))
+    run = Run(recipe, tmp_path, Accelerator(cpu=True))
+    distill.distill(run)
+    teacher = run.guided_teacher()
+    reference = draw(run, teacher, EXACT_STEPS)
+    for steps in (4, 2, 1):
+        student_error = distance(draw(run, run.denoiser(student_stage(steps)), steps), reference)
+        assert student_error < distance(draw(run, teacher, steps), reference), f"{steps} steps"
+
+
+def test_stage_one_matches_guidance_in_one_call(digits_run: Run, exact: Tensor) -> None:
+    """One call of the stage-1 student is near two calls of the teacher, and knows w from no guidance."""
+    unguided = draw(digits_run, digits_run.denoiser("teacher"), 32)
+    student = draw(digits_run, digits_run.denoiser("stage1"), 32)
+    assert distance(student, exact) < 0.5 * distance(unguided, exact)
+
+
+def test_an_untrained_student_is_the_conditional_teacher_at_every_w(digits_run: Run) -> None:
+    teacher = digits_run.denoiser("teacher")
+    student = UNetDenoiser(student_from(teacher.unet), TIMESTEPS).eval()
+    z = torch.randn(4, *digits_run.data.shape, generator=generator_at(0, 0))
+    inputs = (z, torch.full((4,), 0.5), {"label": torch.arange(4)})
+    with torch.no_grad():
+        conditional = teacher(*inputs, torch.zeros(4))
+        assert torch.equal(student(*inputs, torch.tensor([0.0, 1.0, 2.0, 4.0])), conditional)
+
+
+def test_guidance_embedding_is_the_stock_pipelines() -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    from training.networks import guidance_embedding
+
+    w = torch.tensor([0.0, 0.5, 3.0])
+    stock = StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)
+    assert torch.allclose(guidance_embedding(w), stock, atol=1e-3)
+
+
+def test_finished_stages_are_kept_and_a_missing_one_is_made_again(digits_run: Run) -> None:
+    last = digits_run.folder / student_stage(1) / distill.WEIGHTS
+    earlier = digits_run.folder / student_stage(2) / distill.WEIGHTS
+    made, kept_at = last.read_bytes(), earlier.stat().st_mtime_ns
+    last.unlink()
+    distill.distill(digits_run)
+    assert last.read_bytes() == made, "the same seed makes the same student"
+    assert earlier.stat().st_mtime_ns == kept_at
+
+
+def test_every_stage_leaves_a_log_and_a_picture(digits_run: Run) -> None:
+    for stage in ("teacher", "stage1", "student-4", "student-2", "student-1"):
+        assert (digits_run.folder / stage / "log.jsonl").stat().st_size > 0
+        assert (digits_run.folder / stage / "samples.png").stat().st_size > 0
+        assert not (digits_run.folder / stage / "checkpoint.pt").exists()
+
+
+def test_a_folder_is_not_shared_by_two_recipes(digits_run: Run) -> None:
+    other = Recipe.model_validate({**digits_run.recipe.model_dump(), "seed": 1})
+    with pytest.raises(TrainingError, match="seed"):
+        Run(other, digits_run.folder, Accelerator(cpu=True))
+
+
+def test_a_stage_that_is_not_done_is_named(digits_run: Run, tmp_path: Path) -> None:
+    run = Run(digits_run.recipe, tmp_path / "empty", Accelerator(cpu=True))
+    with pytest.raises(TrainingError, match="student-4 holds no trained network"):
+        run.denoiser(student_stage(4))

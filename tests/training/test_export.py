@@ -1,0 +1,145 @@
+"""A run becomes a bundle, and the bundle's images are those of torch: by class in pixels, by text in latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
+
+from engines.bundle import Bundle, BundleError, load_bundle
+from engines.pipeline import Pipeline
+from engines.rows import initial_noise
+from engines.tasks import Edit, Generate, Inpaint
+from training import networks
+from training.distill import Run, distill, student_stage
+from training.export import export
+from training.loop import TrainingError
+from training.pictures import to_uint8
+from training.recipe import Recipe
+from training.sampler import sample
+from training.text import load_text_encoder, load_tokenizer, tokenize
+
+TOLERANCE = 2  # of 255, between ONNX Runtime and torch, for weights stored in fp32
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+
+
+@pytest.fixture(scope="module")
+def digits_bundle(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(digits_run, tmp_path_factory.mktemp("bundles") / "digits", ("fp32",))
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Every part of a text-to-image run in a latent space, each trained for two updates."""
+    images = tmp_path_factory.mktemp("squares")
+    lines = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (16, 16), colour).save(images / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "texts": [f"a {name} square", name]}))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    short = {"updates": 2, "batch_size": 4, "learning_rate": 1e-3}
+    recipe = Recipe.model_validate(
+        {
+            "name": "squares",
+            "conditioning": "text",
+            "max_tokens": 8,
+            "data": {"path": images, "size": 16},
+            "autoencoder": {"channels": [16, 16], "latent_channels": 4, "norm_groups": 8, **short},
+            "network": {"channels": [16, 32], "norm_groups": 8, "attention_heads": 2},
+            "teacher": short,
+            "stage1": short,
+            "stage2": {"start": 4, "rounds": [{"steps": 2, **short}, {"steps": 1, **short}]},
+            "export": {"licence": "CC0-1.0", "steps": [2, 1]},
+        }
+    )
+    run = Run(recipe, tmp_path_factory.mktemp("text-run"), Accelerator(cpu=True))
+    distill(run)
+    return run
+
+
+def noise(seed: int, run: Run) -> torch.Tensor:
+    return torch.from_numpy(initial_noise(seed, run.data.shape))[None]
+
+
+def furthest(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_class_bundle_draws_what_torch_draws(digits_run: Run, digits_bundle: Bundle, steps: int) -> None:
+    with Pipeline.open(digits_bundle.path) as pipeline:
+        images = pipeline.run([Generate("7", steps, 1.5, seed=3), Generate("2", steps, 0.0, seed=4)])
+    student = digits_run.denoiser(student_stage(steps))
+    condition, w = {"label": torch.tensor([7, 2])}, torch.tensor([1.5, 0.0])
+    z = torch.cat([noise(3, digits_run), noise(4, digits_run)])
+    expected = to_uint8(sample(student, digits_run.schedule.grid(steps), z, condition, w))
+    assert max(furthest(a, b) for a, b in zip(images, expected, strict=True)) <= TOLERANCE
+
+
+def test_text_bundle_draws_what_torch_draws(text_run: Run, tmp_path: Path) -> None:
+    bundle = export(text_run, tmp_path / "squares", ("fp32",))
+    with Pipeline.open(bundle.path) as pipeline:
+        (image,) = pipeline.run([Generate("a red square", 2, 3.0, seed=9)])
+    with torch.inference_mode():
+        context = load_text_encoder()(*tokenize(load_tokenizer(8), ["a red square"]))
+        student = text_run.denoiser(student_stage(2))
+        grid, w = text_run.schedule.grid(2), torch.tensor([3.0])
+        z = sample(student, grid, noise(9, text_run), {"context": context}, w)
+        expected = to_uint8(networks.decode(text_run.autoencoder(), z))
+    assert furthest(image, expected[0]) <= TOLERANCE
+
+
+def test_text_bundle_edits_and_repaints(text_run: Run, tmp_path: Path) -> None:
+    bundle = export(text_run, tmp_path / "squares")
+    square = np.full((16, 16, 3), COLOURS["blue"], np.uint8)
+    repaint = np.zeros((16, 16), bool)
+    repaint[:8] = True
+    with Pipeline.open(bundle.path) as pipeline:
+        edited, inpainted = pipeline.run(
+            [
+                Edit("red", 2, 1.0, seed=1, image=square, strength=0.5),
+                Inpaint("red", 2, 1.0, seed=1, image=square, repaint=repaint),
+            ]
+        )
+    assert edited.shape == (16, 16, 3)
+    assert np.array_equal(inpainted[8:], square[8:])
+    assert not np.array_equal(inpainted[:8], square[:8])
+
+
+def test_the_manifest_tells_where_the_bundle_comes_from(digits_run: Run, digits_bundle: Bundle) -> None:
+    manifest = digits_bundle.manifest
+    assert manifest.classes == tuple("0123456789")
+    assert [student.steps for student in manifest.students] == [1, 2, 4]
+    assert (manifest.guidance.minimum, manifest.guidance.maximum) == digits_run.recipe.guidance
+    assert any("digits" in attribution.name for attribution in manifest.attributions)
+    assert json.loads(manifest.provenance.recipe)["name"] == "tiny-digits"
+    card = (digits_bundle.path / "README.md").read_text()
+    assert "$" not in card
+    assert "CC-BY-4.0" in card
+
+
+def test_weights_are_stored_small_by_default(digits_run: Run, digits_bundle: Bundle, tmp_path: Path) -> None:
+    small = export(digits_run, tmp_path / "small")
+    assert small.manifest.weights_dtype != "fp32"
+    graphs = [student.graph for student in small.manifest.students]
+    sizes = [sum(b.manifest.files[name].size_bytes for name in graphs) for b in (small, digits_bundle)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_bundle_is_replaced_only_when_asked(digits_run: Run, digits_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="exists"):
+        export(digits_run, digits_bundle.path)
+    assert load_bundle(digits_bundle.path).manifest.revision == digits_bundle.manifest.revision
+
+
+def test_an_unfinished_run_is_not_exported(digits_run: Run, tmp_path: Path) -> None:
+    unfinished = Run(digits_run.recipe, tmp_path / "run", Accelerator(cpu=True))
+    with pytest.raises(TrainingError, match="student-4"):
+        export(unfinished, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,115 @@
+"""Graphs: equal to torch at every batch size, small when asked, refused when they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from training import graphs
+from training.diffusion import Schedule, blend_known, ddim_step
+from training.graphs import Example, ExportError, StepGraph, export_graph, store_weights
+from training.networks import UNetDenoiser, build_unet, student_from
+from training.recipe import NetworkRecipe
+
+NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8, attention_heads=2)
+ROWS = {"z": (3, 8, 8), "known": (3, 8, 8), "keep": (1, 8, 8), "noise": (3, 8, 8)}
+
+
+def student() -> UNetDenoiser:
+    torch.manual_seed(0)
+    return UNetDenoiser(student_from(build_unet(NETWORK, (3, 8, 8), None, 10)), 1024).eval().requires_grad_(False)
+
+
+def step_example(graph: StepGraph) -> Example:
+    schedule = Schedule.cosine(1024)
+
+    def make(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(batch)
+        place = torch.randint(1, 1024, (batch,), generator=generator)
+        values = {name: torch.randn(batch, *shape, generator=generator) for name, shape in ROWS.items()}
+        values |= {"time": place / 1024, "alpha": schedule.alphas[place], "sigma": schedule.sigmas[place]}
+        values |= {"alpha_next": schedule.alphas[place - 1], "sigma_next": schedule.sigmas[place - 1]}
+        values |= {"guidance": torch.rand(batch, generator=generator) * 4, "label": place % 10}
+        values["keep"] = (values["keep"] > 1).float()
+        return tuple(values[name] for name in graph.input_names)
+
+    return Example(make, graph.input_names, "z_next")
+
+
+class Linear(nn.Module):
+    """A module small enough to look into: one large and one small weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        return output
+
+
+LINEAR = Example(lambda b: (torch.randn(b, 64, generator=torch.Generator().manual_seed(b)),), ("x",), "y")
+
+
+def test_step_graph_is_the_sampler_in_torch() -> None:
+    graph = StepGraph(student(), ("label",))
+    example = step_example(graph)
+    given = dict(zip(graph.input_names, example.at(4), strict=True))
+    now = [given[name].reshape(-1, 1, 1, 1) for name in ("alpha", "sigma", "alpha_next", "sigma_next")]
+    with torch.no_grad():
+        v = graph.denoiser(given["z"], given["time"], {"label": given["label"]}, given["guidance"])
+        stepped = ddim_step(given["z"], v, *now)
+        expected = blend_known(stepped, given["known"], given["keep"], given["noise"], *now[2:])
+        assert torch.equal(graph(*example.at(4)), expected)
+
+
+def test_step_graph_exports_within_the_tightest_tolerance(tmp_path: Path) -> None:
+    graph = StepGraph(student(), ("label",))
+    parity = export_graph(graph, step_example(graph), tmp_path / "step.onnx", ("fp32",))
+    assert parity.error < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
+    assert tuple(node.name for node in session.get_inputs()) == graph.input_names
+    assert all(node.shape[0] == "batch" for node in session.get_inputs())
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("fp16", np.float16), ("int8", np.int8)])
+def test_large_weights_are_stored_small(tmp_path: Path, weights: graphs.Weights, dtype: type) -> None:
+    parity = export_graph(Linear(), LINEAR, tmp_path / "y.onnx", (weights,))
+    stored = [numpy_helper.to_array(i) for i in onnx.load(tmp_path / "y.onnx").graph.initializer]
+    large = [value for value in stored if value.size == 64 * 32]
+    assert [value.dtype for value in large] == [dtype]
+    assert 1e-7 < parity.error < graphs.TOLERANCE[weights]
+
+
+def test_the_smallest_storage_within_tolerance_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert export_graph(Linear(), LINEAR, tmp_path / "y.onnx").weights == "int8"
+    monkeypatch.setattr(graphs, "TOLERANCE", {"int8": 1e-4, "fp16": 2e-3, "fp32": 1e-4})
+    assert export_graph(Linear(), LINEAR, tmp_path / "y.onnx").weights == "fp16"
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
+    class Drifting(Linear):
+        """Not the same function when it runs as when it was traced."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.0 if torch.compiler.is_exporting() else 1.1)
+
+    with pytest.raises(ExportError, match="differs from torch"):
+        export_graph(Drifting(), LINEAR, tmp_path / "y.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_weights_leave_the_model_given_untouched(tmp_path: Path) -> None:
+    export_graph(Linear(), LINEAR, tmp_path / "y.onnx", ("fp32",))
+    model = onnx.load(tmp_path / "y.onnx")
+    before = model.SerializeToString()
+    store_weights(model, "int8")
+    assert model.SerializeToString() == before
