@@ -120,8 +120,7 @@ class Pipeline:
 
     def warmup(self) -> dict[int, dict[int, float]]:
         """Run every graph at every batch size; return seconds of a tick by steps of the student and rows."""
-        step_graphs = {student.graph: student.steps for student in self.manifest.students}
-        seconds: dict[str, dict[int, float]] = {name: {} for name in step_graphs}
+        seconds: dict[str, dict[int, float]] = {student.graph: {} for student in self.manifest.students}
         for name, engine in self._engines.items():
             engine.warmup(self.batch_sizes[:1])
             for size in self.batch_sizes:
