@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 FULL_VARIANTS = 3
-MAX_TAGS = 3  # keeps captions within 24 tokens
+MAX_TAGS = 3  # keeps nearly all captions within 24 tokens
 
 
 def with_article(phrase: str) -> str:
