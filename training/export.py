@@ -19,6 +19,7 @@ from engines.backends.base import TensorSpec
 from engines.bundle import (
     Attribution,
     Bundle,
+    BundleError,
     Description,
     Grid,
     GuidanceRange,
@@ -62,6 +63,8 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
     Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError
     for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
     """
+    if out.exists() and not replace:
+        raise BundleError(f"{out} exists already")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parities = [export_graph(module, example, folder / name, weights)
