@@ -24,6 +24,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _RETRYABLE = frozenset({408, 429, 500, 503, 504})
+_BODY_LEFT_UNREAD = frozenset({408, 413})
 _IMAGE_STATUS = {
     "too_many_bytes": 413,
     "too_many_pixels": 413,
@@ -55,6 +56,8 @@ class ApiError(Exception):
         self.param = param
         self.retryable = status in _RETRYABLE if retryable is None else retryable
         self.headers = dict(headers or {})
+        if status in _BODY_LEFT_UNREAD:
+            self.headers["Connection"] = "close"
         if retry_after_s is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
 
@@ -114,8 +117,12 @@ def from_failure(failure: Failed) -> ApiError:
 
 
 def from_validation(problems: Iterable[Mapping[str, Any]]) -> ApiError:
-    """pydantic's list of problems as one error: all of them in the message, the first in ``param``."""
-    listed = [(_place(problem["loc"]), problem["type"], _plain(problem)) for problem in problems]
+    """pydantic's list of problems as one error: one a field in the message, the first field in ``param``."""
+    by_place: dict[str, tuple[str, str, str]] = {}
+    for problem in problems:
+        place = _place(problem["loc"])
+        by_place.setdefault(place, (place, problem["type"], _plain(problem)))
+    listed = list(by_place.values())
     message = "; ".join(f"{place}: {text}" if place else text for place, _, text in listed[:_LISTED_PROBLEMS])
     if len(listed) > _LISTED_PROBLEMS:
         message += f"; and {len(listed) - _LISTED_PROBLEMS} more"

@@ -37,7 +37,10 @@ async def generate(request: Request) -> Response:
 
 @router.post("/edit", summary="Image and text to images", **documented(EditRequest))
 async def edit(request: Request) -> Response:
-    """Make images that start from an image. One of another size is resized to the bundle's first."""
+    """Make images that start from an image.
+
+    An image of another size is resized to the bundle's first, and stretched where its proportions are others.
+    """
     return await _serve(request, EditRequest)
 
 

@@ -82,17 +82,21 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         await asyncio.sleep(0.005)
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until the condition holds, outside an event loop."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
 @contextlib.contextmanager
 def listening(app: FastAPI) -> Iterator[int]:
     """The app on a real port, in a thread; yields the port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started or app.state.service.state is not State.READY:
-        assert time.monotonic() < deadline
-        assert thread.is_alive()
-        time.sleep(0.005)
+    wait_until(lambda: server.started and app.state.service.state is State.READY)
     try:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from service.app import create_app
 from service.logs import Formatter
 from service.runtime import State, open_pipeline
 from service.settings import Settings
-from tests.service.helpers import Gate, Running, error, listening, running, until
+from tests.service.helpers import Gate, Running, error, listening, running, until, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -155,10 +154,7 @@ def test_a_client_that_leaves_takes_its_rows_along(settings: Settings, monkeypat
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(request_bytes({"prompt": "a cat", "n": 2}))
             assert gate.reached.wait(10)
-        deadline = time.monotonic() + 10
-        while service.inflight:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: service.inflight == 0)
         gate.opened.set()
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json={"prompt": "a dog"}, timeout=20)
         assert answer.json()["batch"]["ticks"] == [1, 1, 1, 1]
@@ -174,7 +170,7 @@ def test_a_body_that_does_not_come_is_a_408(settings: Settings) -> None:
     with listening(create_app(settings.model_copy(update={"body_timeout_s": 0.1}))) as port:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(request_bytes({"prompt": "a cat"})[:-5])
-            answer = client.recv(65536)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert b"body_timeout" in answer
 
@@ -246,10 +242,7 @@ def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path)
             assert address is not None
             url = address.group()
             assert httpx.get(f"{url}/livez").status_code == 200
-            deadline = time.monotonic() + 30
-            while httpx.get(f"{url}/readyz").status_code != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
             answer = httpx.post(f"{url}/generate", json={"prompt": "a cat", "seed": 1}, timeout=30)
             assert answer.status_code == 200, answer.text
             resident = re.search(r"^process_resident_memory_bytes (\S+)", httpx.get(f"{url}/metrics").text, re.M)

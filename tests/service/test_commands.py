@@ -1,0 +1,97 @@
+"""The command line, and the server's manners on a signal."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import uvicorn
+from click.testing import CliRunner
+
+from service.app import create_app
+from service.commands import serve
+from service.runtime import State
+from service.server import Server
+from service.settings import Settings
+from tests.service.helpers import Gate, error, wait_until
+
+
+def test_help_lists_the_options() -> None:
+    result = CliRunner().invoke(serve, ["--help"])
+    assert result.exit_code == 0
+    for option in ("--host", "--port", "--bundle", "--backend", "--threads", "--log-format"):
+        assert option in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "says"),
+    [
+        (["--port", "70000"], {}, "port"),
+        (["--backend", "abacus"], {}, "abacus"),
+        ([], {"FEWSTEP_MAX_BATCH": "many"}, "max_batch"),
+        (["--timeout-ms", "999999"], {}, "max_timeout_ms"),
+    ],
+)
+def test_wrong_settings_end_at_once(options: list[str], environment: dict[str, str], says: str) -> None:
+    result = CliRunner().invoke(serve, options, env=environment)
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_PORT", "1234")
+    monkeypatch.setenv("FEWSTEP_HOST", "0.0.0.0")
+    assert (Settings(port=4321).port, Settings(port=4321).host) == (4321, "0.0.0.0")
+
+
+def test_the_service_imports_no_torch() -> None:
+    program = "import sys, service.commands, service.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_sigterm_drains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(settings)
+    service = app.state.service
+    server = Server(uvicorn.Config(app, port=0, log_config=None, ws="none"), service)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started and service.state is State.READY)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    gate = Gate(service.pipeline, monkeypatch)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
+        assert gate.reached.wait(20)
+        server.handle_exit(signal.SIGTERM, None)
+        assert client.get("/readyz").json() == {"status": "draining"}
+        assert client.get("/livez").status_code == 200
+        error(client.post("/generate", json={"prompt": "a dog"}), 503, "draining")
+        assert thread.is_alive()
+        gate.opened.set()
+        assert in_flight.result().status_code == 200
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not server.failed
+
+
+def test_draining_has_an_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(settings.model_copy(update={"drain_timeout_s": 0.2}))
+    service = app.state.service
+    server = Server(uvicorn.Config(app, port=0, log_config=None, ws="none"), service)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started and service.state is State.READY)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    gate = Gate(service.pipeline, monkeypatch)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
+        assert gate.reached.wait(20)
+        server.handle_exit(signal.SIGTERM, None)
+        error(in_flight.result(), 503, "shutting_down")
+        gate.opened.set()
+    thread.join(20)
+    assert not thread.is_alive()

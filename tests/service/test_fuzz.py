@@ -1,0 +1,57 @@
+"""Whatever a client sends, the answer is an image or a refusal in the one shape, never a fault of ours."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.service.helpers import Running, b64, box_mask, png, random_image
+
+pytestmark = pytest.mark.anyio
+
+GOOD: dict[str, Any] = {
+    "prompt": "a cat",
+    "steps": 1,
+    "guidance_scale": 2.0,
+    "seed": 1,
+    "n": 1,
+    "image": b64(png(random_image())),
+    "mask": b64(png(box_mask())),
+    "strength": 1.0,
+}
+NAMES = [*GOOD, "class", "negative_prompt", "width", "model", "output_format", "quality", "mask_mode", "\ud800", "x"]
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary().map(b64)
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def check(answer: httpx.Response) -> None:
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+    if answer.status_code != 200:
+        assert answer.json()["error"]["message"]
+
+
+@fuzzed
+@given(st.sampled_from(["generate", "edit", "inpaint"]), st.dictionaries(st.sampled_from(NAMES), values, max_size=3))
+async def test_any_value_in_any_field(app: Running, path: str, wrong: dict[str, Any]) -> None:
+    body = json.dumps(GOOD | wrong).encode()
+    check(await app.client.post(f"/{path}", content=body, headers={"Content-Type": "application/json"}))
+
+
+@fuzzed
+@given(st.integers(0, 1000), st.binary(min_size=1, max_size=8), st.sampled_from(["application/json", "form"]))
+async def test_damaged_bodies(app: Running, place: int, damage: bytes, kind: str) -> None:
+    good = app.client.build_request("POST", "/edit", json={"prompt": "a cat", "image": GOOD["image"]})
+    if kind == "form":
+        files = {"image": ("a.png", png(random_image()), "image/png")}
+        good = app.client.build_request("POST", "/edit", data={"prompt": "a cat"}, files=files)
+    body = bytearray(good.read())
+    body[place : place + len(damage)] = damage
+    headers = {"Content-Type": good.headers["Content-Type"]}
+    check(await app.client.post("/edit", content=bytes(body), headers=headers))
