@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -109,8 +111,7 @@ def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1, max=1024)
     inputs = example.at(3)
     shapes = tuple({0: batch} for _ in inputs)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             inputs,
@@ -123,6 +124,18 @@ def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
         )
     assert program is not None
     return program.model_proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter: it warns of packages that are not needed and of constants that it does not fold."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _worst_error(module: nn.Module, example: Example, model: onnx.ModelProto) -> float:
