@@ -17,10 +17,10 @@ def reconstruction_loss(
     posterior = autoencoder.encode(images, return_dict=False)[0]
     latents = posterior.mean + posterior.std * draw_normal(posterior.mean, generator)
     output = autoencoder.decode(latents, return_dict=False)[0]
-    loss: Tensor = (output - images).abs().mean()
+    loss: Tensor = (output - images).abs().mean() + recipe.kl_weight * posterior.kl().mean()
     for axis in (-1, -2):
         loss = loss + recipe.gradient_weight * (output.diff(dim=axis) - images.diff(dim=axis)).abs().mean()
-    return loss + recipe.kl_weight * posterior.kl().mean()
+    return loss
 
 
 @torch.inference_mode()

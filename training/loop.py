@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from training.recipe import Optimisation
 
 CHECKPOINT = "checkpoint.pt"
 
+Network = TypeVar("Network", bound=nn.Module)
 StepLoss = Callable[[nn.Module, int, Generator], Tensor]
 Sampler = Callable[[nn.Module, Path], None]
 
@@ -124,7 +125,7 @@ class _State:
 
 
 def train(
-    network: nn.Module,
+    network: Network,
     loss: StepLoss,
     recipe: Optimisation,
     folder: Path,
@@ -133,7 +134,7 @@ def train(
     seed: int,
     sample: Sampler | None = None,
     pace: Pace = Pace(),
-) -> nn.Module:
+) -> Network:
     """Minimise `loss(network, update, generator)`; return the trained network, averaged if the recipe says so.
 
     Continues from `folder`/checkpoint.pt if it is there, and removes nothing: the caller decides when a stage is
@@ -165,7 +166,7 @@ def train(
                 state.average.update_parameters(accelerator.unwrap_model(wrapped))
             state.update += 1
             report(state, value.item(), norm.item())
-    return state.result.eval()
+    return cast(Network, state.result.eval())
 
 
 class _Report:
