@@ -1,0 +1,154 @@
+"""Distances between two sets of images, given their features. Pure functions on arrays; knows no images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+class MetricError(ValueError):
+    """Too few images for the figure that is asked for; the message gives the counts."""
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """Mean and standard deviation of the squared MMD over random subsets of `subset_images` images a side."""
+
+    mean: float
+    deviation: float
+    subsets: int
+    subset_images: int
+
+
+def polynomial_kernel(x: Array, y: Array) -> Array:
+    """k(a, b) = (a . b / D + 1)^3 for all pairs: (N, M) of x (N, D) and y (M, D) (Binkowski et al. 2018)."""
+    kernel: Array = (x @ y.T / x.shape[1] + 1) ** 3
+    return kernel
+
+
+def squared_mmd(x: ArrayLike, y: ArrayLike) -> float:
+    """The unbiased squared maximum mean discrepancy of x (N, D) and y (M, D) (Gretton et al. 2012, equation 3).
+
+    Zero on average, and so at times negative, when both are drawn from one distribution.
+    """
+    x, y = _features(x, y)
+    within_x = polynomial_kernel(x, x)
+    within_y = polynomial_kernel(y, y)
+    return float(
+        (within_x.sum() - np.trace(within_x)) / (len(x) * (len(x) - 1))
+        + (within_y.sum() - np.trace(within_y)) / (len(y) * (len(y) - 1))
+        - 2 * polynomial_kernel(x, y).mean()
+    )
+
+
+def default_subset_images(n: int, m: int) -> int:
+    """Images a subset for sets of n and m: 1000 as is usual, but at most half of the smaller set."""
+    return min(1000, min(n, m) // 2)
+
+
+def kernel_distance(
+    x: ArrayLike, y: ArrayLike, *, seed: int, subsets: int = 100, subset_images: int | None = None
+) -> KernelDistance:
+    """KID (Binkowski et al. 2018): the unbiased squared MMD of x (N, D) and y (M, D), averaged over subsets.
+
+    The same seed and counts give the same subsets, so that sets of equal sizes are compared pairwise.
+    Raises MetricError if a subset would have fewer than two images or more than there are.
+    """
+    x, y = _features(x, y)
+    size = default_subset_images(len(x), len(y)) if subset_images is None else subset_images
+    if not 2 <= size <= min(len(x), len(y)):
+        raise MetricError(f"KID on subsets of {size} images cannot be had from {len(x)} and {len(y)} images")
+    random = np.random.Generator(np.random.PCG64(seed))
+    values = [
+        squared_mmd(x[random.choice(len(x), size, replace=False)], y[random.choice(len(y), size, replace=False)])
+        for _ in range(subsets)
+    ]
+    return KernelDistance(float(np.mean(values)), float(np.std(values)), subsets, size)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A principal-component projection: (x - mean) components^T. `mean` (D,), `components` (d, D) orthonormal."""
+
+    mean: Array
+    components: Array
+
+    @classmethod
+    def fit(cls, reference: ArrayLike, dims: int) -> Projection:
+        """The `dims` directions in which reference (N, D) varies most. Raises MetricError unless dims < N, <= D."""
+        x = np.asarray(reference, np.float64)
+        if not 1 <= dims <= min(len(x) - 1, x.shape[1]):
+            raise MetricError(f"{len(x)} images of {x.shape[1]} features span no {dims} dimensions")
+        mean: Array = x.mean(axis=0)
+        # Ascending eigenvalues; the last are the largest.
+        vectors = np.linalg.eigh(covariance(x)).eigenvectors
+        return cls(mean, np.ascontiguousarray(vectors[:, : -dims - 1 : -1].T))
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """Features (N, d) of features (N, D)."""
+        projected: Array = (np.asarray(x, np.float64) - self.mean) @ self.components.T
+        return projected
+
+
+def covariance(x: Array) -> Array:
+    """The unbiased covariance (D, D) of x (N, D)."""
+    centred = x - x.mean(axis=0)
+    return np.asarray(centred.T @ centred / (len(x) - 1))
+
+
+def symmetric_sqrt(matrix: Array) -> Array:
+    """The square root of a symmetric positive semidefinite matrix; eigenvalues below zero are rounding, and zero."""
+    values, vectors = np.linalg.eigh(matrix)
+    root: Array = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    return root
+
+
+def gaussian_distance(mean_x: Array, cov_x: Array, mean_y: Array, cov_y: Array) -> float:
+    """The squared Frechet distance of two Gaussians (Dowson & Landau 1982).
+
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). The trace of the root is that of the root of the symmetric
+    C_x^(1/2) C_y C_x^(1/2), which has the same eigenvalues: real, and not negative but for rounding.
+    """
+    root = symmetric_sqrt(cov_x)
+    eigenvalues = np.linalg.eigvalsh(root @ cov_y @ root).clip(min=0)
+    distance = np.sum((mean_x - mean_y) ** 2) + np.trace(cov_x) + np.trace(cov_y) - 2 * np.sqrt(eigenvalues).sum()
+    return max(0.0, float(distance))
+
+
+def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
+    """The squared Frechet distance of Gaussians fitted to x (N, D) and y (M, D).
+
+    Biased upwards in small sets, the more so the larger D: project the features first, compare sets of equal sizes,
+    and give the distance of as many real images beside it. Raises MetricError unless both sets exceed D.
+    """
+    x, y = _features(x, y)
+    if min(len(x), len(y)) <= x.shape[1]:
+        raise MetricError(
+            f"a Frechet distance in {x.shape[1]} dimensions cannot be had from {len(x)} and {len(y)} images: "
+            "it needs more images than dimensions"
+        )
+    return gaussian_distance(x.mean(axis=0), covariance(x), y.mean(axis=0), covariance(y))
+
+
+def root_mean_square_error(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> float:
+    """Of all pixels of two equal stacks of images, with white as 1 and black as 0."""
+    difference = images.astype(np.float64) - others.astype(np.float64)
+    return float(np.sqrt(np.mean(difference**2)) / 255)
+
+
+def psnr_db(error: float) -> float:
+    """The peak signal-to-noise ratio in decibels of a root mean square error; infinite at 0."""
+    return float("inf") if error == 0 else float(-20 * np.log10(error))
+
+
+def _features(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of shapes {x.shape} and {y.shape} cannot be compared")
+    if min(len(x), len(y)) < 2:
+        raise MetricError(f"{len(x)} and {len(y)} images are too few: each set needs two")
+    return x, y

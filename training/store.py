@@ -1,0 +1,76 @@
+"""Results kept on disk under a hash of all that they depend on, so that no result is made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Inputs = Mapping[str, Any]
+
+
+def hash_of(inputs: Inputs) -> str:
+    """A hash of values that JSON can hold, whatever their order."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_array(array: NDArray[Any]) -> str:
+    """A hash of an array's type, shape and values."""
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def hash_of_file(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Store:
+    """A folder of arrays and figures. A file in it is whole: it is written under another name and renamed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep results in `folder`, which is made when the first one is."""
+        self.folder = folder
+
+    def has_array(self, kind: str, inputs: Inputs) -> bool:
+        """Whether an array was kept."""
+        return self._path(kind, inputs, "npy").exists()
+
+    def array(self, kind: str, inputs: Inputs, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """The array that was kept for these inputs, or else the one that `make` returns, kept from now on."""
+        path = self._path(kind, inputs, "npy")
+        if not path.exists():
+            made = make()
+            with whole_file(path) as partial, partial.open("wb") as file:
+                np.save(file, made, allow_pickle=False)
+        kept: NDArray[Any] = np.load(path, allow_pickle=False)
+        return kept
+
+    def figures(self, kind: str, inputs: Inputs, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The JSON object that was kept for these inputs, or else the one that `make` returns, kept from now on."""
+        path = self._path(kind, inputs, "json")
+        if not path.exists():
+            made = make()
+            with whole_file(path) as partial:
+                partial.write_text(json.dumps({"inputs": inputs, "figures": made}, indent=1))
+        kept: dict[str, Any] = json.loads(path.read_text())["figures"]
+        return kept
+
+    def _path(self, kind: str, inputs: Inputs, suffix: str) -> Path:
+        return self.folder / kind / f"{hash_of(inputs)[:20]}.{suffix}"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the writing is done without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    partial.replace(path)
