@@ -16,10 +16,7 @@ INDICES = st.integers(1, SCHEDULE.timesteps)
 
 
 def draw(*seeds: int) -> list[Tensor]:
-    return [
-        torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
-        for s in seeds
-    ]
+    return [torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
 
 
 def alpha_sigma(index: int) -> tuple[Tensor, Tensor]:
@@ -109,9 +106,7 @@ def test_ddim_step_is_the_stock_schedulers(steps: int) -> None:
     grid = SCHEDULE.grid(steps)
     z, v = (value.float() for value in draw(0, 1))
     for k, timestep in enumerate(scheduler.timesteps):
-        ours = diffusion.ddim_step(
-            z, v, grid.alphas[k], grid.sigmas[k], grid.alphas[k + 1], grid.sigmas[k + 1]
-        )
+        ours = diffusion.ddim_step(z, v, grid.alphas[k], grid.sigmas[k], grid.alphas[k + 1], grid.sigmas[k + 1])
         assert torch.allclose(scheduler.step(v, timestep, z).prev_sample, ours, atol=1e-5)
         z = ours
 
@@ -120,3 +115,29 @@ def test_ddim_step_is_the_stock_schedulers(steps: int) -> None:
 def test_grid_refuses_steps_that_do_not_divide(steps: int) -> None:
     with pytest.raises(ValueError, match="do not divide"):
         SCHEDULE.grid(steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 64, 1024])
+def test_spaced_is_the_grid_where_there_is_one(steps: int) -> None:
+    for ours, exact in zip(vars(SCHEDULE.spaced(steps)).values(), vars(SCHEDULE.grid(steps)).values(), strict=True):
+        assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("steps", [3, 50, 1000])
+def test_spaced_takes_the_nearest_timesteps(steps: int) -> None:
+    grid = SCHEDULE.spaced(steps)
+    assert grid.steps == steps
+    assert (grid.times[0], grid.times[-1]) == (1, 0)
+    exact = 1 - torch.arange(steps + 1) / steps
+    assert (grid.times - exact).abs().max() <= 0.5 / 1024 + 1e-6
+    assert (grid.times.diff() < 0).all()
+    timesteps = (grid.times * 1024).long()
+    assert torch.equal(timesteps / 1024, grid.times)
+    assert torch.equal(grid.alphas, SCHEDULE.alphas[timesteps])
+    assert torch.equal(grid.sigmas, SCHEDULE.sigmas[timesteps])
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1025])
+def test_spaced_refuses_more_steps_than_timesteps(steps: int) -> None:
+    with pytest.raises(ValueError, match="cannot be taken"):
+        SCHEDULE.spaced(steps)

@@ -1,0 +1,335 @@
+"""The quality table on a tiny untrained run: what is compared with what, and that nothing is measured twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor
+
+from training import candidates, distill, evaluation_set
+from training import evaluate as evaluation
+from training.candidates import BATCH_IMAGES, Candidate, ImageMaker, trained_students
+from training.distill import Run, student_stage
+from training.evaluate import Judge, Plan, evaluate, make_images
+from training.evaluate_command import evaluate as command
+from training.evaluation_set import EvaluationSet, load_evaluation_set
+from training.features import PixelFeatures, Pixels
+from training.networks import build_autoencoder, build_unet, student_from
+from training.recipe import Recipe
+from training.store import Store
+
+SIZE = 8
+RECIPE = """
+name = "tiny"
+conditioning = "class"
+data = { source = "digits", size = 8 }
+network = { channels = [8], norm_groups = 4, attention_heads = 2 }
+teacher = { updates = 1, learning_rate = 1e-3 }
+stage1 = { updates = 1, learning_rate = 1e-3 }
+export = { licence = "CC-BY-4.0", steps = [4, 2] }
+
+[stage2]
+start = 8
+rounds = [
+    { steps = 4, updates = 1, learning_rate = 1e-3 },
+    { steps = 2, updates = 1, learning_rate = 1e-3 },
+    { steps = 1, updates = 1, learning_rate = 1e-3 },
+]
+"""
+TEACHER, STUDENT = Candidate("teacher", 4), Candidate("student", 4)
+QUICK = [
+    *("--features", "pixels", "--frechet-dims", "6", "--samples", "24"),
+    *("--teacher-steps", "5,4", "--guidance", "0,2"),
+]
+
+
+def keep(run: Run, stage: str, model: torch.nn.Module) -> None:
+    (run.folder / stage).mkdir(parents=True)
+    run.finish(stage, model)
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe and its run: an untrained teacher, and students of 4 and 2 steps that equal it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "tiny.toml").write_text(RECIPE)
+    run = Run(Recipe.load(folder / "tiny.toml"), folder / "run", Accelerator(cpu=True))
+    torch.manual_seed(0)
+    unet = build_unet(run.recipe.network, (3, SIZE, SIZE), None, 10)
+    keep(run, "teacher", unet)
+    for steps in (4, 2):
+        keep(run, student_stage(steps), student_from(unet))
+    return folder
+
+
+@pytest.fixture
+def folder(made_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made_once, tmp_path / "work"))
+
+
+@pytest.fixture
+def run(folder: Path) -> Run:
+    return Run(Recipe.load(folder / "tiny.toml"), folder / "run", Accelerator(cpu=True))
+
+
+def some(run: Run, samples: int = 24, split: str = "train", seed: int = 0) -> EvaluationSet:
+    return load_evaluation_set(run.recipe, split, samples, seed, run.cache)
+
+
+def maker(run: Run, samples: int = 24, seed: int = 0) -> ImageMaker:
+    return ImageMaker(run, some(run, samples), seed, Store(run.folder / "evaluation"))
+
+
+def invoke(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(command, [str(folder / "tiny.toml"), "--run", str(folder / "run"), *options])
+
+
+def count_batches(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
+    """Count the rows of every batch that is sampled; raise KeyboardInterrupt in place of one too many."""
+    made: list[int] = []
+    original = candidates.sample
+
+    def counted(*arguments: Tensor) -> Tensor:
+        if len(made) == stop_after:
+            raise KeyboardInterrupt
+        made.append(len(arguments[2]))
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(candidates, "sample", counted)
+    return made
+
+
+def test_the_command_prints_and_keeps_the_table(folder: Path) -> None:
+    result = invoke(folder, *QUICK)
+    assert result.exit_code == 0, result.output
+    kept = folder / "run" / "evaluation"
+    assert (kept / "table.md").read_text() in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    kid = lines[: len(lines) // 3 + 1]
+    assert kid[0] == "| model | steps | network calls | s/image | w = 0 | w = 2 |"
+    assert [line.split(" | ")[:3] for line in kid[2:6]] == [
+        ["| teacher", "5", "10"],
+        ["| teacher", "4", "8"],
+        ["| student", "4", "4"],
+        ["| student", "2", "2"],
+    ]
+    assert kid[6].startswith("| real images (floor) |")
+    with Image.open(kept / "samples.png") as picture:
+        assert picture.size == (10 * SIZE * 2, 5 * SIZE * 2)
+
+
+def test_the_files_hold_every_figure_with_what_it_depends_on(folder: Path) -> None:
+    assert invoke(folder, *QUICK, "--seed", "3").exit_code == 0
+    kept = folder / "run" / "evaluation"
+    quality = json.loads((kept / "table.json").read_text())
+    about = quality["provenance"]
+    assert about["images"] == 24
+    assert about["reference_images"] == 809
+    assert about["seed"] == 3
+    assert about["frechet_dims"] == 6
+    assert about["extractor"] == PixelFeatures().identity
+    assert set(about["weights"]) == {"teacher", "student-4", "student-2"}
+    assert str(folder) not in json.dumps(quality)
+    with (kept / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["model"], line["steps"], line["w"]) for line in lines] == [
+        ("teacher", "5", "0.0"), ("teacher", "5", "2.0"), ("teacher", "4", "0.0"), ("teacher", "4", "2.0"),
+        ("student", "4", "0.0"), ("student", "4", "2.0"), ("student", "2", "0.0"), ("student", "2", "2.0"),
+        ("real images", "", ""),
+    ]  # fmt: skip
+    assert float(lines[2]["kid"]) == quality["rows"][1]["cells"][0]["distances"]["kid"]
+    assert all(float(line["seconds_per_image"]) > 0 for line in lines[:-1])
+    assert [line["psnr_db"] == "" for line in lines] == [True, True, *[False] * 6, True]
+
+
+def test_a_student_that_equals_the_teacher_has_its_figures(run: Run) -> None:
+    """Without guidance; so teacher and student have the same grid, noise and conditions."""
+    quality = evaluate(maker(run), PixelFeatures(), Plan((TEACHER, STUDENT), (0.0, 2.0), frechet_dims=6))
+    teacher, student = quality.rows
+    assert student.cells[0].distances.frechet == pytest.approx(teacher.cells[0].distances.frechet, rel=1e-3)
+    assert student.cells[0].rmse == pytest.approx(0, abs=1e-3)
+    assert student.cells[1].rmse is not None
+    assert student.cells[1].rmse > 0.01
+
+
+def test_real_images_are_at_the_floor_and_noise_is_far_above(run: Run) -> None:
+    data = some(run, 200)
+    judge = Judge(data, PixelFeatures(), 16, 0, Store(run.folder / "evaluation"))
+    floor = judge(data.images)
+    noise = judge(np.random.default_rng(0).integers(0, 256, data.images.shape, np.uint8))
+    assert abs(floor.kid) < 3 * floor.kid_deviation
+    assert noise.kid > 10 * floor.kid_deviation
+    assert noise.frechet > 10 * floor.frechet
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "BATCH_IMAGES", 10)
+    plan = Plan((TEACHER, STUDENT), (0.0, 2.0), frechet_dims=6)
+    with monkeypatch.context() as patch:
+        count_batches(patch, stop_after=5)
+        with pytest.raises(KeyboardInterrupt):
+            make_images(maker(run), plan)
+    left = count_batches(monkeypatch)
+    make_images(maker(run), plan)
+    assert left == [4, 10, 10, 4, 10, 10, 4]
+    resumed = [maker(run).images(candidate, w) for w, candidate in plan.places]
+    shutil.rmtree(run.folder / "evaluation")
+    assert np.array_equal(resumed, [maker(run).images(candidate, w) for w, candidate in plan.places])
+
+
+def test_a_repeated_evaluation_only_prints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = invoke(folder, *QUICK)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    for owner, name in (
+        (Run, "denoiser"), (Run, "guided_teacher"), (PixelFeatures, "__call__"), (evaluation, "kernel_distance"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, refuse)
+    again = invoke(folder, *QUICK)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == first.stdout
+
+
+def test_more_samples_extend_the_images_and_other_weights_replace_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_batches(monkeypatch)
+    few = maker(run, BATCH_IMAGES).images(STUDENT, 1.0)
+    more = maker(run, BATCH_IMAGES + 6).images(STUDENT, 1.0)
+    assert made == [BATCH_IMAGES, 6]
+    assert np.array_equal(more[:BATCH_IMAGES], few)
+    assert maker(run).missing_calls(STUDENT, 1.0) == 24 * 4
+    unet = run.unet(student_stage(4))
+    torch.nn.init.normal_(unet.conv_out.weight)
+    unet.save_pretrained(run.folder / student_stage(4))
+    assert not np.array_equal(maker(run, BATCH_IMAGES).images(STUDENT, 1.0), few)
+
+
+def test_the_noise_of_an_image_depends_on_seed_and_place_only(run: Run) -> None:
+    whole = maker(run).make(STUDENT, 1.0, range(24)).astype(int)
+    assert np.abs(maker(run).make(STUDENT, 1.0, range(5, 9)) - whole[5:9]).max() <= 1
+    other = maker(run)
+    other.seed = 1
+    assert np.abs(other.make(STUDENT, 1.0, range(5, 9)) - whole[5:9]).max() > 1
+
+
+def images_of(pixels: Pixels) -> set[bytes]:
+    return {image.tobytes() for image in pixels}
+
+
+def test_conditions_and_reference_share_no_image(run: Run) -> None:
+    data = some(run, 700)
+    assert len(data) == len(data.images) == 700
+    everything = load_evaluation_set(run.recipe, "train", 808, 0, run.cache)
+    assert len(everything.images) + len(everything.reference) == 1617
+    # The digits hold a few images twice.
+    assert len(images_of(data.images) & images_of(data.reference)) < 5
+    heldout = some(run, 100, "heldout")
+    assert len(heldout.reference) == 1617
+    assert "heldout" in heldout.description
+    assert heldout.words == tuple(str(int(label)) for label in heldout.condition["label"])
+    assert some(run, 10).words == data.words[:10]
+    assert some(run, 24, seed=1).words != data.words[:24]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "8"], "no trained student of 8 steps; it has 4, 2"),
+        (["--steps", "4,x"], "not a list of numbers"),
+        (["--steps", "0"], "not at least 1"),
+        (["--teacher-steps", "2000"], "2000 steps cannot be taken on 1024 timesteps"),
+        (["--guidance", "0,5"], "w = 5 is outside the students' trained range, 0 to 4"),
+        (["--guidance", "nan"], "not at least 0"),
+        (["--picture-guidance", "1"], "not among the values of w, 0, 2"),
+        (["--samples", "100000"], "100000 samples cannot be had: the split train gives conditions for 808"),
+        (["--samples", "6"], "6 dimensions cannot be had from 6 and 809 images"),
+        (["--split", "test"], 'no split "test"'),
+        (["--features", "inception"], "'inception' is not one of"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_made(
+    folder: Path, options: Sequence[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_batches(monkeypatch)
+    result = invoke(folder, *QUICK, *options)
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.output.split())
+    assert made == []
+
+
+def test_a_folder_without_a_run_is_refused_and_not_made(folder: Path) -> None:
+    missing = folder / "other"
+    result = CliRunner().invoke(command, [str(folder / "tiny.toml"), "--run", str(missing)])
+    assert result.exit_code == 1
+    assert "there is no run in" in result.output
+    assert not missing.exists()
+    missing.mkdir()
+    result = CliRunner().invoke(command, [str(folder / "tiny.toml"), "--run", str(missing)])
+    assert "no trained teacher" in result.output
+
+
+def test_students_that_are_not_trained_yet_are_left_out(run: Run) -> None:
+    assert trained_students(run) == (4, 2)
+
+
+def test_text_and_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions of an imagefolder, drawn one for each image; latents decoded to the recipe's size."""
+
+    def encode(captions: Sequence[str], max_tokens: int, *_: object) -> Tensor:
+        seeds = [sum(caption.encode()) for caption in captions]
+        return torch.stack([torch.randn(max_tokens, 6, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    for module in (evaluation_set, distill):
+        monkeypatch.setattr(module, "encode_captions", encode)
+    write_folder(tmp_path / "set", 40)
+    text = RECIPE.replace('"class"', '"text"').replace('{ source = "digits", size = 8 }', '{ path = "set", size = 8 }')
+    text += (
+        "[autoencoder]\nchannels = [4, 4]\nlatent_channels = 2\nnorm_groups = 2\nupdates = 1\nlearning_rate = 1e-3\n"
+    )
+    (tmp_path / "tiny.toml").write_text(text)
+    options = ["--data", str(tmp_path / "set"), "--run", str(tmp_path / "run")]
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.load(tmp_path / "tiny.toml")
+    data = recipe.data.model_copy(update={"path": tmp_path / "set"})
+    run = Run(recipe.model_copy(update={"data": data}), tmp_path / "run", Accelerator(cpu=True))
+    assert recipe.autoencoder is not None
+    keep(run, "autoencoder", build_autoencoder(recipe.autoencoder, SIZE))
+    unet = build_unet(recipe.network, (2, 4, 4), 6, 0)
+    keep(run, "teacher", unet)
+    keep(run, student_stage(4), student_from(unet))
+    result = CliRunner().invoke(command, [
+        str(tmp_path / "tiny.toml"), *options, "--features", "pixels", "--teacher-steps", "3", "--guidance", "1",
+        "--frechet-dims", "4",
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "20 generated images" in result.stdout
+    assert "a red square" in result.stdout
+    assert "autoencoder" in (tmp_path / "run" / "evaluation" / "table.json").read_text()
+
+
+def write_folder(path: Path, count: int) -> None:
+    """Squares of two colours as an imagefolder."""
+    (path / "train").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        colour = ("red", "blue")[i % 2]
+        picture = Image.new("RGB", (SIZE, SIZE), "white")
+        picture.paste(colour, (i % 4, i % 3, 4 + i % 5, 5 + i % 3))
+        picture.save(path / "train" / f"{i}.png")
+        lines.append(
+            json.dumps({"file_name": f"{i}.png", "texts": [f"a {colour} square", f"a {colour} square, drawn"]})
+        )
+    (path / "train" / "metadata.jsonl").write_text("\n".join(lines))

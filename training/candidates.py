@@ -1,0 +1,136 @@
+"""The networks of a run as an evaluation sees them: what makes images, in how many calls, and the images made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from training.distill import WEIGHTS, Run, decode_all, student_stage
+from training.evaluation_set import EvaluationSet
+from training.features import Pixels
+from training.guidance import Denoiser
+from training.loop import generator_at
+from training.pictures import to_uint8
+from training.sampler import sample
+from training.store import Store, hash_of_file
+
+# To be raised when a change of the code changes the images that it makes of the same inputs.
+VERSION = 1
+BATCH_IMAGES = 64
+NOISE_STREAM = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network of the run and the steps that it is sampled in."""
+
+    model: Literal["teacher", "student"]
+    steps: int
+
+    @property
+    def stage(self) -> str:
+        """The stage of the run that trained it."""
+        return "teacher" if self.model == "teacher" else student_stage(self.steps)
+
+    @property
+    def calls(self) -> int:
+        """Network calls an image: guidance costs the teacher a second one a step, a student none."""
+        return 2 * self.steps if self.model == "teacher" else self.steps
+
+
+def trained_students(run: Run) -> tuple[int, ...]:
+    """The step counts of the students that the run has finished, most steps first."""
+    steps = (round_.steps for round_ in run.recipe.stage2.rounds)
+    return tuple(sorted((n for n in steps if run.is_done(student_stage(n))), reverse=True))
+
+
+class ImageMaker:
+    """Makes the images of candidates for the conditions of an evaluation, and keeps them batch by batch.
+
+    The noise of image i is drawn from (seed, i), so all candidates start from the same. Networks are loaded when
+    there is something to make.
+    """
+
+    def __init__(self, run: Run, data: EvaluationSet, seed: int, store: Store) -> None:
+        """Images are made with the networks of `run`, and kept in `store`."""
+        self.run, self.data, self.seed, self.store = run, data, seed, store
+        self._denoisers: dict[str, Denoiser] = {}
+        self._hashes: dict[str, str] = {}
+        self._autoencoder: AutoencoderKL | None = None
+        starts = range(0, len(data), BATCH_IMAGES)
+        self._batches = [range(start, min(start + BATCH_IMAGES, len(data))) for start in starts]
+
+    def missing_calls(self, candidate: Candidate, w: float) -> int:
+        """How many network calls its images still need, one call on n images counted as n."""
+        keys = ((rows, self._key(candidate, w, rows)) for rows in self._batches)
+        return candidate.calls * sum(len(rows) for rows, key in keys if not self.store.has_array("images", key))
+
+    def images(self, candidate: Candidate, w: float, progress: Callable[[int], Any] = lambda calls: None) -> Pixels:
+        """The images (N, H, W, 3) for all N conditions; `progress` is told how many calls each batch needed."""
+        return np.concatenate([self._batch(candidate, w, rows, progress) for rows in self._batches])
+
+    def _batch(self, candidate: Candidate, w: float, rows: range, progress: Callable[[int], Any]) -> Pixels:
+        def make() -> Pixels:
+            made = self.make(candidate, w, rows)
+            progress(candidate.calls * len(rows))
+            return made
+
+        return self.store.array("images", self._key(candidate, w, rows), make)
+
+    def make(self, candidate: Candidate, w: float, rows: range) -> Pixels:
+        """The images (len(rows), H, W, 3) for some of the conditions, made now and not kept."""
+        device = self.run.accelerator.device
+        noise = torch.stack([self._noise(i) for i in rows]).to(device)
+        condition = {name: value[rows.start : rows.stop].to(device) for name, value in self.data.condition.items()}
+        grid = self.run.schedule.spaced(candidate.steps)
+        z = sample(self._denoiser(candidate), grid, noise, condition, torch.full((len(rows),), w, device=device))
+        return to_uint8(self._decode(z))
+
+    def weights(self, stage: str) -> str:
+        """The hash of a stage's weights. Raises FileNotFoundError if the stage is not done."""
+        if stage not in self._hashes:
+            self._hashes[stage] = hash_of_file(self.run.folder / stage / WEIGHTS)
+        return self._hashes[stage]
+
+    def _noise(self, i: int) -> Tensor:
+        recipe = self.run.recipe
+        shape: tuple[int, ...] = (3, recipe.data.size, recipe.data.size)
+        if recipe.autoencoder:
+            side = recipe.data.size >> (len(recipe.autoencoder.channels) - 1)
+            shape = (recipe.autoencoder.latent_channels, side, side)
+        return torch.randn(shape, generator=generator_at(self.seed, i, NOISE_STREAM))
+
+    def _denoiser(self, candidate: Candidate) -> Denoiser:
+        if candidate.stage not in self._denoisers:
+            teacher = candidate.model == "teacher"
+            self._denoisers[candidate.stage] = (
+                self.run.guided_teacher() if teacher else self.run.denoiser(candidate.stage)
+            )
+        return self._denoisers[candidate.stage]
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if self.run.recipe.autoencoder is None:
+            return z
+        if self._autoencoder is None:
+            self._autoencoder = self.run.autoencoder()
+        return decode_all(self._autoencoder, z)
+
+    def _key(self, candidate: Candidate, w: float, rows: range) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "weights": self.weights(candidate.stage),
+            "autoencoder": self.weights("autoencoder") if self.run.recipe.autoencoder else None,
+            "model": candidate.model,
+            "steps": candidate.steps,
+            "w": w,
+            "seed": self.seed,
+            "rows": [rows.start, rows.stop],
+            "conditions": self.data.words[rows.start : rows.stop],
+            "encoding": self.data.encoding,
+        }

@@ -1,0 +1,178 @@
+"""The quality table of a run: its teacher and its students, in several steps and with several w, against real images.
+
+Images and figures are kept in the run's folder under a hash of what they depend on, so that an evaluation that was
+stopped goes on where it was, and one that is repeated is only printed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from training.candidates import Candidate, ImageMaker
+from training.data.training_set import to_tensor
+from training.distill import Run
+from training.evaluation_set import EvaluationSet
+from training.features import FeatureExtractor, Features, Pixels
+from training.metrics import Projection, frechet_distance, kernel_distance, root_mean_square_error
+from training.pictures import save_grid
+from training.quality import Cell, Distances, Provenance, Quality, Row, Timing
+from training.store import Store, hash_of_array
+
+# To be raised when a change of the code changes the figures that it makes of the same images.
+VERSION = 1
+KID_SUBSETS = 100
+TIMED_IMAGES, TIMED_ROUNDS = 16, 3
+PICTURE_COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared. The images of all candidates are compared with those of the first one, from equal noise."""
+
+    candidates: tuple[Candidate, ...]
+    guidance: tuple[float, ...]
+    frechet_dims: int = 64
+
+    @property
+    def places(self) -> list[tuple[float, Candidate]]:
+        """Every w with every candidate."""
+        return [(w, candidate) for w in self.guidance for candidate in self.candidates]
+
+
+class Judge:
+    """Measures how far images are from the reference. Features and figures are kept."""
+
+    def __init__(
+        self, data: EvaluationSet, extractor: FeatureExtractor, frechet_dims: int, seed: int, store: Store
+    ) -> None:
+        """The Frechet distance is taken in `frechet_dims` principal components of the reference."""
+        self.extractor, self.frechet_dims, self.seed, self.store = extractor, frechet_dims, seed, store
+        self.reference, self._reference_hash = self._features(data.reference)
+
+    @cached_property
+    def _project(self) -> Projection:
+        return Projection.fit(self.reference, self.frechet_dims)
+
+    def __call__(self, images: Pixels) -> Distances:
+        """The distances of images (N, H, W, 3). Raises MetricError if they, or the reference, are too few."""
+        features, images_hash = self._features(images)
+        key = {
+            "version": VERSION,
+            "extractor": self.extractor.identity,
+            "images": images_hash,
+            "reference": self._reference_hash,
+            "kid_subsets": KID_SUBSETS,
+            "frechet_dims": self.frechet_dims,
+            "seed": self.seed,
+        }
+        return Distances(**self.store.figures("figures", key, lambda: self._measure(features)))
+
+    def _measure(self, features: Features) -> dict[str, Any]:
+        frechet = frechet_distance(self._project(features), self._project(self.reference))
+        kid = kernel_distance(features, self.reference, seed=self.seed, subsets=KID_SUBSETS)
+        return asdict(Distances(kid.mean, kid.deviation, kid.subset_images, frechet))
+
+    def _features(self, images: Pixels) -> tuple[Features, str]:
+        images_hash = hash_of_array(images)
+        key = {"extractor": self.extractor.identity, "images": images_hash}
+        return self.store.array("features", key, lambda: self.extractor(images)), images_hash
+
+
+def evaluate(maker: ImageMaker, extractor: FeatureExtractor, plan: Plan) -> Quality:
+    """Make the images that are missing, compare them with real ones, and time the candidates.
+
+    Raises MetricError if there are too few images for the figures, before any is made.
+    """
+    data = maker.data
+    judge = Judge(data, extractor, plan.frechet_dims, maker.seed, maker.store)
+    floor = judge(data.images)
+    make_images(maker, plan)
+    cells = {(w, candidate): cell for w, candidate, cell in _compare(maker, judge, plan)}
+    timing, seconds = time_candidates(maker, plan)
+    rows = tuple(
+        Row(c.model, c.steps, c.calls, seconds[k], tuple(cells[w, c] for w in plan.guidance))
+        for k, c in enumerate(plan.candidates)
+    )
+    autoencoder = ["autoencoder"] if maker.run.recipe.autoencoder else []
+    provenance = Provenance(
+        recipe=maker.run.recipe.name,
+        data=data.description,
+        images=len(data),
+        reference_images=len(data.reference),
+        extractor=extractor.identity,
+        kid_subsets=KID_SUBSETS,
+        frechet_dims=plan.frechet_dims,
+        seed=maker.seed,
+        weights={stage: maker.weights(stage) for stage in [*(c.stage for c in plan.candidates), *autoencoder]},
+    )
+    return Quality(rows, floor, provenance, timing)
+
+
+def make_images(maker: ImageMaker, plan: Plan) -> None:
+    """Make the images that are missing, under one progress bar: a call of a network on n images counts as n."""
+    total = sum(maker.missing_calls(candidate, w) for w, candidate in plan.places)
+    with tqdm(total=total, unit="call", unit_scale=True, disable=not total, dynamic_ncols=True) as bar:
+        for w, candidate in plan.places:
+            bar.set_description(f"{candidate.model}, {candidate.steps} steps, w = {w:g}")
+            maker.images(candidate, w, bar.update)
+
+
+def _compare(maker: ImageMaker, judge: Judge, plan: Plan) -> Iterator[tuple[float, Candidate, Cell]]:
+    first = None
+    for w, candidate in tqdm(plan.places, desc="comparing", unit="cell", disable=None):
+        images = maker.images(candidate, w)
+        if candidate == plan.candidates[0]:
+            first = images
+            yield w, candidate, Cell(w, judge(images), None)
+        else:
+            assert first is not None
+            yield w, candidate, Cell(w, judge(images), root_mean_square_error(images, first))
+
+
+def time_candidates(maker: ImageMaker, plan: Plan) -> tuple[Timing, list[float]]:
+    """Seconds an image of each candidate: a batch of each in turns, the median of some rounds. They are kept."""
+    rows = range(min(TIMED_IMAGES, len(maker.data)))
+    timing = Timing(_device_name(maker.run), torch.get_num_threads(), len(rows), TIMED_ROUNDS)
+    weights = [[maker.weights(c.stage), c.steps] for c in plan.candidates]
+
+    def measure() -> dict[str, list[float]]:
+        taken: list[list[float]] = [[] for _ in plan.candidates]
+        turns = list(enumerate(plan.candidates)) * TIMED_ROUNDS
+        for k, candidate in tqdm(turns, desc="timing", unit="batch", disable=None):
+            start = time.perf_counter()
+            maker.make(candidate, plan.guidance[-1], rows)
+            taken[k].append((time.perf_counter() - start) / len(rows))
+        return {"seconds_per_image": [median(values) for values in taken]}
+
+    kept = maker.store.figures("timings", {"version": VERSION, "weights": weights, **asdict(timing)}, measure)
+    return timing, kept["seconds_per_image"]
+
+
+def save_picture(maker: ImageMaker, plan: Plan, w: float, path: Path) -> str:
+    """Write a picture, a column for each of the first conditions, a row for real images and each candidate at w.
+
+    Returns its legend.
+    """
+    rows = [maker.data.images, *(maker.images(candidate, w) for candidate in plan.candidates)]
+    columns = min(PICTURE_COLUMNS, len(maker.data))
+    save_grid(to_tensor(np.concatenate([row[:columns] for row in rows])), path, columns)
+    names = ["real images", *(f"{c.model} at {c.steps} steps" for c in plan.candidates)]
+    return (
+        f"{path.name}, w = {w:g}. Rows from the top: {'; '.join(names)}. "
+        f"Columns from the left: {'; '.join(maker.data.words[:columns])}."
+    )
+
+
+def _device_name(run: Run) -> str:
+    device = run.accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

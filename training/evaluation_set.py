@@ -1,0 +1,100 @@
+"""What an evaluation compares: conditions to generate for, their real images, and a reference of other real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.data.digits import CLASSES, load_digits_images
+from training.data.entries import DataError
+from training.data.training_set import open_images
+from training.features import Pixels
+from training.guidance import Condition
+from training.recipe import Recipe
+from training.text import MINILM_NAME, encode_captions
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """N conditions in words and as tensors, the N real images that they describe, and M others as the reference.
+
+    `words` are captions or names of classes; `encoding` names what made tensors of them.
+    """
+
+    description: str
+    words: tuple[str, ...]
+    encoding: str
+    condition: Condition
+    images: Pixels
+    reference: Pixels
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.words)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """All images of a split, with the captions, or the class and its label, of each."""
+
+    images: Pixels
+    texts: tuple[tuple[str, ...], ...]
+    labels: NDArray[np.int64] | None = None
+
+
+def load_evaluation_set(recipe: Recipe, split: str, samples: int | None, seed: int, cache: Path) -> EvaluationSet:
+    """The conditions of `samples` images of a split, in a random order: one caption an image, drawn at random.
+
+    The images of the training split are halved at random: conditions come from one half, the other is the
+    reference. For another split the reference is the training split. So no image is on both sides, and the real
+    images of the conditions are what a perfect model would make. With `samples` None it is as many as there are,
+    but at most 500. Raises DataError when there are fewer than `samples`.
+    """
+    data = _load_split(recipe, split)
+    random = np.random.Generator(np.random.PCG64(seed))
+    order = random.permutation(len(data.images))
+    drawn = [own[int(random.random() * len(own))] for own in data.texts]
+    if split == "train":
+        half = len(order) // 2
+        chosen, reference = order[:half], data.images[order[half:]]
+        description = f"the split {split}, halved at random: conditions from one half, the other the reference"
+    else:
+        chosen, reference = order, _load_split(recipe, "train").images
+        description = f"conditions from the split {split}, the split train the reference"
+    chosen = chosen[: min(500, len(chosen)) if samples is None else _at_most(samples, len(chosen), split)]
+    words = tuple(drawn[i] for i in chosen)
+    labels = None if data.labels is None else torch.from_numpy(data.labels[chosen])
+    condition, encoding = _encode(recipe, words, labels, cache)
+    return EvaluationSet(description, words, encoding, condition, data.images[chosen], reference)
+
+
+def _at_most(samples: int, available: int, split: str) -> int:
+    if not 1 <= samples <= available:
+        raise DataError(f"{samples} samples cannot be had: the split {split} gives conditions for {available}")
+    return samples
+
+
+def _encode(recipe: Recipe, words: tuple[str, ...], labels: Tensor | None, cache: Path) -> tuple[Condition, str]:
+    if labels is not None:
+        return {"label": labels}, "labels"
+    return {
+        "context": encode_captions(words, recipe.max_tokens, cache).float()
+    }, f"{MINILM_NAME}, {recipe.max_tokens} tokens"
+
+
+def _load_split(recipe: Recipe, split: str) -> _Split:
+    if recipe.data.source == "digits":
+        pixels, labels = load_digits_images(recipe.data.size, split)
+        return _Split(pixels, tuple((CLASSES[label],) for label in labels), labels)
+    images = open_images(recipe.data, split)
+    pixels = np.stack([images.image(i) for i in range(len(images))])
+    if recipe.conditioning == "text":
+        return _Split(pixels, tuple(images.texts(i) for i in range(len(images))))
+    classes = (images if split == "train" else open_images(recipe.data, "train")).classes
+    labels = images.labels_in(classes)
+    return _Split(pixels, tuple((classes[label],) for label in labels), labels)
