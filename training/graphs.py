@@ -23,13 +23,13 @@ from training.networks import UNetDenoiser
 
 Weights = Literal["fp32", "fp16", "int8"]
 SMALLEST_FIRST: tuple[Weights, ...] = ("int8", "fp16", "fp32")
-TOLERANCE: Mapping[Weights, float] = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}
+TOLERANCE: Mapping[Weights, float] = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3.5e-2}
 """The largest relative L2 error of a graph's output against torch, by how its weights are stored."""
 
 BATCH_SIZES = (1, 2, 5, 16)
 STEP_SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
 MIN_COMPRESSED_ELEMENTS = 1024
-INT8_BLOCK = 32
+INT8_BLOCK = 48
 OPSET = 20
 
 
@@ -123,7 +123,17 @@ def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    return _without_notes(program.model_proto)
+
+
+def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model less what the exporter notes on every node: stack traces, which double the size of a small graph."""
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    for part in (model.graph.node, model.graph.value_info, model.graph.initializer):
+        for item in part:
+            item.doc_string = ""
+            del item.metadata_props[:]
+    return model
 
 
 @contextmanager
