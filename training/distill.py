@@ -47,7 +47,7 @@ class Run:
     def __post_init__(self) -> None:
         """Claim the folder for the recipe. Raises TrainingError if another recipe has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        record, ours = self.folder / "recipe.json", json.loads(self.recipe.model_dump_json())
+        record, ours = self.folder / "recipe.json", json.loads(self.recipe.portable_json())
         if not record.exists():
             record.write_text(json.dumps(ours, indent=1))
         elif (theirs := json.loads(record.read_text())) != ours:

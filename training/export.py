@@ -199,7 +199,7 @@ def describe(run: Run, parities: Sequence[Parity]) -> Description:
         licence=recipe.export.licence,
         attributions=(*_sources(run), *([TEXT_ATTRIBUTION] if text else [])),
         provenance=Provenance(
-            recipe=recipe.model_dump_json(exclude={"data": {"path"}}),
+            recipe=recipe.portable_json(),
             data=_data_name(run),
             commit=_commit(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -146,6 +146,10 @@ class Recipe(Section):
             raise ValueError(f"export.steps asks for {missing}, stage2 trains {sorted(trained)}")
         return self
 
+    def portable_json(self) -> str:
+        """The recipe as JSON without where the data lies, which may differ from machine to machine."""
+        return self.model_dump_json(exclude={"data": {"path"}})
+
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Read a TOML file. Raises RecipeError with the file's name and each faulty field."""

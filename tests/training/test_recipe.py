@@ -43,3 +43,10 @@ def test_faulty_recipes_are_refused_by_name(tmp_path: Path, change: str, to: str
 def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="absent"):
         Recipe.load(tmp_path / "absent.toml")
+
+
+def test_where_the_data_lies_is_not_part_of_what_a_run_is() -> None:
+    recipe = Recipe.load(next(path for path in SHIPPED if path.stem == "emoji"))
+    moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": Path("elsewhere")})})
+    assert moved.portable_json() == recipe.portable_json()
+    assert "elsewhere" not in moved.portable_json()
