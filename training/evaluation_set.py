@@ -62,10 +62,10 @@ def load_evaluation_set(recipe: Recipe, split: str, samples: int | None, seed: i
     if split == "train":
         half = len(order) // 2
         chosen, reference = order[:half], data.images[order[half:]]
-        description = f"the split {split}, halved at random: conditions from one half, the other the reference"
+        description = f"{split}, halved at random: one half gives the captions or classes, the other is the reference"
     else:
         chosen, reference = order, _load_split(recipe, "train").images
-        description = f"conditions from the split {split}, the split train the reference"
+        description = f"{split} gives the captions or classes, train is the reference"
     chosen = chosen[: min(500, len(chosen)) if samples is None else _at_most(samples, len(chosen), split)]
     words = tuple(drawn[i] for i in chosen)
     labels = None if data.labels is None else torch.from_numpy(data.labels[chosen])

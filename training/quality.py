@@ -89,12 +89,12 @@ def to_markdown(quality: Quality) -> str:
     psnr = _table(quality, lambda cell: "" if cell.rmse is None else f"{psnr_db(cell.rmse):.1f}", None)
     return "\n\n".join(
         [
-            f"{about.images} generated images, one for each caption or class of {about.data}; against "
-            f"{about.reference_images} real images. The floor is the distance of the {about.images} real images of the "
-            f"same captions or classes to the same reference. Features: {about.extractor}. w is the guidance scale "
-            f"less one. The noise of an image is the same in all rows and columns (seed {about.seed}). Seconds an "
-            f"image on {_place(quality.timing)}: the median of {quality.timing.rounds} rounds of "
-            f"{quality.timing.images} images, all rows in turns, text encoding left out.",
+            f"Split: {about.data}. Every cell: {about.images} generated images, one for each caption or class, against "
+            f"{about.reference_images} real images. Floor: the {about.images} real images of the same captions or "
+            f"classes against the same reference. Features: {about.extractor}. w is the guidance scale less one. "
+            f"The noise of an image is the same in all rows and columns (seed {about.seed}). Seconds an image on "
+            f"{_place(quality.timing)}: the median of {quality.timing.rounds} rounds of {quality.timing.images} images "
+            "with all rows in turns, text encoding left out.",
             f"**KID x 1000**, mean ± standard deviation over {about.kid_subsets} subsets of {floor.kid_subset_images} "
             "images; lower is better.",
             kid,
@@ -154,4 +154,6 @@ def _kid(distances: Distances) -> str:
 
 
 def _place(timing: Timing) -> str:
-    return f"{timing.threads} CPU threads" if timing.device == "cpu" else f"one {timing.device}"
+    if timing.device != "cpu":
+        return f"one {timing.device}"
+    return f"{timing.threads} CPU thread{'s' if timing.threads > 1 else ''}"
