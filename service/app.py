@@ -58,7 +58,12 @@ def create_app(
     )
     app.state.service = service
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        max_total_bytes=settings.max_inflight_bytes,
+        metrics=metrics,
+    )
     app.add_middleware(RequestContext, metrics=metrics)
     app.include_router(images.router)
     app.include_router(status.router)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
@@ -18,13 +18,18 @@ from service.settings import Settings
 FILE_FIELDS = frozenset({"image", "mask"})
 
 _MAX_PARTS = 64
+_SMALL_BODY_BYTES = 64 * 1024
 
 Model = TypeVar("Model", bound=BaseModel)
 Fields = Mapping[str, Any]
 
 
-async def read_fields(request: Request, settings: Settings) -> tuple[Fields, bool]:
+async def read_fields(
+    request: Request, settings: Settings, in_background: Callable[[Callable[[], Fields]], Awaitable[Fields]]
+) -> tuple[Fields, bool]:
     """The fields of the body, and whether they are typed (JSON) rather than text (multipart).
+
+    A body too large to parse between two requests is handed to ``in_background``.
 
     Raises ApiError: 400 for a body that is not what it says, 408 for one that does not arrive, 415 for
     another content type, 422 for a field given twice or in the wrong kind of part.
@@ -37,7 +42,9 @@ async def read_fields(request: Request, settings: Settings) -> tuple[Fields, boo
             body = await request.body()
     except TimeoutError:
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
-    return await asyncio.to_thread(parse_json, body), True
+    if len(body) > _SMALL_BODY_BYTES:
+        return await in_background(lambda: parse_json(body)), True
+    return parse_json(body), True
 
 
 def check_fields(model: type[Model], fields: Fields, typed: bool) -> Model:

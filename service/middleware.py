@@ -23,6 +23,7 @@ logger = logging.getLogger("service.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_DIGITS = 18
+_BUSY_RETRY_S = 1.0
 _CLIENT_CLOSED = 499
 _OUTCOMES = {_CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504: "timeout"}
 _QUIET = frozenset({"livez", "readyz", "metrics"})
@@ -85,11 +86,18 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses bodies of more than ``max_bytes``: by Content-Length at once, else when the bytes arrive."""
+    """Bounds the bytes of bodies before anything reads them.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    One body may have ``max_bytes``, else 413: by Content-Length at once, or when the bytes arrive. All bodies of
+    requests in flight may have ``max_total_bytes`` together, else 429: many uploads at once must not exhaust memory.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_total_bytes: int, metrics: Metrics) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_total_bytes = max_total_bytes
+        self.metrics = metrics
+        self.total = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -105,12 +113,26 @@ class BodyLimit:
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self.total += size
             if received > self.max_bytes:
                 raise self._too_large()
+            if self.total > self.max_total_bytes:
+                self.metrics.rejected.labels("too_many_bytes").inc()
+                raise ApiError(
+                    429,
+                    "too_many_bytes",
+                    "too many uploads at once",
+                    retry_after_s=_BUSY_RETRY_S,
+                    headers={"Connection": "close"},
+                )
             return message
 
-        await self.app(scope, counted, send)
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            self.total -= received
 
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body may have at most {self.max_bytes} bytes")

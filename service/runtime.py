@@ -8,9 +8,11 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 from engines.bundle import shipped_bundle
 from engines.pipeline import Pipeline
@@ -25,10 +27,9 @@ from service.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 OpenPipeline = Callable[[Settings], Pipeline]
 
-# Requests whose images are decoded at once: each may hold several times max_pixels in bytes.
-_INTAKE_THREADS = 2
 _LOADING_RETRY_S = 2.0
 _BUSY_RETRY_S = 1.0
 
@@ -76,7 +77,8 @@ class Service:
         self._worker: Worker | None = None
         self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
         self._stopping = asyncio.Event()
-        self.intake_slots = asyncio.Semaphore(_INTAKE_THREADS)
+        # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
+        self._intake = ThreadPoolExecutor(1, thread_name_prefix="intake")
 
     @property
     def state(self) -> State:
@@ -126,6 +128,10 @@ class Service:
             yield self.pipeline
         finally:
             self._count(-1)
+
+    async def in_background(self, call: Callable[[], Result]) -> Result:
+        """The result of a call that would hold up the event loop, such as decoding an image."""
+        return await asyncio.get_running_loop().run_in_executor(self._intake, call)
 
     async def complete(self, job: Job, client_gone: Callable[[], Awaitable[None]]) -> Finished:
         """Queue the job and wait for its images.
@@ -201,6 +207,7 @@ class Service:
             logger.info("ready", extra={"model": manifest.name, "revision": manifest.revision})
 
     def _close(self) -> None:
+        self._intake.shutdown()
         if self._loader.ident is not None:
             self._loader.join()
         if self._worker is not None:

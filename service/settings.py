@@ -29,10 +29,11 @@ class Settings(BaseSettings):
 
     max_body_bytes: Annotated[Count, Field(description="largest request body")] = 12 * MIB
     max_image_bytes: Annotated[Count, Field(description="largest encoded image or mask")] = 8 * MIB
-    max_pixels: Annotated[Count, Field(description="most pixels of an image or mask")] = 16 * MIB
+    max_pixels: Annotated[Count, Field(description="most pixels of an image or mask")] = 12 * MIB
     max_images: Annotated[int, Field(ge=1, le=64, description="most images of one request")] = 8
     max_prompt_chars: Annotated[Count, Field(description="longest prompt, in characters")] = 1000
     max_queue_cost: Annotated[Count, Field(description="most work that may wait, in images x steps")] = 1024
+    max_inflight_bytes: Annotated[Count, Field(description="most bytes of bodies at once")] = 64 * MIB
     max_inflight: Annotated[Count, Field(description="most image requests at once")] = 256
 
     timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
@@ -47,4 +48,6 @@ class Settings(BaseSettings):
     def _ordered(self) -> Self:
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError("timeout_ms must not exceed max_timeout_ms")
+        if self.max_body_bytes > self.max_inflight_bytes:
+            raise ValueError("max_body_bytes must not exceed max_inflight_bytes")
         return self

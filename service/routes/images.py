@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -62,19 +62,19 @@ async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
     with service.admitted() as pipeline:
         if request.url.query:
             raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
-        fields, typed = await read_fields(request, service.settings)
+        fields, typed = await read_fields(request, service.settings, service.in_background)
         body = check_fields(model, fields, typed)
         rendering = choose(", ".join(request.headers.getlist("accept")), body)
-        async with service.intake_slots:
-            job = await asyncio.to_thread(
-                make_job,
-                body,
-                rendering.format,
-                pipeline,
-                service.settings,
-                request_id=request.state.request_id,
-                began=began,
-            )
+        make = partial(
+            make_job,
+            body,
+            rendering.format,
+            pipeline,
+            service.settings,
+            request_id=request.state.request_id,
+            began=began,
+        )
+        job = await service.in_background(make) if isinstance(body, EditRequest) else make()
         finished = await service.complete(job, lambda: _disconnected(request))
     return _render(job, finished, rendering, service)
 

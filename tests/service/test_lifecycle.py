@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +116,30 @@ async def test_too_many_requests_at_once_are_turned_away(
         error(await app.post("/generate", prompt="a cat"), 429, "too_many_requests")
         gate.opened.set()
         assert (await first).status_code == 200
+
+
+async def test_too_many_bytes_at_once_are_turned_away(anyio_backend: str, settings: Settings) -> None:
+    low = settings.model_copy(update={"max_body_bytes": 2000, "max_inflight_bytes": 3000})
+    first_arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "a cat"'
+        yield b" " * 1900
+        first_arrived.set()
+        await go.wait()
+        yield b"}"
+
+    async with running(low) as app:
+        headers = {"Content-Type": "application/json"}
+        first = asyncio.create_task(app.client.post("/generate", content=slow(), headers=headers))
+        await first_arrived.wait()
+        padded = b'{"prompt": "a cat"}' + b" " * 1900
+        refused = await app.client.post("/generate", content=padded, headers=headers)
+        error(refused, 429, "too_many_bytes")
+        assert app.metric("fewstep_rejected_total", reason="too_many_bytes") == 1
+        go.set()
+        assert (await first).status_code == 200
+        assert (await app.client.post("/generate", content=padded, headers=headers)).status_code == 200
 
 
 async def test_draining_finishes_what_is_in_flight_and_takes_nothing_new(app: Running, gate: Gate) -> None:
