@@ -24,9 +24,7 @@ COMMANDS = {
     "inspect": Entry("engines.commands:inspect", "Show and verify what is in a bundle."),
     "data": Entry("training.data.commands:data", "Build and check image sets.", "training"),
     "train": Entry("training.commands:train", "Train the guided teacher of a recipe.", "training"),
-    "distill": Entry(
-        "training.commands:distill", "Distil a recipe's students, and train what is missing.", "training"
-    ),
+    "distill": Entry("training.commands:distill", "Distil a recipe's students, and train what is missing.", "training"),
     "evaluate": Entry("training.evaluate_command:evaluate", "Print the quality table of a run.", "training"),
     "export": Entry("training.commands:export", "Write the bundle of a run.", "training"),
 }

@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -71,25 +72,27 @@ def in_turn(a: Callable[[], object], b: Callable[[], object], repeats: int) -> t
 @click.option("--steps", default=4, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Threads of each side.")
 @click.option("--repeats", default=15, show_default=True)
-def main(recipe: Path, bundle: Path, folder: Path | None, data: Path | None, steps: int, threads: int, repeats: int) -> None:
+def main(
+    recipe: Path, bundle: Path, folder: Path | None, data: Path | None, steps: int, threads: int, repeats: int
+) -> None:
     """Time BUNDLE against the students of RECIPE's run."""
     torch.set_num_threads(threads)
     run = open_run(recipe, folder, data)
     prompts = run.data.classes or PROMPTS
     eager = Eager(run, steps)
-    click.echo(f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}, "
-               f"onnxruntime {onnxruntime.__version__}, {steps} steps, {repeats} repeats\n")  # fmt: skip
-    click.echo("| images at once | eager torch, s | bundle, s | images/s, bundle | eager / bundle | largest difference |")
+    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    click.echo(f"{platform.machine()}, {threads} threads, {versions}, {steps} steps, median of {repeats}\n")
+    click.echo("| images at once | eager torch, s | bundle, s | bundle, images/s | eager / bundle | furthest apart |")
     click.echo("|---|---|---|---|---|---|")
     with Pipeline.open(bundle, threads=threads) as pipeline:
         for count in (1, 16):
             tasks = [Generate(prompts[i % len(prompts)], steps, 2.0, seed=i) for i in range(count)]
-            theirs, ours = in_turn(lambda: eager(tasks), lambda: pipeline.run(tasks), repeats)  # noqa: B023
+            theirs, ours = in_turn(partial(eager, tasks), partial(pipeline.run, tasks), repeats)
             ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-            difference = np.abs(np.stack(pipeline.run(tasks)).astype(int) - eager(tasks)).max()
-            median = statistics.median(ours)
-            click.echo(f"| {count} | {statistics.median(theirs):.3f} | {median:.3f} | {count / median:.1f} | "
-                       f"{ratio:.2f} | {difference} of 255 |")  # fmt: skip
+            apart = np.abs(np.stack(pipeline.run(tasks)).astype(int) - eager(tasks)).max()
+            seconds = statistics.median(theirs), statistics.median(ours)
+            rate = count / seconds[1]
+            click.echo(f"| {count} | {seconds[0]:.3f} | {seconds[1]:.3f} | {rate:.1f} | {ratio:.2f} | {apart} of 255 |")
 
 
 if __name__ == "__main__":

@@ -42,21 +42,15 @@ def open_run(
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option(
-            "--sample-every", default=500, show_default=True, help="Updates between pictures of samples."
-        ),
-        click.option(
-            "--checkpoint-every", default=120.0, show_default=True, help="Seconds between checkpoints."
-        ),
+        click.option("--sample-every", default=500, show_default=True, help="Updates between pictures of samples."),
+        click.option("--checkpoint-every", default=120.0, show_default=True, help="Seconds between checkpoints."),
         click.option("--precision", type=PRECISION, default="no", show_default=True, help="Mixed precision."),
         click.option(
             "--data",
             type=click.Path(exists=True, path_type=Path),
             help="The image set, instead of the recipe's path.",
         ),
-        click.option(
-            "--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"
-        ),
+        click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
         click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
     ):
         command = option(command)
@@ -110,8 +104,13 @@ def distill(
     type=click.Path(exists=True, path_type=Path),
     help="The image set, instead of the recipe's path.",
 )
-@click.option("--weights", type=click.Choice(["auto", *SMALLEST_FIRST]), default="auto", show_default=True,
-              help="How weights are stored; auto takes the smallest that stays within tolerance.")  # fmt: skip
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", *SMALLEST_FIRST]),
+    default="auto",
+    show_default=True,
+    help="How weights are stored; auto takes the smallest that stays within tolerance.",
+)
 @click.option("--replace", is_flag=True, help="Replace a bundle that is there.")
 def export(
     recipe: Path, bundle: Path, folder: Path | None, data: Path | None, weights: Weights | str, replace: bool

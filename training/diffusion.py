@@ -38,9 +38,7 @@ def eps_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return sigma * z + alpha * v
 
 
-def ddim_step(
-    z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor
-) -> Tensor:
+def ddim_step(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
     """The deterministic step z_t -> z_s = alpha_s x + sigma_s eps (Song et al. 2021, eta = 0) of a prediction v."""
     return diffuse(x_from_v(z, v, alpha, sigma), eps_from_v(z, v, alpha, sigma), alpha_next, sigma_next)
 
@@ -56,16 +54,14 @@ def implied_x(
     return (z_next - ratio * z) / (alpha_next - ratio * alpha)
 
 
-def blend_known(
-    z: Tensor, known: Tensor, keep: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
-) -> Tensor:
+def blend_known(z: Tensor, known: Tensor, keep: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Put the known region back, noised to the time of `z`: keep (alpha known + sigma noise) + (1 - keep) z."""
     return keep * diffuse(known, noise, alpha, sigma) + (1 - keep) * z
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The N + 1 times of an N-step sampler from noise to clean, with alpha and sigma for each, all of shape (N + 1,)."""
+    """The N + 1 times of an N-step sampler, from noise to clean, and alpha and sigma there: each (N + 1,)."""
 
     times: Tensor
     alphas: Tensor

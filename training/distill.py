@@ -163,8 +163,16 @@ def _train_autoencoder(run: Run) -> None:
         with torch.inference_mode():
             save_grid(torch.cat([some, network(some, return_dict=False)[0]]), path, SAMPLE_COLUMNS)
 
-    model = train(network, loss, recipe, run.folder / "autoencoder", seed=run.recipe.seed, sample=show,
-                  accelerator=run.accelerator, pace=run.pace)  # fmt: skip
+    model = train(
+        network,
+        loss,
+        recipe,
+        run.folder / "autoencoder",
+        seed=run.recipe.seed,
+        sample=show,
+        accelerator=run.accelerator,
+        pace=run.pace,
+    )
     model.register_to_config(scaling_factor=measure_scale(model, images[:512].to(run.accelerator.device)))
     run.finish("autoencoder", model)
 
@@ -203,13 +211,9 @@ def _halve(run: Run, recipe: Round, previous: str) -> None:
 
     def loss(network: nn.Module, update: int, generator: Generator) -> Tensor:
         batch = data.batch(order.at(update), generator, run.accelerator.device)
-        return progressive_loss(
-            network, teacher, run.schedule, batch, recipe.steps, run.recipe.guidance, generator
-        )
+        return progressive_loss(network, teacher, run.schedule, batch, recipe.steps, run.recipe.guidance, generator)
 
-    _train_denoiser(
-        run, student_stage(recipe.steps), student_from(run.unet(previous)), loss, recipe, recipe.steps
-    )
+    _train_denoiser(run, student_stage(recipe.steps), student_from(run.unet(previous)), loss, recipe, recipe.steps)
 
 
 def _train_denoiser(
@@ -224,8 +228,16 @@ def _train_denoiser(
     def show(network: nn.Module, path: Path) -> None:
         save_grid(_samples(run, as_sampled(network), sample_steps), path, SAMPLE_COLUMNS)
 
-    network = train(UNetDenoiser(unet, TIMESTEPS), loss, recipe, run.folder / stage, seed=run.recipe.seed,
-                    sample=show, accelerator=run.accelerator, pace=run.pace)  # fmt: skip
+    network = train(
+        UNetDenoiser(unet, TIMESTEPS),
+        loss,
+        recipe,
+        run.folder / stage,
+        seed=run.recipe.seed,
+        sample=show,
+        accelerator=run.accelerator,
+        pace=run.pace,
+    )
     show(network, run.folder / stage / "samples.png")
     run.finish(stage, network.unet)
 
@@ -238,9 +250,7 @@ def _samples(run: Run, denoiser: Denoiser, steps: int) -> Tensor:
     noise = torch.randn(SAMPLE_COLUMNS, *run.data.shape, generator=generator).repeat(SAMPLE_ROWS, 1, 1, 1)
     w = torch.linspace(*run.recipe.guidance, SAMPLE_ROWS).repeat_interleave(count // SAMPLE_ROWS)
     batch = run.data.batch(items[:SAMPLE_COLUMNS], generator, device)
-    condition = {
-        name: value.repeat(SAMPLE_ROWS, *[1] * (value.ndim - 1)) for name, value in batch.condition.items()
-    }
+    condition = {name: value.repeat(SAMPLE_ROWS, *[1] * (value.ndim - 1)) for name, value in batch.condition.items()}
     z = sample(denoiser, run.schedule.grid(steps), noise.to(device), condition, w.to(device))
     return z if run.recipe.autoencoder is None else decode_all(run.autoencoder(), z)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -29,9 +29,10 @@ from engines.bundle import (
     write_bundle,
 )
 from training import networks
+from training.data.digits import SOURCE as DIGITS_SOURCE
 from training.diffusion import Schedule, diffuse
 from training.distill import Run, student_stage
-from training.graphs import SMALLEST_FIRST, Example, Parity, StepGraph, Weights, export_graph
+from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
 from training.loop import generator_at
 from training.text import (
     MINILM_NAME,
@@ -67,8 +68,10 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
         raise BundleError(f"{out} exists already")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parities = [export_graph(module, example, folder / name, weights)
-                    for name, module, example in tqdm(_graphs(run), desc="exporting", unit="graph")]  # fmt: skip
+        parities = [
+            export_graph(module, example, folder / name, weights)
+            for name, module, example in tqdm(_graphs(run), desc="exporting", unit="graph", disable=None)
+        ]
         if run.recipe.conditioning == "text":
             (folder / TOKENIZER).write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
         description = describe(run, parities)
@@ -127,9 +130,7 @@ def _text_example(run: Run) -> Example:
     tokenizer = load_tokenizer(run.recipe.max_tokens)
 
     def make(batch: int) -> tuple[Tensor, ...]:
-        return tokenize(
-            tokenizer, [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)]
-        )
+        return tokenize(tokenizer, [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)])
 
     return Example(make, ("input_ids", "attention_mask"), "context")
 
@@ -187,9 +188,7 @@ def describe(run: Run, parities: Sequence[Parity]) -> Description:
             Student(steps=steps, graph=step_graph_name(steps), grid=bundle_grid(run.schedule, steps))
             for steps in sorted(recipe.export.steps)
         ),
-        guidance=GuidanceRange(
-            minimum=recipe.guidance[0], maximum=recipe.guidance[1], default=recipe.default_guidance
-        ),
+        guidance=GuidanceRange(minimum=recipe.guidance[0], maximum=recipe.guidance[1], default=recipe.default_guidance),
         condition=condition,
         text=TextEncoder(graph=TEXT, tokenizer=TOKENIZER, max_tokens=recipe.max_tokens) if text else None,
         classes=run.data.classes,
@@ -235,8 +234,7 @@ def model_card(description: Description, parities: Sequence[Parity], title: str)
         attributions="\n".join(
             f"| {a.name} | {a.licence} | {a.source} | {a.notice} |" for a in description.attributions
         ),
-        quality=description.provenance.quality_table
-        or "Not measured: run `fewstep evaluate`, then export again.",
+        quality=description.provenance.quality_table or "Not measured: run `fewstep evaluate`, then export again.",
         parity="\n".join(f"| {p.graph} | {p.weights} | {p.error:.1e} |" for p in parities),
         created=description.provenance.created,
         commit=description.provenance.commit or "unknown",
@@ -244,21 +242,20 @@ def model_card(description: Description, parities: Sequence[Parity], title: str)
 
 
 def _sources(run: Run) -> list[Attribution]:
-    """Whom a data set's dataset.json names."""
+    """Whom a data set's dataset.json names; a set without one names nobody."""
     if run.recipe.data.path is None:
-        return [Attribution(name="scikit-learn digits (UCI ML, Alpaydin & Kaynak)", licence="CC-BY-4.0",
-                            source="https://archive.ics.uci.edu/dataset/80")]  # fmt: skip
+        return [_attribution(DIGITS_SOURCE)]
     file = run.recipe.data.path / "dataset.json"
-    sources = json.loads(file.read_text())["sources"] if file.exists() else []
-    return [
-        Attribution(
-            name=f"{source['name']} {source['version']}",
-            licence=source["licence"],
-            source=source["url"],
-            notice=source["author"],
-        )
-        for source in sources
-    ]
+    sources = json.loads(file.read_text()).get("sources", []) if file.exists() else []
+    try:
+        return [_attribution(source) for source in sources]
+    except KeyError as error:
+        raise ExportError(f"{file}: a source has no {error.args[0]}") from error
+
+
+def _attribution(source: Mapping[str, str]) -> Attribution:
+    name = f"{source['name']} {source.get('version', '')}".strip()
+    return Attribution(name=name, licence=source["licence"], source=source["url"], notice=source.get("author", ""))
 
 
 def _data_name(run: Run) -> str:

@@ -159,9 +159,7 @@ def _worst_error(module: nn.Module, example: Example, model: onnx.ModelProto) ->
         feeds = {name: value.numpy() for name, value in zip(example.input_names, inputs, strict=True)}
         actual = torch.from_numpy(session.run([example.output_name], feeds)[0])
         if actual.shape != expected.shape:
-            raise ExportError(
-                f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}"
-            )
+            raise ExportError(f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}")
         worst = max(worst, float((actual - expected).norm() / expected.norm()))
     return worst if np.isfinite(worst) else float("inf")
 

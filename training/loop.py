@@ -141,9 +141,7 @@ def train(
     done. Raises TrainingError when the loss is not finite.
     """
     network = network.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     state = _State(network, optimizer, averaged(network, recipe.ema) if recipe.ema else None)
     folder.mkdir(parents=True, exist_ok=True)
     if (checkpoint := folder / CHECKPOINT).exists():
@@ -157,9 +155,7 @@ def train(
             accelerator.backward(value)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), recipe.clip)
             if not value.isfinite() or norm is None or not norm.isfinite():
-                raise TrainingError(
-                    f"{folder.name}: the loss is {value:.3g} at update {state.update}; lower the rate"
-                )
+                raise TrainingError(f"{folder.name}: the loss is {value:.3g} at update {state.update}; lower the rate")
             wrapped_optimizer.step()
             wrapped_optimizer.zero_grad()
             if state.average:
@@ -183,8 +179,14 @@ class _Report:
     ) -> None:
         self.folder, self.recipe, self.sample, self.pace, self.speaks = folder, recipe, sample, pace, speaks
         self.log = _Log(folder / "log.jsonl", recipe.batch_size, update)
-        self.bar = tqdm(total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True,
-                        disable=None if speaks else True)  # fmt: skip
+        self.bar = tqdm(
+            total=recipe.updates,
+            initial=update,
+            desc=folder.name,
+            unit="update",
+            dynamic_ncols=True,
+            disable=None if speaks else True,
+        )
         self.saved_at = time.monotonic()
 
     def __enter__(self) -> Self:

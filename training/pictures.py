@@ -27,7 +27,5 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
     sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = Image.fromarray(sheet.reshape(rows * height, columns * width, channels))
     partial = path.with_name(f".{path.name}")
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
-        partial, "PNG"
-    )
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(partial, "PNG")
     partial.replace(path)

@@ -98,9 +98,7 @@ class Stage2Recipe(Section):
             raise ValueError(f"start = {steps} does not divide the {TIMESTEPS} timesteps")
         for round_ in self.rounds:
             if round_.steps * 2 != steps:
-                raise ValueError(
-                    f"a round to {round_.steps} steps cannot follow {steps} steps: each round halves"
-                )
+                raise ValueError(f"a round to {round_.steps} steps cannot follow {steps} steps: each round halves")
             steps = round_.steps
         return self
 

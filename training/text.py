@@ -42,9 +42,7 @@ def minilm_folder() -> Path:
 
 def load_text_encoder(folder: Path | None = None) -> TextEncoder:
     """The encoder in eval mode, from a transformers folder; by default the packaged MiniLM."""
-    model = AutoModel.from_pretrained(
-        folder or minilm_folder(), local_files_only=True, attn_implementation="sdpa"
-    )
+    model = AutoModel.from_pretrained(folder or minilm_folder(), local_files_only=True, attn_implementation="sdpa")
     return TextEncoder(model, model.config.hidden_size).eval().requires_grad_(False)
 
 
@@ -83,9 +81,7 @@ def _write_contexts(path: Path, captions: Sequence[str], max_tokens: int, device
     shape = (len(captions), max_tokens, encoder.dim)
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     rows = 256
-    for start in tqdm(
-        range(0, len(captions), rows), desc="encoding captions", unit_scale=rows, unit="captions"
-    ):
+    for start in tqdm(range(0, len(captions), rows), desc="encoding captions", unit_scale=rows, unit="captions"):
         ids, mask = tokenize(tokenizer, captions[start : start + rows])
         table[start : start + rows] = encoder(ids.to(device), mask.to(device)).half().cpu().numpy()
     table.flush()

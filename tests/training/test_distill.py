@@ -41,7 +41,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("steps", "closer"), [(2, 1.3), (1, 3.0)])
-def test_students_beat_the_guided_teacher_at_equal_steps(digits_run: Run, exact: Tensor, steps: int, closer: float) -> None:
+def test_students_beat_the_guided_teacher_at_equal_steps(
+    digits_run: Run, exact: Tensor, steps: int, closer: float
+) -> None:
     """Against the teacher's own many-step images at equal noise, condition and w."""
     student_error = distance(draw(digits_run, digits_run.denoiser(student_stage(steps)), steps), exact)
     teacher_error = distance(draw(digits_run, digits_run.guided_teacher(), steps), exact)

@@ -38,9 +38,7 @@ def run(folder: Path, killed_at: int | None = None, recipe: Optimisation = RECIP
             raise Killed
         return loss(module, update, generator)
 
-    return train(
-        network(), maybe_killed, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE
-    )
+    return train(network(), maybe_killed, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE)
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 7, 11])
@@ -68,9 +66,7 @@ def test_the_log_tells_each_update(tmp_path: Path) -> None:
 
 def test_it_minimises(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"updates": 400})
-    train(
-        network(), loss, recipe, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=Pace(log_every=50)
-    )
+    train(network(), loss, recipe, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=Pace(log_every=50))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.3 * losses[0]
 

@@ -49,9 +49,7 @@ def test_drop_condition_replaces_about_the_share() -> None:
 
 @pytest.mark.parametrize("index", [1, 100, 512, 900, 1024])
 def test_truncated_snr_is_the_larger_of_the_two_errors(index: int) -> None:
-    alpha, sigma = (
-        value.reshape(1, 1).double() for value in (SCHEDULE.alphas[index], SCHEDULE.sigmas[index])
-    )
+    alpha, sigma = (value.reshape(1, 1).double() for value in (SCHEDULE.alphas[index], SCHEDULE.sigmas[index]))
     z, x, target = (torch.randn(1, 5, generator=generator_at(s, 0)).double() for s in range(3))
     errors = (
         (x - target).square().mean(),
@@ -66,9 +64,7 @@ def test_teacher_loss_is_least_at_the_exact_denoiser() -> None:
             return gaussian_v(z, t, condition, w) * scale
 
         return float(
-            losses.teacher_loss(
-                network, SCHEDULE, batch(2000), {"label": torch.tensor(1)}, 1e-6, generator_at(0, 3)
-            )
+            losses.teacher_loss(network, SCHEDULE, batch(2000), {"label": torch.tensor(1)}, 1e-6, generator_at(0, 3))
         )
 
     assert off_by(1.0) < min(off_by(0.8), off_by(1.2))
@@ -77,15 +73,10 @@ def test_teacher_loss_is_least_at_the_exact_denoiser() -> None:
 def test_output_matching_is_zero_for_the_guided_teacher_itself_and_passes_w() -> None:
     teacher = GuidedTeacher(gaussian_v, gaussian_v, NULL)
     exact = losses.output_matching_loss(teacher, teacher, SCHEDULE, batch(), (0.0, 4.0), generator_at(0, 4))
-    unguided = losses.output_matching_loss(
-        gaussian_v, teacher, SCHEDULE, batch(), (0.0, 4.0), generator_at(0, 4)
-    )
+    unguided = losses.output_matching_loss(gaussian_v, teacher, SCHEDULE, batch(), (0.0, 4.0), generator_at(0, 4))
     assert exact == 0
     assert unguided > 0.1
-    assert (
-        losses.output_matching_loss(gaussian_v, teacher, SCHEDULE, batch(), (0.0, 0.0), generator_at(0, 4))
-        < 1e-10
-    )
+    assert losses.output_matching_loss(gaussian_v, teacher, SCHEDULE, batch(), (0.0, 0.0), generator_at(0, 4)) < 1e-10
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 16])
@@ -103,9 +94,7 @@ def test_two_step_target_carries_one_step_where_two_lead(steps: int) -> None:
     target = losses.two_step_target(teacher, SCHEDULE, z, t, steps, rows.condition, w)
     eps = (z - now[0] * target) / now[1]
     assert torch.allclose(diffuse(target, eps, *following), two, atol=1e-4)
-    assert torch.allclose(target[0], x_from_v(z_half, v_half, *half)[0], atol=1e-5), (
-        "at t'' = 0, the teacher's x"
-    )
+    assert torch.allclose(target[0], x_from_v(z_half, v_half, *half)[0], atol=1e-5), "at t'' = 0, the teacher's x"
 
 
 def test_progressive_loss_is_zero_for_a_teacher_whose_steps_compose() -> None:

@@ -26,9 +26,7 @@ class Captions:
     owned: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def encode(
-        cls, texts: Sequence[Sequence[str]], max_tokens: int, cache: Path, device: str = "cpu"
-    ) -> Captions:
+    def encode(cls, texts: Sequence[Sequence[str]], max_tokens: int, cache: Path, device: str = "cpu") -> Captions:
         """Encode every distinct caption once. `texts[i]` are the captions of item i, at least one."""
         rows = {caption: row for row, caption in enumerate(sorted({c for item in texts for c in item}))}
         contexts = encode_captions(tuple(rows), max_tokens, cache, device)
@@ -95,6 +93,4 @@ def load_training_set(recipe: Recipe, split: str, cache: Path) -> TrainingSet:
     if recipe.conditioning == "class":
         classes = (images if split == "train" else open_images(recipe.data, "train")).classes
         return TrainingSet(x, torch.from_numpy(images.labels_in(classes)), classes)
-    return TrainingSet(
-        x, Captions.encode([images.texts(i) for i in range(len(images))], recipe.max_tokens, cache)
-    )
+    return TrainingSet(x, Captions.encode([images.texts(i) for i in range(len(images))], recipe.max_tokens, cache))
