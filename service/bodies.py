@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
@@ -13,6 +13,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.errors import ApiError, from_validation
+from service.runtime import Service
 from service.settings import Settings
 
 FILE_FIELDS = frozenset({"image", "mask"})
@@ -24,17 +25,14 @@ Model = TypeVar("Model", bound=BaseModel)
 Fields = Mapping[str, Any]
 
 
-async def read_fields(
-    request: Request, settings: Settings, in_background: Callable[[Callable[[], Fields]], Awaitable[Fields]]
-) -> tuple[Fields, bool]:
+async def read_fields(request: Request, service: Service) -> tuple[Fields, bool]:
     """The fields of the body, and whether they are typed (JSON) rather than text (multipart).
-
-    A body too large to parse between two requests is handed to ``in_background``.
 
     Raises ApiError: 400 for a body that is not what it says, 408 for one that does not arrive, 415 for
     another content type, 422 for a field given twice or in the wrong kind of part.
     """
     kind = _content_type(request)
+    settings = service.settings
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             if kind == "multipart/form-data":
@@ -43,7 +41,9 @@ async def read_fields(
     except TimeoutError:
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
     if len(body) > _SMALL_BODY_BYTES:
-        return await in_background(lambda: parse_json(body)), True
+        # Until the body is parsed, the longest time limit holds.
+        deadline = service.clock() + settings.max_timeout_ms / 1000
+        return await service.in_background(lambda: parse_json(body), deadline), True
     return parse_json(body), True
 
 

@@ -85,6 +85,11 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", "the service failed; the log has the details")
 
 
+def deadline_exceeded() -> ApiError:
+    """The answer when the request's time limit passed."""
+    return ApiError(504, "deadline_exceeded", "the time limit passed before the images were made")
+
+
 def from_task_error(error: TaskError, param: str) -> ApiError:
     """What the bundle cannot honour, under the name the field has in the request."""
     return ApiError(422, error.code, error.message, param=param)

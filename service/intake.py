@@ -31,15 +31,20 @@ def make_job(
     """The job for a request that arrived at ``began``. Raises ApiError; reads images last, as that is dear."""
     _check_options(request, output_format, pipeline.manifest, settings)
     tasks = _tasks(request, pipeline, settings)
-    timeout_ms = settings.timeout_ms if request.timeout_ms is None else request.timeout_ms
     return Job(
         id=uuid.uuid4().hex,
         request_id=request_id,
         tasks=tasks,
         output=Output(output_format, request.quality),
         submitted=began,
-        deadline=began + timeout_ms / 1000,
+        deadline=deadline_of(request, settings, began),
     )
+
+
+def deadline_of(request: GenerateRequest, settings: Settings, began: float) -> float:
+    """When the time limit of a request that arrived at ``began`` passes, on the same clock."""
+    timeout_ms = settings.timeout_ms if request.timeout_ms is None else request.timeout_ms
+    return began + min(timeout_ms, settings.max_timeout_ms) / 1000
 
 
 def _check_options(

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from engines.bundle import shipped_bundle
 from engines.pipeline import Pipeline
-from service.errors import ApiError, from_failure
+from service.errors import ApiError, deadline_exceeded, from_failure
 from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
@@ -129,9 +129,16 @@ class Service:
         finally:
             self._count(-1)
 
-    async def in_background(self, call: Callable[[], Result]) -> Result:
-        """The result of a call that would hold up the event loop, such as decoding an image."""
-        return await asyncio.get_running_loop().run_in_executor(self._intake, call)
+    async def in_background(self, call: Callable[[], Result], deadline: float) -> Result:
+        """The result of a call that would hold up the event loop, such as decoding an image.
+
+        Raises ApiError 504 at ``deadline``; a call that has not begun by then never does.
+        """
+        try:
+            async with asyncio.timeout(deadline - self.clock()):
+                return await asyncio.get_running_loop().run_in_executor(self._intake, call)
+        except TimeoutError:
+            raise deadline_exceeded() from None
 
     async def complete(self, job: Job, client_gone: Callable[[], Awaitable[None]]) -> Finished:
         """Queue the job and wait for its images.
@@ -165,7 +172,7 @@ class Service:
                 raise ClientGone
             if stopping.done():
                 raise ApiError(503, "shutting_down", "the service is shutting down", retry_after_s=_BUSY_RETRY_S)
-            raise ApiError(504, "deadline_exceeded", "the time limit passed before the images were made")
+            raise deadline_exceeded()
         finally:
             for task in waiting:
                 task.cancel()

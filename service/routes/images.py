@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.bodies import check_fields, read_fields
 from service.errors import ApiError
-from service.intake import make_job
+from service.intake import deadline_of, make_job
 from service.jobs import Finished, Job
 from service.negotiation import Rendering, choose
 from service.routes.openapi import documented
@@ -62,7 +62,7 @@ async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
     with service.admitted() as pipeline:
         if request.url.query:
             raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
-        fields, typed = await read_fields(request, service.settings, service.in_background)
+        fields, typed = await read_fields(request, service)
         body = check_fields(model, fields, typed)
         rendering = choose(", ".join(request.headers.getlist("accept")), body)
         make = partial(
@@ -74,7 +74,8 @@ async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
             request_id=request.state.request_id,
             began=began,
         )
-        job = await service.in_background(make) if isinstance(body, EditRequest) else make()
+        deadline = deadline_of(body, service.settings, began)
+        job = await service.in_background(make, deadline) if isinstance(body, EditRequest) else make()
         finished = await service.complete(job, lambda: _disconnected(request))
     return _render(job, finished, rendering, service)
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from service.app import create_app
 from service.logs import Formatter
 from service.runtime import State, open_pipeline
 from service.settings import Settings
-from tests.service.helpers import Gate, Running, error, listening, running, until, wait_until
+from tests.service.helpers import Gate, Running, b64, error, listening, png, random_image, running, until, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -85,6 +86,16 @@ async def test_a_deadline_is_a_504_and_the_row_is_dropped(app: Running, gate: Ga
     assert app.metric("fewstep_images_total") == 1
     # The late row ran one tick, or none where even that came too late; never its four.
     assert app.metric("fewstep_tick_rows_sum") <= 2
+
+
+async def test_waiting_for_the_decoder_counts_too(app: Running) -> None:
+    busy, image = threading.Event(), b64(png(random_image()))
+    blocking = asyncio.create_task(app.service.in_background(lambda: busy.wait(20), time.monotonic() + 30))
+    late = await app.post("/edit", prompt="a cat", image=image, timeout_ms=50)
+    error(late, 504, "deadline_exceeded")
+    busy.set()
+    await blocking
+    assert (await app.post("/edit", prompt="a cat", image=image)).status_code == 200
 
 
 async def test_a_full_queue_is_a_429_that_says_when_to_come_back(
