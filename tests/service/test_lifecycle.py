@@ -89,8 +89,14 @@ async def test_a_deadline_is_a_504_and_the_row_is_dropped(app: Running, gate: Ga
 
 
 async def test_waiting_for_the_decoder_counts_too(app: Running) -> None:
-    busy, image = threading.Event(), b64(png(random_image()))
-    blocking = asyncio.create_task(app.service.in_background(lambda: busy.wait(20), time.monotonic() + 30))
+    started, busy, image = threading.Event(), threading.Event(), b64(png(random_image()))
+
+    def occupy() -> bool:
+        started.set()
+        return busy.wait(20)
+
+    blocking = asyncio.create_task(app.service.in_background(occupy, time.monotonic() + 30))
+    await asyncio.to_thread(started.wait, 20)
     late = await app.post("/edit", prompt="a cat", image=image, timeout_ms=50)
     error(late, 504, "deadline_exceeded")
     busy.set()
