@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from training.candidates import Candidate, ImageMaker, trained_students
 from training.commands import open_run
@@ -133,7 +134,7 @@ def evaluate(
     folder = run.folder / "evaluation"
     legend = save_picture(maker, plan, picture_w, folder / "samples.png")
     reports = {
-        "table.md": f"{to_markdown(quality)}\nSamples: {legend}\n",
+        "table.md": f"{to_markdown(quality)}\nSamples: {legend}\n\nPrinted by `{_command(recipe)}`.\n",
         "table.csv": to_csv(quality),
         "table.json": to_json(quality),
     }
@@ -141,6 +142,18 @@ def evaluate(
         with whole_file(folder / name) as partial:
             partial.write_text(text)
     click.echo(reports["table.md"])
+
+
+def _command(recipe: Path) -> str:
+    """The command as it was given, less where its files lie."""
+    context = click.get_current_context()
+    words = ["fewstep evaluate", recipe.name]
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and not isinstance(value, Path):
+            words += [option.opts[0], ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)]
+    return " ".join(words)
 
 
 def _open(recipe: Path, folder: Path | None, data: Path | None) -> Run:

@@ -34,6 +34,7 @@ from training.diffusion import Schedule, diffuse
 from training.distill import Run, student_stage
 from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
 from training.loop import generator_at
+from training.recipe import ExportRecipe
 from training.text import (
     MINILM_NAME,
     MINILM_PACKAGE,
@@ -43,13 +44,8 @@ from training.text import (
     tokenize,
 )
 
-TEXT, TOKENIZER, ENCODE, DECODE, CARD = (
-    "text.onnx",
-    "tokenizer.json",
-    "encode.onnx",
-    "decode.onnx",
-    "README.md",
-)
+TEXT, TOKENIZER, ENCODE, DECODE = "text.onnx", "tokenizer.json", "encode.onnx", "decode.onnx"
+CARD, PICTURE = "README.md", "samples.png"
 EXAMPLE_WORDS = ["a", "red", "apple", "icon", "with", "two", "green", "leaves", "on", "white"]
 TEXT_ATTRIBUTION = Attribution(
     name=MINILM_NAME,
@@ -75,7 +71,9 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
         if run.recipe.conditioning == "text":
             (folder / TOKENIZER).write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
         description = describe(run, parities)
-        (folder / CARD).write_text(model_card(description, parities, run.recipe.export.title))
+        if (picture := run.folder / "evaluation" / PICTURE).exists():
+            (folder / PICTURE).write_bytes(picture.read_bytes())
+        (folder / CARD).write_text(model_card(description, parities, run.recipe.export, picture.exists()))
         return write_bundle(out, description, {file.name: file for file in folder.iterdir()}, replace=replace)
 
 
@@ -91,7 +89,7 @@ def _graphs(run: Run) -> list[tuple[str, nn.Module, Example]]:
     if run.recipe.autoencoder:
         encoder, decoder = _Encoder(run), _Decoder(run)
         graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), "latent")))
-        graphs.append((DECODE, decoder, Example(lambda b: (run.data.x[:b],), ("latent",), "image")))
+        graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), "image")))
     for steps in run.recipe.export.steps:
         graph = StepGraph(run.denoiser(student_stage(steps)).cpu(), tuple(run.null))
         graphs.append((step_graph_name(steps), graph, _step_example(run, graph, steps)))
@@ -120,10 +118,15 @@ class _Decoder(nn.Module):
         return networks.decode(self.autoencoder, latent)
 
 
+def _latents(run: Run, batch: int) -> Tensor:
+    """Latents of the training set, over again where it has fewer."""
+    return run.data.x[torch.arange(batch) % len(run.data)]
+
+
 def _images(run: Run, batch: int) -> Tensor:
     """Images that the encoder has to deal with: here, the decoder's own."""
     with torch.inference_mode():
-        return networks.decode(run.autoencoder().cpu(), run.data.x[:batch]).clamp(-1, 1)
+        return networks.decode(run.autoencoder().cpu(), _latents(run, batch)).clamp(-1, 1)
 
 
 def _text_example(run: Run) -> Example:
@@ -217,12 +220,15 @@ def bundle_grid(schedule: Schedule, steps: int) -> Grid:
     )
 
 
-def model_card(description: Description, parities: Sequence[Parity], title: str) -> str:
+def model_card(description: Description, parities: Sequence[Parity], recipe: ExportRecipe, pictured: bool) -> str:
     """The README of the bundle, in Markdown."""
     template = Template((files("training") / "model_card.md").read_text())
     guidance = description.guidance
     return template.substitute(
-        title=title or description.name,
+        title=recipe.title or description.name,
+        notes=recipe.notes.strip(),
+        example=description.classes[0] if description.classes else "a red apple",
+        picture=f"\n![samples]({PICTURE})\n" if pictured else "",
         name=description.name,
         licence=description.licence,
         space=description.space,
@@ -243,8 +249,9 @@ def model_card(description: Description, parities: Sequence[Parity], title: str)
 
 def _sources(run: Run) -> list[Attribution]:
     """Whom a data set's dataset.json names; a set without one names nobody."""
-    if run.recipe.data.path is None:
+    if run.recipe.data.source == "digits":
         return [_attribution(DIGITS_SOURCE)]
+    assert run.recipe.data.path is not None
     file = run.recipe.data.path / "dataset.json"
     sources = json.loads(file.read_text()).get("sources", []) if file.exists() else []
     try:
@@ -259,8 +266,9 @@ def _attribution(source: Mapping[str, str]) -> Attribution:
 
 
 def _data_name(run: Run) -> str:
-    if run.recipe.data.path is None:
+    if run.recipe.data.source == "digits":
         return f"scikit-learn digits, {len(run.data)} images"
+    assert run.recipe.data.path is not None
     groups = ", ".join(run.recipe.data.groups)
     return f"{run.recipe.data.path.name}, {len(run.data)} images" + (f" of {groups}" if groups else "")
 

@@ -109,6 +109,7 @@ class ExportRecipe(Section):
     steps: tuple[Positive, ...] = (4, 2, 1)
     licence: str
     title: str = ""
+    notes: str = Field(default="", description="What its users should know; it goes into the model card.")
 
 
 class Recipe(Section):
