@@ -17,12 +17,13 @@ import click
 import numpy as np
 import onnxruntime
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from engines.pipeline import Generate, Pipeline, initial_noise
-from training.commands import open_run
 from training.distill import Run, decode_all, student_stage
 from training.pictures import to_uint8
+from training.recipe import Recipe
 from training.sampler import sample
 from training.text import load_text_encoder, load_tokenizer, tokenize
 
@@ -77,7 +78,10 @@ def main(
 ) -> None:
     """Time BUNDLE against the students of RECIPE's run."""
     torch.set_num_threads(threads)
-    run = open_run(recipe, folder, data)
+    loaded = Recipe.load(recipe)
+    if data:
+        loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
+    run = Run(loaded, folder or Path("runs") / loaded.name, Accelerator(cpu=True))
     prompts = run.data.classes or PROMPTS
     eager = Eager(run, steps)
     versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
@@ -85,8 +89,9 @@ def main(
     click.echo("| images at once | eager torch, s | bundle, s | bundle, images/s | eager / bundle | furthest apart |")
     click.echo("|---|---|---|---|---|---|")
     with Pipeline.open(bundle, threads=threads) as pipeline:
+        w = pipeline.manifest.guidance.default
         for count in (1, 16):
-            tasks = [Generate(prompts[i % len(prompts)], steps, 2.0, seed=i) for i in range(count)]
+            tasks = [Generate(prompts[i % len(prompts)], steps, w, seed=i) for i in range(count)]
             theirs, ours = in_turn(partial(eager, tasks), partial(pipeline.run, tasks), repeats)
             ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
             apart = np.abs(np.stack(pipeline.run(tasks)).astype(int) - eager(tasks)).max()

@@ -14,7 +14,7 @@ TINY_DIGITS = """
 name = "tiny-digits"
 conditioning = "class"
 data = { source = "digits", size = 8 }
-network = { channels = [16, 32], norm_groups = 8, attention_heads = 2 }
+network = { channels = [16, 32], norm_groups = 8 }
 teacher = { updates = 400, batch_size = 64, learning_rate = 4e-3, warmup = 20, ema = 0.97 }
 stage1 = { updates = 250, batch_size = 64, learning_rate = 2e-3 }
 export = { licence = "CC-BY-4.0", steps = [4, 2, 1] }

@@ -24,6 +24,7 @@ def reconstruction_loss(
 
 
 @torch.inference_mode()
-def measure_scale(autoencoder: AutoencoderKL, images: Tensor) -> float:
-    """1 / the standard deviation of the latents of `images` (B, 3, H, W): latents times it have unit variance."""
-    return float(1.0 / autoencoder.encode(images, return_dict=False)[0].mode().std())
+def measure_scale(autoencoder: AutoencoderKL, images: Tensor, device: torch.device, rows: int = 64) -> float:
+    """1 / the standard deviation of the latents of `images` (N, 3, H, W): latents times it have unit variance."""
+    parts = [autoencoder.encode(part.to(device), return_dict=False)[0].mode().cpu() for part in images.split(rows)]
+    return float(1.0 / torch.cat(parts).std())

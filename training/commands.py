@@ -17,7 +17,8 @@ from training.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.loop import Pace, TrainingError
 from training.recipe import Recipe, RecipeError
 
-PRECISION = click.Choice(["no", "bf16", "fp16"])
+AT_LEAST_ONE, SECONDS = click.IntRange(min=1), click.FloatRange(min=0)
+PRECISION = click.Choice(["no", "bf16"])
 
 
 class _Reported(click.Command):
@@ -33,17 +34,35 @@ class _Reported(click.Command):
 def open_run(
     recipe: Path, out: Path | None, data: Path | None, precision: str = "no", pace: Pace = Pace()
 ) -> stages.Run:
-    """The run of a recipe in folder `out` (by default runs/NAME), its data path replaced by `data` if given."""
+    """The run of a recipe in folder `out` (by default runs/NAME), its data path replaced by `data` if given.
+
+    Raises RecipeError for a faulty recipe, TrainingError for a folder of another run or for several processes.
+    """
     loaded = Recipe.load(recipe)
     if data:
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"path": data.absolute()})})
-    return stages.Run(loaded, out or Path("runs") / loaded.name, Accelerator(mixed_precision=precision), pace)
+        loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.num_processes > 1:
+        raise TrainingError("a run is one process so far; several would each repeat the same work")
+    return stages.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--sample-every", default=500, show_default=True, help="Updates between pictures of samples."),
-        click.option("--checkpoint-every", default=120.0, show_default=True, help="Seconds between checkpoints."),
+        click.option(
+            "--sample-every",
+            type=click.IntRange(min=1),
+            default=500,
+            show_default=True,
+            help="Updates between pictures of samples.",
+        ),
+        click.option(
+            "--checkpoint-every",
+            type=click.FloatRange(min=0),
+            default=120.0,
+            show_default=True,
+            help="Seconds between checkpoints.",
+        ),
         click.option("--precision", type=PRECISION, default="no", show_default=True, help="Mixed precision."),
         click.option(
             "--data",

@@ -28,11 +28,13 @@ from training.networks import UNetDenoiser, build_autoencoder, build_unet, stude
 from training.pictures import save_grid
 from training.recipe import TIMESTEPS, Optimisation, Recipe, Round
 from training.sampler import sample
+from training.store import whole_file
 from training.text import encode_captions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
 TEACHER_SAMPLE_STEPS = 32
+SCALE_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         record, ours = self.folder / "recipe.json", json.loads(self.recipe.portable_json())
         if not record.exists():
-            record.write_text(json.dumps(ours, indent=1))
-        elif (theirs := json.loads(record.read_text())) != ours:
-            changed = sorted(key for key in ours if ours[key] != theirs.get(key))
+            with whole_file(record) as partial:
+                partial.write_text(json.dumps(ours, indent=1))
+        theirs = json.loads(record.read_text())
+        # What is exported, and under which words, does not touch what was trained.
+        if changed := sorted(key for key in ours.keys() - {"export"} if ours[key] != theirs.get(key)):
             raise TrainingError(
                 f"{self.folder} was made with another recipe (it differs in: {', '.join(changed)}); "
                 "choose another folder, or edit its recipe.json if you mean to go on"
@@ -173,7 +177,8 @@ def _train_autoencoder(run: Run) -> None:
         accelerator=run.accelerator,
         pace=run.pace,
     )
-    model.register_to_config(scaling_factor=measure_scale(model, images[:512].to(run.accelerator.device)))
+    some = images[torch.randperm(len(images), generator=generator_at(run.recipe.seed, 0, 4))[:SCALE_IMAGES]]
+    model.register_to_config(scaling_factor=measure_scale(model, some, run.accelerator.device))
     run.finish("autoencoder", model)
 
 

@@ -59,9 +59,7 @@ def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[f
 @click.option(
     "--guidance",
     callback=_numbers(float, 0),
-    default="0,1,2,4",
-    show_default=True,
-    help="Values of w, the guidance scale less one.",
+    help="Values of w, the guidance scale less one.  [default: those of 0,1,2,4 in the trained range, and its ends]",
 )
 @click.option(
     "--samples",
@@ -105,7 +103,7 @@ def evaluate(
     data: Path | None,
     steps: tuple[int, ...] | None,
     teacher_steps: tuple[int, ...],
-    guidance: tuple[float, ...],
+    guidance: tuple[float, ...] | None,
     samples: int | None,
     split: str,
     features: str,
@@ -179,8 +177,10 @@ def _candidates(run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[in
     )
 
 
-def _within_range(run: Run, guidance: tuple[float, ...]) -> tuple[float, ...]:
+def _within_range(run: Run, guidance: tuple[float, ...] | None) -> tuple[float, ...]:
     low, high = run.recipe.guidance
+    if guidance is None:
+        return tuple(sorted({low, high} | {w for w in (0.0, 1.0, 2.0, 4.0) if low <= w <= high}))
     if outside := [w for w in guidance if not low <= w <= high]:
         raise TrainingError(f"w = {outside[0]:g} is outside the students' trained range, {low:g} to {high:g}")
     return guidance

@@ -147,15 +147,19 @@ def train(
     if (checkpoint := folder / CHECKPOINT).exists():
         state.load(checkpoint)
     wrapped, wrapped_optimizer = accelerator.prepare(network, optimizer)
-    with _Report(folder, recipe, state.update, sample, pace, accelerator.is_main_process) as report:
+    with _Report(folder, recipe, state.update, sample, pace) as report:
         while state.update < recipe.updates:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, state.update)
-            value = loss(wrapped, state.update, generator_at(seed, state.update))
+            with accelerator.autocast():
+                value = loss(wrapped, state.update, generator_at(seed, state.update))
             accelerator.backward(value)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), recipe.clip)
-            if not value.isfinite() or norm is None or not norm.isfinite():
-                raise TrainingError(f"{folder.name}: the loss is {value:.3g} at update {state.update}; lower the rate")
+            if norm is None or not (value.isfinite() and norm.isfinite()):
+                raise TrainingError(
+                    f"{folder.name}: at update {state.update} the loss is {value:.3g} and its gradient's norm {norm}; "
+                    "lower the learning rate"
+                )
             wrapped_optimizer.step()
             wrapped_optimizer.zero_grad()
             if state.average:
@@ -168,24 +172,11 @@ def train(
 class _Report:
     """What a run tells while it goes: progress bar, log lines, pictures of samples, checkpoints."""
 
-    def __init__(
-        self,
-        folder: Path,
-        recipe: Optimisation,
-        update: int,
-        sample: Sampler | None,
-        pace: Pace,
-        speaks: bool,
-    ) -> None:
-        self.folder, self.recipe, self.sample, self.pace, self.speaks = folder, recipe, sample, pace, speaks
+    def __init__(self, folder: Path, recipe: Optimisation, update: int, sample: Sampler | None, pace: Pace) -> None:
+        self.folder, self.recipe, self.sample, self.pace = folder, recipe, sample, pace
         self.log = _Log(folder / "log.jsonl", recipe.batch_size, update)
         self.bar = tqdm(
-            total=recipe.updates,
-            initial=update,
-            desc=folder.name,
-            unit="update",
-            dynamic_ncols=True,
-            disable=None if speaks else True,
+            total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True, disable=None
         )
         self.saved_at = time.monotonic()
 
@@ -196,13 +187,11 @@ class _Report:
         self.bar.close()
 
     def __call__(self, state: _State, loss: float, norm: float) -> None:
-        """Tell of an update that is done. Only the main process speaks."""
-        if not self.speaks:
-            return
+        """Tell of an update that is done."""
         update, pace = state.update, self.pace
         self.log.add(loss, norm)
         self.bar.update()
-        if update % pace.log_every == 0:
+        if update % pace.log_every == 0 or update == self.recipe.updates:
             self.bar.set_postfix(self.log.write(update, learning_rate(self.recipe, update - 1)))
         if self.sample and update % pace.sample_every == 0:
             self.sample(state.result, self.folder / f"samples-{update:07d}.png")
@@ -219,6 +208,9 @@ class _Log:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.since, self.update = time.monotonic(), update
+        if path.exists():  # Updates that a killed run had done after its last checkpoint are done again.
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def add(self, loss: float, norm: float) -> None:
         self.losses.append(loss)

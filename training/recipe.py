@@ -46,10 +46,18 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def folder_has_path(self) -> Self:
-        """A folder needs its path."""
+        """A folder needs its path; the digits are what they are."""
         if self.source == "folder" and self.path is None:
             raise ValueError("source 'folder' needs a path")
+        if self.source == "digits" and (unfit := self.model_fields_set & {"path", "background", "groups"}):
+            raise ValueError(f"source 'digits' takes no {', '.join(sorted(unfit))}")
         return self
+
+    def at(self, path: Path) -> DataRecipe:
+        """The same images, found at another path. Raises RecipeError for a source that has no path."""
+        if self.source == "digits":
+            raise RecipeError("the recipe's images are scikit-learn's digits: they lie in no folder")
+        return self.model_copy(update={"path": path.absolute()})
 
 
 class AutoencoderRecipe(Optimisation):
@@ -68,7 +76,7 @@ class NetworkRecipe(Section):
 
     channels: tuple[Positive, ...]
     layers_per_block: Positive = 1
-    attention_heads: Positive = 4
+    attention_heads: Positive = Field(default=4, description="Of networks that attend to text.")
     norm_groups: Positive = 32
 
 
@@ -106,7 +114,7 @@ class Stage2Recipe(Section):
 class ExportRecipe(Section):
     """What the bundle is made of: which students, and under which licence it goes out."""
 
-    steps: tuple[Positive, ...] = (4, 2, 1)
+    steps: tuple[Positive, ...] = Field(default=(4, 2, 1), min_length=1)
     licence: str
     title: str = ""
     notes: str = Field(default="", description="What its users should know; it goes into the model card.")
@@ -138,11 +146,38 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def conditioning_fits(self) -> Self:
+        """Digits have classes and no captions; what only text needs is refused for classes."""
+        if self.conditioning == "text":
+            if self.data.source == "digits":
+                raise ValueError("the digits have no captions: conditioning must be 'class'")
+        elif "max_tokens" in self.model_fields_set or "attention_heads" in self.network.model_fields_set:
+            raise ValueError("max_tokens and network.attention_heads are of text conditioning only")
+        return self
+
+    @model_validator(mode="after")
+    def shapes_fit(self) -> Self:
+        """Every level of a network halves the side; normalisation divides its channels into equal groups."""
+        side = self.data.size
+        for name, part in (("autoencoder", self.autoencoder), ("network", self.network)):
+            if part is None:
+                continue
+            halvings = 2 ** (len(part.channels) - 1)
+            if side % halvings:
+                raise ValueError(f"{name}: a side of {side} cannot be halved {len(part.channels) - 1} times")
+            if unfit := [c for c in part.channels if c % part.norm_groups]:
+                raise ValueError(f"{name}: {unfit[0]} channels do not divide into {part.norm_groups} norm_groups")
+            side //= halvings
+        return self
+
+    @model_validator(mode="after")
     def exported_students_are_trained(self) -> Self:
         """Only students that stage 2 makes can be exported."""
         trained = {round_.steps for round_ in self.stage2.rounds}
         if missing := sorted(set(self.export.steps) - trained):
             raise ValueError(f"export.steps asks for {missing}, stage2 trains {sorted(trained)}")
+        if len(set(self.export.steps)) != len(self.export.steps):
+            raise ValueError("export.steps names a student twice")
         return self
 
     def portable_json(self) -> str:
@@ -153,6 +188,6 @@ class Recipe(Section):
     def load(cls, path: Path) -> Recipe:
         """Read a TOML file. Raises RecipeError with the file's name and each faulty field."""
         try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
-        except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
             raise RecipeError(f"{path}: {error}") from error

@@ -63,7 +63,7 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Ten
 def encode_captions(captions: Sequence[str], max_tokens: int, cache: Path, device: str = "cpu") -> Tensor:
     """Contexts (N, L, D) of the captions in float16, kept in a memory-mapped file under `cache`.
 
-    The file's name is a hash of all that it depends on.
+    The file's name is a hash of the captions, their length in tokens, and the encoder's name.
     """
     key = hashlib.sha256("\0".join([MINILM_NAME, str(max_tokens), *captions]).encode()).hexdigest()[:16]
     path = cache / f"contexts-{key}.npy"

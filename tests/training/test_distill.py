@@ -117,7 +117,7 @@ def test_every_stage_leaves_a_log_and_a_picture(digits_run: Run) -> None:
 
 
 def test_a_folder_is_not_shared_by_two_recipes(digits_run: Run) -> None:
-    other = Recipe.model_validate({**digits_run.recipe.model_dump(), "seed": 1})
+    other = digits_run.recipe.model_copy(update={"seed": 1})
     with pytest.raises(TrainingError, match="seed"):
         Run(other, digits_run.folder, Accelerator(cpu=True))
 

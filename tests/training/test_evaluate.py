@@ -33,7 +33,7 @@ RECIPE = """
 name = "tiny"
 conditioning = "class"
 data = { source = "digits", size = 8 }
-network = { channels = [8], norm_groups = 4, attention_heads = 2 }
+network = { channels = [8], norm_groups = 4 }
 teacher = { updates = 1, learning_rate = 1e-3 }
 stage1 = { updates = 1, learning_rate = 1e-3 }
 export = { licence = "CC-BY-4.0", steps = [4, 2] }

@@ -18,13 +18,15 @@ from training.graphs import Example, ExportError, StepGraph, export_graph, store
 from training.networks import UNetDenoiser, build_unet, student_from
 from training.recipe import NetworkRecipe
 
-NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8, attention_heads=2)
+NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8)
 ROWS = {"z": (3, 8, 8), "known": (3, 8, 8), "keep": (1, 8, 8), "noise": (3, 8, 8)}
 
 
 def student() -> UNetDenoiser:
     torch.manual_seed(0)
-    return UNetDenoiser(student_from(build_unet(NETWORK, (3, 8, 8), None, 10)), 1024).eval().requires_grad_(False)
+    unet = student_from(build_unet(NETWORK, (3, 8, 8), None, 10))
+    nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)  # A trained student heeds w.
+    return UNetDenoiser(unet, 1024).eval().requires_grad_(False)
 
 
 def step_example(graph: StepGraph) -> Example:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training import losses
 from training.diffusion import Schedule, ddim_step, diffuse, x_from_v
-from training.guidance import Condition, GuidedTeacher
+from training.guidance import Condition, Denoiser, GuidedTeacher
 from training.loop import generator_at
 from training.losses import Batch
 
@@ -106,3 +106,56 @@ def test_progressive_loss_is_zero_for_a_teacher_whose_steps_compose() -> None:
 
     loss = losses.progressive_loss(point, point, SCHEDULE, batch(), 8, (0.0, 4.0), generator_at(0, 6))
     assert loss < 1e-6
+
+
+class Recorder:
+    """A denoiser that remembers what it was asked, and answers with what another would."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.calls: list[tuple[Tensor, Tensor, Condition, Tensor]] = []
+
+    def __call__(self, z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
+        self.calls.append((z, t, condition, w))
+        return self.denoiser(z, t, condition, w)
+
+
+def test_the_teacher_sees_the_null_condition_at_times_and_every_timestep() -> None:
+    seen = Recorder(gaussian_v)
+    losses.teacher_loss(seen, SCHEDULE, batch(2000), NULL, 0.25, generator_at(0, 7))
+    (_, t, condition, _), label = seen.calls[0], batch(2000).condition["label"]
+    dropped = condition["label"] == 2
+    assert 0.2 < dropped.float().mean() < 0.3
+    assert torch.equal(condition["label"][~dropped], label[~dropped])
+    assert t.min() < 0.01
+    assert t.max() > 0.99
+
+
+def test_output_matching_asks_both_the_same_and_weighs_by_truncated_snr() -> None:
+    teacher = Recorder(GuidedTeacher(gaussian_v, gaussian_v, NULL))
+    student = Recorder(gaussian_v)
+    loss = losses.output_matching_loss(student, teacher, SCHEDULE, batch(), (1.0, 4.0), generator_at(0, 8))
+    for asked, answered in zip(student.calls[0], teacher.calls[0], strict=True):
+        assert asked is answered
+    z, t, condition, w = student.calls[0]
+    assert w.min() >= 1
+    alpha, sigma = SCHEDULE.at(t, z)
+    apart = [x_from_v(z, denoiser(z, t, condition, w), alpha, sigma) for denoiser in (gaussian_v, teacher.denoiser)]
+    squared = (apart[0] - apart[1]).square().flatten(1).mean(1)
+    assert torch.allclose(loss, (squared * (alpha / sigma).square().flatten().clamp(min=1)).mean())
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_progressive_distillation_asks_on_the_grids_with_one_w(steps: int) -> None:
+    """The student at the times of its own grid, the teacher there and half a step on, all with the same w."""
+    teacher, student = Recorder(GuidedTeacher(gaussian_v, gaussian_v, NULL)), Recorder(gaussian_v)
+    losses.progressive_loss(student, teacher, SCHEDULE, batch(500), steps, (1.0, 4.0), generator_at(0, 9))
+    ((z, t, _, w),) = student.calls
+    first, second = teacher.calls
+    assert set((t * steps).tolist()) == set(range(1, steps + 1))
+    assert torch.equal(first[0], z)
+    assert torch.equal(first[1], t)
+    assert torch.equal(second[1], t - 0.5 / steps)
+    assert w.min() >= 1
+    assert torch.equal(first[3], w)
+    assert torch.equal(second[3], w)

@@ -27,6 +27,13 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("guidance = [0.0, 4.0]", "guidance = [4.0, 0.0]", "guidance"),
         ("steps = [4, 2, 1]", "steps = [3]", "export.steps"),
         ('source = "digits"', 'source = "folder"', "needs a path"),
+        ("steps = [4, 2, 1]", "steps = []", "export.steps"),
+        ("steps = [4, 2, 1]", "steps = [4, 4]", "twice"),
+        ("size = 8", "size = 9", "cannot be halved"),
+        ("norm_groups = 8", "norm_groups = 7", "norm_groups"),
+        ("norm_groups = 8", "attention_heads = 2", "text conditioning only"),
+        ('conditioning = "class"', 'conditioning = "text"', "no captions"),
+        ("size = 8", 'size = 8\ngroups = ["face"]', "takes no groups"),
         ("learning_rate = 2e-3", "learning_rate = -1", "learning_rate"),
         ("[teacher]", "[teacher", "Expected"),
     ],
@@ -50,3 +57,8 @@ def test_where_the_data_lies_is_not_part_of_what_a_run_is() -> None:
     moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": Path("elsewhere")})})
     assert moved.portable_json() == recipe.portable_json()
     assert "elsewhere" not in moved.portable_json()
+
+
+def test_digits_lie_in_no_folder() -> None:
+    with pytest.raises(RecipeError, match="no folder"):
+        Recipe.load(next(path for path in SHIPPED if path.stem == "digits")).data.at(Path("mine"))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
+from tqdm import tqdm
 
 from training.data.captioned import CaptionedImages
 from training.data.digits import CLASSES, load_digits_images
@@ -70,9 +71,13 @@ def to_tensor(images: NDArray[np.uint8]) -> Tensor:
 def open_images(recipe: DataRecipe, split: str) -> CaptionedImages:
     """The images of a split that the recipe asks for."""
     assert recipe.path is not None
-    return CaptionedImages.open(
+    images = CaptionedImages.open(
         recipe.path, split=split, size=recipe.size, background=recipe.background, groups=recipe.groups or None
     )
+    if images.skipped:
+        first = images.skipped[0]
+        tqdm.write(f"{recipe.path}: {len(images.skipped)} skipped, the first is {first.file}: {first.reason}")
+    return images
 
 
 def load_pixels(recipe: DataRecipe, split: str) -> Tensor:
