@@ -18,26 +18,26 @@ def draw(seed: int) -> Tensor:
 
 
 def test_w_zero_is_the_conditional_prediction() -> None:
-    assert torch.equal(guided(draw(0), draw(1), torch.zeros(2).double()), draw(0))
+    assert torch.equal(guided(draw(0), draw(1), torch.zeros(2, dtype=torch.float64)), draw(0))
 
 
 @given(W, W)
 def test_affine_in_w(w: float, other: float) -> None:
     def at(value: float) -> Tensor:
-        return guided(draw(0), draw(1), torch.full((2,), value).double())
+        return guided(draw(0), draw(1), torch.full((2,), value, dtype=torch.float64))
 
-    assert torch.allclose(at((w + other) / 2), (at(w) + at(other)) / 2)
+    assert torch.allclose(at((w + other) / 2), (at(w) + at(other)) / 2, rtol=0, atol=1e-9)
 
 
 @given(W)
 def test_equal_predictions_leave_nothing_to_guide(w: float) -> None:
-    assert torch.allclose(guided(draw(0), draw(0), torch.full((2,), w).double()), draw(0))
+    assert torch.allclose(guided(draw(0), draw(0), torch.full((2,), w, dtype=torch.float64)), draw(0))
 
 
 @given(W)
 def test_guiding_v_is_guiding_x(w: float) -> None:
-    z, alpha, sigma = draw(2), torch.tensor(0.6).double(), torch.tensor(0.8).double()
-    weight = torch.full((2,), w).double()
+    z, alpha, sigma = draw(2), torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    weight = torch.full((2,), w, dtype=torch.float64)
     through_v = x_from_v(z, guided(draw(0), draw(1), weight), alpha, sigma)
     through_x = guided(x_from_v(z, draw(0), alpha, sigma), x_from_v(z, draw(1), alpha, sigma), weight)
     assert torch.allclose(through_v, through_x)
