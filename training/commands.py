@@ -17,6 +17,8 @@ from training.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.loop import Pace, TrainingError
 from training.recipe import Recipe, RecipeError
 
+RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, path_type=Path)
 AT_LEAST_ONE, SECONDS = click.IntRange(min=1), click.FloatRange(min=0)
 PRECISION = click.Choice(["no", "bf16"])
 
@@ -47,70 +49,45 @@ def open_run(
     return stages.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
 
 
-def _run_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
-        click.option(
-            "--sample-every",
-            type=click.IntRange(min=1),
-            default=500,
-            show_default=True,
-            help="Updates between pictures of samples.",
+def _on_a_run(command: Callable[[stages.Run], None]) -> click.Command:
+    """A subcommand RECIPE [options] out of a function of a run."""
+
+    def opened(sample_every: int, checkpoint_every: float, **options: Any) -> None:
+        pace = Pace(sample_every=sample_every, checkpoint_every_s=checkpoint_every)
+        command(open_run(**options, pace=pace))
+
+    parameters: list[click.Parameter] = [
+        click.Argument(["recipe"], type=RECIPE),
+        click.Option(["--out"], type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
+        click.Option(["--data"], type=FOLDER, help="The image set, instead of the recipe's path."),
+        click.Option(["--precision"], type=PRECISION, default="no", show_default=True, help="Mixed precision."),
+        click.Option(
+            ["--checkpoint-every"], type=SECONDS, default=120.0, show_default=True, help="Seconds between checkpoints."
         ),
-        click.option(
-            "--checkpoint-every",
-            type=click.FloatRange(min=0),
-            default=120.0,
-            show_default=True,
-            help="Seconds between checkpoints.",
+        click.Option(
+            ["--sample-every"], type=AT_LEAST_ONE, default=500, show_default=True, help="Updates between pictures."
         ),
-        click.option("--precision", type=PRECISION, default="no", show_default=True, help="Mixed precision."),
-        click.option(
-            "--data",
-            type=click.Path(exists=True, path_type=Path),
-            help="The image set, instead of the recipe's path.",
-        ),
-        click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
-        click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-    ):
-        command = option(command)
-    return command
+    ]
+    return _Reported(command.__name__, callback=opened, params=parameters, help=command.__doc__)
 
 
-@click.command(cls=_Reported)
-@_run_options
-def train(
-    recipe: Path,
-    out: Path | None,
-    data: Path | None,
-    precision: str,
-    checkpoint_every: float,
-    sample_every: int,
-) -> None:
+@_on_a_run
+def train(run: stages.Run) -> None:
     """Train the guided teacher of RECIPE, and its autoencoder first if it has one. Resumes a run that was stopped."""
-    pace = Pace(sample_every=sample_every, checkpoint_every_s=checkpoint_every)
-    stages.train_teacher(open_run(recipe, out, data, precision, pace))
+    stages.train_teacher(run)
 
 
-@click.command(cls=_Reported)
-@_run_options
-def distill(
-    recipe: Path,
-    out: Path | None,
-    data: Path | None,
-    precision: str,
-    checkpoint_every: float,
-    sample_every: int,
-) -> None:
+@_on_a_run
+def distill(run: stages.Run) -> None:
     """Distil the students of RECIPE: output matching, then the halvings. What is missing before is trained first.
 
     Resumes a run that was stopped: finished stages are kept.
     """
-    pace = Pace(sample_every=sample_every, checkpoint_every_s=checkpoint_every)
-    stages.distill(open_run(recipe, out, data, precision, pace))
+    stages.distill(run)
 
 
 @click.command(cls=_Reported)
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("recipe", type=RECIPE)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--run",

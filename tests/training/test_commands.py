@@ -1,0 +1,76 @@
+"""The subcommands as a user meets them: a run killed for real resumes, and errors are one line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+import fewstep
+
+RECIPE = """
+name = "killed"
+conditioning = "class"
+data = { source = "digits", size = 8 }
+network = { channels = [8], norm_groups = 4 }
+teacher = { updates = 60, batch_size = 16, learning_rate = 1e-3, ema = 0.9 }
+stage1 = { updates = 5, batch_size = 16, learning_rate = 1e-3 }
+stage2 = { start = 2, rounds = [{ steps = 1, updates = 5, batch_size = 16, learning_rate = 1e-3 }] }
+export = { licence = "CC-BY-4.0", steps = [1] }
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "killed.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(fewstep.main, [str(argument) for argument in arguments])
+
+
+def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = ["distill", recipe, "--checkpoint-every", "0", "--out"]
+    process = subprocess.Popen([sys.executable, "-m", "fewstep", *map(str, command), str(killed)])
+    log, deadline = killed / "teacher" / "log.jsonl", time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "student-1").exists()
+
+    for folder in (killed, whole):
+        result = invoke(*command, folder)
+        assert result.exit_code == 0, result.output
+    for stage in ("teacher", "stage1", "student-1"):
+        weights = [load_file(next((folder / stage).glob("*.safetensors"))) for folder in (killed, whole)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "{recipe}", "--data", "."], "they lie in no folder"),
+        (["distill", "{recipe}", "--sample-every", "0"], "not in the range"),
+        (["distill", "absent.toml"], "does not exist"),
+        (["export", "{recipe}", "bundle", "--run", "."], "holds no trained network"),
+    ],
+)
+def test_errors_are_one_line(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*(argument.format(recipe=recipe) for argument in arguments))
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert says in result.output.splitlines()[-1]
