@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from training.guidance import Condition
 from training.recipe import AutoencoderRecipe, NetworkRecipe
 
 GUIDANCE_EMBEDDING_DIM = 256
+POOLING_HEADS = 8
 
 
 def guidance_embedding(w: Tensor, dim: int = GUIDANCE_EMBEDDING_DIM) -> Tensor:
@@ -53,7 +55,11 @@ class UNetDenoiser(nn.Module):
 def build_unet(
     recipe: NetworkRecipe, latent_shape: tuple[int, int, int], context_dim: int | None, classes: int
 ) -> UNet2DConditionModel:
-    """An untrained teacher network for latents (c, h, w), conditioned on text or on `classes` and a null class."""
+    """An untrained teacher network for latents (c, h, w), conditioned on text or on `classes` and a null class.
+
+    Time, and the class or the text as a whole (pooled by attention), scale and shift every block; the levels attend
+    to the tokens as well.
+    """
     channels, height, _ = latent_shape
     levels = len(recipe.channels)
     attention = "CrossAttn" if context_dim else ""
@@ -70,6 +76,9 @@ def build_unet(
         attention_head_dim=recipe.attention_heads,
         norm_num_groups=recipe.norm_groups,
         num_class_embeds=classes + 1 if classes else None,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text" if context_dim else None,
+        addition_embed_type_num_heads=gcd(context_dim or POOLING_HEADS, POOLING_HEADS),
     )
 
 
