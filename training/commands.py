@@ -20,7 +20,7 @@ from training.recipe import Recipe, RecipeError
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, path_type=Path)
 AT_LEAST_ONE, SECONDS = click.IntRange(min=1), click.FloatRange(min=0)
-PRECISION = click.Choice(["no", "bf16"])
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
 
 class _Reported(click.Command):
@@ -33,9 +33,7 @@ class _Reported(click.Command):
             raise click.ClickException(str(error)) from error
 
 
-def open_run(
-    recipe: Path, out: Path | None, data: Path | None, precision: str = "no", pace: Pace = Pace()
-) -> stages.Run:
+def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pace()) -> stages.Run:
     """The run of a recipe in folder `out` (by default runs/NAME), its data path replaced by `data` if given.
 
     Raises RecipeError for a faulty recipe, TrainingError for a folder of another run or for several processes.
@@ -43,7 +41,7 @@ def open_run(
     loaded = Recipe.load(recipe)
     if data:
         loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision])
     if accelerator.num_processes > 1:
         raise TrainingError("a run is one process so far; several would each repeat the same work")
     return stages.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
@@ -60,7 +58,6 @@ def _on_a_run(command: Callable[[stages.Run], None]) -> click.Command:
         click.Argument(["recipe"], type=RECIPE),
         click.Option(["--out"], type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
         click.Option(["--data"], type=FOLDER, help="The image set, instead of the recipe's path."),
-        click.Option(["--precision"], type=PRECISION, default="no", show_default=True, help="Mixed precision."),
         click.Option(
             ["--checkpoint-every"], type=SECONDS, default=120.0, show_default=True, help="Seconds between checkpoints."
         ),

@@ -125,6 +125,9 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     seed: int = 0
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Of the arithmetic in training; weights, losses and samplers are fp32 in both."
+    )
     conditioning: Literal["text", "class"]
     guidance: tuple[float, float] = (0.0, 4.0)
     default_guidance: float = 1.0
