@@ -16,7 +16,7 @@ from training.data.imagefolder import read_imagefolder
 from training.data.pixels import Colour, composite, decode, fit_square
 from training.data.shards import read_shards, shard_paths
 
-SPLITS = ("train", "heldout", "validation", "test")
+SPLITS = ("train", "heldout", "validation", "valid", "val", "test")
 WHITE: Colour = (255, 255, 255)
 # Fitted images are kept in memory up to this many bytes; a larger set is decoded again at each access.
 CACHE_BYTES = 1 << 30
@@ -198,7 +198,7 @@ def _keep(entries: Sequence[Entry], fields: Sequence[str], wanted: Collection[st
 def _examples(skipped: Sequence[Skipped]) -> str:
     if not skipped:
         return ""
-    return f": {len(skipped)} skipped, the first is {skipped[0].file}: {skipped[0].reason}"
+    return f": {len(skipped)} skipped, the first is {skipped[0]}"
 
 
 def _class_of(record: Record) -> str:

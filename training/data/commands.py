@@ -118,4 +118,4 @@ def _print_reports(reports: Sequence[SplitReport]) -> None:
             click.echo(f"  groups: {', '.join(f'{name} {n}' for name, n in sorted(report.groups.items()))}")
         click.echo(f"  skipped: {len(report.skipped)}")
         for skipped in report.skipped:
-            click.echo(f"    {skipped.file}: {skipped.reason}")
+            click.echo(f"    {skipped}")

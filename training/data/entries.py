@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+# Not read, but named as skipped, since whoever put them there meant them as images.
+UNREAD_SUFFIXES = (".svg", ".heic", ".heif", ".jxl")
 
 
 class DataError(Exception):
@@ -18,6 +20,10 @@ class Skipped(NamedTuple):
 
     file: str
     reason: str
+
+    def __str__(self) -> str:
+        """One line that any terminal can show, whatever bytes the file's name has."""
+        return f"{self.file}: {self.reason}".encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,21 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError('no caption: neither "text" nor "texts"')
     if not all(isinstance(text, str) for text in given):
         raise ValueError("a caption is not a string")
+    if not all(is_text(text) for text in given):
+        raise ValueError("a caption has half a surrogate pair")
     captions = [" ".join(text.split()) for text in given]
     if not all(captions):
         raise ValueError("empty caption")
     return tuple(dict.fromkeys(captions))
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be encoded: JSON allows half a surrogate pair, UTF-8 does not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def caption_lines(data: bytes) -> tuple[str, ...]:

@@ -36,11 +36,14 @@ class OutputExistsError(Exception):
 def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block succeeds, so `out` is whole or absent.
 
-    Raises OutputExistsError when `out` exists and is not empty, unless `overwrite`.
+    Raises OutputExistsError when `out` exists and is not empty, unless it is a set and to be overwritten.
     """
     out = out.absolute()
-    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} exists; choose another folder or pass --overwrite")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise OutputExistsError(f"{out} exists; choose another folder or pass --overwrite")
+        if not _is_set(out):
+            raise OutputExistsError(f"{out} is no image set: it is not overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -55,6 +58,11 @@ def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_set(folder: Path) -> bool:
+    """Whether a folder is what this package writes."""
+    return (folder / "dataset.json").is_file() or any(folder.glob(f"*/{METADATA}")) or any(folder.glob("*/*.tar"))
 
 
 class SplitWriter:

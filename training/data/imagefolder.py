@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from training.data.entries import IMAGE_SUFFIXES, Entry, Record, Skipped, caption_lines, captions_of
+from training.data.entries import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    Entry,
+    Record,
+    Skipped,
+    caption_lines,
+    captions_of,
+    is_text,
+)
 from training.data.folder import METADATA
 
 
@@ -15,18 +24,21 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
     """Entries of a folder in a fixed order, and what had to be skipped.
 
     Lines of metadata.jsonl come first, in their order. Then, sorted by path, the images that no line
-    names: captioned by a .txt file of the same name, or by the folder they lie in (`dog/1.png`, the
-    usual layout of a class-labelled set), which also becomes their `class_name`.
+    names: captioned by a .txt file of the same name, or, where there is no metadata.jsonl, by the folder they
+    lie in (`dog/1.png`, the usual layout of a class-labelled set), which also becomes their `class_name`.
+    Hidden files and folders are passed over.
     """
     named: set[str] = set()
-    if (folder / METADATA).is_file():
+    listed = (folder / METADATA).is_file()
+    if listed:
         for number, line in enumerate((folder / METADATA).read_bytes().split(b"\n"), 1):
             if line.strip():
                 yield _listed(folder, f"{METADATA}:{number}", line, named)
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        name = path.relative_to(folder).as_posix()
-        if name not in named and path.is_file():
-            yield _unlisted(folder, path, name)
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES + UNREAD_SUFFIXES):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and relative.as_posix() not in named and path.is_file():
+            yield _unlisted(folder, path, relative.as_posix(), by_folder=not listed)
 
 
 def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | Skipped:
@@ -38,7 +50,7 @@ def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | S
         return Skipped(place, f"not JSON: {error}")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("file_name"), str):
         return Skipped(place, 'no "file_name"')
-    name = metadata.pop("file_name")
+    name = PurePosixPath(metadata.pop("file_name")).as_posix()  # so that ./1.png is 1.png
     where = f"{name} ({place})"
     try:
         path = inside(folder, name)
@@ -46,17 +58,19 @@ def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | S
             raise ValueError("duplicate file_name")
         named.add(name)
         texts = captions_of(metadata)
-    except ValueError as error:
+        if not path.is_file():
+            return Skipped(where, "the file is missing")
+    except (OSError, ValueError) as error:
         return Skipped(where, str(error))
-    if not path.is_file():
-        return Skipped(where, "the file is missing")
     return _entry(path, name, texts, {k: v for k, v in metadata.items() if k not in ("text", "texts")})
 
 
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`. Raises ValueError when it would lie outside."""
     relative = PurePosixPath(name)
-    if "\x00" in name or not name or relative.is_absolute() or ".." in relative.parts or "\\" in name:
+    if not is_text(name):
+        raise ValueError("file_name has half a surrogate pair")
+    if "\x00" in name or name in ("", ".") or relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise ValueError("file_name must be a relative path inside the folder")
     path = folder / relative
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -64,14 +78,14 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _unlisted(folder: Path, path: Path, name: str) -> Entry | Skipped:
+def _unlisted(folder: Path, path: Path, name: str, by_folder: bool) -> Entry | Skipped:
     beside = path.with_suffix(".txt")
     if beside.is_file():
         try:
             return _entry(path, name, caption_lines(beside.read_bytes()), {})
         except (OSError, ValueError) as error:
             return Skipped(beside.relative_to(folder).as_posix(), str(error))
-    if path.parent != folder:
+    if by_folder and path.parent != folder:
         label = path.parent.name
         return _entry(path, name, (label.replace("_", " ").replace("-", " "),), {"class_name": label})
     return Skipped(name, f"no caption: not in {METADATA}, and no {beside.name} beside it")

@@ -29,17 +29,27 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError("not an image in a known format") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"too large: {error}") from error
-    # Pillow's decoders report broken files with these, among them SyntaxError for broken PNG chunks.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+    # Pillow's decoders report broken files with whatever they stumble over: SyntaxError, struct.error, IndexError ...
+    except Exception as error:
         raise ValueError(f"broken image: {error}") from error
 
 
 def _rgba(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGBA")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"grey levels of 32 bits (mode {image.mode}) have no known range")
+    if image.mode.startswith("I;16"):  # Pillow would clip it
+        return _rgba_of_16_bits(image)
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # no direct way to RGBA
         return image.convert("RGB").convert("RGBA")
     return image.convert("RGBA")
+
+
+def _rgba_of_16_bits(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image)
+    rgba = Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGBA")
+    if isinstance(clear := image.info.get("transparency"), int):
+        rgba.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    return rgba
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:

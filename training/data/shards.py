@@ -18,6 +18,7 @@ from training.data.entries import (
     caption_lines,
     captions_of,
 )
+from training.data.pixels import decode
 
 Part = Callable[[], bytes]
 
@@ -34,9 +35,10 @@ def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
     """
     seen: set[str] = set()
     for shard in shard_paths(folder):
-        samples, fault = _samples(shard)
+        samples, repeated, fault = _samples(shard)
         for key, parts in samples.items():
-            found = _sample(f"{shard.name}:{key}", parts)
+            name = f"{shard.name}:{key}"
+            found = Skipped(name, "a member comes twice") if key in repeated else _sample(name, parts)
             if isinstance(found, Entry):
                 if found.record.file_name in seen:
                     found = Skipped(f"{shard.name}:{key}", f"duplicate file_name {found.record.file_name}")
@@ -47,8 +49,10 @@ def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
             yield Skipped(shard.name, fault)
 
 
-def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], str]:
+def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], set[str], str]:
+    """The parts of each sample by key, the keys of which a part comes twice, and what is wrong with the shard."""
     samples: dict[str, dict[str, Part]] = {}
+    repeated: set[str] = set()
     try:
         # Plain "r:", since members of a compressed tar cannot be read in place.
         with tarfile.open(shard, "r:") as archive:
@@ -56,14 +60,16 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], str]:
                 if member.isfile():
                     path = PurePosixPath(member.name)
                     stem, _, extension = path.name.partition(".")
-                    part = _part(shard, member.offset_data, member.size)
-                    samples.setdefault(str(path.with_name(stem)), {})["." + extension.lower()] = part
+                    key, suffix = str(path.with_name(stem)), "." + extension.lower()
+                    if suffix in samples.setdefault(key, {}):
+                        repeated.add(key)
+                    samples[key][suffix] = _part(shard, member.offset_data, member.size)
             end = _part(shard, archive.offset, tarfile.BLOCKSIZE)()
             if end.strip(b"\0"):  # a header that is cut off reads like the end of the archive
                 raise OSError("no end marker")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        return samples, f"the shard cannot be read to its end: {error}"
-    return samples, ""
+        return samples, repeated, f"the shard cannot be read to its end: {error}"
+    return samples, repeated, ""
 
 
 def _part(shard: Path, offset: int, size: int) -> Part:
@@ -101,6 +107,12 @@ def _sample(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
     return Entry(Record(file_name if isinstance(file_name, str) else name + suffix, texts, fields), parts[suffix])
 
 
+def _as_png(image: bytes) -> bytes:
+    png = io.BytesIO()
+    decode(image).save(png, "PNG")
+    return png.getvalue()
+
+
 class ShardWriter:
     """Writes samples into numbered shards of a folder, `per_shard` to each; a context manager.
 
@@ -122,7 +134,7 @@ class ShardWriter:
         self._stack.close()
 
     def write(self, record: Record, image: bytes) -> None:
-        """Adds one sample; the image's bytes are stored as they are."""
+        """Adds one sample. The image's bytes are stored as they are; a format without a suffix here becomes a PNG."""
         if self._archive is None or self.count % self.per_shard == 0:
             self._stack.close()
             path = self.folder / f"{self.count // self.per_shard:06d}.tar"
@@ -132,6 +144,8 @@ class ShardWriter:
         key = f"{self.count:09d}"
         metadata = {"file_name": record.file_name, "texts": list(record.texts), **record.fields}
         suffix = PurePosixPath(record.file_name).suffix.lower()
+        if suffix not in IMAGE_SUFFIXES:
+            suffix, image = ".png", _as_png(image)
         self._add(key + suffix, image)
         self._add(key + ".json", json.dumps(metadata, ensure_ascii=False).encode())
         self._add(key + ".txt", record.texts[0].encode())

@@ -16,7 +16,10 @@ from training.data.captioned import CaptionedImages
 from training.data.digits import CLASSES, load_digits_images
 from training.losses import Batch
 from training.recipe import DataRecipe, Recipe
+from training.store import hash_of, hash_of_array
 from training.text import encode_captions
+
+SHOWN_SKIPPED = 20
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,14 @@ class Captions:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Data x (N, c, h, w) and its condition: captions, one drawn at random each time, or labels (N,) into `classes`."""
+    """Data x (N, c, h, w) and its condition: captions, one drawn at random each time, or labels (N,) into `classes`.
+
+    `fingerprint` is a hash of the images and of their captions or classes.
+    """
 
     x: Tensor
     condition: Captions | Tensor
+    fingerprint: str
     classes: tuple[str, ...] = ()
 
     @property
@@ -74,9 +81,10 @@ def open_images(recipe: DataRecipe, split: str) -> CaptionedImages:
     images = CaptionedImages.open(
         recipe.path, split=split, size=recipe.size, background=recipe.background, groups=recipe.groups or None
     )
-    if images.skipped:
-        first = images.skipped[0]
-        tqdm.write(f"{recipe.path}: {len(images.skipped)} skipped, the first is {first.file}: {first.reason}")
+    for skipped in images.skipped[:SHOWN_SKIPPED]:
+        tqdm.write(f"skipped {skipped}")
+    if (more := len(images.skipped) - SHOWN_SKIPPED) > 0:
+        tqdm.write(f"skipped {more} more: `fewstep data check {recipe.path}` names them all")
     return images
 
 
@@ -92,10 +100,17 @@ def load_training_set(recipe: Recipe, split: str, cache: Path) -> TrainingSet:
     """The data of a split in pixel space, its captions encoded (and kept in `cache`) or its classes numbered."""
     if recipe.data.source == "digits":
         pixels, labels = load_digits_images(recipe.data.size, split)
-        return TrainingSet(to_tensor(pixels), torch.from_numpy(labels), CLASSES)
+        return _labelled(pixels, labels, CLASSES)
     images = open_images(recipe.data, split)
-    x = to_tensor(np.stack([images.image(i) for i in range(len(images))]))
+    pixels = np.stack([images.image(i) for i in range(len(images))])
     if recipe.conditioning == "class":
         classes = (images if split == "train" else open_images(recipe.data, "train")).classes
-        return TrainingSet(x, torch.from_numpy(images.labels_in(classes)), classes)
-    return TrainingSet(x, Captions.encode([images.texts(i) for i in range(len(images))], recipe.max_tokens, cache))
+        return _labelled(pixels, images.labels_in(classes), classes)
+    texts = [images.texts(i) for i in range(len(images))]
+    fingerprint = hash_of({"pixels": hash_of_array(pixels), "texts": texts})
+    return TrainingSet(to_tensor(pixels), Captions.encode(texts, recipe.max_tokens, cache), fingerprint)
+
+
+def _labelled(pixels: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...]) -> TrainingSet:
+    fingerprint = hash_of({"pixels": hash_of_array(pixels), "labels": labels.tolist(), "classes": classes})
+    return TrainingSet(to_tensor(pixels), torch.from_numpy(labels), fingerprint, classes)

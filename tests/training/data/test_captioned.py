@@ -167,6 +167,55 @@ def test_everything_broken_is_named_and_skipped(tmp_path: Path) -> None:
         assert reason in said[file], file
 
 
+def test_images_beside_metadata_that_it_does_not_name_get_no_made_up_caption(tmp_path: Path) -> None:
+    for name in ("images/1.png", "images/2.png", "images/3.png", ".hidden/4.png"):
+        picture(tmp_path / name)
+    metadata(tmp_path, {"file_name": "./images//1.png", "text": "one"}, b"{broken")
+    images = CaptionedImages.open(tmp_path)
+    assert [(record.file_name, record.texts) for record in images.records] == [("images/1.png", ("one",))]
+    assert set(reasons(images)) == {"metadata.jsonl:2", "images/2.png", "images/3.png"}
+
+
+def test_text_that_is_none_and_names_too_long_are_skipped_and_can_be_shown(tmp_path: Path) -> None:
+    picture(tmp_path / "good.png")
+    picture(tmp_path / "half.png")
+    (tmp_path / "drawing.svg").write_text("<svg/>")
+    lone = chr(0xD83D)
+    metadata(
+        tmp_path,
+        {"file_name": "good.png", "text": "good"},
+        {"file_name": "half.png", "text": f"{lone} apple"},
+        {"file_name": f"{lone}.png", "text": "x"},
+        {"file_name": "x" * 300 + ".png", "text": "x"},
+    )
+    images = CaptionedImages.open(tmp_path)
+    assert [record.file_name for record in images.records] == ["good.png"]
+    said = "\n".join(str(skipped) for skipped in images.skipped)
+    said.encode()
+    assert "half.png (metadata.jsonl:2): a caption has half a surrogate pair" in said
+    assert "\\ud83d.png (metadata.jsonl:3): file_name has half a surrogate pair" in said
+    assert "File name too long" in said
+    assert "drawing.svg: " in said
+
+
+def test_grey_levels_of_unknown_range_and_damaged_exif_are_skipped() -> None:
+    for mode in ("F", "I"):
+        file = io.BytesIO()
+        Image.new(mode, (4, 4), 1).save(file, "TIFF")
+        with pytest.raises(ValueError, match=f"mode {mode}"):
+            decode(file.getvalue())
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG", exif=b"II*\0\x08")
+    with pytest.raises(ValueError, match="broken image"):
+        decode(file.getvalue())
+
+
+def test_the_transparent_level_of_sixteen_bits_is_kept() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(file, "PNG", transparency=256)
+    assert np.asarray(decode(file.getvalue()))[0].tolist() == [[0, 0, 0, 255], [1, 1, 1, 0], [255, 255, 255, 255]]
+
+
 def test_nothing_left_is_an_error_with_an_example(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "a.txt").write_text("a")

@@ -45,7 +45,7 @@ def test_draws_every_pair_but_flags_and_names_what_failed(tmp_path: Path, packag
     assert said["failures"][0].startswith("solid 3d 1F697: ")
     assert json.loads((tmp_path / "out/dataset.json").read_text()) == {"format_version": 1, **said}
     assert sum(said["counts"].values()) == len(records)
-    assert {source["style"] for source in said["sources"]} == {"plain", "round", "nameless", "solid 3d"}
+    assert {source.get("style") for source in said["sources"]} == {"plain", "round", "nameless", "solid 3d", None}
 
 
 def test_records_have_captions_and_sources(tmp_path: Path, packages: Packages) -> None:
@@ -88,7 +88,10 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, packages: Pa
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(OutputExistsError, match="--overwrite"):
         build(tmp_path / "out", packages)
+    with pytest.raises(OutputExistsError, match="is no image set"):
+        build(tmp_path / "out", packages, overwrite=True)
     assert (tmp_path / "out/mine.txt").is_file()
+    (tmp_path / "out/dataset.json").write_text("{}")
     build(tmp_path / "out", packages, overwrite=True)
     assert not (tmp_path / "out/mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

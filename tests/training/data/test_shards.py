@@ -175,3 +175,41 @@ def test_check_counts(source: Path) -> None:
     assert (train.images, train.captions, len(train.skipped)) == (5, 10, 2)
     assert train.smallest == train.largest == (4, 4)
     assert train.groups == {"g": 5}
+
+
+def test_images_without_a_usual_suffix_are_packed_so_that_they_read_back(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "picture").write_bytes(png(9))
+    (source / "metadata.jsonl").write_text('{"file_name": "picture", "text": "x"}')
+    assert write_shards(source, tmp_path / "out")[0].images == 1
+    packed = CaptionedImages.open(tmp_path / "out", size=4)
+    assert packed.skipped == ()
+    assert (packed.image(0) == 9).all()
+
+
+def test_a_member_that_comes_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "set" / "000.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as archive:
+        for name, content in (
+            ("a.png", png(1)),
+            ("a.txt", b"one"),
+            ("a.txt", b"two"),
+            ("b.png", png()),
+            ("b.txt", b"b"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    images = CaptionedImages.open(path.parent, size=4)
+    assert [record.texts for record in images.records] == [("b",)]
+    assert [str(skipped) for skipped in images.skipped] == ["000.tar:a: a member comes twice"]
+
+
+def test_only_a_set_is_overwritten(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.jpg").write_bytes(b"x")
+    with pytest.raises(OutputExistsError, match="is no image set"):
+        write_shards(source, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "dear.jpg").exists()
