@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,10 +32,11 @@ from engines.bundle import (
 from training import networks
 from training.data.digits import SOURCE as DIGITS_SOURCE
 from training.diffusion import Schedule, diffuse
-from training.distill import Run, student_stage
+from training.distill import WEIGHTS, Run, student_stage
 from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
 from training.loop import generator_at
 from training.recipe import ExportRecipe
+from training.store import hash_of_file
 from training.text import (
     MINILM_NAME,
     MINILM_PACKAGE,
@@ -62,6 +64,7 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
     """
     if out.exists() and not replace:
         raise BundleError(f"{out} exists already")
+    sources, table = _sources(run), _quality_table(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parities = [
@@ -70,7 +73,7 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
         ]
         if run.recipe.conditioning == "text":
             (folder / TOKENIZER).write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
-        description = describe(run, parities)
+        description = describe(run, parities, sources, table)
         if (picture := run.folder / "evaluation" / PICTURE).exists():
             (folder / PICTURE).write_bytes(picture.read_bytes())
         (folder / CARD).write_text(model_card(description, parities, run.recipe.export, picture.exists()))
@@ -169,8 +172,8 @@ def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
     return Example(make, graph.input_names, "z_next")
 
 
-def describe(run: Run, parities: Sequence[Parity]) -> Description:
-    """The manifest of a run's bundle."""
+def describe(run: Run, parities: Sequence[Parity], sources: Sequence[Attribution], table: str) -> Description:
+    """The manifest of a run's bundle, with those to whom its data is owed and its quality table."""
     recipe, null = run.recipe, run.null
     text = recipe.conditioning == "text"
     condition = tuple(
@@ -199,13 +202,13 @@ def describe(run: Run, parities: Sequence[Parity]) -> Description:
         decode=DECODE if recipe.autoencoder else None,
         weights_dtype="+".join(sorted({parity.weights for parity in parities})),
         licence=recipe.export.licence,
-        attributions=(*_sources(run), *([TEXT_ATTRIBUTION] if text else [])),
+        attributions=(*sources, *([TEXT_ATTRIBUTION] if text else [])),
         provenance=Provenance(
             recipe=recipe.portable_json(),
             data=_data_name(run),
             commit=_commit(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            quality_table=_quality_table(run),
+            quality_table=table,
         ),
     )
 
@@ -250,19 +253,37 @@ def model_card(description: Description, parities: Sequence[Parity], recipe: Exp
 def _sources(run: Run) -> list[Attribution]:
     """Whom a data set's dataset.json names; a set without one names nobody."""
     if run.recipe.data.source == "digits":
-        return [_attribution(DIGITS_SOURCE)]
+        return [_Source.model_validate(DIGITS_SOURCE).attribution]
     assert run.recipe.data.path is not None
     file = run.recipe.data.path / "dataset.json"
-    sources = json.loads(file.read_text()).get("sources", []) if file.exists() else []
+    if not file.exists():
+        return []
     try:
-        return [_attribution(source) for source in sources]
-    except KeyError as error:
-        raise ExportError(f"{file}: a source has no {error.args[0]}") from error
+        return [source.attribution for source in _Description.model_validate_json(file.read_bytes()).sources]
+    except ValidationError as error:
+        raise ExportError(f"{file}: {error}") from error
 
 
-def _attribution(source: Mapping[str, str]) -> Attribution:
-    name = f"{source['name']} {source.get('version', '')}".strip()
-    return Attribution(name=name, licence=source["licence"], source=source["url"], notice=source.get("author", ""))
+class _Source(BaseModel):
+    """A source as a dataset.json names it."""
+
+    name: str
+    version: str = ""
+    licence: str
+    author: str = ""
+    url: str
+
+    @property
+    def attribution(self) -> Attribution:
+        """What the bundle says of it."""
+        name = f"{self.name} {self.version}".strip()
+        return Attribution(name=name, licence=self.licence, source=self.url, notice=self.author)
+
+
+class _Description(BaseModel):
+    """What a bundle takes from a dataset.json."""
+
+    sources: tuple[_Source, ...] = ()
 
 
 def _data_name(run: Run) -> str:
@@ -274,8 +295,18 @@ def _data_name(run: Run) -> str:
 
 
 def _quality_table(run: Run) -> str:
+    """The table of the run's last evaluation, if any. Raises ExportError if it is not of the students exported."""
     table = run.folder / "evaluation" / "table.md"
-    return table.read_text() if table.exists() else ""
+    if not table.exists():
+        return ""
+    measured: dict[str, str] = json.loads(table.with_suffix(".json").read_text())["provenance"]["weights"]
+    exported = [student_stage(steps) for steps in run.recipe.export.steps]
+    for stage in (*exported, "teacher", *(["autoencoder"] if run.recipe.autoencoder else [])):
+        if measured.get(stage) != hash_of_file(run.folder / stage / WEIGHTS):
+            raise ExportError(
+                f"the quality table in {table.parent} is not of this {stage}: run `fewstep evaluate` again"
+            )
+    return table.read_text()
 
 
 def _commit() -> str:

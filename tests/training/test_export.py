@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from engines.tasks import Edit, Generate, Inpaint
 from training import networks
 from training.distill import Run, distill, student_stage
 from training.export import export
+from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.recipe import Recipe
@@ -144,3 +146,27 @@ def test_an_unfinished_run_is_not_exported(digits_run: Run, tmp_path: Path) -> N
     with pytest.raises(TrainingError, match="student-4"):
         export(unfinished, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_quality_table_of_other_networks_is_refused(digits_run: Run, tmp_path: Path) -> None:
+    folder = digits_run.folder / "evaluation"
+    folder.mkdir()
+    try:
+        (folder / "table.md").write_text("| KID |")
+        (folder / "table.json").write_text(json.dumps({"provenance": {"weights": {"student-4": "0"}}}))
+        with pytest.raises(ExportError, match="not of this student-4"):
+            export(digits_run, tmp_path / "bundle")
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"sources": ["me"]}', '{"sources": [{"name": "x", "url": "y"}]}'])
+def test_a_faulty_description_of_the_data_is_named_before_any_work(text_run: Run, tmp_path: Path, text: str) -> None:
+    assert text_run.recipe.data.path is not None
+    description = text_run.recipe.data.path / "dataset.json"
+    description.write_text(text)
+    try:
+        with pytest.raises(ExportError, match=r"dataset\.json"):
+            export(text_run, tmp_path / "bundle")
+    finally:
+        description.unlink()

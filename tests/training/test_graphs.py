@@ -115,3 +115,39 @@ def test_stored_weights_leave_the_model_given_untouched(tmp_path: Path) -> None:
     before = model.SerializeToString()
     store_weights(model, "int8")
     assert model.SerializeToString() == before
+
+
+def test_one_row_that_differs_is_enough(tmp_path: Path) -> None:
+    class OneRow(Linear):
+        """Wrong by a tenth in the last row of a batch, when it runs."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            if not torch.compiler.is_exporting():
+                output = torch.cat([output[:-1], 1.1 * output[-1:]])
+            return output
+
+    with pytest.raises(ExportError, match=r"0\.09"):
+        export_graph(OneRow(), LINEAR, tmp_path / "y.onnx", ("fp32",))
+
+
+def test_a_graph_whose_output_is_no_number_is_not_written(tmp_path: Path) -> None:
+    class Overflowing(Linear):
+        """Finite in torch, infinite minus infinite as it was traced."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            return output * 1e38 * 1e38 - output * 1e38 * 1e38 if torch.compiler.is_exporting() else output
+
+    with pytest.raises(ExportError, match="inf > "):
+        export_graph(Overflowing(), LINEAR, tmp_path / "y.onnx", ("fp32",))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    module = Linear()
+    with torch.no_grad():
+        module.layer.weight[0, 0] = torch.nan
+    with pytest.raises(ExportError, match="no finite numbers"):
+        export_graph(module, LINEAR, tmp_path / "y.onnx")
+    assert not list(tmp_path.iterdir())
