@@ -29,7 +29,7 @@ class _Reported(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (RecipeError, TrainingError, DataError, ExportError, BundleError) as error:
+        except (RecipeError, TrainingError, DataError, ExportError, BundleError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -45,6 +45,14 @@ def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pac
     if accelerator.num_processes > 1:
         raise TrainingError("a run is one process so far; several would each repeat the same work")
     return stages.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
+
+
+def open_finished_run(recipe: Path, folder: Path | None, data: Path | None) -> stages.Run:
+    """The run in a folder that is there. Raises as `open_run` does, and TrainingError where no run was."""
+    place = folder or Path("runs") / Recipe.load(recipe).name
+    if not (place / stages.RECORD).is_file():
+        raise TrainingError(f"there is no run in {place}; train one, or name its folder with --run")
+    return open_run(recipe, place, data)
 
 
 def _on_a_run(command: Callable[[stages.Run], None]) -> click.Command:
@@ -110,7 +118,7 @@ def export(
 ) -> None:
     """Write the students of a finished run of RECIPE as BUNDLE, every graph checked against torch."""
     choice = SMALLEST_FIRST if weights == "auto" else tuple(w for w in SMALLEST_FIRST if w == weights)
-    made = export_run(open_run(recipe, folder, data), bundle, choice, replace)
+    made = export_run(open_finished_run(recipe, folder, data), bundle, choice, replace)
     size = sum(record.size_bytes for record in made.manifest.files.values())
     click.echo(
         f"{bundle}: revision {made.manifest.revision}, {size / 1e6:.1f} MB, {made.manifest.weights_dtype} weights"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,9 +29,10 @@ from training.networks import UNetDenoiser, build_autoencoder, build_unet, stude
 from training.pictures import save_grid
 from training.recipe import TIMESTEPS, Optimisation, Recipe, Round
 from training.sampler import sample
-from training.store import whole_file
+from training.store import hash_of_array, whole_file
 from training.text import encode_captions
 
+RECORD = "recipe.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
 TEACHER_SAMPLE_STEPS = 32
@@ -49,16 +51,32 @@ class Run:
     def __post_init__(self) -> None:
         """Claim the folder for the recipe. Raises TrainingError if another recipe has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        record, ours = self.folder / "recipe.json", json.loads(self.recipe.portable_json())
-        if not record.exists():
-            with whole_file(record) as partial:
-                partial.write_text(json.dumps(ours, indent=1))
-        theirs = json.loads(record.read_text())
+        ours = json.loads(self.recipe.portable_json())
+        theirs = self._recorded(RECORD, ours)
         # What is exported, and under which words, does not touch what was trained.
         if changed := sorted(key for key in ours.keys() - {"export"} if ours[key] != theirs.get(key)):
             raise TrainingError(
                 f"{self.folder} was made with another recipe (it differs in: {', '.join(changed)}); "
                 "choose another folder, or edit its recipe.json if you mean to go on"
+            )
+
+    def _recorded(self, name: str, ours: dict[str, Any]) -> dict[str, Any]:
+        """What a record of the run says; at first, what we write into it. Raises TrainingError for a broken one."""
+        if not (record := self.folder / name).exists():
+            with whole_file(record) as partial:
+                partial.write_text(json.dumps(ours, indent=1))
+        try:
+            theirs: dict[str, Any] = json.loads(record.read_text())
+        except ValueError as error:
+            raise TrainingError(f"{record} is not JSON: {error}") from error
+        return theirs
+
+    def known(self, use: str, fingerprint: str) -> None:
+        """Note the data that the run uses. Raises TrainingError if it is not what it was, so that no run mixes two."""
+        if self._recorded(f"data-{use}.json", {"sha256": fingerprint})["sha256"] != fingerprint:
+            raise TrainingError(
+                f"{self.folder} was begun with other images, captions or classes than those that are there now; "
+                f"bring those back, choose another folder, or remove its data-{use}.json if you mean to go on"
             )
 
     @cached_property
@@ -75,6 +93,7 @@ class Run:
     def data(self) -> TrainingSet:
         """The training split, in the space that the denoiser works in."""
         images = load_training_set(self.recipe, "train", self.cache)
+        self.known("denoiser", images.fingerprint)
         if self.recipe.autoencoder is None:
             return images
         return replace(images, x=encode_all(self.autoencoder(), images.x, self.accelerator.device))
@@ -154,6 +173,7 @@ def _train_autoencoder(run: Run) -> None:
     recipe = run.recipe.autoencoder
     assert recipe is not None
     images = load_pixels(run.recipe.data, "train")
+    run.known("autoencoder", hash_of_array(images.numpy()))
     torch.manual_seed(run.recipe.seed)
     network = build_autoencoder(recipe, run.recipe.data.size)
     order = BatchOrder(len(images), recipe.batch_size, run.recipe.seed)

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from training.candidates import Candidate, ImageMaker, trained_students
-from training.commands import open_run
+from training.commands import open_finished_run
 from training.data.entries import DataError
 from training.distill import Run
 from training.evaluate import Plan, save_picture
@@ -19,7 +19,7 @@ from training.features import DEFAULT_EXTRACTOR, EXTRACTORS, FeatureError, open_
 from training.loop import TrainingError
 from training.metrics import MetricError
 from training.quality import to_csv, to_json, to_markdown
-from training.recipe import Recipe, RecipeError
+from training.recipe import RecipeError
 from training.store import Store, whole_file
 
 
@@ -117,7 +117,7 @@ def evaluate(
     measured before is not measured again, and an evaluation that was stopped goes on where it was.
     """
     try:
-        run = _open(recipe, folder, data)
+        run = open_finished_run(recipe, folder, data)
         plan = Plan(_candidates(run, steps, teacher_steps), _within_range(run, guidance), frechet_dims)
         picture_w = _picture_guidance(plan, run.recipe.default_guidance, picture_guidance)
         maker = ImageMaker(
@@ -152,13 +152,6 @@ def _command(recipe: Path) -> str:
         if given and not isinstance(value, Path):
             words += [option.opts[0], ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)]
     return " ".join(words)
-
-
-def _open(recipe: Path, folder: Path | None, data: Path | None) -> Run:
-    # Opening a run makes its folder; an evaluation has no use for a new one.
-    if not (place := folder or Path("runs") / Recipe.load(recipe).name).is_dir():
-        raise TrainingError(f"there is no run in {place}; train one, or name its folder with --run")
-    return open_run(recipe, place, data)
 
 
 def _candidates(run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[int, ...]) -> tuple[Candidate, ...]:

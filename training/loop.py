@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from training.recipe import Optimisation
+from training.store import whole_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -175,6 +176,8 @@ def train(
                 state.average.update_parameters(accelerator.unwrap_model(wrapped))
             state.update += 1
             report(state, value.item(), norm.item())
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
     return cast(Network, state.result.eval())
 
 
@@ -209,6 +212,14 @@ class _Report:
             self.saved_at = time.monotonic()
 
 
+def _update_of(line: str) -> float:
+    """The update of a line of the log; infinity for one that was cut off."""
+    try:
+        return float(json.loads(line)["update"])
+    except ValueError:
+        return math.inf
+
+
 class _Log:
     """Averages between two lines of the log, and its rate in images per second."""
 
@@ -219,7 +230,8 @@ class _Log:
         self.since, self.update = time.monotonic(), update
         if path.exists():  # Updates that a killed run had done after its last checkpoint are done again.
             lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["update"] <= update))
+            with whole_file(path) as partial:
+                partial.write_text("".join(line for line in lines if _update_of(line) <= update))
 
     def add(self, loss: float, norm: float) -> None:
         self.losses.append(loss)

@@ -8,8 +8,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Level = Annotated[int, Field(ge=0, le=255, strict=True)]
+Channels = Annotated[tuple[Positive, ...], Field(min_length=1)]
 TIMESTEPS = 1024
+MAX_SEED = 2**62
 
 
 class RecipeError(Exception):
@@ -19,7 +22,7 @@ class RecipeError(Exception):
 class Section(BaseModel):
     """What all parts of a recipe share: they are immutable and refuse unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Optimisation(Section):
@@ -41,7 +44,7 @@ class DataRecipe(Section):
     source: Literal["folder", "digits"] = "folder"
     path: Path | None = None
     size: Positive
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Level, Level, Level] = (255, 255, 255)
     groups: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -64,7 +67,7 @@ class AutoencoderRecipe(Optimisation):
     """An autoencoder trained here. The latent's side is the image's divided by 2 ** (levels - 1)."""
 
     latent_channels: Positive = 8
-    channels: tuple[Positive, ...]
+    channels: Channels
     layers_per_block: Positive = 1
     norm_groups: Positive = 16
     kl_weight: float = Field(default=1e-6, ge=0)
@@ -74,7 +77,7 @@ class AutoencoderRecipe(Optimisation):
 class NetworkRecipe(Section):
     """The denoiser, a UNet2DConditionModel."""
 
-    channels: tuple[Positive, ...]
+    channels: Channels
     layers_per_block: Positive = 1
     attention_heads: Positive = Field(default=4, description="Of networks that attend to text.")
     norm_groups: Positive = 32
@@ -124,14 +127,14 @@ class Recipe(Section):
     """A whole run: data -> (autoencoder) -> teacher -> stage 1 -> stage 2."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Of the arithmetic in training; weights, losses and samplers are fp32 in both."
+        default="fp32", description="Of the networks' arithmetic in training; weights and losses are fp32 in both."
     )
     conditioning: Literal["text", "class"]
     guidance: tuple[float, float] = (0.0, 4.0)
     default_guidance: float = 1.0
-    max_tokens: Positive = 32
+    max_tokens: int = Field(default=32, ge=3, le=512, description="With the two that begin and end a caption.")
     data: DataRecipe
     autoencoder: AutoencoderRecipe | None = None
     network: NetworkRecipe
@@ -154,6 +157,8 @@ class Recipe(Section):
         if self.conditioning == "text":
             if self.data.source == "digits":
                 raise ValueError("the digits have no captions: conditioning must be 'class'")
+            if unfit := [c for c in self.network.channels if c % self.network.attention_heads]:
+                raise ValueError(f"network: {unfit[0]} channels do not divide into attention_heads")
         elif "max_tokens" in self.model_fields_set or "attention_heads" in self.network.model_fields_set:
             raise ValueError("max_tokens and network.attention_heads are of text conditioning only")
         return self

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel
@@ -56,7 +56,10 @@ def load_tokenizer(max_tokens: int, folder: Path | None = None) -> Tokenizer:
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, each (B, L) int64, of a tokenizer that pads and truncates."""
-    encodings = tokenizer.encode_batch(list(captions))
+    return _tensors(tokenizer.encode_batch(list(captions)))
+
+
+def _tensors(encodings: Sequence[Encoding]) -> tuple[Tensor, Tensor]:
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 
@@ -80,8 +83,12 @@ def _write_contexts(path: Path, captions: Sequence[str], max_tokens: int, device
     encoder, tokenizer = load_text_encoder().to(device), load_tokenizer(max_tokens)
     shape = (len(captions), max_tokens, encoder.dim)
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    rows = 256
+    rows, cut = 256, 0
     for start in tqdm(range(0, len(captions), rows), desc="encoding captions", unit_scale=rows, unit="captions"):
-        ids, mask = tokenize(tokenizer, captions[start : start + rows])
+        encodings = tokenizer.encode_batch(list(captions[start : start + rows]))
+        cut += sum(bool(encoding.overflowing) for encoding in encodings)
+        ids, mask = _tensors(encodings)
         table[start : start + rows] = encoder(ids.to(device), mask.to(device)).half().cpu().numpy()
     table.flush()
+    if cut:
+        tqdm.write(f"{cut} of {len(captions)} captions are longer than {max_tokens} tokens: their ends are not seen")

@@ -38,9 +38,11 @@ def invoke(*arguments: str | Path) -> Result:
 
 
 def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> None:
+    """In bf16, which takes processes of its own: accelerate allows one precision in each."""
+    recipe.write_text('precision = "bf16"' + RECIPE)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = ["distill", recipe, "--checkpoint-every", "0", "--out"]
-    process = subprocess.Popen([sys.executable, "-m", "fewstep", *map(str, command), str(killed)])
+    command = [sys.executable, "-m", "fewstep", "distill", str(recipe), "--checkpoint-every", "0", "--out"]
+    process = subprocess.Popen([*command, str(killed)])
     log, deadline = killed / "teacher" / "log.jsonl", time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -49,8 +51,7 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
     assert not (killed / "student-1").exists()
 
     for folder in (killed, whole):
-        result = invoke(*command, folder)
-        assert result.exit_code == 0, result.output
+        subprocess.run([*command, str(folder)], check=True)
     for stage in ("teacher", "stage1", "student-1"):
         weights = [load_file(next((folder / stage).glob("*.safetensors"))) for folder in (killed, whole)]
         assert weights[0].keys() == weights[1].keys()
@@ -63,7 +64,9 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
         (["train", "{recipe}", "--data", "."], "they lie in no folder"),
         (["distill", "{recipe}", "--sample-every", "0"], "not in the range"),
         (["distill", "absent.toml"], "does not exist"),
-        (["export", "{recipe}", "bundle", "--run", "."], "holds no trained network"),
+        (["export", "{recipe}", "bundle", "--run", "."], "there is no run in ."),
+        (["export", "{recipe}", "bundle"], "there is no run in runs/killed"),
+        (["distill", "{recipe}", "--out", "{recipe}"], "File exists"),
     ],
 )
 def test_errors_are_one_line(

@@ -126,3 +126,17 @@ def test_a_stage_that_is_not_done_is_named(digits_run: Run, tmp_path: Path) -> N
     run = Run(digits_run.recipe, tmp_path / "empty", Accelerator(cpu=True))
     with pytest.raises(TrainingError, match="student-4 holds no trained network"):
         run.denoiser(student_stage(4))
+
+
+def test_a_run_notices_that_its_data_changed(digits_run: Run, tmp_path: Path) -> None:
+    run = Run(digits_run.recipe, tmp_path, Accelerator(cpu=True))
+    assert len(run.data) == len(digits_run.data)
+    (tmp_path / "data-denoiser.json").write_text('{"sha256": "of other images"}')
+    with pytest.raises(TrainingError, match="other images, captions or classes"):
+        _ = Run(digits_run.recipe, tmp_path, Accelerator(cpu=True)).data
+
+
+def test_a_broken_record_is_named(digits_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"recipe\.json is not JSON"):
+        Run(digits_run.recipe, tmp_path, Accelerator(cpu=True))

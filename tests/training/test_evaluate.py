@@ -276,7 +276,7 @@ def test_a_folder_without_a_run_is_refused_and_not_made(folder: Path) -> None:
     assert result.exit_code == 1
     assert "there is no run in" in result.output
     assert not missing.exists()
-    missing.mkdir()
+    Run(Recipe.load(folder / "tiny.toml"), missing, Accelerator(cpu=True))
     result = CliRunner().invoke(command, [str(folder / "tiny.toml"), "--run", str(missing)])
     assert "no trained teacher" in result.output
 

@@ -110,3 +110,12 @@ def test_generators_differ_by_seed_update_and_stream() -> None:
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     draws = {float(torch.rand(1, generator=generator_at(*key))) for key in keys}
     assert len(draws) == len(keys)
+
+
+def test_a_torn_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, killed_at=7)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"update": 8, "los')
+    run(tmp_path)
+    assert [json.loads(line)["update"] for line in log.read_text().splitlines()] == list(range(1, 13))

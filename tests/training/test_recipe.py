@@ -35,6 +35,13 @@ def test_shipped_recipes_load(path: Path) -> None:
         ('conditioning = "class"', 'conditioning = "text"', "no captions"),
         ("size = 8", 'size = 8\ngroups = ["face"]', "takes no groups"),
         ("learning_rate = 2e-3", "learning_rate = -1", "learning_rate"),
+        ("learning_rate = 2e-3", "learning_rate = inf", "learning_rate"),
+        ("guidance = [0.0, 4.0]", "guidance = [0.0, inf]", "guidance"),
+        ("seed = 0", "seed = -1", "seed"),
+        ("channels = [32, 64]", "channels = []", "channels"),
+        ("updates = 1500", "updates = true", "updates"),
+        ("size = 8", "size = 8\nbackground = [300, 0, 0]", "background"),
+        ("seed = 0", 'seed = 0\nprecision = "fp8"', "precision"),
         ("[teacher]", "[teacher", "Expected"),
     ],
 )
@@ -45,6 +52,18 @@ def test_faulty_recipes_are_refused_by_name(tmp_path: Path, change: str, to: str
     with pytest.raises(RecipeError, match=named) as refused:
         Recipe.load(path)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "named"),
+    [("max_tokens = 32", "max_tokens = 600", "max_tokens"), ("attention_heads = 4", "attention_heads = 7", "heads")],
+)
+def test_faults_of_text_recipes_are_named(tmp_path: Path, change: str, to: str, named: str) -> None:
+    emoji = next(path for path in SHIPPED if path.stem == "emoji").read_text()
+    assert change in emoji
+    (tmp_path / "faulty.toml").write_text(emoji.replace(change, to, 1))
+    with pytest.raises(RecipeError, match=named):
+        Recipe.load(tmp_path / "faulty.toml")
 
 
 def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
