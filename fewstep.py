@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import click
 
@@ -43,21 +46,37 @@ class Commands(click.Group):
             return None
         entry = COMMANDS[cmd_name]
         module, attribute = entry.target.split(":")
-        try:
+        with _missing_extra_named(cmd_name):
             command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if not entry.extra or (error.name or "").split(".")[0] in ("engines", "service", "training"):
-                raise
-            raise click.ClickException(
-                f"fewstep {cmd_name} needs the {entry.extra} extra ({error.name} is missing): "
-                f"pip install 'fewstep[{entry.extra}]'"
-            ) from error
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand, which imports more when it is at work."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            with _missing_extra_named(ctx.invoked_subcommand or ""):
+                raise error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the table without importing anything."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@contextmanager
+def _missing_extra_named(command: str) -> Iterator[None]:
+    """Say which extra installs a package that a subcommand misses."""
+    extra = COMMANDS[command].extra if command in COMMANDS else ""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if not extra or package in ("engines", "service", "training"):
+            raise
+        raise click.ClickException(
+            f"fewstep {command} needs the {extra} extra ({package} is missing): pip install 'fewstep[{extra}]'"
+        ) from error
 
 
 @click.command(cls=Commands)

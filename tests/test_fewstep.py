@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -42,6 +43,16 @@ def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(fewstep.main, ["distill", "recipe.toml"])
     assert result.exit_code == 1
     assert "needs the training extra (torch is missing): pip install 'fewstep[training]'" in result.output
+
+
+def test_an_extra_that_is_missed_at_work_is_named_too(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['sklearn'] = None; import fewstep; fewstep.main(['data', 'digits', sys.argv[1]])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "needs the training extra (sklearn is missing)" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(("command", "package"), [("serve", "fastapi"), ("train", "training.distill")])
