@@ -48,6 +48,7 @@ __all__ = [
     "Student",
     "TensorSpec",
     "TextEncoder",
+    "find_bundle",
     "find_problems",
     "load_bundle",
     "read_manifest",
@@ -139,6 +140,17 @@ def shipped_bundle(name: str = SHIPPED) -> Path:
     return _BUNDLES / name
 
 
+def find_bundle(name: str) -> Path:
+    """The folder that a person means: a bundle's folder, the name of one that ships, or "shipped".
+
+    Raises BundleError for a word that is neither.
+    """
+    path = Path(name)
+    if "/" in name or os.sep in name or (path / MANIFEST_NAME).is_file():
+        return path
+    return shipped_bundle(SHIPPED if name == "shipped" else name)
+
+
 def read_manifest(path: Path | str) -> Manifest:
     """Read and check `manifest.json` of the folder ``path`` without looking at the other files."""
     file = Path(path) / MANIFEST_NAME
@@ -210,11 +222,14 @@ def write_bundle(
     """Write a bundle of ``files`` (name in the bundle -> where to copy it from) to folder ``path``.
 
     Hashes and revision are computed here. The folder appears complete or not at all; an existing one is an
-    error unless ``replace``. To change only the description, pass the files of the bundle itself.
+    error unless ``replace``, and what is no bundle is never replaced. To change only the description, pass the
+    files of the bundle itself.
     """
     folder = Path(path).absolute()
     if folder.exists() and not replace:
         raise BundleError(f"{folder} exists already")
+    if folder.exists() and not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"{folder} is no bundle: it is not replaced")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         staged = Path(scratch) / "new"

@@ -11,17 +11,12 @@ import click
 
 from engines.backends import BACKENDS
 from engines.backends.base import EngineError
-from engines.bundle import SHIPPED, BundleError, Manifest, find_problems, read_manifest, shipped_bundle
+from engines.bundle import BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _IN_TASKS = {"condition": "PROMPT", "guidance": "--guidance-scale"}
-
-
-def _locate(bundle: str) -> Path:
-    """The folder that BUNDLE means: a path, or "shipped" for the bundle in the package."""
-    return shipped_bundle(SHIPPED) if bundle == "shipped" else Path(bundle)
 
 
 def _image_format(out: Path) -> ImageFormat:
@@ -60,7 +55,7 @@ def generate(
     image_format = _image_format(out)
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
-        with Pipeline.open(_locate(bundle), backend=backend, threads=threads) as pipeline:
+        with Pipeline.open(find_bundle(bundle), backend=backend, threads=threads) as pipeline:
             manifest = pipeline.manifest
             w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
             if steps is None:
@@ -97,7 +92,7 @@ def _provenance(task: Generate, manifest: Manifest) -> dict[str, Any]:
 def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify its files. Exit status 1 if one differs."""
     try:
-        path = _locate(bundle)
+        path = find_bundle(bundle)
         manifest = read_manifest(path)
         problems = find_problems(path, manifest)
     except (BundleError, OSError) as error:

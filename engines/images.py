@@ -78,7 +78,7 @@ def decode_mask(data: bytes, mode: MaskMode, size: tuple[int, int], limits: Imag
         if mode == "alpha":
             if not image.has_transparency_data:
                 raise ImageError("mask_without_alpha", "mask mode 'alpha' needs a mask with an alpha channel")
-            alpha = np.asarray(image.convert("RGBA"))[..., 3]
+            alpha = np.asarray(_in_bytes(image).convert("RGBA"))[..., 3]
             return np.asarray(alpha == 0)
         pixels = _flatten(image, _BLACK if mode == "white" else _WHITE)
         grey = np.asarray(Image.fromarray(pixels).convert("L"))
@@ -96,8 +96,16 @@ def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
     """Resize a mask (H, W) to ``size`` (width, height); a pixel is True if any part of it was."""
     if (mask.shape[1], mask.shape[0]) == size:
         return mask.copy()
-    grown = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)
-    return np.asarray(grown) > 1e-6
+    return _touched(_touched(mask, size[1]).T, size[0]).T
+
+
+def _touched(mask: Mask, size: int) -> Mask:
+    """The rows of a mask as ``size`` rows, each the union of those that it overlaps."""
+    rows, out = len(mask), np.arange(size)
+    first, last = out * rows // size, -((out + 1) * rows // -size)
+    marked = np.concatenate([np.zeros((1, mask.shape[1]), np.int64), mask.cumsum(0)])
+    touched: Mask = marked[last] > marked[first]
+    return touched
 
 
 def encode_image(
@@ -195,18 +203,22 @@ def _orientation(image: Image.Image) -> int:
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:
     """RGB (H, W, 3) of any mode we read, alpha laid on ``background``."""
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit grey instead of scaling it.
-        wide = np.asarray(image).astype(np.int64)
-        grey = Image.fromarray((wide // 257).clip(0, 255).astype(np.uint8))
-        if isinstance(clear := image.info.get("transparency"), int):
-            alpha = Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8))
-            grey = Image.merge("LA", (grey, alpha))
-        image = grey
+    image = _in_bytes(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
     return np.array(image.convert("RGB"))
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which Pillow's own conversion clips; other images as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    wide = np.asarray(image)
+    grey = Image.fromarray(np.minimum(wide // 257, 255).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):
+        return Image.merge("LA", (grey, Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8))))
+    return grey
 
 
 def from_pixels(image: Pixels) -> Floats:

@@ -30,7 +30,7 @@ from engines.tasks import (
     kept_steps,
     lowest_strength,
 )
-from engines.tokenizer import Tokenizer, TokenizerError
+from engines.tokenizer import PromptSize, Tokenizer, TokenizerError
 
 __all__ = [
     "MAX_SEED",
@@ -132,7 +132,7 @@ class Pipeline:
 
     def validate(self, task: Task) -> None:
         """Raise TaskError where the bundle cannot honour ``task``. Cheap: calls no engine."""
-        check_task(task, self.manifest, self._count_tokens)
+        check_task(task, self.manifest, self._measure)
 
     def prepare(self, tasks: Sequence[Task]) -> list[Row]:
         """Encode conditions and images and place every task at its start on the grid. Order is kept.
@@ -206,10 +206,10 @@ class Pipeline:
         for start in range(0, len(items), self.max_rows):
             yield items[start : start + self.max_rows]
 
-    def _count_tokens(self, prompt: str) -> int:
+    def _measure(self, prompt: str) -> PromptSize:
         assert self._tokenizer is not None
         try:
-            return len(self._tokenizer.ids(prompt))
+            return self._tokenizer.measure(prompt)
         except TokenizerError as error:
             raise TaskError("invalid_prompt", "condition", str(error)) from error
 

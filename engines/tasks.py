@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.manifest import Manifest
+from engines.tokenizer import PromptSize
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -69,12 +70,12 @@ def lowest_strength(steps: int) -> float:
     return math.ceil(100 / steps) / 100
 
 
-def check_task(task: Task, manifest: Manifest, count_tokens: Callable[[str], int]) -> None:
+def check_task(task: Task, manifest: Manifest, measure: Callable[[str], PromptSize]) -> None:
     """Raise TaskError where the bundle of ``manifest`` cannot honour ``task``. Calls no engine."""
     _check_steps(task, manifest)
     _check_guidance(task, manifest)
     _check_seed(task)
-    _check_condition(task, manifest, count_tokens)
+    _check_condition(task, manifest, measure)
     if isinstance(task, Edit | Inpaint):
         _check_strength(task.steps, task.strength)
         _check_image(task.image, manifest)
@@ -101,17 +102,19 @@ def _check_seed(task: Task) -> None:
         raise TaskError("seed_out_of_range", "seed", f"seed must lie between 0 and {MAX_SEED}")
 
 
-def _check_condition(task: Task, manifest: Manifest, count_tokens: Callable[[str], int]) -> None:
+def _check_condition(task: Task, manifest: Manifest, measure: Callable[[str], PromptSize]) -> None:
     if manifest.text is None:
         if task.condition not in manifest.classes:
             listed = ", ".join(manifest.classes[:20]) + (", ..." if len(manifest.classes) > 20 else "")
             raise TaskError("unknown_class", "condition", f"no class {task.condition!r}; there are {listed}")
         return
-    if not task.condition.strip():
+    size = measure(task.condition)
+    if not size.words:
         raise TaskError("empty_prompt", "condition", "the prompt is empty")
-    count = count_tokens(task.condition)
-    if count > manifest.text.max_tokens:
-        message = f"the prompt has {count} tokens with its end marks, at most {manifest.text.max_tokens} fit"
+    if not size.known:
+        raise TaskError("unknown_words", "condition", "the text encoder knows none of the words of the prompt")
+    if size.tokens > manifest.text.max_tokens:
+        message = f"the prompt has {size.tokens} tokens with its end marks, at most {manifest.text.max_tokens} fit"
         raise TaskError("prompt_too_long", "condition", message)
 
 

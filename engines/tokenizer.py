@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -12,6 +13,14 @@ from numpy.typing import NDArray
 
 class TokenizerError(Exception):
     """The tokenizer file cannot be read, or a prompt cannot be turned into tokens."""
+
+
+class PromptSize(NamedTuple):
+    """Tokens of a prompt with its end marks; those of its words; and those of them that are in the vocabulary."""
+
+    tokens: int
+    words: int
+    known: int
 
 
 class Tokenizer:
@@ -30,12 +39,22 @@ class Tokenizer:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` with the special tokens. Raises TokenizerError for invalid Unicode."""
+        ids: list[int] = self._encode(prompt).ids
+        return ids
+
+    def measure(self, prompt: str) -> PromptSize:
+        """How much of ``prompt`` the text encoder will see. Raises TokenizerError for invalid Unicode."""
+        encoding = self._encode(prompt)
+        words = [token for token, mark in zip(encoding.tokens, encoding.special_tokens_mask, strict=True) if not mark]
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        return PromptSize(len(encoding.ids), len(words), sum(word != unknown for word in words))
+
+    def _encode(self, prompt: str) -> tokenizers.Encoding:
         try:
             # One by one: encode_batch starts a thread pool, which forked workers do not survive.
-            ids: list[int] = self._tokenizer.encode(prompt).ids
+            return self._tokenizer.encode(prompt)
         except (TypeError, UnicodeError) as error:
             raise TokenizerError("the prompt is not valid Unicode text") from error
-        return ids
 
     def __call__(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and attention mask, both int64 (len(prompts), max_tokens).

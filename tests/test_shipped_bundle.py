@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engines.bundle import load_bundle, shipped_bundle
-from engines.pipeline import Edit, Generate, Inpaint, Pipeline
+from engines.pipeline import Edit, Generate, Inpaint, Pipeline, TaskError
 
 SEEDS = range(6)
 CHANNELS = {"red heart": 0, "green heart": 1, "blue heart": 2}
@@ -38,6 +38,16 @@ def test_it_is_whole_small_and_says_whom_it_owes() -> None:
     assert {attribution.licence for attribution in bundle.manifest.attributions} >= {"Apache-2.0", "MIT", "CC-BY-4.0"}
     assert bundle.manifest.provenance.quality_table in (bundle.path / "README.md").read_text()
     assert "teacher | 50" in bundle.manifest.provenance.quality_table
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [("\u200b", "empty_prompt"), ("\0", "empty_prompt"), ("\u0301", "empty_prompt"), ("\U0001f34e", "unknown_words")],
+)
+def test_a_prompt_that_says_nothing_to_it_is_refused(pipeline: Pipeline, prompt: str, code: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        pipeline.validate(Generate(prompt, 4, 2.0, seed=0))
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -17,6 +17,7 @@ from engines.bundle import (
     Description,
     Grid,
     GuidanceRange,
+    find_bundle,
     load_bundle,
     read_manifest,
     shipped_bundle,
@@ -190,6 +191,29 @@ def test_shipped_bundles_are_found_by_name(tmp_path: Path, monkeypatch: pytest.M
     assert shipped_bundle("tiny") == made.path
     with pytest.raises(BundleError, match="shipped: tiny"):
         shipped_bundle("other")
+
+
+def test_a_bundle_is_found_by_path_or_by_name_and_no_other_folder_hides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "_BUNDLES", tmp_path / "shipped")
+    monkeypatch.setattr(bundles, "SHIPPED", "tiny")
+    shipped = make_tiny_bundle(tmp_path / "shipped", steps=(1,))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert find_bundle("tiny") == find_bundle("shipped") == shipped.path
+    assert find_bundle("./tiny/") == Path("tiny")
+    assert find_bundle("some/folder") == Path("some/folder")
+    with pytest.raises(BundleError, match="shipped: tiny"):
+        find_bundle("other")
+
+
+def test_what_is_no_bundle_is_never_replaced(text_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.jpg").write_bytes(b"x")
+    with pytest.raises(BundleError, match="is no bundle"):
+        write_bundle(tmp_path / "photos", text_bundle.manifest, {}, replace=True)
+    assert (tmp_path / "photos" / "dear.jpg").exists()
 
 
 def test_writing_refuses_to_overwrite_unless_told(text_bundle: Bundle, tmp_path: Path) -> None:

@@ -310,6 +310,23 @@ def test_fitted_masks_lose_no_marked_pixel() -> None:
     assert fit_mask(np.ones((5, 5), dtype=bool), (16, 16)).all()
 
 
+@pytest.mark.parametrize(("rows", "size"), [(48, 32), (5, 16), (7, 7), (3, 100), (100, 3)])
+def test_every_pixel_that_a_marked_one_overlaps_is_marked(rows: int, size: int) -> None:
+    for row in range(rows):
+        mask = np.zeros((rows, 1), dtype=bool)
+        mask[row] = True
+        overlapping = [i for i in range(size) if i * rows < (row + 1) * size and row * size < (i + 1) * rows]
+        assert np.flatnonzero(fit_mask(mask, (1, size))).tolist() == overlapping
+        assert np.flatnonzero(fit_mask(mask.T, (size, 1))).tolist() == overlapping
+
+
+def test_the_transparent_grey_level_of_sixteen_bits_is_the_mask() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 32896, 65535]], np.uint16)).save(file, "png", transparency=256)
+    mask = decode_mask(file.getvalue(), "alpha", (4, 1))
+    assert mask.tolist() == [[False, True, False, False]]
+
+
 def test_text_is_written_into_every_format() -> None:
     text = {"fewstep": json.dumps({"seed": 7, "model": "émoji"})}
     opened = Image.open(io.BytesIO(encode_image(RGB, "png", text=text)))

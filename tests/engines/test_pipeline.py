@@ -194,6 +194,7 @@ INPAINT = Inpaint("a cat", 4, 1.0, 0, IMAGE, REPAINT)
         (GOOD, {"seed": MAX_SEED + 1}, "seed_out_of_range", "seed"),
         (GOOD, {"condition": ""}, "empty_prompt", "condition"),
         (GOOD, {"condition": " \n\t"}, "empty_prompt", "condition"),
+        (GOOD, {"condition": "xyzzy \u200b"}, "unknown_words", "condition"),
         (GOOD, {"condition": "cat " * (MAX_TOKENS - 1)}, "prompt_too_long", "condition"),
         (GOOD, {"condition": "cat \ud800"}, "invalid_prompt", "condition"),
         (EDIT, {"strength": 0.0}, "strength_out_of_range", "strength"),
