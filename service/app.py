@@ -53,6 +53,7 @@ def create_app(
         version=package_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
     )

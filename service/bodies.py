@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Mapping
+from email.message import Message
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
@@ -12,13 +14,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.errors import ApiError, from_validation
+from service.errors import ApiError, from_validation, shown
 from service.runtime import Service
 from service.settings import Settings
 
 FILE_FIELDS = frozenset({"image", "mask"})
 
-_MAX_PARTS = 64
+_MAX_FIELDS = 64
 _SMALL_BODY_BYTES = 64 * 1024
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -29,7 +31,7 @@ async def read_fields(request: Request, service: Service) -> tuple[Fields, bool]
     """The fields of the body, and whether they are typed (JSON) rather than text (multipart).
 
     Raises ApiError: 400 for a body that is not what it says, 408 for one that does not arrive, 415 for
-    another content type, 422 for a field given twice or in the wrong kind of part.
+    another content type, 422 for a field given twice or in the wrong kind of part, or for too many of them.
     """
     kind = _content_type(request)
     settings = service.settings
@@ -42,8 +44,8 @@ async def read_fields(request: Request, service: Service) -> tuple[Fields, bool]
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
     if len(body) > _SMALL_BODY_BYTES:
         # Until the body is parsed, the longest time limit holds.
-        deadline = service.clock() + settings.max_timeout_ms / 1000
-        return await service.in_background(lambda: parse_json(body), deadline), True
+        deadline = request.state.began + settings.max_timeout_ms / 1000
+        return await service.parsed(lambda: parse_json(body), deadline), True
     return parse_json(body), True
 
 
@@ -69,7 +71,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def _content_type(request: Request) -> str:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "unsupported_content_encoding", "send the body without a content encoding")
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    header = Message()
+    header["content-type"] = request.headers.get("content-type", "")
+    kind = header.get_content_type() if header["content-type"] else ""
     if kind not in ("application/json", "multipart/form-data"):
         raise ApiError(
             415,
@@ -77,14 +81,18 @@ def _content_type(request: Request) -> str:
             "send application/json or multipart/form-data",
             param="content-type",
         )
+    if str(header.get_content_charset("utf-8")).replace("-", "") != "utf8":
+        raise ApiError(415, "unsupported_charset", "text must be UTF-8", param="content-type")
     return kind
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_FIELDS:
+        raise ApiError(422, "too_many_fields", f"{len(pairs)} fields, of which no request has {_MAX_FIELDS}")
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _duplicate(next(name for name in names if names.count(name) > 1))
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise _duplicate(name)
     return fields
 
 
@@ -92,18 +100,40 @@ def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+class _StrictParser(MultiPartParser):
+    """Refuses text that is not UTF-8, and knows whether the closing boundary came."""
+
+    ended = False
+
+    def on_part_end(self) -> None:
+        """A part is whole: check its text, which would else be taken for Latin-1."""
+        if self._current_part.file is None:
+            try:
+                self._current_part.data.decode()
+            except UnicodeDecodeError:
+                raise MultiPartException("A field is not UTF-8.") from None
+        super().on_part_end()
+
+    def on_end(self) -> None:
+        """The closing boundary."""
+        self.ended = True
+
+
 async def _read_multipart(request: Request, settings: Settings) -> dict[str, str | bytes]:
-    parser = MultiPartParser(
+    parser = _StrictParser(
         request.headers,
         request.stream(),
         max_files=len(FILE_FIELDS),
-        max_fields=_MAX_PARTS,
-        max_part_size=max(1024, 8 * settings.max_prompt_chars),
+        max_fields=_MAX_FIELDS,
+        max_part_size=settings.max_body_bytes,
     )
     # The body is bounded already; a spooled part would need a writable disk.
     parser.spool_max_size = settings.max_body_bytes + 1
     try:
         form = await parser.parse()
+        if not parser.ended:
+            await form.close()
+            raise MultiPartException("The body ends before its closing boundary.")
     except MultiPartException as error:
         message = f"{error.message} Images and masks are file parts, all else is short text."
         raise ApiError(400, "invalid_multipart", message) from error
@@ -120,7 +150,7 @@ async def _unpack(form: FormData) -> dict[str, str | bytes]:
             raise _duplicate(name)
         if isinstance(value, UploadFile):
             if name not in FILE_FIELDS:
-                raise ApiError(422, "invalid_value", f"{name}: text is expected, not a file", param=name)
+                raise ApiError(422, "invalid_value", f"{shown(name)}: text is expected, not a file", param=shown(name))
             fields[name] = await value.read()
         else:
             if name in FILE_FIELDS:
@@ -130,4 +160,4 @@ async def _unpack(form: FormData) -> dict[str, str | bytes]:
 
 
 def _duplicate(name: str) -> ApiError:
-    return ApiError(422, "duplicate_field", f"{name}: given more than once", param=name)
+    return ApiError(422, "duplicate_field", f"{shown(name)}: given more than once", param=shown(name))

@@ -6,7 +6,7 @@ import math
 
 from engines.images import FORMATS, MASK_MODES
 from engines.manifest import Manifest
-from service.schemas import Capabilities, Limits, Range, Size
+from service.schemas import MAX_SEED, Capabilities, Limits, Range, Size
 from service.settings import Settings
 
 _PREFERRED_STEPS = 4
@@ -63,6 +63,11 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
             max_images=settings.max_images,
             max_prompt_chars=settings.max_prompt_chars,
             max_prompt_tokens=manifest.text.max_tokens if manifest.text else None,
+            max_seed=MAX_SEED,
+            max_inflight=settings.max_inflight,
+            max_inflight_bytes=settings.max_inflight_bytes,
+            max_queue_cost=settings.max_queue_cost,
+            body_timeout_ms=round(settings.body_timeout_s * 1000),
             timeout_ms=settings.timeout_ms,
             max_timeout_ms=settings.max_timeout_ms,
         ),

@@ -33,6 +33,7 @@ _IMAGE_STATUS = {
     "mask_without_alpha": 422,
 }
 _LISTED_PROBLEMS = 5
+_QUOTED_CHARS = 100
 
 
 class ApiError(Exception):
@@ -83,6 +84,11 @@ class ApiError(Exception):
 def internal_error() -> ApiError:
     """The answer to a fault of our own; what happened stands in the log under the request id."""
     return ApiError(500, "internal_error", "the service failed; the log has the details")
+
+
+def shutting_down() -> ApiError:
+    """The answer to what will not be finished any more."""
+    return ApiError(503, "shutting_down", "the service is shutting down", retry_after_s=1.0)
 
 
 def deadline_exceeded() -> ApiError:
@@ -159,9 +165,14 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, validation_error)
 
 
+def shown(name: str) -> str:
+    """A name that a client made up, cut to what an answer can quote."""
+    return name if len(name) <= _QUOTED_CHARS else name[:_QUOTED_CHARS] + "..."
+
+
 def _place(location: tuple[int | str, ...]) -> str:
     # The last part of the path through a union names its branch, not a field.
-    return str(location[0]) if location else ""
+    return shown(str(location[0])) if location else ""
 
 
 def _plain(problem: Mapping[str, Any]) -> str:

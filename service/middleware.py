@@ -5,6 +5,7 @@ Plain ASGI, because a wrapper that buffers would hide from the routes that a cli
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -14,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ApiError, internal_error
+from service.errors import ApiError, internal_error, shutting_down
 from service.logs import describe, request_id_var
 from service.metrics import Metrics
 from service.runtime import ClientGone
@@ -61,6 +62,10 @@ class RequestContext:
             await self.app(scope, receive, tagged)
         except (ClientDisconnect, ClientGone):
             status = _CLIENT_CLOSED
+        except asyncio.CancelledError:
+            # The server gives up what it can wait for no longer.
+            if status == 0:
+                await shutting_down().response()(scope, receive, tagged)
         except Exception as error:
             logger.error("unhandled", extra=describe(error))
             if status == 0:
@@ -88,8 +93,9 @@ class RequestContext:
 class BodyLimit:
     """Bounds the bytes of bodies before anything reads them.
 
-    One body may have ``max_bytes``, else 413: by Content-Length at once, or when the bytes arrive. All bodies of
-    requests in flight may have ``max_total_bytes`` together, else 429: many uploads at once must not exhaust memory.
+    One body may have ``max_bytes``, else 413: by Content-Length before a byte is read, or when they arrive. All
+    bodies of requests in flight may have ``max_total_bytes`` together, else 429: many uploads at once must not
+    exhaust memory.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_total_bytes: int, metrics: Metrics) -> None:
@@ -105,13 +111,13 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > self.max_bytes):
-            await self._too_large().response()(scope, receive, send)
-            return
+        too_large = declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > self.max_bytes)
         received = 0
 
         async def counted() -> Message:
             nonlocal received
+            if too_large:
+                raise self._too_large()
             message = await receive()
             size = len(message.get("body", b""))
             received += size
@@ -135,6 +141,7 @@ class BodyLimit:
             self.total -= received
 
     def _too_large(self) -> ApiError:
+        self.metrics.rejected.labels("body_too_large").inc()
         return ApiError(413, "body_too_large", f"the body may have at most {self.max_bytes} bytes")
 
 

@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from engines.bundle import shipped_bundle
+from engines.bundle import find_bundle
 from engines.pipeline import Pipeline
-from service.errors import ApiError, deadline_exceeded, from_failure
+from service.errors import ApiError, deadline_exceeded, from_failure, shutting_down
 from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 OpenPipeline = Callable[[Settings], Pipeline]
+ClientIsGone = Callable[[], Awaitable[None]]
 
 _LOADING_RETRY_S = 2.0
 _BUSY_RETRY_S = 1.0
@@ -50,9 +51,7 @@ class ClientGone(Exception):
 
 def open_pipeline(settings: Settings) -> Pipeline:
     """Open the bundle that the settings name, a folder or a bundle that ships, and warm it up."""
-    path = Path(settings.bundle)
-    if not path.is_dir():
-        path = shipped_bundle(settings.bundle)
+    path = find_bundle(settings.bundle)
     sizes = {settings.max_batch} | {1 << k for k in range(settings.max_batch.bit_length())}
     pipeline = Pipeline.open(path, settings.backend, settings.threads, batch_sizes=sorted(sizes))
     pipeline.warmup()
@@ -78,7 +77,8 @@ class Service:
         self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
         self._stopping = asyncio.Event()
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
-        self._intake = ThreadPoolExecutor(1, thread_name_prefix="intake")
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
 
     @property
     def state(self) -> State:
@@ -129,23 +129,26 @@ class Service:
         finally:
             self._count(-1)
 
-    async def in_background(self, call: Callable[[], Result], deadline: float) -> Result:
-        """The result of a call that would hold up the event loop, such as decoding an image.
+    async def decoded(self, call: Callable[[], Result], deadline: float, client_gone: ClientIsGone) -> Result:
+        """The result of a call that decodes images, made in a thread.
 
-        Raises ApiError 504 at ``deadline``; a call that has not begun by then never does.
+        Raises as `complete` does; a call that has not begun by then never does.
         """
-        try:
-            async with asyncio.timeout(deadline - self.clock()):
-                return await asyncio.get_running_loop().run_in_executor(self._intake, call)
-        except TimeoutError:
-            raise deadline_exceeded() from None
+        running = asyncio.get_running_loop().run_in_executor(self._decoder, call)
+        return await self._first(running, deadline, client_gone)
 
-    async def complete(self, job: Job, client_gone: Callable[[], Awaitable[None]]) -> Finished:
+    async def parsed(self, call: Callable[[], Result], deadline: float) -> Result:
+        """The same for a call that is short, and waits for no image to be decoded."""
+        running = asyncio.get_running_loop().run_in_executor(self._parser, call)
+        return await self._first(running, deadline, _never)
+
+    async def complete(self, job: Job, client_gone: ClientIsGone) -> Finished:
         """Queue the job and wait for its images.
 
         ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
         raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped, 500.
         """
+        job = replace(job, submitted=self.clock())
         try:
             await self._queue.submit(job)
         except QueueFull as error:
@@ -156,28 +159,36 @@ class Service:
             return outcome
         raise from_failure(outcome)
 
-    async def _wait(self, job: Job, client_gone: Callable[[], Awaitable[None]]) -> Outcome:
+    async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
         outcome = asyncio.ensure_future(self._queue.outcome(job.id))
+        answered = False
+        try:
+            result = await self._first(outcome, job.deadline, client_gone)
+            answered = True
+            return result
+        except ClientGone:
+            await self._count_cancelled(job)
+            raise
+        finally:
+            if not answered:
+                await self._queue.cancel(job.id)
+
+    async def _first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
+        """What is wanted, unless before it the client goes, the service stops, or the deadline passes."""
         gone = asyncio.ensure_future(client_gone())
         stopping = asyncio.ensure_future(self._stopping.wait())
-        waiting = {outcome, gone, stopping}
+        waiting: set[asyncio.Future[Any]] = {wanted, gone, stopping}
         try:
-            await asyncio.wait(
-                waiting, timeout=max(0.0, job.deadline - self.clock()), return_when=asyncio.FIRST_COMPLETED
-            )
-            if outcome.done():
-                return outcome.result()
+            left_s = max(0.0, deadline - self.clock())
+            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.done():
+                return wanted.result()
             if gone.done():
-                await self._count_cancelled(job)
                 raise ClientGone
-            if stopping.done():
-                raise ApiError(503, "shutting_down", "the service is shutting down", retry_after_s=_BUSY_RETRY_S)
-            raise deadline_exceeded()
+            raise shutting_down() if stopping.done() else deadline_exceeded()
         finally:
-            for task in waiting:
-                task.cancel()
-            if not outcome.done():
-                await self._queue.cancel(job.id)
+            for future in waiting:
+                future.cancel()
 
     async def _count_cancelled(self, job: Job) -> None:
         stage = await self._queue.cancel(job.id)
@@ -214,13 +225,18 @@ class Service:
             logger.info("ready", extra={"model": manifest.name, "revision": manifest.revision})
 
     def _close(self) -> None:
-        self._intake.shutdown()
+        for executor in (self._decoder, self._parser):
+            executor.shutdown(cancel_futures=True)
         if self._loader.ident is not None:
             self._loader.join()
         if self._worker is not None:
             self._worker.stop()
         if self._pipeline is not None:
             self._pipeline.close()
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
 
 
 def package_version() -> str:

@@ -171,6 +171,11 @@ class Limits(Body):
     max_images: int
     max_prompt_chars: int
     max_prompt_tokens: int | None
+    max_seed: int
+    max_inflight: Annotated[int, Field(description="Requests for images at once, of all clients.")]
+    max_inflight_bytes: Annotated[int, Field(description="Of their bodies together.")]
+    max_queue_cost: Annotated[int, Field(description="Images x steps that may wait.")]
+    body_timeout_ms: int
     timeout_ms: int
     max_timeout_ms: int
 

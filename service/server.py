@@ -16,7 +16,7 @@ class Server(uvicorn.Server):
     """One process that serves one app.
 
     The first SIGTERM or SIGINT starts draining: /readyz and requests for images get 503 while those in flight
-    are finished, for at most ``drain_timeout_s``; then it exits. A second signal exits at once.
+    are finished, for at most ``drain_timeout_s``; then it exits. A second signal gives up what is in flight.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -26,7 +26,7 @@ class Server(uvicorn.Server):
         self.failed = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal, exit on the second."""
+        """Drain on the first signal, exit on the second, by force on the third."""
         if self._drain_since is None:
             self._drain_since = time.monotonic()
             self._service.drain()
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: exit once drained, or where the service cannot go on."""
         self.failed = self.failed or self._service.state is State.FAILED
-        if self.failed or self._drained():
+        if self.failed or self.should_exit or self._drained():
             self._service.abandon()
             self.should_exit = True
         return await super().on_tick(counter)

@@ -67,7 +67,8 @@ class Worker:
         self._end(list(self._held.values()), _STOPPED)
 
     def step(self, wait_s: float = 0.0) -> None:
-        """Admit, drop what is cancelled or expired, and run one tick. Waits only when there is nothing."""
+        """Admit, drop what failed, is cancelled or expired, and run one tick. Waits only when there is nothing."""
+        self._drop_failed()
         self._admit(wait_s)
         self._drop_cancelled()
         plan = self._scheduler.plan(self._candidates(), self._clock())
@@ -100,6 +101,11 @@ class Worker:
         if room > 0:
             for job in self._queue.take(room, 0.0 if held else wait_s):
                 self._held[job.id] = Work(job)
+
+    def _drop_failed(self) -> None:
+        # The finisher may fail a job whose other images still tick here; it is settled already.
+        for work in [work for work in self._held.values() if work.over]:
+            del self._held[work.job.id]
 
     def _drop_cancelled(self) -> None:
         cancelled = self._queue.cancelled(self._held)

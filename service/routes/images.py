@@ -39,7 +39,8 @@ async def generate(request: Request) -> Response:
 async def edit(request: Request) -> Response:
     """Make images that start from an image.
 
-    An image of another size is resized to the bundle's first, and stretched where its proportions are others.
+    An image of another size is resized to the bundle's first, and stretched where its proportions are others;
+    transparent parts are laid on white.
     """
     return await _serve(request, EditRequest)
 
@@ -50,8 +51,8 @@ async def inpaint(request: Request) -> Response:
 
     The mask has the image's own size. The result has the bundle's size: an image of another size is resized,
     and a pixel of the result is repainted when any pixel under it is marked. The other pixels come back exactly
-    as they went in (for an image that was resized: as they were after it), in png always, in jpeg and webp as
-    far as those formats are exact.
+    as they went in (for an image that was resized, or laid on white where it was transparent: as they were after
+    it), in png always, in jpeg and webp as far as those formats are exact.
     """
     return await _serve(request, InpaintRequest)
 
@@ -75,9 +76,10 @@ async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
             began=began,
         )
         deadline = deadline_of(body, service.settings, began)
-        job = await service.in_background(make, deadline) if isinstance(body, EditRequest) else make()
-        finished = await service.complete(job, lambda: _disconnected(request))
-    return _render(job, finished, rendering, service)
+        gone = partial(_disconnected, request)
+        job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
+        finished = await service.complete(job, gone)
+    return _render(job, finished, rendering, service, time.monotonic() - began)
 
 
 async def _disconnected(request: Request) -> None:
@@ -85,9 +87,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _render(job: Job, finished: Finished, rendering: Rendering, service: Service) -> Response:
+def _render(job: Job, finished: Finished, rendering: Rendering, service: Service, total_s: float) -> Response:
     manifest = service.pipeline.manifest
-    timings = _timings_ms(finished, time.monotonic() - job.submitted)
+    timings = _timings_ms(finished, total_s)
     stages = ", ".join(f"{stage[:-3]};dur={value:g}" for stage, value in timings.model_dump().items())
     headers = {"Server-Timing": stages}
     if rendering.raw:

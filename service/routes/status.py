@@ -13,12 +13,14 @@ from service.schemas import Capabilities, Health
 router = APIRouter(tags=["status"])
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="The process answers")
 async def livez() -> Health:
     """Ok from the first moment, also while the bundle loads."""
     return Health(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Requests for images are welcome", responses={503: {"model": Health}})
 async def readyz(request: Request, response: Response) -> Health:
     """200 once the bundle is loaded and warm, until the service drains; else 503 with what it is doing."""
@@ -30,6 +32,7 @@ async def readyz(request: Request, response: Response) -> Health:
     return Health(status=state.value)
 
 
+@router.head("/capabilities", include_in_schema=False)
 @router.get("/capabilities", summary="What the bundle can do", responses={503: error(503)})
 async def capabilities(request: Request) -> Capabilities:
     """Steps, guidance range, sizes, formats and limits."""
@@ -37,6 +40,7 @@ async def capabilities(request: Request) -> Capabilities:
     return describe(service.pipeline.manifest, service.settings)
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """In the text format that the Accept header names."""

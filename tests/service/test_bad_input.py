@@ -189,6 +189,11 @@ async def test_json(app: Running, case: Case) -> None:
 JSON = "application/json"
 
 
+def text_part(value: bytes) -> bytes:
+    """A whole form of one prompt."""
+    return b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + value + b"\r\n--b--\r\n"
+
+
 @pytest.mark.parametrize(
     ("body", "content_type", "status", "code", "param"),
     [
@@ -204,6 +209,19 @@ JSON = "application/json"
         (b'["a cat"]', JSON, 422, "invalid_value", None),
         (b"null", JSON, 422, "invalid_value", None),
         (b'{"prompt": "a cat", "prompt": "a dog"}', JSON, 422, "duplicate_field", "prompt"),
+        (b"{" + b",".join(b'"%d": 0' % i for i in range(65)) + b"}", JSON, 422, "too_many_fields", None),
+        (b'{"prompt": "a cat", "' + b"x" * 5000 + b'": 1}', JSON, 422, "unknown_field", "x" * 100 + "..."),
+        (b'{"prompt": "a cat"}', "application/json; charset=latin-1", 415, "unsupported_charset", "content-type"),
+        (
+            text_part(b"a cat"),
+            "multipart/form-data; boundary=b; charset=undefined",
+            415,
+            "unsupported_charset",
+            "content-type",
+        ),
+        (text_part(b"caf\xe9"), "multipart/form-data; boundary=b", 400, "invalid_multipart", None),
+        (text_part(b"a cat")[:-9], "multipart/form-data; boundary=b", 400, "invalid_multipart", None),
+        (text_part(b"cat " * 3000), "multipart/form-data; boundary=b", 422, "prompt_too_long", "prompt"),
         (b"prompt=a+cat", "application/x-www-form-urlencoded", 415, "unsupported_media_type", "content-type"),
         (b"a cat", "text/plain", 415, "unsupported_media_type", "content-type"),
         (b"{}", "", 415, "unsupported_media_type", "content-type"),
@@ -287,6 +305,7 @@ async def test_a_form_of_answer_that_cannot_be_had(app: Running) -> None:
         ("GET", "/playground/nothing.js", 404, "not_found"),
         ("GET", "/playground/../settings.py", 404, "not_found"),
         ("GET", "/generate", 405, "method_not_allowed"),
+        ("POST", "/generate/", 404, "not_found"),
         ("DELETE", "/metrics", 405, "method_not_allowed"),
         ("GET", "/docs", 404, "not_found"),
     ],

@@ -78,6 +78,26 @@ def test_sigterm_drains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> 
     assert not server.failed
 
 
+def test_a_second_signal_gives_up_what_is_in_flight(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(settings)
+    service = app.state.service
+    server = Server(uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=5), service)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started and service.state is State.READY)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    gate = Gate(service.pipeline, monkeypatch)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
+        assert gate.reached.wait(20)
+        server.handle_exit(signal.SIGTERM, None)
+        server.handle_exit(signal.SIGTERM, None)
+        error(in_flight.result(), 503, "shutting_down")
+        gate.opened.set()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_draining_has_an_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     app = create_app(settings.model_copy(update={"drain_timeout_s": 0.2}))
     service = app.state.service

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from engines.bundle import BundleError
 from engines.pipeline import Pipeline
@@ -95,10 +96,12 @@ async def test_waiting_for_the_decoder_counts_too(app: Running) -> None:
         started.set()
         return busy.wait(20)
 
-    blocking = asyncio.create_task(app.service.in_background(occupy, time.monotonic() + 30))
+    blocking = asyncio.create_task(app.service.decoded(occupy, time.monotonic() + 30, asyncio.Event().wait))
     await asyncio.to_thread(started.wait, 20)
     late = await app.post("/edit", prompt="a cat", image=image, timeout_ms=50)
     error(late, 504, "deadline_exceeded")
+    long = await app.post("/generate", prompt="a cat", model="x" * 100_000)
+    error(long, 404, "model_not_found", "model")
     busy.set()
     await blocking
     assert (await app.post("/edit", prompt="a cat", image=image)).status_code == 200
@@ -178,6 +181,37 @@ async def test_abandoned_requests_get_a_503(app: Running, gate: Gate) -> None:
     app.service.abandon()
     found = error(await first, 503, "shutting_down")
     assert found["retryable"]
+
+
+async def test_abandoned_uploads_get_a_503_too(app: Running) -> None:
+    busy = threading.Event()
+    blocking = asyncio.create_task(app.service.decoded(busy.wait, time.monotonic() + 30, asyncio.Event().wait))
+    waiting = asyncio.create_task(app.post("/edit", prompt="a cat", image=b64(png(random_image()))))
+    await asyncio.sleep(0.1)
+    app.service.abandon()
+    error(await waiting, 503, "shutting_down")
+    busy.set()
+    await asyncio.gather(blocking, return_exceptions=True)
+
+
+async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: Gate) -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "app": app.app}
+    headers = [(b"content-type", b"application/json")]
+    request = asyncio.create_task(app.app({**scope, "headers": headers}, receive, send))
+    await asyncio.sleep(0.1)
+    request.cancel()
+    await asyncio.wait([request])
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
 
 
 def request_bytes(body: dict[str, Any]) -> bytes:

@@ -215,6 +215,19 @@ async def test_one_bad_image_fails_its_job_and_frees_its_rows(bench: Bench, monk
     assert (await bench.finished("other")).ticks[1:] == (1, 1, 1)
 
 
+async def test_a_job_that_fails_while_it_is_decoded_leaves_its_other_images_undone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch, bench, "finish", lambda row: row.task.seed == 0)
+    await bench.submit("large", *(task(seed, steps=1) for seed in range(MAX_ROWS + 2)))
+    bench.steps(1)
+    assert (await bench.failed("large")).reason == "engine"
+    await bench.submit("other", task(9, steps=2))
+    bench.steps(2)
+    assert (await bench.finished("other")).ticks == (1, 1)
+    assert bench.count("fewstep_tick_rows_count") == 3
+
+
 async def test_what_the_bundle_cannot_honour_is_the_clients_error(bench: Bench) -> None:
     await bench.submit("a", task(1, steps=3))
     bench.steps(1)
