@@ -48,6 +48,7 @@ __all__ = [
     "Student",
     "TensorSpec",
     "TextEncoder",
+    "check_free",
     "find_bundle",
     "find_problems",
     "load_bundle",
@@ -148,7 +149,12 @@ def find_bundle(name: str) -> Path:
     path = Path(name)
     if "/" in name or os.sep in name or (path / MANIFEST_NAME).is_file():
         return path
-    return shipped_bundle(SHIPPED if name == "shipped" else name)
+    try:
+        return shipped_bundle(SHIPPED if name == "shipped" else name)
+    except BundleError:
+        if path.is_dir():
+            return path  # Whoever reads it will say what it lacks.
+        raise
 
 
 def read_manifest(path: Path | str) -> Manifest:
@@ -226,10 +232,7 @@ def write_bundle(
     files of the bundle itself.
     """
     folder = Path(path).absolute()
-    if folder.exists() and not replace:
-        raise BundleError(f"{folder} exists already")
-    if folder.exists() and not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(f"{folder} is no bundle: it is not replaced")
+    check_free(folder, replace)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         staged = Path(scratch) / "new"
@@ -242,6 +245,16 @@ def write_bundle(
             folder.rename(Path(scratch) / "old")
         staged.rename(folder)
     return load_bundle(folder, verify=False)
+
+
+def check_free(folder: Path, replace: bool) -> None:
+    """Raise BundleError unless a bundle can be written to ``folder``: an existing one only to ``replace`` it."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not replace:
+        raise BundleError(f"{folder} exists already")
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"{folder} is no bundle: it is not replaced")
 
 
 def _checked(name: str) -> str:

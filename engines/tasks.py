@@ -109,7 +109,7 @@ def _check_condition(task: Task, manifest: Manifest, measure: Callable[[str], Pr
             raise TaskError("unknown_class", "condition", f"no class {task.condition!r}; there are {listed}")
         return
     size = measure(task.condition)
-    if not size.words:
+    if not task.condition.strip() or not size.words:
         raise TaskError("empty_prompt", "condition", "the prompt is empty")
     if not size.known:
         raise TaskError("unknown_words", "condition", "the text encoder knows none of the words of the prompt")

@@ -16,7 +16,7 @@ class TokenizerError(Exception):
 
 
 class PromptSize(NamedTuple):
-    """Tokens of a prompt with its end marks; those of its words; and those of them that are in the vocabulary."""
+    """Tokens of a prompt with its end marks; those of its words; and those of them that are not the unknown token."""
 
     tokens: int
     words: int

@@ -6,11 +6,11 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping
-from email.message import Message
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -31,7 +31,7 @@ async def read_fields(request: Request, service: Service) -> tuple[Fields, bool]
     """The fields of the body, and whether they are typed (JSON) rather than text (multipart).
 
     Raises ApiError: 400 for a body that is not what it says, 408 for one that does not arrive, 415 for
-    another content type, 422 for a field given twice or in the wrong kind of part, or for too many of them.
+    another content type or charset, 422 for a field given twice or in the wrong kind of part.
     """
     kind = _content_type(request)
     settings = service.settings
@@ -71,9 +71,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def _content_type(request: Request) -> str:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "unsupported_content_encoding", "send the body without a content encoding")
-    header = Message()
-    header["content-type"] = request.headers.get("content-type", "")
-    kind = header.get_content_type() if header["content-type"] else ""
+    header = request.headers.get("content-type", "")
+    kind = header.split(";")[0].strip().lower()
     if kind not in ("application/json", "multipart/form-data"):
         raise ApiError(
             415,
@@ -81,14 +80,15 @@ def _content_type(request: Request) -> str:
             "send application/json or multipart/form-data",
             param="content-type",
         )
-    if str(header.get_content_charset("utf-8")).replace("-", "") != "utf8":
+    charset = parse_options_header(header)[1].get(b"charset", b"utf-8")
+    if charset.lower() not in (b"utf-8", b"utf8"):
         raise ApiError(415, "unsupported_charset", "text must be UTF-8", param="content-type")
     return kind
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _MAX_FIELDS:
-        raise ApiError(422, "too_many_fields", f"{len(pairs)} fields, of which no request has {_MAX_FIELDS}")
+        raise ApiError(422, "too_many_fields", f"at most {_MAX_FIELDS} fields, there are {len(pairs)}")
     fields = dict(pairs)
     if len(fields) != len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -104,6 +104,11 @@ class _StrictParser(MultiPartParser):
     """Refuses text that is not UTF-8, and knows whether the closing boundary came."""
 
     ended = False
+
+    def on_part_begin(self) -> None:
+        """A part comes: whatever the header says, its text is read as UTF-8."""
+        super().on_part_begin()
+        self._charset = "utf-8"
 
     def on_part_end(self) -> None:
         """A part is whole: check its text, which would else be taken for Latin-1."""
@@ -135,8 +140,7 @@ async def _read_multipart(request: Request, settings: Settings) -> dict[str, str
             await form.close()
             raise MultiPartException("The body ends before its closing boundary.")
     except MultiPartException as error:
-        message = f"{error.message} Images and masks are file parts, all else is short text."
-        raise ApiError(400, "invalid_multipart", message) from error
+        raise ApiError(400, "invalid_multipart", error.message) from error
     try:
         return await _unpack(form)
     finally:

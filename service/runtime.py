@@ -134,13 +134,11 @@ class Service:
 
         Raises as `complete` does; a call that has not begun by then never does.
         """
-        running = asyncio.get_running_loop().run_in_executor(self._decoder, call)
-        return await self._first(running, deadline, client_gone)
+        return await self._first(_in_thread(self._decoder, call), deadline, client_gone)
 
     async def parsed(self, call: Callable[[], Result], deadline: float) -> Result:
         """The same for a call that is short, and waits for no image to be decoded."""
-        running = asyncio.get_running_loop().run_in_executor(self._parser, call)
-        return await self._first(running, deadline, _never)
+        return await self._first(_in_thread(self._parser, call), deadline, _never)
 
     async def complete(self, job: Job, client_gone: ClientIsGone) -> Finished:
         """Queue the job and wait for its images.
@@ -233,6 +231,14 @@ class Service:
             self._worker.stop()
         if self._pipeline is not None:
             self._pipeline.close()
+
+
+def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyncio.Future[Result]:
+    """The call's result. Where it is given up while it waits, what it holds (a whole body) is let go at once."""
+    calls = [call]
+    running = asyncio.get_running_loop().run_in_executor(executor, lambda: calls.pop()())
+    running.add_done_callback(lambda _: calls.clear())
+    return running
 
 
 async def _never() -> None:

@@ -185,19 +185,25 @@ async def test_abandoned_requests_get_a_503(app: Running, gate: Gate) -> None:
 
 async def test_abandoned_uploads_get_a_503_too(app: Running) -> None:
     busy = threading.Event()
-    blocking = asyncio.create_task(app.service.decoded(busy.wait, time.monotonic() + 30, asyncio.Event().wait))
+    occupy = asyncio.create_task(
+        app.service.decoded(lambda: busy.wait(20), time.monotonic() + 30, asyncio.Event().wait)
+    )
     waiting = asyncio.create_task(app.post("/edit", prompt="a cat", image=b64(png(random_image()))))
     await asyncio.sleep(0.1)
     app.service.abandon()
     error(await waiting, 503, "shutting_down")
     busy.set()
-    await asyncio.gather(blocking, return_exceptions=True)
+    await asyncio.gather(occupy, return_exceptions=True)
 
 
-async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: Gate) -> None:
+@pytest.mark.parametrize("body", [b"", b'{"prompt": "a cat"}'], ids=["while it uploads", "while it waits"])
+async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: Gate, body: bytes) -> None:
     sent: list[Message] = []
+    messages: list[Message] = [{"type": "http.request", "body": body}] if body else []
 
     async def receive() -> Message:
+        if messages:
+            return messages.pop()
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -207,11 +213,14 @@ async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: 
     scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "app": app.app}
     headers = [(b"content-type", b"application/json")]
     request = asyncio.create_task(app.app({**scope, "headers": headers}, receive, send))
-    await asyncio.sleep(0.1)
+    await until(gate.reached.is_set if body else lambda: app.service.inflight == 1)
     request.cancel()
     await asyncio.wait([request])
     assert sent[0]["status"] == 503
     assert json.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
+    gate.opened.set()
+    assert (await app.post("/generate", prompt="a cat", steps=1)).status_code == 200
+    assert app.metric("fewstep_images_total") == 1, "the cancelled job was not made"
 
 
 def request_bytes(body: dict[str, Any]) -> bytes:
