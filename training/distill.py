@@ -174,6 +174,7 @@ def _train_autoencoder(run: Run) -> None:
     assert recipe is not None
     images = load_pixels(run.recipe.data, "train")
     run.known("autoencoder", hash_of_array(images.numpy()))
+    run.known("denoiser", load_training_set(run.recipe, "train", run.cache).fingerprint)
     torch.manual_seed(run.recipe.seed)
     network = build_autoencoder(recipe, run.recipe.data.size)
     order = BatchOrder(len(images), recipe.batch_size, run.recipe.seed)

@@ -20,13 +20,13 @@ from engines.backends.base import TensorSpec
 from engines.bundle import (
     Attribution,
     Bundle,
-    BundleError,
     Description,
     Grid,
     GuidanceRange,
     Provenance,
     Student,
     TextEncoder,
+    check_free,
     write_bundle,
 )
 from training import networks
@@ -62,8 +62,7 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
     Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError
     for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
     """
-    if out.exists() and not replace:
-        raise BundleError(f"{out} exists already")
+    check_free(out, replace)
     sources, table = _sources(run), _quality_table(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -129,7 +129,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Of the networks' arithmetic in training; weights and losses are fp32 in both."
+        default="fp32", description="Of the networks' arithmetic in training. Weights are fp32 in both."
     )
     conditioning: Literal["text", "class"]
     guidance: tuple[float, float] = (0.0, 4.0)

@@ -18,13 +18,14 @@ from engines.pipeline import Pipeline
 from engines.rows import initial_noise
 from engines.tasks import Edit, Generate, Inpaint
 from training import networks
-from training.distill import Run, distill, student_stage
+from training.distill import WEIGHTS, Run, distill, student_stage
 from training.export import export
 from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.recipe import Recipe
 from training.sampler import sample
+from training.store import hash_of_file
 from training.text import load_text_encoder, load_tokenizer, tokenize
 
 # Of 255, between ONNX Runtime and torch.
@@ -148,7 +149,7 @@ def test_an_unfinished_run_is_not_exported(digits_run: Run, tmp_path: Path) -> N
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_quality_table_of_other_networks_is_refused(digits_run: Run, tmp_path: Path) -> None:
+def test_a_quality_table_ships_and_one_of_other_networks_is_refused(digits_run: Run, tmp_path: Path) -> None:
     folder = digits_run.folder / "evaluation"
     folder.mkdir()
     try:
@@ -156,6 +157,11 @@ def test_a_quality_table_of_other_networks_is_refused(digits_run: Run, tmp_path:
         (folder / "table.json").write_text(json.dumps({"provenance": {"weights": {"student-4": "0"}}}))
         with pytest.raises(ExportError, match="not of this student-4"):
             export(digits_run, tmp_path / "bundle")
+        stages = ("teacher", *(student_stage(steps) for steps in digits_run.recipe.export.steps))
+        weights = {stage: hash_of_file(digits_run.folder / stage / WEIGHTS) for stage in stages}
+        (folder / "table.json").write_text(json.dumps({"provenance": {"weights": weights}}))
+        made = export(digits_run, tmp_path / "bundle")
+        assert made.manifest.provenance.quality_table == "| KID |"
     finally:
         shutil.rmtree(folder)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from training.data.convert import SplitReport
 
 OUT = click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists and is an image set.")
 SIZE_PX = click.IntRange(8, 1024)
 
 

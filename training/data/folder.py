@@ -62,7 +62,7 @@ def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def _is_set(folder: Path) -> bool:
     """Whether a folder is what this package writes."""
-    return (folder / "dataset.json").is_file() or any(folder.glob(f"*/{METADATA}")) or any(folder.glob("*/*.tar"))
+    return (folder / "dataset.json").is_file() or any(folder.glob(f"*/{'[0-9]' * 6}.tar"))
 
 
 class SplitWriter:
