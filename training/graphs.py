@@ -29,7 +29,8 @@ TOLERANCE: Mapping[Weights, float] = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3.5e-2
 BATCH_SIZES = (1, 2, 5, 16)
 STEP_SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
 MIN_COMPRESSED_ELEMENTS = 1024
-INT8_BLOCK = 48
+INT8_BLOCKS = (48, 23)
+"""The sizes tried for blocks of weights that share a scale, from the largest down to above the last."""
 OPSET = 20
 
 
@@ -207,9 +208,10 @@ def _as_fp16(name: str, value: NDArray[np.float32]) -> Stored:
 
 def _as_int8(name: str, value: NDArray[np.float32]) -> Stored:
     """Symmetric, with a scale for each block of consecutive weights: a text encoder's outliers need small blocks."""
-    if value.size % INT8_BLOCK:
+    block = next((size for size in range(*INT8_BLOCKS, -1) if value.size % size == 0), None)
+    if block is None:
         return _as_fp16(name, value)
-    blocks = value.reshape(-1, INT8_BLOCK)
+    blocks = value.reshape(-1, block)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
     scale = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
     codes = np.clip(np.rint(blocks / scale.astype(np.float32)), -127, 127).astype(np.int8)

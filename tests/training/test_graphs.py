@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from training import graphs
@@ -89,6 +89,23 @@ def test_large_weights_are_stored_small(tmp_path: Path, weights: graphs.Weights,
     large = [value for value in stored if value.size == 64 * 48]
     assert [value.dtype for value in large] == [dtype]
     assert 1e-7 < parity.error < graphs.TOLERANCE[weights]
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(176, np.int8), (61, np.float16)])
+def test_blocks_divide_the_weights_or_they_are_stored_as_fp16(width: int, dtype: type) -> None:
+    value = np.random.default_rng(0).standard_normal((width, width)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["y"])],
+        "g",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, value.shape)],
+        [numpy_helper.from_array(value, "w")],
+    )
+    stored = store_weights(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), "int8")
+    large = max((numpy_helper.to_array(i) for i in stored.graph.initializer), key=lambda array: array.size)
+    assert large.dtype == dtype
+    session = onnxruntime.InferenceSession(stored.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.abs(session.run(["y"], {})[0] - value).max() < 0.02
 
 
 def test_the_smallest_storage_within_tolerance_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
