@@ -1,0 +1,34 @@
+"""Both stages against exact answers: a Gaussian mixture's guided denoiser is the teacher, in closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.exact_answers import LONG, SHORT, Effort, Problem
+
+# How many times nearer to the exact ODE map than guided DDIM at the same number of steps.
+NEARER = {8: 2.5, 4: 5.0, 2: 10.0, 1: 10.0}
+
+
+def check(dimensions: int, folder: Path, effort: Effort, stage1_error: float) -> None:
+    problem = Problem(dimensions, folder)
+    stage1 = problem.match_outputs(effort)
+    error = problem.output_error(stage1)
+    print(f"{dimensions} dimensions, stage 1: {error:.4f}")
+    assert error < stage1_error
+    for steps, (ours, theirs) in problem.map_errors(problem.halvings(stage1, effort)).items():
+        print(f"{steps} steps: student {ours:.4f}, guided DDIM {theirs:.4f}")
+        assert ours * NEARER.get(steps, 0.0) < theirs, f"{steps} steps"
+
+
+@pytest.mark.parametrize("dimensions", [2, 16])
+def test_a_short_run_comes_near_the_exact_answers(dimensions: int, tmp_path: Path) -> None:
+    check(dimensions, tmp_path, SHORT, 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimensions", [2, 16])
+def test_a_long_run_comes_nearer(dimensions: int, tmp_path: Path) -> None:
+    check(dimensions, tmp_path, LONG, 0.01)
