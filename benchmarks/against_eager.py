@@ -21,9 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from engines.pipeline import Generate, Pipeline, initial_noise
-from training.distill import Run, decode_all, student_stage
+from training.distill import student_stage
 from training.pictures import to_uint8
 from training.recipe import Recipe
+from training.run import Run, decode_all
 from training.sampler import sample
 from training.text import load_text_encoder, load_tokenizer, tokenize
 
@@ -37,11 +38,11 @@ class Eager:
     def __init__(self, run: Run, steps: int) -> None:
         self.run, self.steps = run, steps
         self.student = run.denoiser(student_stage(steps))
-        self.autoencoder = run.autoencoder() if run.recipe.autoencoder else None
+        self.autoencoder = run.autoencoder() if run.is_latent else None
         self.text, self.tokenizer = load_text_encoder(), load_tokenizer(run.recipe.max_tokens)
 
     def __call__(self, tasks: list[Generate]) -> np.ndarray:
-        noise = torch.from_numpy(np.stack([initial_noise(task.seed, self.run.data.shape) for task in tasks]))
+        noise = torch.from_numpy(np.stack([initial_noise(task.seed, self.run.shape) for task in tasks]))
         w = torch.tensor([task.guidance for task in tasks])
         with torch.inference_mode():
             z = sample(self.student, self.run.schedule.grid(self.steps), noise, self._condition(tasks), w)

@@ -14,12 +14,13 @@ from tempfile import TemporaryDirectory
 import click
 import torch
 from accelerate import Accelerator
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from training.diffusion import Schedule, diffuse, x_from_v
+from training.draws import Draws, generator_at
 from training.guidance import Denoiser, GuidedTeacher
-from training.loop import generator_at, train
-from training.losses import Batch, draw_guidance, draw_normal, draw_times, output_matching_loss, progressive_loss
+from training.loop import train
+from training.losses import Batch, draw_any_times, draw_guidance, output_matching_loss, progressive_loss
 from training.mixture import ExactDenoiser, GaussianMixture, solve_guided_ode
 from training.recipe import Optimisation
 from training.sampler import sample
@@ -28,6 +29,7 @@ from training.vectors import VectorDenoiser
 W_RANGE = (0.0, 4.0)
 START = 64
 TEST_ROWS = 2048
+TEST_PLACE = 2**31  # past every update
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ class Problem:
         self.teacher = GuidedTeacher(exact, exact, {"label": torch.tensor(self.mixture.classes)})
         self.dimensions = dimensions
 
-    def batch(self, rows: int, generator: Generator) -> Batch:
-        """Fresh data."""
-        x, label = self.mixture.draw(rows, generator)
+    def batch(self, place: int, rows: int) -> Batch:
+        """Fresh data, others at every place."""
+        x, label = self.mixture.draw(rows, generator_at(0, place, 6))
         return Batch(x.float(), {"label": label})
 
     def match_outputs(self, effort: Effort) -> VectorDenoiser:
@@ -72,9 +74,9 @@ class Problem:
         torch.manual_seed(0)
         network = VectorDenoiser(self.dimensions, self.mixture.classes)
 
-        def loss(network: nn.Module, update: int, generator: Generator) -> Tensor:
-            batch = self.batch(effort.batch_size, generator)
-            return output_matching_loss(network, self.teacher, self.schedule, batch, W_RANGE, generator)
+        def loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
+            batch = self.batch(update, effort.batch_size)
+            return output_matching_loss(network, self.teacher, self.schedule, batch, W_RANGE, draws)
 
         return self._train(network, loss, effort.optimisation(effort.stage1), "stage1")
 
@@ -91,15 +93,15 @@ class Problem:
         network = VectorDenoiser(self.dimensions, self.mixture.classes)
         network.load_state_dict(teacher.state_dict())
 
-        def loss(network: nn.Module, update: int, generator: Generator) -> Tensor:
-            batch = self.batch(effort.batch_size, generator)
-            return progressive_loss(network, teacher, self.schedule, batch, steps, W_RANGE, generator)
+        def loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
+            batch = self.batch(update, effort.batch_size)
+            return progressive_loss(network, teacher, self.schedule, batch, steps, W_RANGE, draws)
 
         updates = effort.last if steps <= 2 else effort.halving
         return self._train(network, loss, effort.optimisation(updates, 0.5), f"student-{steps}")
 
     def _train(
-        self, network: VectorDenoiser, loss: Callable[[nn.Module, int, Generator], Tensor], recipe: Optimisation,
+        self, network: VectorDenoiser, loss: Callable[[nn.Module, int, Draws], Tensor], recipe: Optimisation,
         stage: str,
     ) -> VectorDenoiser:  # fmt: skip
         trained = train(network, loss, recipe, self.folder / stage, accelerator=Accelerator(cpu=True), seed=1)
@@ -108,12 +110,12 @@ class Problem:
     @torch.inference_mode()
     def output_error(self, student: Denoiser) -> float:
         """The relative L2 error of a student's x against the exact guided x, over w and t drawn as in training."""
-        generator = generator_at(2, 0)
-        batch = self.batch(8 * TEST_ROWS, generator)
-        t = draw_times(batch.x, self.schedule.timesteps, generator)
-        w = draw_guidance(batch.x, W_RANGE, generator)
+        rows = 8 * TEST_ROWS
+        batch, draws = self.batch(TEST_PLACE, rows), Draws(2, 0, range(rows))
+        t = draw_any_times(self.schedule, draws).to(batch.x)
+        w = draw_guidance(W_RANGE, draws).to(batch.x)
         alpha, sigma = self.schedule.at(t, batch.x)
-        z = diffuse(batch.x, draw_normal(batch.x, generator), alpha, sigma)
+        z = diffuse(batch.x, draws.normal(batch.x), alpha, sigma)
         x, exact = (x_from_v(z, d(z, t, batch.condition, w), alpha, sigma) for d in (student, self.teacher))
         return distance(x, exact)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from training.distill import Run
+    from training.run import Run
 
 # The tests state what the CPU does. accelerate allows one device in a process, and commands take the best one.
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -53,7 +53,8 @@ def digits_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
     from training import distill
     from training.recipe import Recipe
+    from training.run import Run
 
-    run = distill.Run(Recipe.load(tiny_recipe), tmp_path_factory.mktemp("run"), Accelerator(cpu=True))
+    run = Run(Recipe.load(tiny_recipe), tmp_path_factory.mktemp("run"), Accelerator(cpu=True))
     distill.distill(run)
     return run

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Generator, Tensor
+from torch import Tensor, nn
 
-from training.losses import draw_normal
+from training.draws import Draws
 from training.recipe import AutoencoderRecipe
 
 
-def reconstruction_loss(
-    autoencoder: AutoencoderKL, images: Tensor, recipe: AutoencoderRecipe, generator: Generator
-) -> Tensor:
-    """L1 + L1 of the differences between neighbours (edges matter in drawings) + a small KL term."""
-    posterior = autoencoder.encode(images, return_dict=False)[0]
-    latents = posterior.mean + posterior.std * draw_normal(posterior.mean, generator)
-    output = autoencoder.decode(latents, return_dict=False)[0]
-    loss: Tensor = (output - images).abs().mean() + recipe.kl_weight * posterior.kl().mean()
+class Reconstructor(nn.Module):
+    """An autoencoder whose forward pass is what its training needs."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) made anew from a random latent of each, and the KL divergence (B,) of the latents."""
+        posterior = self.autoencoder.encode(images, return_dict=False)[0]
+        latents = posterior.mean + posterior.std * draws.normal(posterior.mean)
+        return self.autoencoder.decode(latents, return_dict=False)[0], posterior.kl()
+
+
+def reconstruction_loss(network: nn.Module, images: Tensor, recipe: AutoencoderRecipe, draws: Draws) -> Tensor:
+    """Of a Reconstructor: L1 + L1 of differences of neighbours (edges matter in drawings) + a small KL term."""
+    output, kl = network(images, draws)
+    loss: Tensor = (output - images).abs().mean() + recipe.kl_weight * kl.mean()
     for axis in (-1, -2):
         loss = loss + recipe.gradient_weight * (output.diff(dim=axis) - images.diff(dim=axis)).abs().mean()
     return loss

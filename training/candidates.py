@@ -11,17 +11,18 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.distill import WEIGHTS, Run, decode_all, student_stage
+from training.distill import student_stage
+from training.draws import generator_at
 from training.evaluation_set import EvaluationSet
 from training.features import Pixels
 from training.guidance import Denoiser
-from training.loop import generator_at
 from training.pictures import to_uint8
+from training.run import Run, decode_all
 from training.sampler import sample
-from training.store import Store, hash_of_file
+from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
-VERSION = 1
+VERSION = 2
 BATCH_IMAGES = 64
 NOISE_STREAM = 4
 
@@ -85,26 +86,21 @@ class ImageMaker:
 
     def make(self, candidate: Candidate, w: float, rows: range) -> Pixels:
         """The images (len(rows), H, W, 3) for some of the conditions, made now and not kept."""
-        device = self.run.accelerator.device
+        device = self.run.device
         noise = torch.stack([self._noise(i) for i in rows]).to(device)
         condition = {name: value[rows.start : rows.stop].to(device) for name, value in self.data.condition.items()}
-        grid = self.run.schedule.spaced(candidate.steps)
+        grid = self.run.schedule.grid(candidate.steps)
         z = sample(self._denoiser(candidate), grid, noise, condition, torch.full((len(rows),), w, device=device))
         return to_uint8(self._decode(z))
 
     def weights(self, stage: str) -> str:
-        """The hash of a stage's weights. Raises FileNotFoundError if the stage is not done."""
+        """The hash of a stage's weights. Raises TrainingError if the stage is not done."""
         if stage not in self._hashes:
-            self._hashes[stage] = hash_of_file(self.run.folder / stage / WEIGHTS)
+            self._hashes[stage] = self.run.weights(stage)
         return self._hashes[stage]
 
     def _noise(self, i: int) -> Tensor:
-        recipe = self.run.recipe
-        shape: tuple[int, ...] = (3, recipe.data.size, recipe.data.size)
-        if recipe.autoencoder:
-            side = recipe.data.size >> (len(recipe.autoencoder.channels) - 1)
-            shape = (recipe.autoencoder.latent_channels, side, side)
-        return torch.randn(shape, generator=generator_at(self.seed, i, NOISE_STREAM))
+        return torch.randn(self.run.shape, generator=generator_at(self.seed, i, NOISE_STREAM))
 
     def _denoiser(self, candidate: Candidate) -> Denoiser:
         if candidate.stage not in self._denoisers:
@@ -115,7 +111,7 @@ class ImageMaker:
         return self._denoisers[candidate.stage]
 
     def _decode(self, z: Tensor) -> Tensor:
-        if self.run.recipe.autoencoder is None:
+        if not self.run.is_latent:
             return z
         if self._autoencoder is None:
             self._autoencoder = self.run.autoencoder()
@@ -125,7 +121,7 @@ class ImageMaker:
         return {
             "version": VERSION,
             "weights": self.weights(candidate.stage),
-            "autoencoder": self.weights("autoencoder") if self.run.recipe.autoencoder else None,
+            "autoencoder": self.weights("autoencoder") if self.run.is_latent else None,
             "model": candidate.model,
             "steps": candidate.steps,
             "w": w,

@@ -11,15 +11,19 @@ from accelerate import Accelerator
 
 from engines.bundle import BundleError
 from training import distill as stages
+from training import run as runs
 from training.data.entries import DataError
 from training.export import export as export_run
 from training.graphs import SMALLEST_FIRST, ExportError, Weights
-from training.loop import Pace, TrainingError
+from training.loop import Stopped, TrainingError
 from training.recipe import Recipe, RecipeError
+from training.report import Pace
+from training.teachers import TeacherError
 
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, path_type=Path)
 AT_LEAST_ONE, SECONDS = click.IntRange(min=1), click.FloatRange(min=0)
+STOPPED = 143  # as for a process that SIGTERM ended
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
 
@@ -29,33 +33,34 @@ class _Reported(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (RecipeError, TrainingError, DataError, ExportError, BundleError, OSError) as error:
+        except (RecipeError, TrainingError, TeacherError, DataError, ExportError, BundleError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except Stopped as stopped:
+            click.echo(str(stopped), err=True)
+            ctx.exit(STOPPED)
 
 
-def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pace()) -> stages.Run:
+def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pace()) -> runs.Run:
     """The run of a recipe in folder `out` (by default runs/NAME), its data path replaced by `data` if given.
 
-    Raises RecipeError for a faulty recipe, TrainingError for a folder of another run or for several processes.
+    Raises RecipeError for a faulty recipe, TrainingError for a folder of another run.
     """
     loaded = Recipe.load(recipe)
     if data:
         loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
     accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision])
-    if accelerator.num_processes > 1:
-        raise TrainingError("a run is one process so far; several would each repeat the same work")
-    return stages.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
+    return runs.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
 
 
-def open_finished_run(recipe: Path, folder: Path | None, data: Path | None) -> stages.Run:
+def open_finished_run(recipe: Path, folder: Path | None, data: Path | None) -> runs.Run:
     """The run in a folder that is there. Raises as `open_run` does, and TrainingError where no run was."""
     place = folder or Path("runs") / Recipe.load(recipe).name
-    if not (place / stages.RECORD).is_file():
+    if not (place / runs.RECORD).is_file():
         raise TrainingError(f"there is no run in {place}; train one, or name its folder with --run")
     return open_run(recipe, place, data)
 
 
-def _on_a_run(command: Callable[[stages.Run], None]) -> click.Command:
+def _on_a_run(command: Callable[[runs.Run], None]) -> click.Command:
     """A subcommand RECIPE [options] out of a function of a run."""
 
     def opened(sample_every: int, checkpoint_every: float, **options: Any) -> None:
@@ -77,13 +82,13 @@ def _on_a_run(command: Callable[[stages.Run], None]) -> click.Command:
 
 
 @_on_a_run
-def train(run: stages.Run) -> None:
+def train(run: runs.Run) -> None:
     """Train the guided teacher of RECIPE, and its autoencoder first if it has one. Resumes a run that was stopped."""
     stages.train_teacher(run)
 
 
 @_on_a_run
-def distill(run: stages.Run) -> None:
+def distill(run: runs.Run) -> None:
     """Distil the students of RECIPE: output matching, then the halvings. What is missing before is trained first.
 
     Resumes a run that was stopped: finished stages are kept.

@@ -1,12 +1,16 @@
 """The mathematics of diffusion: one formula, one function. Knows tensors; knows no network.
 
-Notation of Meng et al. (2023) and Salimans & Ho (2022): z_t = alpha_t x + sigma_t eps, t = 0 clean, t = 1 noise.
-`alpha` and `sigma` are tensors that broadcast against `z`; `expand` makes per-row values do so.
+Notation of Meng et al. (2023) and Salimans & Ho (2022): z_t = alpha_t x + sigma_t eps, t = 0 clean, t = 1 noise, and
+alpha_t^2 + sigma_t^2 = 1. `alpha` and `sigma` are tensors that broadcast against `z`; `expand` makes per-row values
+do so.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler
@@ -23,9 +27,33 @@ def diffuse(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha * x + sigma * eps
 
 
+def renoise(z: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, alpha_later: Tensor, sigma_later: Tensor) -> Tensor:
+    """A sample of q(z_t | z_s) for t later than s: (alpha_t/alpha_s) z_s plus noise (Salimans & Ho 2022, section 2)."""
+    ratio = alpha_later / alpha
+    return ratio * z + (sigma_later.square() - (ratio * sigma).square()).clamp(min=0).sqrt() * noise
+
+
 def v_from(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """v = alpha_t eps - sigma_t x (Salimans & Ho 2022, appendix D)."""
     return alpha * eps - sigma * x
+
+
+def v_from_eps(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = (eps - sigma_t z_t) / alpha_t; not defined where alpha_t = 0."""
+    return (eps - sigma * z) / alpha
+
+
+def v_from_x(z: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = (alpha_t z_t - x) / sigma_t; not defined where sigma_t = 0."""
+    return (alpha * z - x) / sigma
+
+
+def v_from_flow(z: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = (u + (alpha_t - sigma_t) z_t) / (alpha_t + sigma_t) of a rectified flow's u = eps - x (Liu et al. 2023).
+
+    The flow's own state (1 - s) x + s eps is z_t / (alpha_t + sigma_t), at s = sigma_t / (alpha_t + sigma_t).
+    """
+    return (u + (alpha - sigma) * z) / (alpha + sigma)
 
 
 def x_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -39,24 +67,39 @@ def eps_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def ddim_step(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
-    """The deterministic step z_t -> z_s = alpha_s x + sigma_s eps (Song et al. 2021, eta = 0) of a prediction v."""
+    """The deterministic step z_t -> z_s = alpha_s x + sigma_s eps (Song et al. 2021, eta = 0) of a prediction v.
+
+    To an earlier time it denoises; to a later one it encodes.
+    """
     return diffuse(x_from_v(z, v, alpha, sigma), eps_from_v(z, v, alpha, sigma), alpha_next, sigma_next)
 
 
-def implied_x(
+def implied_v(
     z: Tensor, z_next: Tensor, alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor
 ) -> Tensor:
-    """The x for which one DDIM step leads from z_t to z_t'' (Salimans & Ho 2022, equation 8).
+    """The v for which one DDIM step leads from z_t to z_s, earlier or later.
 
-    x = (z'' - (sigma''/sigma) z) / (alpha'' - (sigma''/sigma) alpha). At t'' = 0 it is z'' itself.
+    v = ((alpha alpha' + sigma sigma') z - z') / (sigma alpha' - alpha sigma'). Its x is that of Salimans & Ho 2022,
+    equation 8; in this form it is defined at s = 0 and at t = 0 too.
     """
-    ratio = sigma_next / sigma
-    return (z_next - ratio * z) / (alpha_next - ratio * alpha)
+    cosine = alpha * alpha_next + sigma * sigma_next
+    sine = sigma * alpha_next - alpha * sigma_next
+    return (cosine * z - z_next) / sine
 
 
 def blend_known(z: Tensor, known: Tensor, keep: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Put the known region back, noised to the time of `z`: keep (alpha known + sigma noise) + (1 - keep) z."""
     return keep * diffuse(known, noise, alpha, sigma) + (1 - keep) * z
+
+
+Prediction = Literal["v", "eps", "x", "flow"]
+TO_V: Mapping[Prediction, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "v": lambda z, v, alpha, sigma: v,
+    "eps": v_from_eps,
+    "x": v_from_x,
+    "flow": v_from_flow,
+}
+"""How the v of (z, output, alpha, sigma) is had from what a network predicts."""
 
 
 @dataclass(frozen=True)
@@ -75,63 +118,101 @@ class Grid:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A variance-preserving schedule on T timesteps: `alphas` and `sigmas` of shape (T + 1,), index 0 clean.
+    """A variance-preserving schedule: alpha_t = cos phi(t), sigma_t = sin phi(t), with phi(0) = 0.
 
-    The time t of index i is i / T; a network that counts timesteps from 0 is fed i - 1, as diffusers does.
+    `angles` (T + 1,) in float64 has phi at t = i / T; between these, phi is linear. Every schedule is brought to this
+    form, those that do not preserve variance by scaling z. Networks of a `continuous` one are trained at any t, those
+    of another at t = i / T only.
     """
 
-    alphas: Tensor
-    sigmas: Tensor
+    angles: Tensor
+    continuous: bool = False
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> Schedule:
-        """From diffusers' alphas_cumprod of shape (T,), its alpha squared."""
+        """From diffusers' alphas_cumprod (T,), its alpha squared. Raises ValueError unless it falls from 1 to 0."""
         squared = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
-        return cls(squared.sqrt().float(), (1 - squared).sqrt().float())
+        if not (squared.isfinite().all() and (squared.diff() < 0).all() and squared[-1] >= 0):
+            raise ValueError("alphas_cumprod must fall from at most 1 to at least 0")
+        return cls(torch.atan2((1 - squared).sqrt(), squared.sqrt()))
 
     @classmethod
     def cosine(cls, timesteps: int = 1024) -> Schedule:
         """The cosine schedule (Nichol & Dhariwal 2021) as diffusers' squaredcos_cap_v2 has it."""
         return cls.from_alphas_cumprod(cosine_scheduler(timesteps).alphas_cumprod)
 
+    @classmethod
+    def continuous_cosine(cls, timesteps: int = 1024) -> Schedule:
+        """alpha_t = cos(pi t / 2) at every t (Salimans & Ho 2022, section 2); `timesteps` is the network's scale."""
+        return cls(torch.linspace(0, math.pi / 2, timesteps + 1, dtype=torch.float64), continuous=True)
+
+    @classmethod
+    def scaled_linear(cls, timesteps: int = 1000) -> Schedule:
+        """Stable Diffusion's: the square roots of the betas rise linearly from 0.00085 to 0.012."""
+        scheduler = DDIMScheduler(timesteps, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        return cls.from_alphas_cumprod(scheduler.alphas_cumprod)
+
+    @classmethod
+    def rectified_flow(cls, timesteps: int = 1000, shift: float = 1.0) -> Schedule:
+        """z = (1 - s) x + s eps (Liu et al. 2023) scaled to preserve variance, s = shift t / (1 + (shift - 1) t).
+
+        Raises ValueError unless `shift` is positive.
+        """
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift = {shift} is not positive")
+        t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        s = shift * t / (1 + (shift - 1) * t)
+        return cls(torch.atan2(s, 1 - s), continuous=True)
+
     @property
     def timesteps(self) -> int:
         """T."""
-        return len(self.alphas) - 1
+        return len(self.angles) - 1
 
-    def index(self, t: Tensor) -> Tensor:
-        """The index i of times t = i / T, the nearest one."""
-        return (t * self.timesteps).round().long()
+    @property
+    def alphas(self) -> Tensor:
+        """Alpha at t = i / T, (T + 1,), index 0 clean."""
+        return self.angles.cos().float()
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Sigma at t = i / T, (T + 1,), index 0 clean."""
+        return self.angles.sin().float()
+
+    def angle(self, t: Tensor) -> Tensor:
+        """phi(t) in float64, of the shape of `t`, for t in [0, 1]."""
+        angles, place = self.angles.to(t.device), t.double() * self.timesteps
+        lower = place.floor().clamp(0, self.timesteps - 1).long()
+        return torch.lerp(angles[lower], angles[lower + 1], place - lower)
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma at per-row times t (B,), shaped to broadcast against `like` (B, *)."""
-        i = self.index(t).cpu()
-        return expand(self.alphas[i].to(like), like), expand(self.sigmas[i].to(like), like)
+        phi = expand(self.angle(t), like)
+        return phi.cos().to(like), phi.sin().to(like)
 
     def grid(self, steps: int) -> Grid:
-        """The grid t_k = 1 - k / N. Raises ValueError unless N divides T, so that halvings share their times."""
-        if steps < 1 or self.timesteps % steps:
-            raise ValueError(f"{steps} steps do not divide the {self.timesteps} timesteps of the schedule")
-        return self.spaced(steps)
-
-    def spaced(self, steps: int) -> Grid:
-        """The grid t_k = 1 - k / N, each rounded to the nearest timestep: for baselines, whose N need not divide T.
-
-        Raises ValueError if N is not in 1..T.
-        """
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"{steps} steps cannot be taken on {self.timesteps} timesteps")
-        i = self.index(1 - torch.arange(steps + 1, dtype=torch.float64) / steps)
-        return Grid(i / self.timesteps, self.alphas[i], self.sigmas[i])
+        """The grid t_k = 1 - k / N. Raises ValueError unless N is positive."""
+        if steps < 1:
+            raise ValueError(f"{steps} steps are no grid")
+        times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+        phi = self.angle(times)
+        return Grid(times.float(), phi.cos().float(), phi.sin().float())
 
 
-def cosine_scheduler(timesteps: int = 1024) -> DDIMScheduler:
-    """The stock scheduler whose steps our grids repeat: trailing spacing, v-prediction, no clipping."""
+def stock_scheduler(schedule: Schedule) -> DDIMScheduler:
+    """The diffusers scheduler whose steps our grids repeat where N divides T: trailing, v-prediction, no clipping."""
+    squared = schedule.angles.cos().square()
     return DDIMScheduler(
-        num_train_timesteps=timesteps,
-        beta_schedule="squaredcos_cap_v2",
+        num_train_timesteps=schedule.timesteps,
+        trained_betas=(1 - squared[1:] / squared[:-1]).tolist(),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=True,
     )
+
+
+def cosine_scheduler(timesteps: int = 1024) -> DDIMScheduler:
+    """diffusers' cosine schedule on so many timesteps."""
+    return DDIMScheduler(num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")

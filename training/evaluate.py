@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from training.candidates import Candidate, ImageMaker
 from training.data.training_set import to_tensor
-from training.distill import Run
 from training.evaluation_set import EvaluationSet
 from training.features import FeatureExtractor, Features, Pixels
 from training.metrics import Projection, frechet_distance, kernel_distance, root_mean_square_error
 from training.pictures import save_grid
 from training.quality import Cell, Distances, Provenance, Quality, Row, Timing
+from training.run import Run
 from training.store import Store, hash_of_array
 
 # To be raised when a change of the code changes the figures that it makes of the same images.
@@ -103,7 +103,7 @@ def evaluate(maker: ImageMaker, extractor: FeatureExtractor, plan: Plan) -> Qual
         Row(c.model, c.steps, c.calls, seconds[k], tuple(cells[w, c] for w in plan.guidance))
         for k, c in enumerate(plan.candidates)
     )
-    autoencoder = ["autoencoder"] if maker.run.recipe.autoencoder else []
+    autoencoder = ["autoencoder"] if maker.run.is_latent else []
     provenance = Provenance(
         recipe=maker.run.recipe.name,
         data=data.description,
@@ -174,5 +174,5 @@ def save_picture(maker: ImageMaker, plan: Plan, w: float, path: Path) -> str:
 
 
 def _device_name(run: Run) -> str:
-    device = run.accelerator.device
+    device = run.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

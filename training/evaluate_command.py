@@ -11,7 +11,6 @@ from click.core import ParameterSource
 from training.candidates import Candidate, ImageMaker, trained_students
 from training.commands import open_finished_run
 from training.data.entries import DataError
-from training.distill import Run
 from training.evaluate import Plan, save_picture
 from training.evaluate import evaluate as measure
 from training.evaluation_set import load_evaluation_set
@@ -20,6 +19,7 @@ from training.loop import TrainingError
 from training.metrics import MetricError
 from training.quality import to_csv, to_json, to_markdown
 from training.recipe import RecipeError
+from training.run import Run
 from training.store import Store, whole_file
 
 
@@ -122,11 +122,11 @@ def evaluate(
         picture_w = _picture_guidance(plan, run.recipe.default_guidance, picture_guidance)
         maker = ImageMaker(
             run,
-            load_evaluation_set(run.recipe, split, samples, seed, run.cache),
+            load_evaluation_set(run, split, samples, seed),
             seed,
             Store(run.folder / "evaluation"),
         )
-        quality = measure(maker, open_extractor(features, run.accelerator.device), plan)
+        quality = measure(maker, open_extractor(features, run.device), plan)
     except (RecipeError, TrainingError, DataError, FeatureError, MetricError) as error:
         raise click.ClickException(str(error)) from error
     folder = run.folder / "evaluation"
@@ -162,8 +162,6 @@ def _candidates(run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[in
         raise TrainingError(f"{run.folder} has no trained student of {missing[0]} steps; it has {_listed(trained)}")
     if not run.is_done("teacher"):
         raise TrainingError(f"{run.folder} has no trained teacher")
-    if max(teacher_steps) > run.schedule.timesteps:
-        raise TrainingError(f"{max(teacher_steps)} steps cannot be taken on {run.schedule.timesteps} timesteps")
     return (
         *(Candidate("teacher", n) for n in sorted(teacher_steps, reverse=True)),
         *(Candidate("student", n) for n in sorted(wanted, reverse=True)),

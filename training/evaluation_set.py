@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +13,10 @@ from training.data.digits import CLASSES, load_digits_images
 from training.data.entries import DataError
 from training.data.training_set import open_images
 from training.features import Pixels
-from training.guidance import Condition
+from training.guidance import Condition, of_rows
+from training.prompts import encode_captions
 from training.recipe import Recipe
-from training.text import MINILM_NAME, encode_captions
+from training.run import Run
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Split:
     labels: NDArray[np.int64] | None = None
 
 
-def load_evaluation_set(recipe: Recipe, split: str, samples: int | None, seed: int, cache: Path) -> EvaluationSet:
+def load_evaluation_set(run: Run, split: str, samples: int | None, seed: int) -> EvaluationSet:
     """The conditions of `samples` images of a split, in a random order: one caption an image, drawn at random.
 
     The images of the training split are halved at random: conditions come from one half, the other is the
@@ -55,7 +55,7 @@ def load_evaluation_set(recipe: Recipe, split: str, samples: int | None, seed: i
     images of the conditions are what a perfect model would make. With `samples` None it is as many as there are,
     but at most 500. Raises DataError when there are fewer than `samples`.
     """
-    data = _load_split(recipe, split)
+    data = _load_split(run.recipe, split)
     random = np.random.Generator(np.random.PCG64(seed))
     order = random.permutation(len(data.images))
     drawn = [own[int(random.random() * len(own))] for own in data.texts]
@@ -64,12 +64,12 @@ def load_evaluation_set(recipe: Recipe, split: str, samples: int | None, seed: i
         chosen, reference = order[:half], data.images[order[half:]]
         description = f"{split}, halved at random: one half gives the captions or classes, the other is the reference"
     else:
-        chosen, reference = order, _load_split(recipe, "train").images
+        chosen, reference = order, _load_split(run.recipe, "train").images
         description = f"{split} gives the captions or classes, train is the reference"
     chosen = chosen[: min(500, len(chosen)) if samples is None else _at_most(samples, len(chosen), split)]
     words = tuple(drawn[i] for i in chosen)
     labels = None if data.labels is None else torch.from_numpy(data.labels[chosen])
-    condition, encoding = _encode(recipe, words, labels, cache)
+    condition, encoding = _encode(run, words, labels)
     return EvaluationSet(description, words, encoding, condition, data.images[chosen], reference)
 
 
@@ -79,12 +79,13 @@ def _at_most(samples: int, available: int, split: str) -> int:
     return samples
 
 
-def _encode(recipe: Recipe, words: tuple[str, ...], labels: Tensor | None, cache: Path) -> tuple[Condition, str]:
+def _encode(run: Run, words: tuple[str, ...], labels: Tensor | None) -> tuple[Condition, str]:
     if labels is not None:
-        return {"label": labels}, "labels"
-    return {
-        "context": encode_captions(words, recipe.max_tokens, cache).float()
-    }, f"{MINILM_NAME}, {recipe.max_tokens} tokens"
+        return {"label": run.labels(labels)}, "labels"
+    assert run.prompts is not None
+    arrays = {name: array.float() for name, array in encode_captions(run.prompts, words, run.cache).items()}
+    some = next(iter(arrays.values()))
+    return arrays | {name: of_rows(value, some) for name, value in run.constants.items()}, run.prompts.identity
 
 
 def _load_split(recipe: Recipe, split: str) -> _Split:

@@ -13,6 +13,7 @@ from string import Template
 
 import torch
 from pydantic import BaseModel, ValidationError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,19 +33,14 @@ from engines.bundle import (
 from training import networks
 from training.data.digits import SOURCE as DIGITS_SOURCE
 from training.diffusion import Schedule, diffuse
-from training.distill import WEIGHTS, Run, student_stage
+from training.distill import student_stage
+from training.draws import Draws
 from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
-from training.loop import generator_at
+from training.losses import Batch
+from training.prompts import TextGraph
 from training.recipe import ExportRecipe
-from training.store import hash_of_file
-from training.text import (
-    MINILM_NAME,
-    MINILM_PACKAGE,
-    load_text_encoder,
-    load_tokenizer,
-    minilm_folder,
-    tokenize,
-)
+from training.run import Run
+from training.text import MINILM_NAME, MINILM_PACKAGE, tokenize
 
 TEXT, TOKENIZER, ENCODE, DECODE = "text.onnx", "tokenizer.json", "encode.onnx", "decode.onnx"
 CARD, PICTURE = "README.md", "samples.png"
@@ -63,16 +59,19 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
     for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
     """
     check_free(out, replace)
+    if run.pipeline is not None and run.pipeline.is_inpainting:
+        raise ExportError("a bundle's step graph has no inputs for the mask of an inpainting network")
     sources, table = _sources(run), _quality_table(run)
+    text = _text_graph(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parities = [
             export_graph(module, example, folder / name, weights)
-            for name, module, example in tqdm(_graphs(run), desc="exporting", unit="graph", disable=None)
+            for name, module, example in tqdm(_graphs(run, text), desc="exporting", unit="graph", disable=None)
         ]
-        if run.recipe.conditioning == "text":
-            (folder / TOKENIZER).write_bytes((minilm_folder() / "tokenizer.json").read_bytes())
-        description = describe(run, parities, sources, table)
+        if text is not None:
+            (folder / TOKENIZER).write_text(text.tokenizer)
+        description = describe(run, parities, sources, table, text)
         if (picture := run.folder / "evaluation" / PICTURE).exists():
             (folder / PICTURE).write_bytes(picture.read_bytes())
         (folder / CARD).write_text(model_card(description, parities, run.recipe.export, picture.exists()))
@@ -84,16 +83,23 @@ def step_graph_name(steps: int) -> str:
     return f"step-{steps}.onnx"
 
 
-def _graphs(run: Run) -> list[tuple[str, nn.Module, Example]]:
+def _text_graph(run: Run) -> TextGraph | None:
+    try:
+        return None if run.prompts is None else run.prompts.text_graph()
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+
+
+def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Example]]:
     graphs: list[tuple[str, nn.Module, Example]] = []
-    if run.recipe.conditioning == "text":
-        graphs.append((TEXT, load_text_encoder(), _text_example(run)))
-    if run.recipe.autoencoder:
+    if text is not None:
+        graphs.append((TEXT, text.module, _text_example(text)))
+    if run.is_latent:
         encoder, decoder = _Encoder(run), _Decoder(run)
         graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), "latent")))
         graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), "image")))
     for steps in run.recipe.export.steps:
-        graph = StepGraph(run.denoiser(student_stage(steps)).cpu(), tuple(run.null))
+        graph = StepGraph(run.denoiser(student_stage(steps)).cpu(), tuple(_some_rows(run, 1, 0).condition))
         graphs.append((step_graph_name(steps), graph, _step_example(run, graph, steps)))
     return graphs
 
@@ -131,8 +137,10 @@ def _images(run: Run, batch: int) -> Tensor:
         return networks.decode(run.autoencoder().cpu(), _latents(run, batch)).clamp(-1, 1)
 
 
-def _text_example(run: Run) -> Example:
-    tokenizer = load_tokenizer(run.recipe.max_tokens)
+def _text_example(text: TextGraph) -> Example:
+    tokenizer = Tokenizer.from_str(text.tokenizer)
+    tokenizer.enable_padding(length=text.max_tokens, pad_id=text.pad_id)
+    tokenizer.enable_truncation(text.max_tokens)
 
     def make(batch: int) -> tuple[Tensor, ...]:
         return tokenize(tokenizer, [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)])
@@ -140,17 +148,21 @@ def _text_example(run: Run) -> Example:
     return Example(make, ("input_ids", "attention_mask"), "context")
 
 
+def _some_rows(run: Run, batch: int, place: int) -> Batch:
+    draws = Draws(run.recipe.seed, place, range(batch))
+    return run.data.batch(draws.integers(len(run.data)), draws, torch.device("cpu"))
+
+
 def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
     """Rows as a service sends them: each at its own place on the grid, with its own w, condition and mask."""
     grid = run.schedule.grid(steps)
 
     def make(batch: int) -> tuple[Tensor, ...]:
-        generator = generator_at(run.recipe.seed, batch, 3)
-        items = torch.randint(len(run.data), (batch,), generator=generator)
-        rows = run.data.batch(items, generator, torch.device("cpu"))
+        draws = Draws(run.recipe.seed, batch, range(batch))
+        rows = _some_rows(run, batch, batch)
         place = torch.arange(batch) % steps
         alpha, sigma = grid.alphas[place], grid.sigmas[place]
-        noise = torch.randn(rows.x.shape, generator=generator)
+        noise = draws.normal(rows.x)
         shaped = (alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1))
         low, high = run.recipe.guidance
         values = {
@@ -160,10 +172,10 @@ def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
             "sigma": sigma,
             "alpha_next": grid.alphas[place + 1],
             "sigma_next": grid.sigmas[place + 1],
-            "guidance": low + (high - low) * torch.rand(batch, generator=generator),
+            "guidance": (low + (high - low) * draws.uniform()).float(),
             **rows.condition,
             "known": rows.x,
-            "keep": (torch.rand(batch, 1, *rows.x.shape[2:], generator=generator) < 0.1).float(),
+            "keep": (draws.normal(rows.x[:, :1]) > 1).float(),
             "noise": noise,
         }
         return tuple(values[name] for name in graph.input_names)
@@ -171,37 +183,38 @@ def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
     return Example(make, graph.input_names, "z_next")
 
 
-def describe(run: Run, parities: Sequence[Parity], sources: Sequence[Attribution], table: str) -> Description:
+def describe(
+    run: Run, parities: Sequence[Parity], sources: Sequence[Attribution], table: str, text: TextGraph | None
+) -> Description:
     """The manifest of a run's bundle, with those to whom its data is owed and its quality table."""
-    recipe, null = run.recipe, run.null
-    text = recipe.conditioning == "text"
+    recipe, example = run.recipe, _some_rows(run, 1, 0).condition
     condition = tuple(
         TensorSpec(
             name=name,
             dtype="float32" if value.is_floating_point() else "int64",
-            shape=("batch", *value.shape),
+            shape=("batch", *value.shape[1:]),
         )
-        for name, value in null.items()
+        for name, value in example.items()
     )
     return Description(
         name=recipe.name,
-        space="latent" if recipe.autoencoder else "pixel",
+        space="latent" if run.is_latent else "pixel",
         conditioning=recipe.conditioning,
         image_shape=(3, recipe.data.size, recipe.data.size),
-        latent_shape=run.data.shape,
+        latent_shape=run.shape,
         students=tuple(
             Student(steps=steps, graph=step_graph_name(steps), grid=bundle_grid(run.schedule, steps))
             for steps in sorted(recipe.export.steps)
         ),
         guidance=GuidanceRange(minimum=recipe.guidance[0], maximum=recipe.guidance[1], default=recipe.default_guidance),
         condition=condition,
-        text=TextEncoder(graph=TEXT, tokenizer=TOKENIZER, max_tokens=recipe.max_tokens) if text else None,
+        text=text and TextEncoder(graph=TEXT, tokenizer=TOKENIZER, max_tokens=text.max_tokens, pad_id=text.pad_id),
         classes=run.data.classes,
-        encode=ENCODE if recipe.autoencoder else None,
-        decode=DECODE if recipe.autoencoder else None,
+        encode=ENCODE if run.is_latent else None,
+        decode=DECODE if run.is_latent else None,
         weights_dtype="+".join(sorted({parity.weights for parity in parities})),
         licence=recipe.export.licence,
-        attributions=(*sources, *([TEXT_ATTRIBUTION] if text else [])),
+        attributions=(*sources, *_teacher_attribution(run)),
         provenance=Provenance(
             recipe=recipe.portable_json(),
             data=_data_name(run),
@@ -247,6 +260,15 @@ def model_card(description: Description, parities: Sequence[Parity], recipe: Exp
         created=description.provenance.created,
         commit=description.provenance.commit or "unknown",
     )
+
+
+def _teacher_attribution(run: Run) -> list[Attribution]:
+    """Whom the networks that were not trained here are owed to."""
+    if run.pipeline is not None:
+        return [
+            Attribution(name=run.pipeline.folder.name, licence=run.recipe.export.licence, source=run.pipeline.source)
+        ]
+    return [TEXT_ATTRIBUTION] if run.recipe.conditioning == "text" else []
 
 
 def _sources(run: Run) -> list[Attribution]:
@@ -300,8 +322,8 @@ def _quality_table(run: Run) -> str:
         return ""
     measured: dict[str, str] = json.loads(table.with_suffix(".json").read_text())["provenance"]["weights"]
     exported = [student_stage(steps) for steps in run.recipe.export.steps]
-    for stage in (*exported, "teacher", *(["autoencoder"] if run.recipe.autoencoder else [])):
-        if measured.get(stage) != hash_of_file(run.folder / stage / WEIGHTS):
+    for stage in (*exported, "teacher", *(["autoencoder"] if run.is_latent else [])):
+        if measured.get(stage) != run.weights(stage):
             raise ExportError(
                 f"the quality table in {table.parent} is not of this {stage}: run `fewstep evaluate` again"
             )

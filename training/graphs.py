@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from training.diffusion import blend_known, ddim_step, expand
-from training.networks import UNetDenoiser
+from training.networks import NetworkDenoiser
 
 Weights = Literal["fp32", "fp16", "int8"]
 SMALLEST_FIRST: tuple[Weights, ...] = ("int8", "fp16", "fp32")
@@ -44,7 +44,7 @@ class StepGraph(nn.Module):
     z_next = keep (alpha_next known + sigma_next noise) + (1 - keep) (alpha_next x + sigma_next eps), per row.
     """
 
-    def __init__(self, denoiser: UNetDenoiser, conditions: Sequence[str]) -> None:
+    def __init__(self, denoiser: NetworkDenoiser, conditions: Sequence[str]) -> None:
         """`conditions` names the condition arrays in the order of the graph's inputs."""
         super().__init__()
         self.denoiser, self.conditions = denoiser, tuple(conditions)

@@ -36,10 +36,18 @@ class GuidedTeacher:
     """
 
     def __init__(self, conditional: Denoiser, unconditional: Denoiser, null: Condition) -> None:
-        """`null` holds the null condition of one row: each array without its batch dimension."""
+        """`null` holds the null condition of one row: each array without its batch dimension.
+
+        What it does not name, such as the mask of an inpainting network, the unconditional one sees as it is.
+        """
         self.conditional, self.unconditional, self.null = conditional, unconditional, null
 
     def __call__(self, z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
         """The guided v."""
-        null = {name: value.to(z.device).expand(len(z), *value.shape) for name, value in self.null.items()}
+        null = {**condition, **{name: of_rows(value, z) for name, value in self.null.items()}}
         return guided(self.conditional(z, t, condition, w), self.unconditional(z, t, null, w), w)
+
+
+def of_rows(value: Tensor, like: Tensor) -> Tensor:
+    """The value of one row for each row of `like` (B, *), on its device."""
+    return value.to(like.device).expand(len(like), *value.shape)

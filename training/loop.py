@@ -1,55 +1,51 @@
-"""The one training loop: any loss, any network; checkpoints, exact resume, a JSONL log. Knows no diffusion.
+"""The one training loop: any loss, any network, any number of processes. Knows no diffusion.
 
 A run is a pure function of (seed, update): the batch and the noise of every update are derived from them, so a
-resumed run repeats the updates it lost exactly.
+resumed run repeats the updates it lost exactly, and rows fall the same however they are shared among processes.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Generator, Tensor, nn
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from training.recipe import Optimisation
-from training.store import whole_file
-
-CHECKPOINT = "checkpoint.pt"
+from training.checkpoints import Checkpoints
+from training.draws import Draws, generator_at
+from training.guard import Guard, signals
+from training.recipe import Optimisation, ScaleRecipe
+from training.report import Pace, Report
 
 Network = TypeVar("Network", bound=nn.Module)
-StepLoss = Callable[[nn.Module, int, Generator], Tensor]
-Sampler = Callable[[nn.Module, Path], None]
+StepLoss = Callable[[nn.Module, int, Draws], Tensor]
+Sampler = Callable[[Any, Path], None]
 
 
 class TrainingError(Exception):
     """A run that cannot go on; the message says why and what to do."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to leave, and it saved its work."""
+
+
 @dataclass(frozen=True)
-class Pace:
-    """How often a run writes: log lines and samples by updates, checkpoints by seconds."""
+class Validation:
+    """A distance, lower is better, taken every `every` updates; `patience` of them without a gain end the stage."""
 
-    log_every: int = 20
-    sample_every: int = 500
-    checkpoint_every_s: float = 120.0
-
-
-def generator_at(seed: int, update: int, stream: int = 0) -> Generator:
-    """The generator of one update. Distinct (seed, update, stream) give independent streams."""
-    (mixed,) = np.random.SeedSequence([seed, update, stream]).generate_state(1, np.uint64)
-    return Generator().manual_seed(int(mixed) >> 1)
+    distance: Callable[[nn.Module], float]
+    every: int
+    patience: int
 
 
 class BatchOrder:
@@ -62,10 +58,11 @@ class BatchOrder:
         self.items, self.batch_size, self.seed = items, batch_size, seed
         self._epochs: dict[int, Tensor] = {}
 
-    def at(self, update: int) -> Tensor:
-        """The item indices (batch_size,) of an update."""
-        positions = torch.arange(update * self.batch_size, (update + 1) * self.batch_size)
-        return torch.stack([self._permutation(int(p) // self.items)[int(p) % self.items] for p in positions])
+    def at(self, update: int, rows: range | None = None) -> Tensor:
+        """The item indices (batch_size,) of an update, or only those at some rows of its batch."""
+        first = update * self.batch_size
+        positions = [first + row for row in (range(self.batch_size) if rows is None else rows)]
+        return torch.stack([self._permutation(p // self.items)[p % self.items] for p in positions])
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
@@ -93,45 +90,16 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=lerp)
 
 
-def _attention(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """Which attention a forward pass records: in bf16 on a CPU, fused attention's backward is the slower one."""
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+def shares(batch_size: int, accelerator: Accelerator, micro_batch: int | None) -> list[range]:
+    """The rows of a batch that this process passes through the network, part by part.
 
-
-@dataclass
-class _State:
-    """What a checkpoint holds."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: AveragedModel | None
-    update: int = 0
-
-    def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "update": self.update,
-        }
-        torch.save(state, partial)
-        partial.replace(path)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        self.update = state["update"]
-
-    @property
-    def result(self) -> nn.Module:
-        """The network to keep: the average where there is one."""
-        return self.average.module if self.average else self.network
+    Raises TrainingError where the processes cannot share the batch equally.
+    """
+    count, rest = divmod(batch_size, accelerator.num_processes)
+    if rest:
+        raise TrainingError(f"{accelerator.num_processes} processes cannot share batches of {batch_size} rows equally")
+    start, most = accelerator.process_index * count, micro_batch or count
+    return [range(first, min(first + most, start + count)) for first in range(start, start + count, most)]
 
 
 def train(
@@ -143,112 +111,178 @@ def train(
     accelerator: Accelerator,
     seed: int,
     sample: Sampler | None = None,
+    validation: Validation | None = None,
+    scale: ScaleRecipe = ScaleRecipe(),
     pace: Pace = Pace(),
 ) -> Network:
-    """Minimise `loss(network, update, generator)`; return the trained network, averaged if the recipe says so.
+    """Minimise `loss(network, update, draws)`; return the trained network, averaged if the recipe says so.
 
-    Continues from `folder`/checkpoint.pt if it is there, and removes nothing: the caller decides when a stage is
-    done. Raises TrainingError when the loss is not finite.
+    The loss is a mean over the rows of `draws`, which are this process's share of the batch. Continues from the last
+    checkpoint in `folder`, and removes nothing: the caller decides when a stage is done. With a validation the best
+    network is returned. Raises TrainingError when too many updates had to be skipped, Stopped on SIGTERM or SIGINT.
     """
-    network = network.to(accelerator.device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    state = _State(network, optimizer, averaged(network, recipe.ema) if recipe.ema else None)
     folder.mkdir(parents=True, exist_ok=True)
-    if (checkpoint := folder / CHECKPOINT).exists():
-        state.load(checkpoint)
-    wrapped, wrapped_optimizer = accelerator.prepare(network, optimizer)
-    with _Report(folder, recipe, state.update, sample, pace) as report:
-        while state.update < recipe.updates:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, state.update)
-            with _attention(accelerator), accelerator.autocast():
-                value = loss(wrapped, state.update, generator_at(seed, state.update))
-            accelerator.backward(value)
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), recipe.clip)
-            if norm is None or not (value.isfinite() and norm.isfinite()):
-                raise TrainingError(
-                    f"{folder.name}: at update {state.update} the loss is {value:.3g} and its gradient's norm {norm}; "
-                    "lower the learning rate"
-                )
-            wrapped_optimizer.step()
-            wrapped_optimizer.zero_grad()
-            if state.average:
-                state.average.update_parameters(accelerator.unwrap_model(wrapped))
+    state = _State(network.to(accelerator.device), recipe, accelerator, Checkpoints(folder))
+    if scale.compile:
+        network.compile()
+    state.load()
+    parts = shares(recipe.batch_size, accelerator, scale.micro_batch)
+    with Report(folder, recipe, state.update, pace, main=accelerator.is_main_process) as report, signals() as leave:
+        while state.update < recipe.updates and not state.settled(validation):
+            rate = learning_rate(recipe, state.update)
+            value, norm = _update(state, loss, parts, rate, recipe.clip, seed)
             state.update += 1
-            report(state, value.item(), norm.item())
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    return cast(Network, state.result.eval())
+            if state.guard.exhausted:
+                raise TrainingError(
+                    f"{folder.name}: {state.guard.skipped} updates were skipped, the last one {state.update}, with a "
+                    f"loss of {value:.3g} and a gradient norm of {norm:.3g}; lower the learning rate"
+                )
+            report.tell(state.update, value, norm, rate, state.guard.skipped)
+            if sample and accelerator.is_main_process and state.update % pace.sample_every == 0:
+                sample(state.result, folder / f"samples-{state.update:07d}.png")
+            if validation and state.update % validation.every == 0:
+                state.validate(validation)
+            if state.any(leave.asked):
+                state.save()
+                raise Stopped(f"{folder.name} was stopped after update {state.update}; the same command goes on")
+            if state.any(report.checkpoint_is_due):
+                state.save()
+                report.checkpoint_done()
+    return cast(Network, state.finish(validation))
 
 
-class _Report:
-    """What a run tells while it goes: progress bar, log lines, pictures of samples, checkpoints."""
+def _update(
+    state: _State, loss: StepLoss, parts: list[range], rate: float, clip: float, seed: int
+) -> tuple[float, float]:
+    """One update, or none where the guard refuses it; returns the batch's loss and the gradient's norm."""
+    accelerator, optimizer = state.accelerator, state.optimizer
+    rows, values = sum(len(part) for part in parts), []
+    for part in parts:
+        last = part is parts[-1]
+        with nullcontext() if last else accelerator.no_sync(state.wrapped):
+            with _attention(accelerator), accelerator.autocast():
+                value = loss(state.wrapped, state.update, Draws(seed, state.update, part)) * (len(part) / rows)
+            accelerator.backward(value)
+        values.append(value.detach())
+    norm = accelerator.clip_grad_norm_(state.wrapped.parameters(), clip)
+    total = float(accelerator.reduce(torch.stack(values).sum(), "mean"))
+    size = float("nan") if norm is None else float(norm)
+    if not state.guard.refuses(total, size):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        if state.average:
+            state.average.update_parameters(accelerator.unwrap_model(state.wrapped))
+    optimizer.zero_grad()
+    return total, size
 
-    def __init__(self, folder: Path, recipe: Optimisation, update: int, sample: Sampler | None, pace: Pace) -> None:
-        self.folder, self.recipe, self.sample, self.pace = folder, recipe, sample, pace
-        self.log = _Log(folder / "log.jsonl", recipe.batch_size, update)
-        self.bar = tqdm(
-            total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True, disable=None
+
+def _attention(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Which attention a forward pass records: in bf16 on a CPU, fused attention's backward is the slower one."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class _State:
+    """What is trained, and all that a checkpoint holds."""
+
+    network: nn.Module
+    recipe: Optimisation
+    accelerator: Accelerator
+    checkpoints: Checkpoints
+    update: int = 0
+    best: float = math.inf
+    stale: int = 0
+    wrapped: nn.Module = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    average: AveragedModel | None = field(init=False)
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        if recipe.ema and accelerator.distributed_type == DistributedType.FSDP:
+            raise TrainingError("an average (ema) cannot be kept of weights that are sharded: set ema to 0")
+        self.average = averaged(self.network, recipe.ema) if recipe.ema else None
+        self.guard = Guard(recipe.spike, recipe.skip_limit)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
-        self.saved_at = time.monotonic()
+        self.wrapped, self.optimizer = accelerator.prepare(self.network, optimizer)
 
-    def __enter__(self) -> Self:
-        return self
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.accelerator.num_processes == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    def save(self) -> None:
+        weights, optimizer = get_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(
+                {
+                    "network": weights,
+                    "optimizer": optimizer,
+                    "average": self.average.state_dict() if self.average else None,
+                    "guard": self.guard.state(),
+                    "update": self.update,
+                    "best": self.best,
+                    "stale": self.stale,
+                }
+            )
 
-    def __call__(self, state: _State, loss: float, norm: float) -> None:
-        """Tell of an update that is done."""
-        update, pace = state.update, self.pace
-        self.log.add(loss, norm)
-        self.bar.update()
-        if update % pace.log_every == 0 or update == self.recipe.updates:
-            self.bar.set_postfix(self.log.write(update, learning_rate(self.recipe, update - 1)))
-        if self.sample and update % pace.sample_every == 0:
-            self.sample(state.result, self.folder / f"samples-{update:07d}.png")
-        if time.monotonic() - self.saved_at > pace.checkpoint_every_s:
-            state.save(self.folder / CHECKPOINT)
-            self.saved_at = time.monotonic()
+    def load(self) -> None:
+        state = self.checkpoints.load()
+        if state is None:
+            return
+        set_state_dict(
+            self.wrapped, self._optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"],
+            options=_WHOLE,
+        )  # fmt: skip
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.guard.restore(state["guard"])
+        self.update, self.best, self.stale = state["update"], state["best"], state["stale"]
 
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser itself, which accelerate wraps."""
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
-def _update_of(line: str) -> float:
-    """The update of a line of the log; infinity for one that was cut off."""
-    try:
-        return float(json.loads(line)["update"])
-    except ValueError:
-        return math.inf
+    @property
+    def result(self) -> nn.Module:
+        """The network to keep: the average where there is one."""
+        if self.average:
+            return self.average.module
+        unwrapped: nn.Module = self.accelerator.unwrap_model(self.wrapped)
+        return unwrapped
 
+    def validate(self, validation: Validation) -> None:
+        """Take the distance, the same in all processes, and keep the network if it is the best one so far."""
+        distance = torch.tensor(validation.distance(self.result), device=self.accelerator.device)
+        value = float(self.accelerator.reduce(distance, "mean"))
+        if value < self.best:
+            self.best, self.stale = value, 0
+            if self.accelerator.is_main_process and not self.checkpoints.save_best(self.result.state_dict()):
+                raise TrainingError(f"{self.checkpoints.folder}: the best network cannot be kept: the disk is full")
+        else:
+            self.stale += 1
 
-class _Log:
-    """Averages between two lines of the log, and its rate in images per second."""
+    def settled(self, validation: Validation | None) -> bool:
+        """Whether the last validations brought nothing."""
+        return validation is not None and self.stale >= validation.patience
 
-    def __init__(self, path: Path, batch_size: int, update: int) -> None:
-        self.path, self.batch_size = path, batch_size
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.since, self.update = time.monotonic(), update
-        if path.exists():  # Updates that a killed run had done after its last checkpoint are done again.
-            lines = path.read_text().splitlines(keepends=True)
-            with whole_file(path) as partial:
-                partial.write_text("".join(line for line in lines if _update_of(line) <= update))
-
-    def add(self, loss: float, norm: float) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-
-    def write(self, update: int, rate: float) -> dict[str, str]:
-        now = time.monotonic()
-        count = len(self.losses)
-        line = {
-            "update": update,
-            "images": update * self.batch_size,
-            "loss": sum(self.losses) / count,
-            "gradient_norm": sum(self.norms) / count,
-            "learning_rate": rate,
-            "images_per_s": (update - self.update) * self.batch_size / (now - self.since),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.losses, self.norms, self.since, self.update = [], [], now, update
-        return {"loss": f"{line['loss']:.4f}", "images/s": f"{line['images_per_s']:.0f}"}
+    def finish(self, validation: Validation | None) -> nn.Module:
+        """The result, out of accelerate's hands."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.accelerator.wait_for_everyone()
+        result = self.result
+        self.accelerator.free_memory()
+        if validation and math.isfinite(self.best):
+            result.load_state_dict(self.checkpoints.load_best())
+        return result.eval()

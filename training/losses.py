@@ -1,18 +1,31 @@
 """The three losses: teacher, output matching (stage 1), progressive distillation (stage 2). They own no loop.
 
-Noise, times and weights w are drawn from the generator given, so that a step can be repeated exactly.
+Noise, times and weights w come from the draws given, so that a step can be repeated exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from training.diffusion import Schedule, ddim_step, diffuse, expand, implied_x, v_from, x_from_v
+from training.diffusion import Schedule, ddim_step, diffuse, expand, implied_v, v_from
+from training.draws import Draws
 from training.guidance import Condition, Denoiser
+
+Weighting = Literal["truncated-snr", "snr-plus-one", "uniform"]
+WEIGHTINGS: Mapping[Weighting, Callable[[Tensor, Tensor], Tensor]] = {
+    "truncated-snr": lambda alpha, sigma: torch.maximum(alpha.square(), sigma.square()),
+    "snr-plus-one": lambda alpha, sigma: torch.ones_like(alpha),
+    "uniform": lambda alpha, sigma: sigma.square(),
+}
+"""What ||v - target||^2 is multiplied with for the weight omega of ||x - target||^2 to be max(SNR, 1), SNR + 1 or 1.
+
+At fixed z_t, x moves by sigma and eps by alpha times what v moves by, and SNR = alpha^2 / sigma^2.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,55 +36,50 @@ class Batch:
     condition: Condition
 
 
-Loss = Callable[[Batch, Generator], Tensor]
+def draw_times(steps: int, draws: Draws) -> Tensor:
+    """Times t = i / steps, i uniform in 1..steps, of shape (B,) in float64."""
+    return (draws.integers(steps) + 1).double() / steps
 
 
-def draw_normal(like: Tensor, generator: Generator) -> Tensor:
-    """Standard normal noise of the shape of `like`, drawn on the generator's device."""
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+def draw_any_times(schedule: Schedule, draws: Draws) -> Tensor:
+    """Times at which a network of the schedule can be asked: any in (0, 1], or the multiples of 1 / T."""
+    return 1 - draws.uniform() if schedule.continuous else draw_times(schedule.timesteps, draws)
 
 
-def draw_times(like: Tensor, steps: int, generator: Generator) -> Tensor:
-    """Times t = i / steps, i uniform in 1..steps, of shape (B,)."""
-    i = torch.randint(1, steps + 1, (len(like),), generator=generator, device=generator.device)
-    return (i / steps).to(like)
-
-
-def draw_guidance(like: Tensor, w_range: tuple[float, float], generator: Generator) -> Tensor:
-    """Draw w ~ U[w_min, w_max] of shape (B,) (Meng et al. 2023, equation 2)."""
+def draw_guidance(w_range: tuple[float, float], draws: Draws) -> Tensor:
+    """Draw w ~ U[w_min, w_max] of shape (B,) in float64 (Meng et al. 2023, equation 2)."""
     low, high = w_range
-    return (low + (high - low) * torch.rand(len(like), generator=generator, device=generator.device)).to(like)
+    return low + (high - low) * draws.uniform()
 
 
-def drop_condition(condition: Condition, null: Condition, share: float, generator: Generator) -> Condition:
+def drop_condition(condition: Condition, null: Condition, share: float, draws: Draws) -> Condition:
     """Replace the condition of a random share of the rows by the null condition (Ho & Salimans 2022)."""
-    rows = len(next(iter(condition.values())))
-    dropped = torch.rand(rows, generator=generator, device=generator.device) < share
-    return {
-        name: torch.where(expand(dropped.to(value.device), value), null[name].to(value), value)
-        for name, value in condition.items()
-    }
+    dropped = draws.uniform() < share
+
+    def replaced(kept: Tensor, value: Tensor) -> Tensor:
+        return torch.where(expand(dropped.to(kept.device), kept), value.to(kept), kept)
+
+    return {**condition, **{name: replaced(condition[name], value) for name, value in null.items()}}
 
 
-def truncated_snr_loss(x: Tensor, target: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """max(SNR, 1) ||x - target||^2 (Salimans & Ho 2022, section 4), a scalar.
+def weighted_loss(v: Tensor, target: Tensor, alpha: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
+    """omega(SNR) ||x - target's x||^2, a scalar, of v and its target at the same z_t, for all t in [0, 1].
 
-    In the form of the reference code: per example the larger of the mean squared errors of x and of eps; at
-    fixed z_t the latter is alpha^2 / sigma^2 times the former.
+    With truncated SNR (Salimans & Ho 2022, section 4) it is in the form of the reference code: per example the larger
+    of the mean squared errors of x and of eps.
     """
-    squared = (x - target).square().flatten(1).mean(1)
-    snr = (alpha / sigma).square().flatten()
-    return (snr.clamp(min=1.0) * squared).mean()
+    squared = (v - target).square().flatten(1).mean(1)
+    return (WEIGHTINGS[weighting](alpha, sigma).flatten() * squared).mean()
 
 
 def teacher_loss(
-    denoiser: Denoiser, schedule: Schedule, batch: Batch, null: Condition, drop: float, generator: Generator
+    denoiser: Denoiser, schedule: Schedule, batch: Batch, null: Condition, drop: float, draws: Draws
 ) -> Tensor:
-    """||v_theta(z_t, t, c) - v||^2 at t uniform on the schedule's timesteps, the condition dropped at times."""
-    t = draw_times(batch.x, schedule.timesteps, generator)
+    """||v_theta(z_t, t, c) - v||^2 at t uniform over the schedule, the condition dropped at times."""
+    t = draw_any_times(schedule, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)
-    eps = draw_normal(batch.x, generator)
-    condition = drop_condition(batch.condition, null, drop, generator)
+    eps = draws.normal(batch.x)
+    condition = drop_condition(batch.condition, null, drop, draws)
     z = diffuse(batch.x, eps, alpha, sigma)
     v = denoiser(z, t, condition, torch.zeros_like(t))
     return (v - v_from(batch.x, eps, alpha, sigma)).square().mean()
@@ -83,31 +91,50 @@ def output_matching_loss(
     schedule: Schedule,
     batch: Batch,
     w_range: tuple[float, float],
-    generator: Generator,
+    draws: Draws,
+    weighting: Weighting = "truncated-snr",
 ) -> Tensor:
-    """Stage 1: the student with input w matches the guided teacher's x (Meng et al. 2023, equation 2)."""
-    t = draw_times(batch.x, schedule.timesteps, generator)
-    w = draw_guidance(batch.x, w_range, generator)
+    """Stage 1: the student with input w matches the guided teacher (Meng et al. 2023, equation 2)."""
+    t = draw_any_times(schedule, draws).to(batch.x)
+    w = draw_guidance(w_range, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)
-    z = diffuse(batch.x, draw_normal(batch.x, generator), alpha, sigma)
+    z = diffuse(batch.x, draws.normal(batch.x), alpha, sigma)
     with torch.no_grad():
-        target = x_from_v(z, teacher(z, t, batch.condition, w), alpha, sigma)
-    x = x_from_v(z, student(z, t, batch.condition, w), alpha, sigma)
-    return truncated_snr_loss(x, target, alpha, sigma)
+        target = teacher(z, t, batch.condition, w)
+    return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)
 
 
 def two_step_target(
-    teacher: Denoiser, schedule: Schedule, z: Tensor, t: Tensor, steps: int, condition: Condition, w: Tensor
+    teacher: Denoiser, schedule: Schedule, z: Tensor, t: Tensor, t_next: Tensor, condition: Condition, w: Tensor
 ) -> Tensor:
-    """The x that carries z_t to t'' = t - 1/N as two DDIM steps of the teacher do, by way of t' = t - 1/2N.
+    """The v that carries z_t to t_next as two DDIM steps of the teacher do, by way of the time in the middle.
 
-    Meng et al. 2023, algorithm 2. For t'' = 0 it is the teacher's own x, at t'.
+    Meng et al. 2023, algorithm 2, for times (B,) either way. At t_next = 0 its x is the teacher's own, in the middle.
     """
-    t_half, t_next = t - 0.5 / steps, t - 1.0 / steps
+    t_half = (t + t_next) / 2
     now, half, following = schedule.at(t, z), schedule.at(t_half, z), schedule.at(t_next, z)
     z_half = ddim_step(z, teacher(z, t, condition, w), *now, *half)
     z_next = ddim_step(z_half, teacher(z_half, t_half, condition, w), *half, *following)
-    return implied_x(z, z_next, *now, *following)
+    return implied_v(z, z_next, *now, *following)
+
+
+Course = Literal["deterministic", "stochastic", "encoding"]
+"""What a student of stage 2 is for: the deterministic sampler, the stochastic one, or encoding."""
+
+
+def draw_steps(course: Course, steps: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Where steps of a student of N = `steps` steps begin and end: two times (B,) in float64.
+
+    Deterministic: from i/N to (i - 1)/N. Encoding: the other way. Stochastic: from i/2N, as long as a deterministic
+    step, for the sampler of 2N calls that goes two of its own steps forth and one back; the last one is half as long
+    (Meng et al. 2023, section 3.3).
+    """
+    if course == "stochastic":
+        t = draw_times(2 * steps, draws)
+        return t, (t - 1 / steps).clamp(min=0)
+    t = draw_times(steps, draws)
+    earlier = ((t * steps).round() - 1) / steps
+    return (earlier, t) if course == "encoding" else (t, earlier)
 
 
 def progressive_loss(
@@ -117,14 +144,15 @@ def progressive_loss(
     batch: Batch,
     steps: int,
     w_range: tuple[float, float],
-    generator: Generator,
+    draws: Draws,
+    weighting: Weighting = "truncated-snr",
+    course: Course = "deterministic",
 ) -> Tensor:
     """Stage 2: one step of the N-step student matches two DDIM steps of its teacher at the same w."""
-    t = draw_times(batch.x, steps, generator)
-    w = draw_guidance(batch.x, w_range, generator)
+    t, t_next = (times.to(batch.x) for times in draw_steps(course, steps, draws))
+    w = draw_guidance(w_range, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)
-    z = diffuse(batch.x, draw_normal(batch.x, generator), alpha, sigma)
+    z = diffuse(batch.x, draws.normal(batch.x), alpha, sigma)
     with torch.no_grad():
-        target = two_step_target(teacher, schedule, z, t, steps, batch.condition, w)
-    x = x_from_v(z, student(z, t, batch.condition, w), alpha, sigma)
-    return truncated_snr_loss(x, target, alpha, sigma)
+        target = two_step_target(teacher, schedule, z, t, t_next, batch.condition, w)
+    return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)

@@ -1,19 +1,29 @@
-"""The networks: a diffusers UNet behind the Denoiser protocol, an autoencoder, and how a student is born."""
+"""Networks of diffusers behind the Denoiser protocol, how a student is born of one, and an autoencoder."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from math import gcd
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.diffusion import TO_V, Prediction, Schedule
 from training.guidance import Condition
 from training.recipe import AutoencoderRecipe, NetworkRecipe
 
 GUIDANCE_EMBEDDING_DIM = 256
+GUIDANCE_WEIGHTS = "guidance.safetensors"
 POOLING_HEADS = 8
+
+Network: TypeAlias = UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel
+NETWORKS = {network.__name__: network for network in (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel)}
 
 
 def guidance_embedding(w: Tensor, dim: int = GUIDANCE_EMBEDDING_DIM) -> Tensor:
@@ -27,29 +37,162 @@ def guidance_embedding(w: Tensor, dim: int = GUIDANCE_EMBEDDING_DIM) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class UNetDenoiser(nn.Module):
-    """A UNet2DConditionModel as a Denoiser: v from (z, t, condition), and w where the network takes it.
+class GuidanceInput(nn.Module):
+    """Where w enters a network that has no input for it: a projection of its features, added to each time embedding.
 
-    The condition is `context` (B, L, D) for text or `label` (B,) for classes.
+    A UNet2DConditionModel needs none of this: it has `timestep_cond`.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, timesteps: int) -> None:
-        """`timesteps` is the T of the schedule: the network counts timesteps 0..T - 1."""
+    def __init__(self, network: UNet2DModel | DiTTransformer2DModel) -> None:
+        """Hook onto the network's embeddings; the projections are zero at first."""
         super().__init__()
-        self.unet, self.timesteps = unet, timesteps
-        self.takes_guidance = unet.config["time_cond_proj_dim"] is not None
+        if isinstance(network, UNet2DModel):
+            embeddings: Sequence[nn.Module] = [network.time_embedding]
+            dim = network.time_embedding.linear_2.out_features
+        else:
+            embeddings = [block.norm1.emb for block in network.transformer_blocks]
+            dim = network.inner_dim
+        projections = [nn.Linear(GUIDANCE_EMBEDDING_DIM, dim, bias=False) for _ in embeddings]
+        self.projections = nn.ModuleList(projections)
+        self._features: list[Tensor] = []
+        for embedding, projection in zip(embeddings, projections, strict=True):
+            nn.init.zeros_(projection.weight)
+            embedding.register_forward_hook(_AddGuidance(projection, self._features))
+
+    def given(self, w: Tensor) -> None:
+        """Set the w of the calls that follow, (B,)."""
+        self._features[:] = [guidance_embedding(w)]
+
+
+class _AddGuidance:
+    """The hook on one embedding. An object, so that a copy of the whole network refers to its own projection."""
+
+    def __init__(self, projection: nn.Module, features: list[Tensor]) -> None:
+        self.projection, self.features = projection, features
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output + self.projection(self.features[0].to(output.dtype)) if self.features else output
+
+
+class NetworkDenoiser(nn.Module):
+    """A network as a Denoiser: v from (z, t, condition), and w where it is a student.
+
+    Conditions: `context` (B, L, D) for text, with `pooled` (B, P) and `size` (B, 6) for SDXL; `label` (B,) for classes;
+    `mask` (B, 1, h, w) and `masked` (B, c, h, w) for inpainting networks, which see them beside z.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        schedule: Schedule,
+        prediction: Prediction = "v",
+        guidance_input: GuidanceInput | None = None,
+    ) -> None:
+        """`prediction` is what the network gives; it counts timesteps 0..T - 1 of the schedule."""
+        super().__init__()
+        self.network, self.schedule, self.prediction, self.guidance_input = (
+            network, schedule, prediction, guidance_input,
+        )  # fmt: skip
+        self.takes_timestep_cond = network.config.get("time_cond_proj_dim") is not None
+
+    @property
+    def is_student(self) -> bool:
+        """Whether w is an input."""
+        return self.takes_timestep_cond or self.guidance_input is not None
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
-        """Predict v with shape (B, c, h, w) at times t (B,) in (0, 1]."""
-        prediction: Tensor = self.unet(
-            z,
-            t * self.timesteps - 1,
-            encoder_hidden_states=condition.get("context"),
-            class_labels=condition.get("label"),
-            timestep_cond=guidance_embedding(w).to(z) if self.takes_guidance else None,
-            return_dict=False,
-        )[0]
-        return prediction
+        """Predict v with shape (B, c, h, w) at times t (B,) in [0, 1]."""
+        if self.prediction == "v":
+            return self._call(z, (t * self.schedule.timesteps - 1).clamp(min=0), condition, w).to(z.dtype)
+        alpha, sigma = self.schedule.at(t, z)
+        if self.prediction == "flow":
+            size = alpha + sigma
+            output = self._call(z / size, (self.schedule.timesteps * sigma / size).flatten(), condition, w)
+        else:
+            output = self._call(z, (t * self.schedule.timesteps - 1).clamp(min=0), condition, w)
+        return TO_V[self.prediction](z, output.to(z.dtype), alpha, sigma)
+
+    def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
+        if self.guidance_input is not None:
+            self.guidance_input.given(w)
+        output: Tensor
+        if isinstance(self.network, UNet2DConditionModel):
+            added = (
+                {"text_embeds": condition["pooled"], "time_ids": condition["size"]} if "pooled" in condition else None
+            )
+            output = self.network(
+                torch.cat([z, condition["mask"], condition["masked"]], dim=1) if "mask" in condition else z,
+                timestep,
+                encoder_hidden_states=condition.get("context"),
+                class_labels=condition.get("label"),
+                timestep_cond=guidance_embedding(w).to(z) if self.takes_timestep_cond else None,
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+        elif isinstance(self.network, UNet2DModel):
+            label = condition["label"] if self.network.class_embedding is not None else None
+            output = self.network(z, timestep, class_labels=label, return_dict=False)[0]
+        else:
+            output = self.network(z, timestep=timestep, class_labels=condition["label"], return_dict=False)[0]
+        return output[:, : z.shape[1]]  # a DiT may give a variance after its prediction
+
+
+def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
+    """A student with the teacher's weights and an input for w whose projection is zero; it predicts v.
+
+    So the untrained student of a teacher that predicts v equals it, without guidance, at every w. A student is copied
+    as it is.
+    """
+    network = teacher.network
+    if not isinstance(network, UNet2DConditionModel):
+        copied = _without_hooks(network)
+        student = NetworkDenoiser(copied, teacher.schedule, "v", GuidanceInput(copied))
+        if teacher.guidance_input is not None and student.guidance_input is not None:
+            student.guidance_input.load_state_dict(teacher.guidance_input.state_dict())
+        return student
+    config: dict[str, Any] = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    made = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM})
+    weights = dict(network.state_dict())
+    projection = "time_embedding.cond_proj.weight"
+    weights.setdefault(projection, torch.zeros_like(made.state_dict()[projection]))
+    made.load_state_dict(weights)
+    return NetworkDenoiser(made.to(network.device), teacher.schedule)
+
+
+def _without_hooks(network: UNet2DModel | DiTTransformer2DModel) -> UNet2DModel | DiTTransformer2DModel:
+    """A copy of the network alone, whose labels are never dropped at random: what is dropped is decided outside."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    made = type(network)(**config)
+    made.load_state_dict(network.state_dict())
+    made.to(network.device)
+    never_drop_labels(made)
+    return made
+
+
+def never_drop_labels(network: nn.Module) -> None:
+    """Keep a DiT in training from dropping labels at random by itself."""
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+
+
+def save_network(denoiser: NetworkDenoiser, folder: Path) -> None:
+    """Write the network in diffusers' format, and beside it how w enters where diffusers has no place for that."""
+    denoiser.network.save_pretrained(folder)
+    if denoiser.guidance_input is not None:
+        save_file(denoiser.guidance_input.state_dict(), folder / GUIDANCE_WEIGHTS)
+
+
+def load_network(folder: Path, schedule: Schedule) -> NetworkDenoiser:
+    """What `save_network` wrote, predicting v. Raises OSError or ValueError for a folder that holds no such network."""
+    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    network = NETWORKS[name].from_pretrained(folder, local_files_only=True)
+    never_drop_labels(network)
+    guidance_input = None
+    if (folder / GUIDANCE_WEIGHTS).exists():
+        guidance_input = GuidanceInput(network)
+        guidance_input.load_state_dict(load_file(folder / GUIDANCE_WEIGHTS))
+    return NetworkDenoiser(network, schedule, "v", guidance_input)
 
 
 def build_unet(
@@ -80,20 +223,6 @@ def build_unet(
         addition_embed_type="text" if context_dim else None,
         addition_embed_type_num_heads=gcd(context_dim or POOLING_HEADS, POOLING_HEADS),
     )
-
-
-def student_from(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A student with the teacher's weights and a w-embedding whose projection is zero.
-
-    So the untrained student equals the conditional teacher at every w. A student is copied as it is.
-    """
-    config: dict[str, Any] = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-    student = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM})
-    weights = dict(teacher.state_dict())
-    projection = "time_embedding.cond_proj.weight"
-    weights.setdefault(projection, torch.zeros_like(student.state_dict()[projection]))
-    student.load_state_dict(weights)
-    return student
 
 
 def build_autoencoder(recipe: AutoencoderRecipe, size: int) -> AutoencoderKL:

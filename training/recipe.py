@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Level = Annotated[int, Field(ge=0, le=255, strict=True)]
 Channels = Annotated[tuple[Positive, ...], Field(min_length=1)]
-TIMESTEPS = 1024
+ScheduleName = Literal["cosine", "continuous-cosine", "scaled-linear", "rectified-flow"]
 MAX_SEED = 2**62
 
 
@@ -36,6 +36,18 @@ class Optimisation(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
+    spike: float = Field(
+        default=20.0, gt=1, description="An update whose loss is so many times the median of the last ones is skipped."
+    )
+    skip_limit: int = Field(
+        default=10, ge=0, description="A run in which more of the last hundred updates were skipped stops."
+    )
+
+
+class Distillation(Optimisation):
+    """How a student learns from its teacher; `weighting` is omega(SNR) of the squared error of x."""
+
+    weighting: Literal["truncated-snr", "snr-plus-one", "uniform"] = "truncated-snr"
 
 
 class DataRecipe(Section):
@@ -87,12 +99,54 @@ class TeacherRecipe(Optimisation):
     """Training from scratch; the condition of a share `drop_condition` of the rows is dropped."""
 
     drop_condition: float = Field(default=0.1, gt=0, lt=1)
+    schedule: ScheduleName = "cosine"
 
 
-class Round(Optimisation):
-    """One halving of stage 2: the round that makes the student of `steps` steps from that of twice as many."""
+class CheckpointRecipe(Section):
+    """A guided teacher that is there: a diffusers pipeline, as a folder or by its name on a hub.
+
+    `unconditional` is a second pipeline whose network predicts without the condition; without it the network itself
+    does so, given the null condition: the empty prompt, or the class `null_class` (by default the last).
+    """
+
+    checkpoint: str = Field(min_length=1)
+    revision: str | None = None
+    variant: str | None = None
+    unconditional: str | None = None
+    null_class: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def one_way_without_condition(self) -> Self:
+        """A second network, or a null class."""
+        if self.unconditional is not None and self.null_class is not None:
+            raise ValueError("give either unconditional or null_class")
+        return self
+
+
+def _kind_of_teacher(value: Any) -> str:
+    given = value if isinstance(value, dict) else vars(value)
+    return "checkpoint" if "checkpoint" in given else "trained"
+
+
+Teacher = Annotated[
+    Annotated[TeacherRecipe, Tag("trained")] | Annotated[CheckpointRecipe, Tag("checkpoint")],
+    Discriminator(_kind_of_teacher),
+]
+
+
+class Round(Distillation):
+    """One halving of stage 2: the round that makes the student of `steps` steps from that of twice as many.
+
+    With `validate_every` the distance of the student's images from its teacher's, at equal noise, is taken every so
+    many updates; the best student is kept, and the round ends when `patience` of them in a row brought nothing.
+    A `stochastic` student is for the sampler that takes 2 `steps` calls, of which each but the last is followed by
+    noise.
+    """
 
     steps: Positive
+    validate_every: int = Field(default=0, ge=0)
+    patience: Positive = 3
+    stochastic: bool = False
 
 
 class Stage2Recipe(Section):
@@ -103,15 +157,35 @@ class Stage2Recipe(Section):
 
     @model_validator(mode="after")
     def rounds_halve(self) -> Self:
-        """Every round halves the steps of the one before, and all of them divide the timesteps."""
+        """Every round halves the steps of the one before."""
         steps = self.start
-        if TIMESTEPS % steps:
-            raise ValueError(f"start = {steps} does not divide the {TIMESTEPS} timesteps")
         for round_ in self.rounds:
             if round_.steps * 2 != steps:
                 raise ValueError(f"a round to {round_.steps} steps cannot follow {steps} steps: each round halves")
             steps = round_.steps
         return self
+
+
+class EncoderRecipe(Stage2Recipe):
+    """The same in reverse time: students that encode images in few steps (Meng et al. 2023, section 3.4)."""
+
+    @model_validator(mode="after")
+    def encoders_are_deterministic(self) -> Self:
+        """Noise has no place in an encoder."""
+        if any(round_.stochastic for round_ in self.rounds):
+            raise ValueError("an encoder cannot be stochastic")
+        return self
+
+
+class ScaleRecipe(Section):
+    """How a run fits its machines. Nothing here changes what is computed, but for rounding.
+
+    `micro_batch` rows at most pass a network at once; gradients add up over the batch.
+    """
+
+    micro_batch: Positive | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 class ExportRecipe(Section):
@@ -137,10 +211,12 @@ class Recipe(Section):
     max_tokens: int = Field(default=32, ge=3, le=512, description="With the two that begin and end a caption.")
     data: DataRecipe
     autoencoder: AutoencoderRecipe | None = None
-    network: NetworkRecipe
-    teacher: TeacherRecipe
-    stage1: Optimisation
+    network: NetworkRecipe | None = None
+    teacher: Teacher
+    stage1: Distillation
     stage2: Stage2Recipe
+    encoder: EncoderRecipe | None = None
+    scale: ScaleRecipe = ScaleRecipe()
     export: ExportRecipe
 
     @model_validator(mode="after")
@@ -152,14 +228,26 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def teacher_is_whole(self) -> Self:
+        """A teacher that is trained has a network; a checkpoint brings its own, and all that goes with it."""
+        if isinstance(self.teacher, TeacherRecipe):
+            if self.network is None:
+                raise ValueError("a teacher that is trained here needs a network")
+        elif unfit := self.model_fields_set & {"network", "autoencoder", "max_tokens"}:
+            raise ValueError(f"a teacher from a checkpoint brings its own {', '.join(sorted(unfit))}")
+        return self
+
+    @model_validator(mode="after")
     def conditioning_fits(self) -> Self:
         """Digits have classes and no captions; what only text needs is refused for classes."""
         if self.conditioning == "text":
             if self.data.source == "digits":
                 raise ValueError("the digits have no captions: conditioning must be 'class'")
-            if unfit := [c for c in self.network.channels if c % self.network.attention_heads]:
+            if self.network and (unfit := [c for c in self.network.channels if c % self.network.attention_heads]):
                 raise ValueError(f"network: {unfit[0]} channels do not divide into attention_heads")
-        elif "max_tokens" in self.model_fields_set or "attention_heads" in self.network.model_fields_set:
+        elif "max_tokens" in self.model_fields_set or (
+            self.network and "attention_heads" in self.network.model_fields_set
+        ):
             raise ValueError("max_tokens and network.attention_heads are of text conditioning only")
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ def hash_of_file(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_files(paths: Sequence[Path]) -> str:
+    """A hash of files' contents in their order; of a single one, its SHA-256. Raises FileNotFoundError for none."""
+    if not paths:
+        raise FileNotFoundError("there are no files to hash")
+    hashes = [hash_of_file(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hash_of({"files": hashes})
 
 
 class Store:

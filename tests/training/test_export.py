@@ -18,14 +18,14 @@ from engines.pipeline import Pipeline
 from engines.rows import initial_noise
 from engines.tasks import Edit, Generate, Inpaint
 from training import networks
-from training.distill import WEIGHTS, Run, distill, student_stage
+from training.distill import distill, student_stage
 from training.export import export
 from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.recipe import Recipe
+from training.run import Run
 from training.sampler import sample
-from training.store import hash_of_file
 from training.text import load_text_encoder, load_tokenizer, tokenize
 
 # Of 255, between ONNX Runtime and torch.
@@ -158,7 +158,7 @@ def test_a_quality_table_ships_and_one_of_other_networks_is_refused(digits_run: 
         with pytest.raises(ExportError, match="not of this student-4"):
             export(digits_run, tmp_path / "bundle")
         stages = ("teacher", *(student_stage(steps) for steps in digits_run.recipe.export.steps))
-        weights = {stage: hash_of_file(digits_run.folder / stage / WEIGHTS) for stage in stages}
+        weights = {stage: digits_run.weights(stage) for stage in stages}
         (folder / "table.json").write_text(json.dumps({"provenance": {"weights": weights}}))
         made = export(digits_run, tmp_path / "bundle")
         assert made.manifest.provenance.quality_table == "| KID |"

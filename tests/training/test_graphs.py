@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from training import graphs
 from training.diffusion import Schedule, blend_known, ddim_step
 from training.graphs import Example, ExportError, StepGraph, export_graph, store_weights
-from training.networks import UNetDenoiser, build_unet, student_from
+from training.networks import NetworkDenoiser, build_unet, student_from
 from training.recipe import NetworkRecipe
 
 NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8)
 ROWS = {"z": (3, 8, 8), "known": (3, 8, 8), "keep": (1, 8, 8), "noise": (3, 8, 8)}
 
 
-def student() -> UNetDenoiser:
+def student() -> NetworkDenoiser:
     torch.manual_seed(0)
-    unet = student_from(build_unet(NETWORK, (3, 8, 8), None, 10))
-    nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)  # A trained student heeds w.
-    return UNetDenoiser(unet, 1024).eval().requires_grad_(False)
+    made = student_from(NetworkDenoiser(build_unet(NETWORK, (3, 8, 8), None, 10), Schedule.cosine()))
+    nn.init.normal_(made.network.time_embedding.cond_proj.weight, std=0.1)  # A trained student heeds w.
+    return made.eval().requires_grad_(False)
 
 
 def step_example(graph: StepGraph) -> Example:

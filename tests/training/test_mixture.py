@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from training.diffusion import Schedule, diffuse, eps_from_v, x_from_v
+from training.draws import generator_at
 from training.guidance import GuidedTeacher
-from training.loop import generator_at
 from training.mixture import ExactDenoiser, GaussianMixture, solve_guided_ode
 from training.sampler import sample
 

@@ -23,7 +23,7 @@ def test_shipped_recipes_load(path: Path) -> None:
     [
         ("seed = 0", "sede = 0", "sede"),
         ("steps = 4, updates", "steps = 5, updates", "each round halves"),
-        ("start = 16", "start = 24", "does not divide"),
+        ("start = 16", "start = 24", "each round halves"),
         ("guidance = [0.0, 4.0]", "guidance = [4.0, 0.0]", "guidance"),
         ("steps = [4, 2, 1]", "steps = [3]", "export.steps"),
         ('source = "digits"', 'source = "folder"', "needs a path"),

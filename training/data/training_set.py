@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm import tqdm
 
 from training.data.captioned import CaptionedImages
 from training.data.digits import CLASSES, load_digits_images
+from training.draws import Draws
+from training.guidance import Condition, of_rows
 from training.losses import Batch
+from training.prompts import PromptEncoder, encode_captions
 from training.recipe import DataRecipe, Recipe
 from training.store import hash_of, hash_of_array
-from training.text import encode_captions
 
 SHOWN_SKIPPED = 20
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Contexts (M, L, D) of the distinct captions; `owned[i]` lists the rows that describe item i."""
+    """Arrays (M, *) of the distinct captions; `owned[i]` lists the rows that describe item i."""
 
-    contexts: Tensor
+    arrays: Condition
     owned: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def encode(cls, texts: Sequence[Sequence[str]], max_tokens: int, cache: Path, device: str = "cpu") -> Captions:
+    def encode(cls, texts: Sequence[Sequence[str]], encoder: PromptEncoder, cache: Path) -> Captions:
         """Encode every distinct caption once. `texts[i]` are the captions of item i, at least one."""
         rows = {caption: row for row, caption in enumerate(sorted({c for item in texts for c in item}))}
-        contexts = encode_captions(tuple(rows), max_tokens, cache, device)
-        return cls(contexts, tuple(tuple(rows[c] for c in item) for item in texts))
+        arrays = encode_captions(encoder, tuple(rows), cache)
+        return cls(arrays, tuple(tuple(rows[c] for c in item) for item in texts))
 
 
 @dataclass(frozen=True)
 class TrainingSet:
     """Data x (N, c, h, w) and its condition: captions, one drawn at random each time, or labels (N,) into `classes`.
 
-    `fingerprint` is a hash of the images and of their captions or classes.
+    `fingerprint` is a hash of the images and of their captions or classes; `constants` are conditions that every row
+    has, each without a batch dimension.
     """
 
     x: Tensor
     condition: Captions | Tensor
     fingerprint: str
     classes: tuple[str, ...] = ()
+    constants: Condition = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,15 +63,17 @@ class TrainingSet:
         """N."""
         return len(self.x)
 
-    def batch(self, items: Tensor, generator: Generator, device: torch.device) -> Batch:
+    def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, each with one of its conditions."""
+        x = self.x[items].to(device)
+        constants = {name: of_rows(value, x) for name, value in self.constants.items()}
         if isinstance(self.condition, Tensor):
-            return Batch(self.x[items].to(device), {"label": self.condition[items].to(device)})
-        choices = torch.rand(len(items), generator=generator)
+            return Batch(x, {"label": self.condition[items].to(device), **constants})
         owned = [self.condition.owned[int(i)] for i in items]
+        choices = draws.uniform().tolist()
         rows = torch.tensor([own[int(choice * len(own))] for own, choice in zip(owned, choices, strict=True)])
-        context = self.condition.contexts[rows].to(device=device, dtype=torch.float32)
-        return Batch(self.x[items].to(device), {"context": context})
+        arrays = {name: array[rows].to(device, torch.float32) for name, array in self.condition.arrays.items()}
+        return Batch(x, {**arrays, **constants})
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
@@ -96,19 +102,19 @@ def load_pixels(recipe: DataRecipe, split: str) -> Tensor:
     return to_tensor(np.stack([images.image(i) for i in range(len(images))]))
 
 
-def load_training_set(recipe: Recipe, split: str, cache: Path) -> TrainingSet:
-    """The data of a split in pixel space, its captions encoded (and kept in `cache`) or its classes numbered."""
+def load_training_set(recipe: Recipe, split: str, cache: Path, prompts: PromptEncoder | None) -> TrainingSet:
+    """The data of a split in pixel space: captions encoded by `prompts` and kept in `cache`, or classes numbered."""
     if recipe.data.source == "digits":
         pixels, labels = load_digits_images(recipe.data.size, split)
         return _labelled(pixels, labels, CLASSES)
     images = open_images(recipe.data, split)
     pixels = np.stack([images.image(i) for i in range(len(images))])
-    if recipe.conditioning == "class":
+    if prompts is None:
         classes = (images if split == "train" else open_images(recipe.data, "train")).classes
         return _labelled(pixels, images.labels_in(classes), classes)
     texts = [images.texts(i) for i in range(len(images))]
     fingerprint = hash_of({"pixels": hash_of_array(pixels), "texts": texts})
-    return TrainingSet(to_tensor(pixels), Captions.encode(texts, recipe.max_tokens, cache), fingerprint)
+    return TrainingSet(to_tensor(pixels), Captions.encode(texts, prompts, cache), fingerprint)
 
 
 def _labelled(pixels: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...]) -> TrainingSet:

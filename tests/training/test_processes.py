@@ -1,0 +1,71 @@
+"""Runs as processes: one that is killed, and several that share the work."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+WORKER = "tests.training.worker"
+
+
+def start(folder: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m", WORKER]
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else ["-m", WORKER]), str(folder)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(folder / "weights.pt", weights_only=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights of one process that was left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder).returncode == 0
+    return weights(folder)
+
+
+def test_a_run_killed_at_a_random_update_resumes_to_the_same_bits(
+    tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    at = random.randrange(1, 30)
+    print(f"killed at update {at}")
+    killed = start(tmp_path, KILLED_AT=str(at))
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "weights.pt").exists()
+    resumed = start(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for name, value in undisturbed.items():
+        assert torch.equal(weights(tmp_path)[name], value), name
+
+
+def test_two_processes_equal_one_at_the_same_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    shared = start(tmp_path, processes=2)
+    assert shared.returncode == 0, shared.stderr
+    for name, value in undisturbed.items():
+        assert torch.allclose(weights(tmp_path)[name], value, rtol=0, atol=1e-5), name
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 30, "one process writes"
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
+    shared = start(tmp_path, processes=5)
+    assert shared.returncode != 0
+    assert "5 processes cannot share batches of 24 rows equally" in shared.stderr

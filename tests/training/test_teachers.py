@@ -1,0 +1,241 @@
+"""Pipelines as guided teachers: what they are conditioned on and predict, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from tests import pipelines
+from training.diffusion import diffuse, eps_from_v, x_from_v
+from training.draws import Draws
+from training.guidance import GuidedTeacher
+from training.losses import Batch, output_matching_loss, progressive_loss
+from training.networks import load_network, save_network, student_from
+from training.teachers import TeacherError, TeacherPipeline
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "sd1": pipelines.stable_diffusion,
+    "sd2": lambda folder: pipelines.stable_diffusion(folder, "v_prediction"),
+    "inpainting": lambda folder: pipelines.stable_diffusion(folder, in_channels=9),
+    "sdxl": pipelines.stable_diffusion_xl,
+    "dit": pipelines.dit,
+    "class-unet": pipelines.class_unet,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+def rows(teacher: TeacherPipeline, count: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
+    """z and a condition that the teacher's network takes."""
+    draws = Draws(0, 0, range(count))
+    side = teacher.network_config["sample_size"]
+    z = draws.normal(torch.empty(count, teacher.channels, side, side))
+    if not teacher.is_text:
+        return z, {"label": torch.arange(count)}
+    condition = teacher.prompts(torch.device("cpu")).encode(["a red square", "a blue circle", "green"][:count])
+    if teacher.is_xl:
+        condition["size"] = torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(count, 6)
+    if teacher.is_inpainting:
+        condition |= {"mask": (z[:, :1] > 0).float(), "masked": draws.normal(z)}
+    return z, condition
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_denoisers_v_is_had_from_what_its_network_predicts(folders: dict[str, Path], name: str) -> None:
+    teacher = TeacherPipeline.open(str(folders[name]))
+    denoiser = teacher.denoiser()
+    z, condition = rows(teacher)
+    t = torch.tensor([0.25, 0.5, 1.0])
+    alpha, sigma = teacher.schedule.at(t, z)
+    with torch.no_grad():
+        v = denoiser(z, t, condition, torch.zeros(3))
+        output = denoiser._call(z, t * 1000 - 1, condition, torch.zeros(3))
+    recovered = v if teacher.prediction == "v" else eps_from_v(z, v, alpha, sigma)
+    assert v.shape == z.shape
+    assert torch.allclose(recovered, output, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_untrained_student_ignores_w_and_a_trained_one_survives_saving(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    teacher = TeacherPipeline.open(str(folders[name]))
+    student = student_from(teacher.denoiser()).eval()
+    z, condition = rows(teacher)
+    t, w = torch.full((3,), 0.5), torch.tensor([0.0, 1.0, 4.0])
+    with torch.no_grad():
+        assert torch.equal(student(z, t, condition, w), student(z, t, condition, torch.zeros(3)))
+        for name_, parameter in student.named_parameters():
+            if "cond_proj" in name_ or "projections" in name_:
+                parameter.normal_(0, 0.1)
+        trained = student(z, t, condition, w)
+        assert not torch.allclose(trained[1:], student(z, t, condition, torch.zeros(3))[1:])
+        save_network(student, tmp_path / "network")
+        loaded = load_network(tmp_path / "network", teacher.schedule).eval()
+        assert torch.equal(loaded(z, t, condition, w), trained)
+        copied = student_from(loaded).eval()
+        assert torch.equal(copied(z, t, condition, w), trained)
+
+
+def test_a_student_of_a_dit_drops_no_labels_by_itself(folders: dict[str, Path]) -> None:
+    teacher = TeacherPipeline.open(str(folders["dit"]))
+    student = student_from(teacher.denoiser()).train()
+    z, condition = rows(teacher)
+    t, w = torch.full((3,), 0.5), torch.zeros(3)
+    first = student(z, t, condition, w)
+    assert all(torch.equal(student(z, t, condition, w), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_the_null_condition_is_what_the_stock_pipeline_guides_away_from(folders: dict[str, Path], name: str) -> None:
+    teacher = TeacherPipeline.open(str(folders[name]))
+    prompts = teacher.prompts(torch.device("cpu"))
+    if name == "sd1":
+        assert torch.allclose(prompts.null["context"], prompts.encode([""])["context"][0], atol=1e-6)
+    else:
+        assert all(not value.any() for value in prompts.null.values())
+        assert set(prompts.null) == {"context", "pooled"}
+
+
+def test_two_networks_with_the_weights_of_one_give_the_same_student_losses(tmp_path: Path) -> None:
+    """One network with a null class, and the same network as a second pipeline."""
+    one = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "one")))
+    two = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "two")))
+    network, null = one.denoiser(), {"label": torch.tensor(one.null_label(None))}
+    x, condition = rows(one)
+    batch = Batch(x, condition)
+    student = student_from(network).eval()
+    teachers = [GuidedTeacher(network, network, null), GuidedTeacher(network, two.denoiser(), null)]
+    w_range = (0.0, 4.0)
+    for loss in (
+        lambda teacher: output_matching_loss(student, teacher, one.schedule, batch, w_range, Draws(0, 1, range(3))),
+        lambda teacher: progressive_loss(student, teacher, one.schedule, batch, 4, w_range, Draws(0, 1, range(3))),
+    ):
+        first, second = (loss(teacher) for teacher in teachers)
+        assert torch.allclose(first, second, rtol=0, atol=1e-6)
+
+
+def test_a_flow_is_read_at_its_own_state_and_time(tmp_path: Path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    teacher = TeacherPipeline.open(str(pipelines.stable_diffusion(tmp_path / "flow", scheduler=scheduler)))
+    assert teacher.prediction == "flow"
+    denoiser = teacher.denoiser()
+    x, condition = rows(teacher)
+    eps = Draws(0, 1, range(3)).normal(x)
+    s = torch.tensor([0.3, 0.6, 0.9])
+    t = s / (3.0 - 2.0 * s)  # the time whose shifted one is s
+    alpha, sigma = teacher.schedule.at(t, x)
+    with torch.no_grad():
+        v = denoiser(diffuse(x, eps, alpha, sigma), t, condition, torch.zeros(3))
+        state = (1 - s).reshape(-1, 1, 1, 1) * x + s.reshape(-1, 1, 1, 1) * eps
+        u = denoiser.network(state, 1000 * s, encoder_hidden_states=condition["context"], return_dict=False)[0]
+    z = diffuse(x, eps, alpha, sigma)
+    implied = eps_from_v(z, v, alpha, sigma) - x_from_v(z, v, alpha, sigma)
+    assert torch.allclose(implied, u, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_of_diffusers_gives_the_x_of_its_scheduler(tmp_path: Path, prediction: str) -> None:
+    teacher = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "unet", prediction=prediction)))
+    denoiser, (z, condition) = teacher.denoiser(), rows(teacher)
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    t = torch.full((3,), 0.4)
+    with torch.no_grad():
+        output = denoiser.network(z, t * 1000 - 1, class_labels=condition["label"], return_dict=False)[0]
+        v = denoiser(z, t, condition, torch.zeros(3))
+    x = scheduler.step(output, 399, z).pred_original_sample
+    assert torch.allclose(x_from_v(z, v, *teacher.schedule.at(t, z)), x, atol=1e-4)
+
+
+def changed(folder: Path, file: str, **values: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        (UNET, {"time_cond_proj_dim": 256}, "it is a student"),
+        (UNET, {"in_channels": 8}, "8 channels in and 4 out is neither"),
+        (UNET, {"class_embed_type": "projection"}, "classes embedded by 'projection'"),
+        (UNET, {"addition_embed_type": "image"}, "added by 'image'"),
+        (UNET, {"encoder_hid_dim_type": "image_proj"}, "'image_proj' before the cross-attention"),
+        (UNET, {"num_class_embeds": 3}, "text and classes at once"),
+        (UNET, {"time_embedding_type": "fourier"}, "not positional"),
+        (SCHEDULER, {"prediction_type": "flow"}, "predicts flow"),
+        (SCHEDULER, {"_class_name": "EDMEulerScheduler"}, "no alphas_cumprod"),
+        (SCHEDULER, {"_class_name": "NoSuchScheduler"}, "no alphas_cumprod"),
+        (SCHEDULER, {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "alpha is 0"),
+        ("model_index.json", {"unet": ["diffusers", "UNet1DModel"]}, "its network is UNet1DModel"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
+        ("model_index.json", {"vae": [None, None]}, "without an autoencoder"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused_with_the_reason(
+    tmp_path: Path, file: str, values: dict[str, Any], reason: str
+) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    changed(folder, file, **values)
+    with pytest.raises(TeacherError, match=reason) as refused:
+        TeacherPipeline.open(str(folder))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_flow_that_shifts_by_the_image_is_refused(tmp_path: Path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    folder = pipelines.stable_diffusion(tmp_path / "sd", scheduler=scheduler)
+    with pytest.raises(TeacherError, match="depends on the image's size"):
+        TeacherPipeline.open(str(folder))
+
+
+@pytest.mark.parametrize("missing", [UNET, SCHEDULER, "model_index.json"])
+def test_a_pipeline_with_a_file_missing_is_refused(tmp_path: Path, missing: str) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    (folder / missing).unlink()
+    with pytest.raises(TeacherError, match=missing.rsplit("/", maxsplit=1)[-1]):
+        TeacherPipeline.open(str(folder))
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(TeacherError, match="sd/unet"):
+        TeacherPipeline.open(str(folder)).denoiser()
+
+
+def test_classes_are_found_by_name_or_by_order(folders: dict[str, Path], tmp_path: Path) -> None:
+    teacher = TeacherPipeline.open(str(folders["dit"]))
+    assert teacher.null_label(None) == pipelines.CLASSES
+    assert teacher.labels(["cat", "dog"]).tolist() == [0, 1]
+    with pytest.raises(TeacherError, match="5 classes"):
+        teacher.labels([str(k) for k in range(6)])
+    with pytest.raises(TeacherError, match="9 is none of them"):
+        teacher.null_label(9)
+    named = pipelines.dit(tmp_path / "named")
+    changed(named, "model_index.json", id2label={"0": "tench, Tinca", "3": "dog"})
+    teacher = TeacherPipeline.open(str(named))
+    assert teacher.labels(["dog", "Tinca"]).tolist() == [3, 0]
+    with pytest.raises(TeacherError, match="no class 'cat'"):
+        teacher.labels(["cat"])
+
+
+@pytest.mark.parametrize(("name", "side", "says"), [("sd1", 33, "multiple of 4"), ("dit", 64, "side 32, not 64")])
+def test_images_that_do_not_fit_are_refused(folders: dict[str, Path], name: str, side: int, says: str) -> None:
+    with pytest.raises(TeacherError, match=says):
+        TeacherPipeline.open(str(folders[name])).check_side(side)

@@ -1,0 +1,90 @@
+"""What inpainting networks are trained on: latents, a random mask, and the latent of the image that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from training import networks
+from training.data.training_set import TrainingSet
+from training.draws import Draws
+from training.guidance import Condition
+from training.losses import Batch
+
+WHOLE_SHARE = 0.25
+SMALLEST_SIDE = 0.2
+
+
+@dataclass(frozen=True)
+class InpaintingSet:
+    """A training set whose batches have a mask each, new every time. `pixels` (N, 3, H, W) are its images."""
+
+    latents: TrainingSet
+    pixels: Tensor
+    autoencoder: AutoencoderKL
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of one item."""
+        return self.latents.shape
+
+    @property
+    def x(self) -> Tensor:
+        """The latents (N, c, h, w)."""
+        return self.latents.x
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """None."""
+        return self.latents.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the images and their captions."""
+        return self.latents.fingerprint
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.latents)
+
+    def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
+        """The items (B,) on `device`, each with one of its captions, a mask and what it leaves."""
+        batch = self.latents.batch(items, draws, device)
+        mask = random_masks(draws, self.pixels.shape[-1]).to(device)
+        return Batch(
+            batch.x, {**batch.condition, **masked_condition(self.autoencoder, self.pixels[items].to(device), mask)}
+        )
+
+
+def random_masks(draws: Draws, side: int) -> Tensor:
+    """Masks (B, 1, side, side), 1 to repaint: the whole image at times, else a rectangle of at least a fifth a side."""
+    whole = draws.uniform() < WHOLE_SHARE
+    places = torch.arange(side, dtype=torch.float64) + 0.5
+    inside = []
+    for _ in range(2):
+        length = side * (SMALLEST_SIDE + (1 - SMALLEST_SIDE) * draws.uniform())
+        first = (side - length) * draws.uniform()
+        inside.append((places >= first[:, None]) & (places < (first + length)[:, None]))
+    rectangle = inside[0][:, :, None] & inside[1][:, None, :]
+    return (rectangle | whole[:, None, None])[:, None].float()
+
+
+@torch.no_grad()
+def masked_condition(autoencoder: AutoencoderKL, images: Tensor, mask: Tensor) -> Condition:
+    """`mask` (B, 1, h, w) at the latent's size and `masked` (B, c, h, w), as the stock inpainting pipeline makes them.
+
+    Images (B, 3, H, W) in [-1, 1], mask (B, 1, H, W) with 1 to repaint.
+    """
+    masked = networks.encode(autoencoder, images * (mask < 0.5))
+    return {"mask": interpolate(mask, size=masked.shape[-2:]), "masked": masked}
+
+
+def all_masked(autoencoder: AutoencoderKL, side: int) -> Condition:
+    """The condition of one row that leaves nothing of an image: what makes an inpainting network generate."""
+    device = next(autoencoder.parameters()).device
+    image, mask = torch.zeros(1, 3, side, side, device=device), torch.ones(1, 1, side, side, device=device)
+    return {name: value[0].cpu() for name, value in masked_condition(autoencoder, image, mask).items()}

@@ -1,0 +1,86 @@
+"""What stands between a long run and its accidents: updates that would do harm, and signals to leave."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from types import FrameType
+from typing import Any
+
+WINDOW = 100
+NEEDED = 20
+
+
+class Guard:
+    """Decides which updates are skipped: those that are not finite, and those whose loss jumps."""
+
+    def __init__(self, spike: float, limit: int) -> None:
+        """A loss above `spike` times the median of the last hundred is a jump; more than `limit` skips are too many."""
+        self.spike, self.limit = spike, limit
+        self.skipped = 0
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._skips: deque[bool] = deque(maxlen=WINDOW)
+
+    def refuses(self, loss: float, norm: float) -> bool:
+        """Whether the update of this loss and gradient norm must be skipped; call it once for each update."""
+        bad = not (math.isfinite(loss) and math.isfinite(norm)) or self._jumps(loss)
+        if not bad:
+            self._losses.append(loss)
+        self._skips.append(bad)
+        self.skipped += bad
+        return bad
+
+    def _jumps(self, loss: float) -> bool:
+        return len(self._losses) >= NEEDED and loss > self.spike * median(self._losses)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more of the last hundred updates than the limit were skipped."""
+        return sum(self._skips) > self.limit
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped, "losses": list(self._losses), "skips": list(self._skips)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint kept."""
+        self.skipped = state["skipped"]
+        self._losses = deque(state["losses"], WINDOW)
+        self._skips = deque(state["skips"], WINDOW)
+
+
+class Leave:
+    """Whether a signal asked the run to leave."""
+
+    asked = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.asked = True
+
+
+@contextmanager
+def signals() -> Iterator[Leave]:
+    """Note SIGTERM and SIGINT instead of dying of them; the second one of a kind kills. Other threads note nothing."""
+    leave = Leave()
+    if threading.current_thread() is not threading.main_thread():
+        yield leave
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        leave.ask(number, frame)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield leave
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""Students as diffusers pipelines: what stock StableDiffusionPipeline, Img2Img and Inpaint, or SDXL's, run as they are.
+
+Guidance is an input of the network, so the stock pipelines call it once a step, and their `guidance_scale` is 1 + w.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import UNet2DConditionModel
+
+from training.diffusion import stock_scheduler
+from training.networks import NetworkDenoiser
+from training.store import whole_file
+from training.teachers import INDEX, TeacherPipeline
+
+ABSENT = [None, None]
+
+
+def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipeline | None) -> None:
+    """Write into `folder` what a pipeline has besides the network: scheduler, index and the teacher's other parts.
+
+    The parts of a checkpoint are hard links where the disk allows it. A student trained from scratch has its own
+    autoencoder and no text encoder that diffusers knows: the pipeline then takes `prompt_embeds`. Networks that no
+    stock pipeline can give w to (classes) get the scheduler alone.
+    """
+    stock_scheduler(denoiser.schedule).save_pretrained(folder / "scheduler")
+    if not isinstance(denoiser.network, UNet2DConditionModel) or denoiser.network.config["num_class_embeds"]:
+        return
+    index = _of_teacher(folder, pipeline) if pipeline is not None else _of_scratch(folder)
+    index |= {
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    with whole_file(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=2))
+
+
+def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
+    index = {key: value for key, value in pipeline.index.items() if not key.startswith("_name")}
+    parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None]
+    for part in parts:
+        if part not in ("unet", "scheduler"):
+            _link(pipeline.folder / part, folder / part, pipeline.variant)
+    return index
+
+
+def _of_scratch(folder: Path) -> dict[str, Any]:
+    autoencoder = folder.parent / "autoencoder"
+    if autoencoder.is_dir():
+        _link(autoencoder, folder / "vae", None, ("config.json", "*.safetensors"))
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "vae": ["diffusers", "AutoencoderKL"] if autoencoder.is_dir() else ABSENT,
+        "text_encoder": ABSENT,
+        "tokenizer": ABSENT,
+        "safety_checker": ABSENT,
+        "feature_extractor": ABSENT,
+        "image_encoder": ABSENT,
+        "requires_safety_checker": False,
+    }
+
+
+def _link(source: Path, target: Path, variant: str | None, patterns: tuple[str, ...] = ("*",)) -> None:
+    """The files of a folder under another one, a variant's under their plain names; copied across disks."""
+    target.mkdir(exist_ok=True)
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()}):
+        name = target / (file.name.replace(f".{variant}.", ".") if variant else file.name)
+        name.unlink(missing_ok=True)
+        try:
+            os.link(file.resolve(), name)
+        except OSError:
+            shutil.copyfile(file, name)

@@ -1,0 +1,88 @@
+"""Captions -> condition arrays, by whichever encoder a teacher listens to; kept on disk, never encoded twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.guidance import Condition
+from training.store import hash_of
+
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class TextGraph:
+    """A prompt encoder as a bundle has it: a module of (input_ids, attention_mask) and what makes these of a prompt.
+
+    `tokenizer` is the JSON of a tokenizers.Tokenizer; prompts are padded with `pad_id` to `max_tokens`.
+    """
+
+    module: nn.Module
+    tokenizer: str
+    max_tokens: int
+    pad_id: int
+
+
+class PromptEncoder(Protocol):
+    """What makes conditions of captions."""
+
+    @property
+    def identity(self) -> str:
+        """Names the encoder and all that its arrays depend on besides the captions."""
+        ...
+
+    @property
+    def null(self) -> Condition:
+        """The null condition of one row: arrays without a batch dimension, of the names that `encode` gives."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Arrays (N, *) on the CPU, one for each name, of N captions."""
+        ...
+
+    def too_long(self, captions: Sequence[str]) -> int:
+        """How many of the captions lose their end."""
+        ...
+
+    def text_graph(self) -> TextGraph:
+        """What a bundle needs of it. Raises ValueError if a bundle has no place for it."""
+        ...
+
+
+def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path) -> Mapping[str, Tensor]:
+    """Arrays (N, *) in float16 of the captions, memory-mapped from files under `cache`.
+
+    The folder's name is a hash of the captions and the encoder's identity.
+    """
+    folder = cache / f"captions-{hash_of({'encoder': encoder.identity, 'captions': list(captions)})[:16]}"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(encoder, captions, partial)
+        partial.rename(folder)
+    return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c")) for file in sorted(folder.glob("*.npy"))}
+
+
+def _write(encoder: PromptEncoder, captions: Sequence[str], folder: Path) -> None:
+    tables: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float16]]] = {}
+    for start in tqdm(range(0, len(captions), ROWS), desc="encoding captions", unit="batch", disable=None):
+        arrays = encoder.encode(captions[start : start + ROWS])
+        for name, rows in arrays.items():
+            if name not in tables:
+                shape = (len(captions), *rows.shape[1:])
+                tables[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+            tables[name][start : start + ROWS] = rows.half().numpy()
+    for table in tables.values():
+        table.flush()
+    if cut := encoder.too_long(captions):
+        tqdm.write(f"{cut} of {len(captions)} captions are too long for the text encoder: their ends are not seen")

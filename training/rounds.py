@@ -1,0 +1,113 @@
+"""The table of rounds: how near each student is to its teacher, and to the guided teacher, at equal noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.draws import Draws
+from training.guidance import Denoiser
+from training.losses import Batch, Course
+from training.run import Run
+from training.sampler import encode, sample
+from training.store import whole_file
+
+ROWS = 64
+ROWS_AT_ONCE = 16
+REFERENCE_STEPS = 64
+TABLE, FIGURES = "rounds.md", "rounds.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Fixed noise, data, conditions and w, on which samplers, or encoders, are compared."""
+
+    run: Run
+    course: Course
+    noise: Tensor
+    batch: Batch
+    w: Tensor
+
+    @classmethod
+    def of(cls, run: Run, course: Course) -> Trial:
+        """Conditions of the training split, w over the whole range."""
+        draws = Draws(run.recipe.seed, 1, range(ROWS))
+        batch = run.data.batch(draws.integers(len(run.data)), draws, run.device)
+        w = torch.linspace(*run.recipe.guidance, ROWS, device=run.device)
+        return cls(run, course, draws.normal(batch.x), batch, w)
+
+    def result(self, denoiser: Denoiser, steps: int) -> Tensor:
+        """Clean data (B, *) from the noise, or for encoders noise from the data, in so many deterministic steps."""
+        grid = self.run.schedule.grid(steps)
+        along, start = (encode, self.batch.x) if self.course == "encoding" else (sample, self.noise)
+        parts = []
+        for first in range(0, ROWS, ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            condition = {name: value[rows] for name, value in self.batch.condition.items()}
+            with self.run.accelerator.autocast():
+                parts.append(along(denoiser, grid, start[rows], condition, self.w[rows]))
+        return torch.cat(parts)
+
+    def distance(self, denoiser: Denoiser, steps: int, target: Tensor) -> float:
+        """The relative L2 distance from the target of what the denoiser makes in so many steps."""
+        return float((self.result(denoiser, steps) - target).norm() / target.norm())
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One round: what was trained, and relative L2 distances at equal noise."""
+
+    stage: str
+    steps: int
+    updates: int
+    images: int
+    skipped: int
+    to_its_teacher: float
+    to_guided_teacher: float
+    guided_ddim: float
+    reference_steps: int
+
+
+def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, to_its_teacher: float) -> None:
+    """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row."""
+    if not run.accelerator.is_main_process:
+        return
+    guided = run.guided_teacher()
+    reference = trial.result(guided, REFERENCE_STEPS)
+    log = json.loads((run.folder / stage / "log.jsonl").read_text().splitlines()[-1])
+    row = RoundRow(
+        stage, steps, log["update"], log["images"], log["skipped"], to_its_teacher,
+        trial.distance(student, steps, reference), trial.distance(guided, steps, reference), REFERENCE_STEPS,
+    )  # fmt: skip
+    path = run.folder / FIGURES
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    rows = [other for other in rows if other["stage"] != stage] + [asdict(row)]
+    for file, text in ((path, json.dumps(rows, indent=1)), (run.folder / TABLE, to_markdown(rows))):
+        with whole_file(file) as partial:
+            partial.write_text(text)
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of rounds."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "stage": lambda row: row["stage"],
+        "steps": lambda row: str(row["steps"]),
+        "updates": lambda row: str(row["updates"]),
+        "images": lambda row: str(row["images"]),
+        "skipped updates": lambda row: str(row["skipped"]),
+        "to its teacher": lambda row: f"{row['to_its_teacher']:.4f}",
+        "to the guided teacher": lambda row: f"{row['to_guided_teacher']:.4f}",
+        "guided DDIM at equal steps": lambda row: f"{row['guided_ddim']:.4f}",
+    }
+    lines = [f"| {' | '.join(columns)} |", f"|{'--|' * len(columns)}"]
+    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
+    steps = rows[0]["reference_steps"]
+    return (
+        f"Relative L2 distances at equal noise, condition and w, over {ROWS} rows with w over the whole range. Its "
+        f"teacher has twice the steps; the guided teacher takes {steps}.\n\n" + "\n".join(lines) + "\n"
+    )

@@ -1,0 +1,302 @@
+"""A run: a recipe at work in a folder, and all that its stages share. Their order is distill.py's affair.
+
+Every stage has a subfolder with its log, its samples and, when it is finished, its network as a diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from training import networks
+from training.checkpoints import Checkpoints
+from training.data.inpainting import InpaintingSet, all_masked
+from training.data.training_set import TrainingSet, load_training_set
+from training.diffusion import Schedule
+from training.guidance import Condition, GuidedTeacher
+from training.loop import TrainingError
+from training.networks import NetworkDenoiser, load_network, save_network
+from training.pipelines import save_pipeline
+from training.prompts import PromptEncoder
+from training.recipe import CheckpointRecipe, Recipe, ScheduleName, TeacherRecipe
+from training.report import Pace
+from training.store import hash_of_files, whole_file
+from training.teachers import TeacherPipeline
+from training.text import MiniLMPrompts
+
+RECORD = "recipe.json"
+NETWORK = "unet"
+AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+LEFT_OUT_OF_RECORD = frozenset({"export", "scale"})
+"""What does not touch what was trained: what is exported, under which words, and how it fits its machines."""
+
+SCHEDULES = {
+    "cosine": Schedule.cosine,
+    "continuous-cosine": Schedule.continuous_cosine,
+    "scaled-linear": Schedule.scaled_linear,
+    "rectified-flow": Schedule.rectified_flow,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work in a folder."""
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    pace: Pace = Pace()
+
+    def __post_init__(self) -> None:
+        """Claim the folder for the recipe. Raises TrainingError if another recipe has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ours = json.loads(self.recipe.portable_json())
+        theirs = self._recorded(RECORD, ours)
+        if changed := sorted(key for key in ours.keys() - LEFT_OUT_OF_RECORD if ours[key] != theirs.get(key)):
+            raise TrainingError(
+                f"{self.folder} was made with another recipe (it differs in: {', '.join(changed)}); "
+                "choose another folder, or edit its recipe.json if you mean to go on"
+            )
+
+    def _recorded(self, name: str, ours: dict[str, Any]) -> dict[str, Any]:
+        """What a record of the run says; at first, what we write into it. Raises TrainingError for a broken one."""
+        record = self.folder / name
+        with self.accelerator.main_process_first():
+            if not record.exists():
+                with whole_file(record) as partial:
+                    partial.write_text(json.dumps(ours, indent=1))
+        try:
+            theirs: dict[str, Any] = json.loads(record.read_text())
+        except ValueError as error:
+            raise TrainingError(f"{record} is not JSON: {error}") from error
+        return theirs
+
+    def known(self, use: str, fingerprint: str) -> None:
+        """Note the data that the run uses. Raises TrainingError if it is not what it was, so that no run mixes two."""
+        if self._recorded(f"data-{use}.json", {"sha256": fingerprint})["sha256"] != fingerprint:
+            raise TrainingError(
+                f"{self.folder} was begun with other images, captions or classes than those that are there now; "
+                f"bring those back, choose another folder, or remove its data-{use}.json if you mean to go on"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks are."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def cache(self) -> Path:
+        """Where encoded captions are kept."""
+        return self.folder / "cache"
+
+    @cached_property
+    def pipeline(self) -> TeacherPipeline | None:
+        """The pipeline that the teacher comes from; None if it is trained here. Raises TeacherError if it is unfit."""
+        teacher = self.recipe.teacher
+        if isinstance(teacher, TeacherRecipe):
+            return None
+        pipeline = TeacherPipeline.open(teacher.checkpoint, teacher.revision, teacher.variant)
+        if pipeline.is_text != (self.recipe.conditioning == "text"):
+            kind = "prompts" if pipeline.is_text else "classes"
+            raise TrainingError(f"{pipeline.folder} is conditioned on {kind}, the recipe on {self.recipe.conditioning}")
+        return pipeline
+
+    @cached_property
+    def unconditional(self) -> TeacherPipeline | None:
+        """The second pipeline of a teacher of two networks. Raises TrainingError if its schedule is another one."""
+        teacher = self.recipe.teacher
+        if self.pipeline is None or not isinstance(teacher, CheckpointRecipe) or teacher.unconditional is None:
+            return None
+        second = TeacherPipeline.open(teacher.unconditional, teacher.revision, teacher.variant)
+        same = second.schedule.angles.shape == self.schedule.angles.shape
+        if not same or not torch.allclose(second.schedule.angles, self.schedule.angles, atol=1e-6):
+            raise TrainingError(f"{second.folder} and {self.pipeline.folder} have different noise schedules")
+        return second
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule that every stage shares."""
+        if self.pipeline is not None:
+            return self.pipeline.schedule
+        name: ScheduleName = self.recipe.teacher.schedule  # type: ignore[union-attr]
+        return SCHEDULES[name]()
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether z is an autoencoder's latent."""
+        if self.pipeline is not None:
+            return self.pipeline.autoencoder_class is not None
+        return self.recipe.autoencoder is not None
+
+    @cached_property
+    def prompts(self) -> PromptEncoder | None:
+        """What encodes captions; None for classes."""
+        if self.recipe.conditioning == "class":
+            return None
+        if self.pipeline is not None:
+            return self.pipeline.prompts(self.device)
+        return MiniLMPrompts(self.recipe.max_tokens, self.device)
+
+    @cached_property
+    def data(self) -> TrainingSet | InpaintingSet:
+        """The training split, in the space that the denoiser works in."""
+        with self.accelerator.main_process_first():
+            images = load_training_set(self.recipe, "train", self.cache, self.prompts)
+        self.known("denoiser", images.fingerprint)
+        if self.pipeline is not None and isinstance(images.condition, Tensor):
+            images = replace(images, condition=self.pipeline.labels(images.classes)[images.condition])
+        if not self.is_latent:
+            return images
+        autoencoder = self.autoencoder()
+        latents = replace(images, x=encode_all(autoencoder, images.x, self.device), constants=self.constants)
+        if self.pipeline is not None and self.pipeline.is_inpainting:
+            return InpaintingSet(latents, images.x, autoencoder)
+        return latents
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """The teacher's numbers for labels that count the classes of the data."""
+        return labels if self.pipeline is None else self.pipeline.labels(self.data.classes)[labels]
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of z. Raises TrainingError if the images do not fit the network."""
+        side, halvings, channels = self.recipe.data.size, 0, 3
+        if self.pipeline is not None:
+            channels = self.pipeline.channels
+            halvings = self.pipeline.autoencoder_halvings
+            self.pipeline.check_side(side)
+        elif self.recipe.autoencoder is not None:
+            channels = self.recipe.autoencoder.latent_channels
+            halvings = len(self.recipe.autoencoder.channels) - 1
+        return channels, side >> halvings, side >> halvings
+
+    @cached_property
+    def constants(self) -> Condition:
+        """Conditions that are the same for every row: SDXL's sizes, and for inpainting that all is masked."""
+        if self.pipeline is None:
+            return {}
+        side = float(self.recipe.data.size)
+        constants: dict[str, Tensor] = {}
+        if self.pipeline.is_xl:
+            constants["size"] = torch.tensor([side, side, 0.0, 0.0, side, side])
+        if self.pipeline.is_inpainting:
+            constants.update(all_masked(self.autoencoder(), self.recipe.data.size))
+        return constants
+
+    @cached_property
+    def null(self) -> Condition:
+        """The null condition of one row: the empty caption, or the class for none."""
+        if self.prompts is not None:
+            return self.prompts.null
+        if self.pipeline is None:
+            return {"label": torch.tensor(len(self.data.classes))}
+        if self.unconditional is not None:
+            count = self.unconditional.labels_count
+            return {"label": torch.tensor(count - 1)} if count else {}
+        teacher = self.recipe.teacher
+        assert isinstance(teacher, CheckpointRecipe)
+        label = self.pipeline.null_label(teacher.null_class)
+        if label in self.pipeline.labels(self.data.classes):
+            raise TrainingError(
+                f"{self.pipeline.folder} has no class left that stands for none: name one as null_class, or a second "
+                "pipeline as unconditional"
+            )
+        return {"label": torch.tensor(label)}
+
+    def autoencoder(self) -> AutoencoderKL:
+        """The autoencoder. Raises TrainingError if its stage is not done."""
+        if self.pipeline is not None:
+            model = self.pipeline.autoencoder()
+            assert model is not None
+        else:
+            self._check_done("autoencoder")
+            model = AutoencoderKL.from_pretrained(self.folder / "autoencoder", local_files_only=True)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def denoiser(self, stage: str) -> NetworkDenoiser:
+        """The network of a stage as a frozen Denoiser. Raises TrainingError if the stage is not done."""
+        if stage == "teacher" and self.pipeline is not None:
+            return self.pipeline.denoiser().to(self.device)
+        self._check_done(stage)
+        denoiser = load_network(self.folder / stage / self.network_part, self.schedule)
+        return denoiser.to(self.device).eval().requires_grad_(False)
+
+    def guided_teacher(self) -> GuidedTeacher:
+        """The teacher with classifier-free guidance: two network calls a step."""
+        network = self.denoiser("teacher")
+        second = network if self.unconditional is None else self.unconditional.denoiser().to(self.device)
+        return GuidedTeacher(network, second, self.null)
+
+    @property
+    def network_part(self) -> str:
+        """The subfolder of a stage that holds its network, as diffusers calls it."""
+        return NETWORK if self.pipeline is None else self.pipeline.part
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage's network is there."""
+        if stage == "autoencoder":
+            return (self.folder / stage / AUTOENCODER_WEIGHTS).exists()
+        return (stage == "teacher" and self.pipeline is not None) or (self.folder / stage / self.network_part).is_dir()
+
+    def _check_done(self, stage: str) -> None:
+        if not self.is_done(stage):
+            raise TrainingError(f"{self.folder / stage} holds no trained network")
+
+    def weights(self, stage: str) -> str:
+        """A hash of the weights of a stage. Raises TrainingError if it is not done."""
+        if self.pipeline is not None and stage in ("teacher", "autoencoder"):
+            part = self.pipeline.part if stage == "teacher" else "vae"
+            return hash_of_files(sorted((self.pipeline.folder / part).glob("*.safetensors")))
+        self._check_done(stage)
+        folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
+        return hash_of_files(sorted(folder.glob("*.safetensors")))
+
+    def finish(self, stage: str, network: NetworkDenoiser | AutoencoderKL) -> None:
+        """Save a stage's network, whole or not at all; its checkpoints are of no more use.
+
+        Raises TrainingError if it cannot be written; then the checkpoints stay.
+        """
+        folder = self.folder / stage
+        if self.accelerator.is_main_process:
+            try:
+                _save(folder, self.network_part, network, self.pipeline)
+            except OSError as error:
+                raise TrainingError(f"{folder} was not saved, its checkpoint is kept: {error}") from error
+            Checkpoints(folder).remove()
+        self.accelerator.wait_for_everyone()
+
+
+def _save(folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pipeline: TeacherPipeline | None) -> None:
+    partial = folder / f"{part}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(network, NetworkDenoiser):
+        save_network(network, partial)
+        save_pipeline(folder, network, pipeline)
+        partial.rename(folder / part)
+        return
+    network.save_pretrained(partial)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == AUTOENCODER_WEIGHTS):
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+@torch.inference_mode()
+def encode_all(autoencoder: AutoencoderKL, images: Tensor, device: torch.device, rows: int = 256) -> Tensor:
+    """Scaled latents (N, c, h, w) on the CPU of images (N, 3, H, W)."""
+    return torch.cat([networks.encode(autoencoder, part.to(device)).cpu() for part in images.split(rows)])
+
+
+@torch.inference_mode()
+def decode_all(autoencoder: AutoencoderKL, latents: Tensor, rows: int = 256) -> Tensor:
+    """Images (N, 3, H, W) of scaled latents (N, c, h, w)."""
+    return torch.cat([networks.decode(autoencoder, part) for part in latents.split(rows)])

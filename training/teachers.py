@@ -1,0 +1,349 @@
+"""Guided teachers that are there: diffusers pipelines, in folders or on a hub. What does not fit is refused.
+
+Text: Stable Diffusion 1 and 2, SDXL, and their inpainting networks of 2 c + 1 channels. Classes: UNet2DModel and
+UNet2DConditionModel, in pixels or latents, and DiT.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+from training.diffusion import Prediction, Schedule
+from training.guidance import Condition
+from training.networks import Network, NetworkDenoiser, never_drop_labels
+from training.prompts import TextGraph
+
+INDEX = "model_index.json"
+PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
+NETWORK_CLASSES: Mapping[str, type[Network]] = {
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "UNet2DModel": UNet2DModel,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+    "Transformer2DModel": DiTTransformer2DModel,  # what DiT was called before
+}
+
+
+class TeacherError(Exception):
+    """A pipeline that cannot be a teacher; the message says why."""
+
+
+@dataclass(frozen=True)
+class TeacherPipeline:
+    """A diffusers pipeline in a folder.
+
+    `index` is its model_index.json, `source` how it was named, `variant` that of its weights' files.
+    """
+
+    folder: Path
+    index: Mapping[str, Any]
+    source: str
+    variant: str | None = None
+
+    @classmethod
+    def open(cls, source: str, revision: str | None = None, variant: str | None = None) -> TeacherPipeline:
+        """A folder, or else a name on the hub, which is fetched. Raises TeacherError if it cannot be a teacher."""
+        folder = Path(source)
+        try:
+            if not folder.is_dir():
+                folder = Path(diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant))
+            index = json.loads((folder / INDEX).read_text())
+        except (OSError, ValueError) as error:
+            raise TeacherError(f"{source} is no diffusers pipeline: {_first_line(error)}") from error
+        opened = cls(folder, index, source, variant)
+        opened._check()
+        return opened
+
+    def _check(self) -> None:
+        """Raise TeacherError for what cannot be distilled, before any weights are read."""
+        config = self.network_config
+        for wrong, reason in _faults(config, self.is_text, self.part):
+            if wrong:
+                raise TeacherError(f"{self.folder}: {reason}")
+        if (vae := self.autoencoder_class) not in (None, "AutoencoderKL"):
+            raise TeacherError(f"{self.folder}: its autoencoder is a {vae}, not an AutoencoderKL")
+        if self.is_text and self.autoencoder_class is None:
+            raise TeacherError(f"{self.folder}: a text-to-image pipeline without an autoencoder is not known")
+        _ = self.schedule, self.prediction
+
+    def _class_of(self, part: str) -> str | None:
+        """The class of one of the pipeline's parts; None if it has none."""
+        entry = self.index.get(part)
+        return entry[1] if isinstance(entry, (list, tuple)) else None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether prompts are its condition; else classes are."""
+        return self._class_of("text_encoder") is not None or self._class_of("text_encoder_2") is not None
+
+    @cached_property
+    def part(self) -> str:
+        """The subfolder of the network."""
+        for part in ("unet", "transformer"):
+            if self._class_of(part) in NETWORK_CLASSES:
+                return part
+        found = self._class_of("unet") or self._class_of("transformer") or "none"
+        raise TeacherError(f"{self.folder}: its network is {found}; known are {', '.join(NETWORK_CLASSES)}")
+
+    @cached_property
+    def network_config(self) -> dict[str, Any]:
+        """The network's config.json."""
+        return self._config(f"{self.part}/config.json")
+
+    @cached_property
+    def _scheduler(self) -> dict[str, Any]:
+        return self._config("scheduler/scheduler_config.json")
+
+    def _config(self, name: str) -> dict[str, Any]:
+        try:
+            config: dict[str, Any] = json.loads((self.folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise TeacherError(f"{self.folder}/{name}: {_first_line(error)}") from error
+        return config
+
+    @property
+    def _is_flow(self) -> bool:
+        return self._scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What its scheduler's noise says."""
+        config = self._scheduler
+        if self._is_flow:
+            if config.get("use_dynamic_shifting"):
+                raise TeacherError(f"{self.folder}: a flow whose shift depends on the image's size is not known")
+            return Schedule.rectified_flow(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
+        name = str(config.get("_class_name"))
+        kind = getattr(diffusers, name, None)
+        alphas_cumprod = getattr(kind.from_config(config), "alphas_cumprod", None) if kind is not None else None
+        if alphas_cumprod is None:
+            raise TeacherError(f"{self.folder}: its scheduler {name} has no alphas_cumprod and is no rectified flow")
+        try:
+            schedule = Schedule.from_alphas_cumprod(alphas_cumprod)
+        except ValueError as error:
+            raise TeacherError(f"{self.folder}: {error}") from error
+        if self.prediction == "eps" and float(schedule.alphas[-1]) < 1e-4:
+            raise TeacherError(f"{self.folder}: it predicts eps, which says nothing of x where alpha is 0, at t = 1")
+        return schedule
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What its network predicts."""
+        if self._is_flow:
+            return "flow"
+        name = self._scheduler.get("prediction_type", "epsilon")
+        if name not in PREDICTIONS:
+            raise TeacherError(f"{self.folder}: its network predicts {name}; known are {', '.join(PREDICTIONS)}")
+        return PREDICTIONS[name]
+
+    @property
+    def autoencoder_class(self) -> str | None:
+        """The class of the autoencoder; None in pixel space."""
+        return self._class_of("vae")
+
+    @cached_property
+    def autoencoder_halvings(self) -> int:
+        """How often the autoencoder halves an image's side."""
+        if self.autoencoder_class is None:
+            return 0
+        return len(self._config("vae/config.json")["block_out_channels"]) - 1
+
+    def check_side(self, side: int) -> None:
+        """Raise TeacherError if images of that side do not pass the autoencoder and the network."""
+        config = self.network_config
+        is_dit = self.part == "transformer"
+        unit = int(config["patch_size"]) if is_dit else 1 << (len(config["block_out_channels"]) - 1)
+        unit <<= self.autoencoder_halvings
+        if side % unit:
+            raise TeacherError(f"{self.folder} takes images whose side is a multiple of {unit}, not {side}")
+        if is_dit and side >> self.autoencoder_halvings != config["sample_size"]:
+            raise TeacherError(
+                f"{self.folder} takes images of side {config['sample_size'] << self.autoencoder_halvings}, not {side}"
+            )
+
+    @cached_property
+    def channels(self) -> int:
+        """c, the channels of z."""
+        config = self.network_config
+        return int(config["out_channels"] if self.is_text else config["in_channels"])
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the network sees a mask and a masked image beside z."""
+        return self.is_text and self.network_config["in_channels"] == 2 * self.channels + 1
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the network is told pooled text and the image's size, as SDXL is."""
+        return self.network_config.get("addition_embed_type") == "text_time"
+
+    def denoiser(self) -> NetworkDenoiser:
+        """The network as a frozen Denoiser that gives v. Raises TeacherError where its weights are not whole."""
+        kind = NETWORK_CLASSES[str(self._class_of(self.part))]
+        network = self._load(kind, self.part)
+        never_drop_labels(network)
+        return NetworkDenoiser(network, self.schedule, self.prediction).eval().requires_grad_(False)
+
+    def autoencoder(self) -> AutoencoderKL | None:
+        """The autoencoder of a pipeline in latent space."""
+        return None if self.autoencoder_class is None else self._load(AutoencoderKL, "vae")
+
+    def _load(self, kind: Any, part: str) -> Any:
+        try:
+            return kind.from_pretrained(
+                str(self.folder), subfolder=part, variant=self.variant, local_files_only=True
+            ).float()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TeacherError(f"{self.folder}/{part}: {_first_line(error)}") from error
+
+    def prompts(self, device: torch.device) -> PipelinePrompts:
+        """Its text encoders."""
+        # Looked up here: the pipelines take seconds to import, and most runs need none.
+        kind = diffusers.StableDiffusionXLPipeline if self.is_xl else diffusers.StableDiffusionPipeline
+        bare = {"unet": None, "vae": None, "image_encoder": None, "feature_extractor": None}
+        if not self.is_xl:
+            bare |= {"safety_checker": None}
+        return PipelinePrompts(
+            str(self.folder),
+            lambda: kind.from_pretrained(str(self.folder), **bare, variant=self.variant, local_files_only=True).to(
+                device, torch.float32
+            ),
+        )
+
+    def null_label(self, wanted: int | None) -> int:
+        """The class that stands for none: the one `wanted`, by default the last. Raises TeacherError if none is it."""
+        count = self.labels_count
+        if not count:
+            raise TeacherError(f"{self.folder} knows no classes")
+        if wanted is not None and wanted >= count:
+            raise TeacherError(f"{self.folder} has {count} classes: {wanted} is none of them")
+        return count - 1 if wanted is None else wanted
+
+    @property
+    def labels_count(self) -> int:
+        """How many classes its network can be given, the null class among them."""
+        config = self.network_config
+        if self.part == "transformer":
+            return int(config.get("num_embeds_ada_norm", 1000)) + 1
+        return int(config.get("num_class_embeds") or 0)
+
+    def labels(self, classes: Sequence[str]) -> Tensor:
+        """The number (K,) of each of K classes: by the pipeline's `id2label` if it has one, else their order.
+
+        Raises TeacherError for a class that the teacher does not have.
+        """
+        if id2label := self.index.get("id2label"):
+            known = {name.strip(): int(k) for k, names in id2label.items() for name in names.split(",")}
+            if missing := sorted(set(classes) - set(known)):
+                raise TeacherError(f"{self.folder} has no class {missing[0]!r}")
+            return torch.tensor([known[name] for name in classes])
+        if len(classes) > self.labels_count:
+            raise TeacherError(f"{self.folder} has {self.labels_count} classes, the images have {len(classes)}")
+        return torch.arange(len(classes))
+
+
+def _faults(config: Mapping[str, Any], text: bool, part: str) -> list[tuple[bool, str]]:
+    """What may be wrong with a network, and how it is said."""
+    channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    embedded = config.get("class_embed_type")
+    added = config.get("addition_embed_type")
+    faults = [
+        (config.get("time_cond_proj_dim") is not None, "it takes the guidance weight as an input: it is a student"),
+        (embedded is not None, f"classes embedded by {embedded!r} are not known"),
+        (added not in (None, "text", "text_time"), f"conditions added by {added!r} are not known"),
+        (
+            config.get("encoder_hid_dim_type") not in (None, "text_proj"),
+            f"{config.get('encoder_hid_dim_type')!r} before the cross-attention is not known",
+        ),
+        (config.get("time_embedding_type", "positional") != "positional", "its time embedding is not positional"),
+        (bool(config.get("center_input_sample")), "it centres its input, which is not known"),
+    ]
+    if text:
+        fits = channels in (out, 2 * out + 1)
+        faults += [
+            (not fits, f"a network of {channels} channels in and {out} out is neither text-to-image nor inpainting"),
+            (bool(config.get("num_class_embeds")), "it takes text and classes at once, which is not known"),
+        ]
+    else:
+        fits = out in (channels, 2 * channels) if part == "transformer" else out == channels
+        faults.append((not fits, f"a network of {channels} channels in and {out} out is not known"))
+    return faults
+
+
+class PipelinePrompts:
+    """The text encoders of a Stable Diffusion pipeline as a PromptEncoder, by the pipeline's own `encode_prompt`.
+
+    `context` (N, L, D), and `pooled` (N, P) for SDXL. Loaded when first used.
+    """
+
+    def __init__(self, identity: str, load: Callable[[], Any]) -> None:
+        """`load` gives the pipeline without its network."""
+        self.identity, self._load_pipeline = identity, load
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        return self._load_pipeline()
+
+    @cached_property
+    def null(self) -> Condition:
+        """What the pipeline itself guides away from."""
+        return {name: rows[0] for name, rows in self._encoded(["a"])[1].items()}
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Context, and pooled text, of captions."""
+        return self._encoded(captions)[0]
+
+    def too_long(self, captions: Sequence[str]) -> int:
+        """How many of the captions have more tokens than the encoder takes."""
+        tokenizer = self._pipeline.tokenizer or self._pipeline.tokenizer_2
+        return sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
+
+    def text_graph(self) -> TextGraph:
+        """The text encoder and its tokenizer. Raises ValueError for a pipeline of two encoders."""
+        pipeline = self._pipeline
+        if getattr(pipeline, "text_encoder_2", None) is not None:
+            raise ValueError("a bundle has one text encoder, this pipeline has two")
+        tokenizer = pipeline.tokenizer
+        module = _ContextGraph(pipeline.text_encoder.cpu(), tokenizer.pad_token_id)
+        backend = tokenizer.backend_tokenizer.to_str()
+        return TextGraph(module.eval(), backend, tokenizer.model_max_length, tokenizer.pad_token_id)
+
+    @torch.inference_mode()
+    def _encoded(self, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        pipeline = self._pipeline
+        found = pipeline.encode_prompt(
+            prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        names = ("context", "pooled")
+        given, null = found[0::2], found[1::2]
+        conditional, unconditional = (
+            {name: rows.float().cpu() for name, rows in zip(names, part, strict=False)} for part in (given, null)
+        )
+        return conditional, unconditional
+
+
+class _ContextGraph(nn.Module):
+    """Context of (input_ids, attention_mask) as the pipeline makes it: padding is attended to, if by its own token."""
+
+    def __init__(self, encoder: nn.Module, pad_id: int) -> None:
+        super().__init__()
+        self.encoder, self.pad_id = encoder, pad_id
+        self.masks = bool(getattr(encoder.config, "use_attention_mask", False))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
+        context: Tensor = self.encoder(padded, attention_mask=attention_mask if self.masks else None)[0]
+        return context
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
