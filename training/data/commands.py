@@ -101,6 +101,23 @@ def shards(source: Path, out: Path, per_shard: int, overwrite: bool) -> None:
     click.echo(f"wrote {out}")
 
 
+@data.command()
+@click.argument("address")
+def index(address: str) -> None:
+    """Index the WebDataset shards at ADDRESS, so that they can be streamed.
+
+    ADDRESS is a local folder or an fsspec address such as s3://bucket/set. Its shards hold captioned images, or
+    arrays: key.x.npy and key.NAME.npy. Each is read once; index.json is written beside them.
+    """
+    from training.data.shard_contents import described
+    from training.data.shard_index import make_index
+
+    with _told():
+        made = make_index(address)
+    what = described(made.arrays) or "captioned images"
+    click.echo(f"indexed {address}: {sum(made.counts)} samples in {len(made.shards)} shards: {what}")
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Turns the errors that a person can act on into one line."""
