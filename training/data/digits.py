@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,27 +49,40 @@ def build(out: Path, size: int = 32, overwrite: bool = False) -> Mapping[str, An
     Raises OutputExistsError when `out` exists and is not to be replaced.
     """
     images, labels = _native()
-    splits = {split: _indices(split, len(images)) for split in ("train", "heldout")}
+    pictures = [_picture(image, size) for image in images]
+    return write_digits(out, "digits", "Handwritten digits", SOURCE, pictures, labels, overwrite)
+
+
+def write_digits(
+    out: Path,
+    name: str,
+    title: str,
+    source: Mapping[str, str],
+    pictures: Sequence[Image.Image],
+    labels: NDArray[np.int64],
+    overwrite: bool,
+) -> Mapping[str, Any]:
+    """Writes pictures of one size and their labels (N,) in 0..9 as an imagefolder of two splits.
+
+    Returns what dataset.json says. Raises OutputExistsError when `out` exists and is not to be replaced.
+    """
+    splits = {split: _indices(split, len(pictures)) for split in ("train", "heldout")}
     with building(out, overwrite) as root:
         for split, chosen in splits.items():
             writer = SplitWriter(root, split)
             for i in tqdm(chosen, desc=f"writing {split}", unit="image", disable=None):
                 digit = int(labels[i])
-                record = {
-                    "texts": captions(digit),
-                    "class_name": CLASSES[digit],
-                    "licence": SOURCE["licence"],
-                }
-                writer.write(f"{i:04d}.png", _picture(images[i], size), record)
+                record = {"texts": captions(digit), "class_name": CLASSES[digit], "licence": source["licence"]}
+                writer.write(f"{i:04d}.png", pictures[i], record)
             writer.close()
         description = {
-            "name": "digits",
-            "size": size,
-            "sources": [SOURCE],
+            "name": name,
+            "size": pictures[0].width,
+            "sources": [source],
             "counts": {split: len(chosen) for split, chosen in splits.items()},
             "classes": dict(sorted(Counter(CLASSES[label] for label in labels).items())),
         }
-        write_description(root, "Handwritten digits", tuple(splits), description)
+        write_description(root, title, tuple(splits), description)
     return description
 
 

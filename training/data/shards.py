@@ -38,7 +38,7 @@ def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
         samples, repeated, fault = _samples(shard)
         for key, parts in samples.items():
             name = f"{shard.name}:{key}"
-            found = Skipped(name, "a member comes twice") if key in repeated else _sample(name, parts)
+            found = Skipped(name, "a member comes twice") if key in repeated else captioned_entry(name, parts)
             if isinstance(found, Entry):
                 if found.record.file_name in seen:
                     found = Skipped(f"{shard.name}:{key}", f"duplicate file_name {found.record.file_name}")
@@ -56,20 +56,31 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], set[str], str]:
     try:
         # Plain "r:", since members of a compressed tar cannot be read in place.
         with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    path = PurePosixPath(member.name)
-                    stem, _, extension = path.name.partition(".")
-                    key, suffix = str(path.with_name(stem)), "." + extension.lower()
-                    if suffix in samples.setdefault(key, {}):
-                        repeated.add(key)
-                    samples[key][suffix] = _part(shard, member.offset_data, member.size)
-            end = _part(shard, archive.offset, tarfile.BLOCKSIZE)()
-            if end.strip(b"\0"):  # a header that is cut off reads like the end of the archive
-                raise OSError("no end marker")
+            for member in file_members(archive):
+                key, suffix = key_and_suffix(member.name)
+                if suffix in samples.setdefault(key, {}):
+                    repeated.add(key)
+                samples[key][suffix] = _part(shard, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         return samples, repeated, f"the shard cannot be read to its end: {error}"
     return samples, repeated, ""
+
+
+def file_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files of an uncompressed archive. Raises OSError or TarError at its end when it is cut off."""
+    yield from (member for member in archive if member.isfile())
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    end = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):  # a header that is cut off reads like the end of the archive
+        raise OSError("no end marker")
+
+
+def key_and_suffix(name: str) -> tuple[str, str]:
+    """What a member's name says: the key of its sample and, from the first dot on, which part of it it is."""
+    path = PurePosixPath(name)
+    stem, _, extension = path.name.partition(".")
+    return str(path.with_name(stem)), "." + extension.lower()
 
 
 def _part(shard: Path, offset: int, size: int) -> Part:
@@ -84,7 +95,8 @@ def _part(shard: Path, offset: int, size: int) -> Part:
     return read
 
 
-def _sample(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
+def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
+    """The entry of a sample's parts by suffix, or why it has none."""
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in parts), None)
     if suffix is None:
         return Skipped(name, "the sample has no image")
@@ -111,6 +123,13 @@ def _as_png(image: bytes) -> bytes:
     png = io.BytesIO()
     decode(image).save(png, "PNG")
     return png.getvalue()
+
+
+def add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file without a date or an owner: the same input gives the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
 
 
 class ShardWriter:
@@ -146,13 +165,7 @@ class ShardWriter:
         suffix = PurePosixPath(record.file_name).suffix.lower()
         if suffix not in IMAGE_SUFFIXES:
             suffix, image = ".png", _as_png(image)
-        self._add(key + suffix, image)
-        self._add(key + ".json", json.dumps(metadata, ensure_ascii=False).encode())
-        self._add(key + ".txt", record.texts[0].encode())
+        add_file(self._archive, key + suffix, image)
+        add_file(self._archive, key + ".json", json.dumps(metadata, ensure_ascii=False).encode())
+        add_file(self._archive, key + ".txt", record.texts[0].encode())
         self.count += 1
-
-    def _add(self, name: str, data: bytes) -> None:
-        assert self._archive is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._archive.addfile(info, io.BytesIO(data))
