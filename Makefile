@@ -47,6 +47,8 @@ $(VENV)/serving: $(VENV)/bin/python pyproject.toml requirements.lock
 	$(PIP) install -q -c requirements.lock -e .
 	touch $@
 
+# torch-fidelity comes without torchvision, whose build for CUDA breaks all that imports it beside a torch for the CPU.
 $(VENV)/development: $(VENV)/bin/python pyproject.toml requirements.lock
 	$(PIP) install -q -c requirements.lock -e '.[training,dev]'
+	$(PIP) install -q --no-deps torch-fidelity==0.3.0
 	touch $@ $(VENV)/serving

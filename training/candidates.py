@@ -18,7 +18,7 @@ from training.features import Pixels
 from training.guidance import Denoiser
 from training.pictures import to_uint8
 from training.run import Run, decode_all
-from training.sampler import sample
+from training.solvers import SAMPLER_NAMES, Sampler, sample_with
 from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
@@ -29,10 +29,22 @@ NOISE_STREAM = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network of the run and the steps that it is sampled in."""
+    """A network of the run, the steps that it is sampled in, and how; a student's own steps are those of DDIM."""
 
     model: Literal["teacher", "student"]
     steps: int
+    sampler: Sampler = "ddim"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a student with another sampler than its own."""
+        if self.model == "student" and self.sampler != "ddim":
+            raise ValueError(f"a student takes its own steps, not those of {self.sampler}")
+
+    @property
+    def name(self) -> str:
+        """What it is called under pictures."""
+        how = f", {SAMPLER_NAMES[self.sampler]}" if self.model == "teacher" else ""
+        return f"{self.model}{how}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
     def stage(self) -> str:
@@ -89,8 +101,9 @@ class ImageMaker:
         device = self.run.device
         noise = torch.stack([self._noise(i) for i in rows]).to(device)
         condition = {name: value[rows.start : rows.stop].to(device) for name, value in self.data.condition.items()}
-        grid = self.run.schedule.grid(candidate.steps)
-        z = sample(self._denoiser(candidate), grid, noise, condition, torch.full((len(rows),), w, device=device))
+        w_of_rows = torch.full((len(rows),), w, device=device)
+        denoiser, schedule = self._denoiser(candidate), self.run.schedule
+        z = sample_with(candidate.sampler, denoiser, schedule, candidate.steps, noise, condition, w_of_rows)
         return to_uint8(self._decode(z))
 
     def weights(self, stage: str) -> str:
@@ -123,6 +136,7 @@ class ImageMaker:
             "weights": self.weights(candidate.stage),
             "autoencoder": self.weights("autoencoder") if self.run.is_latent else None,
             "model": candidate.model,
+            "sampler": candidate.sampler,
             "steps": candidate.steps,
             "w": w,
             "seed": self.seed,

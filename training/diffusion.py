@@ -139,7 +139,8 @@ class Schedule:
     @classmethod
     def cosine(cls, timesteps: int = 1024) -> Schedule:
         """The cosine schedule (Nichol & Dhariwal 2021) as diffusers' squaredcos_cap_v2 has it."""
-        return cls.from_alphas_cumprod(cosine_scheduler(timesteps).alphas_cumprod)
+        scheduler = DDIMScheduler(timesteps, beta_schedule="squaredcos_cap_v2")
+        return cls.from_alphas_cumprod(scheduler.alphas_cumprod)
 
     @classmethod
     def continuous_cosine(cls, timesteps: int = 1024) -> Schedule:
@@ -179,6 +180,12 @@ class Schedule:
         """Sigma at t = i / T, (T + 1,), index 0 clean."""
         return self.angles.sin().float()
 
+    @property
+    def betas(self) -> Tensor:
+        """diffusers' betas (T,) in float64, 1 - alpha_i^2 / alpha_{i-1}^2."""
+        squared = self.angles.cos().square()
+        return 1 - squared[1:] / squared[:-1]
+
     def angle(self, t: Tensor) -> Tensor:
         """phi(t) in float64, of the shape of `t`, for t in [0, 1]."""
         angles, place = self.angles.to(t.device), t.double() * self.timesteps
@@ -201,18 +208,12 @@ class Schedule:
 
 def stock_scheduler(schedule: Schedule) -> DDIMScheduler:
     """The diffusers scheduler whose steps our grids repeat where N divides T: trailing, v-prediction, no clipping."""
-    squared = schedule.angles.cos().square()
     return DDIMScheduler(
         num_train_timesteps=schedule.timesteps,
-        trained_betas=(1 - squared[1:] / squared[:-1]).tolist(),
+        trained_betas=schedule.betas.tolist(),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=True,
     )
-
-
-def cosine_scheduler(timesteps: int = 1024) -> DDIMScheduler:
-    """diffusers' cosine schedule on so many timesteps."""
-    return DDIMScheduler(num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")

@@ -9,28 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from training.candidates import Candidate, ImageMaker
+from training.clip_score import ClipScorer
 from training.data.training_set import to_tensor
-from training.evaluation_set import EvaluationSet
-from training.features import FeatureExtractor, Features, Pixels
-from training.metrics import Projection, frechet_distance, kernel_distance, root_mean_square_error
+from training.features import FeatureExtractor
+from training.inception import Inception
+from training.judge import KID_SUBSETS, NEIGHBOURS, Judge
+from training.metrics import root_mean_square_error
 from training.pictures import save_grid
-from training.quality import Cell, Distances, Provenance, Quality, Row, Timing
+from training.quality import Cell, Provenance, Quality, Row, Timing
 from training.run import Run
-from training.store import Store, hash_of_array
 
-# To be raised when a change of the code changes the figures that it makes of the same images.
-VERSION = 1
-KID_SUBSETS = 100
+# To be raised when a change of the code changes how long the same images take.
+TIMINGS_VERSION = 1
 TIMED_IMAGES, TIMED_ROUNDS = 16, 3
 PICTURE_COLUMNS = 10
 
@@ -49,69 +47,42 @@ class Plan:
         return [(w, candidate) for w in self.guidance for candidate in self.candidates]
 
 
-class Judge:
-    """Measures how far images are from the reference. Features and figures are kept."""
-
-    def __init__(
-        self, data: EvaluationSet, extractor: FeatureExtractor, frechet_dims: int, seed: int, store: Store
-    ) -> None:
-        """The Frechet distance is taken in `frechet_dims` principal components of the reference."""
-        self.extractor, self.frechet_dims, self.seed, self.store = extractor, frechet_dims, seed, store
-        self.reference, self._reference_hash = self._features(data.reference)
-
-    @cached_property
-    def _project(self) -> Projection:
-        return Projection.fit(self.reference, self.frechet_dims)
-
-    def __call__(self, images: Pixels) -> Distances:
-        """The distances of images (N, H, W, 3). Raises MetricError if they, or the reference, are too few."""
-        features, images_hash = self._features(images)
-        key = {
-            "version": VERSION,
-            "extractor": self.extractor.identity,
-            "images": images_hash,
-            "reference": self._reference_hash,
-            "kid_subsets": KID_SUBSETS,
-            "frechet_dims": self.frechet_dims,
-            "seed": self.seed,
-        }
-        return Distances(**self.store.figures("figures", key, lambda: self._measure(features)))
-
-    def _measure(self, features: Features) -> dict[str, Any]:
-        frechet = frechet_distance(self._project(features), self._project(self.reference))
-        kid = kernel_distance(features, self.reference, seed=self.seed, subsets=KID_SUBSETS)
-        return asdict(Distances(kid.mean, kid.deviation, kid.subset_images, frechet))
-
-    def _features(self, images: Pixels) -> tuple[Features, str]:
-        images_hash = hash_of_array(images)
-        key = {"extractor": self.extractor.identity, "images": images_hash}
-        return self.store.array("features", key, lambda: self.extractor(images)), images_hash
-
-
-def evaluate(maker: ImageMaker, extractor: FeatureExtractor, plan: Plan) -> Quality:
+def evaluate(
+    maker: ImageMaker,
+    extractor: FeatureExtractor,
+    plan: Plan,
+    inception: Inception | None = None,
+    clip: ClipScorer | None = None,
+) -> Quality:
     """Make the images that are missing, compare them with real ones, and time the candidates.
 
-    Raises MetricError if there are too few images for the figures, before any is made.
+    FID and Inception Score are measured with `inception`, the CLIP score with `clip`. Raises MetricError if there
+    are too few images for the figures, before any is made.
     """
     data = maker.data
-    judge = Judge(data, extractor, plan.frechet_dims, maker.seed, maker.store)
+    judge = Judge(data, extractor, plan.frechet_dims, maker.seed, maker.store, inception, clip)
     floor = judge(data.images)
     make_images(maker, plan)
     cells = {(w, candidate): cell for w, candidate, cell in _compare(maker, judge, plan)}
     timing, seconds = time_candidates(maker, plan)
     rows = tuple(
-        Row(c.model, c.steps, c.calls, seconds[k], tuple(cells[w, c] for w in plan.guidance))
+        Row(c.model, c.sampler, c.steps, c.calls, seconds[k], tuple(cells[w, c] for w in plan.guidance))
         for k, c in enumerate(plan.candidates)
     )
     autoencoder = ["autoencoder"] if maker.run.is_latent else []
     provenance = Provenance(
         recipe=maker.run.recipe.name,
+        split=data.split,
         data=data.description,
         images=len(data),
+        floor_images=len(data.images),
         reference_images=len(data.reference),
         extractor=extractor.identity,
+        inception=None if inception is None else inception.identity,
+        clip=None if clip is None else clip.identity,
         kid_subsets=KID_SUBSETS,
         frechet_dims=plan.frechet_dims,
+        neighbours=NEIGHBOURS,
         seed=maker.seed,
         weights={stage: maker.weights(stage) for stage in [*(c.stage for c in plan.candidates), *autoencoder]},
     )
@@ -123,7 +94,7 @@ def make_images(maker: ImageMaker, plan: Plan) -> None:
     total = sum(maker.missing_calls(candidate, w) for w, candidate in plan.places)
     with tqdm(total=total, unit="call", unit_scale=True, disable=not total, dynamic_ncols=True) as bar:
         for w, candidate in plan.places:
-            bar.set_description(f"{candidate.model}, {candidate.steps} steps, w = {w:g}")
+            bar.set_description(f"{candidate.name}, w = {w:g}")
             maker.images(candidate, w, bar.update)
 
 
@@ -143,7 +114,7 @@ def time_candidates(maker: ImageMaker, plan: Plan) -> tuple[Timing, list[float]]
     """Seconds an image of each candidate: a batch of each in turns, the median of some rounds. They are kept."""
     rows = range(min(TIMED_IMAGES, len(maker.data)))
     timing = Timing(_device_name(maker.run), torch.get_num_threads(), len(rows), TIMED_ROUNDS)
-    weights = [[maker.weights(c.stage), c.steps] for c in plan.candidates]
+    weights = [[maker.weights(c.stage), c.sampler, c.steps] for c in plan.candidates]
 
     def measure() -> dict[str, list[float]]:
         taken: list[list[float]] = [[] for _ in plan.candidates]
@@ -154,7 +125,7 @@ def time_candidates(maker: ImageMaker, plan: Plan) -> tuple[Timing, list[float]]
             taken[k].append((time.perf_counter() - start) / len(rows))
         return {"seconds_per_image": [median(values) for values in taken]}
 
-    kept = maker.store.figures("timings", {"version": VERSION, "weights": weights, **asdict(timing)}, measure)
+    kept = maker.store.figures("timings", {"version": TIMINGS_VERSION, "weights": weights, **asdict(timing)}, measure)
     return timing, kept["seconds_per_image"]
 
 
@@ -164,9 +135,9 @@ def save_picture(maker: ImageMaker, plan: Plan, w: float, path: Path) -> str:
     Returns its legend.
     """
     rows = [maker.data.images, *(maker.images(candidate, w) for candidate in plan.candidates)]
-    columns = min(PICTURE_COLUMNS, len(maker.data))
+    columns = min(PICTURE_COLUMNS, len(maker.data.images))
     save_grid(to_tensor(np.concatenate([row[:columns] for row in rows])), path, columns)
-    names = ["real images", *(f"{c.model} at {c.steps} steps" for c in plan.candidates)]
+    names = ["real images", *(c.name for c in plan.candidates)]
     return (
         f"{path.name}, w = {w:g}. Rows from the top: {'; '.join(names)}. "
         f"Columns from the left: {'; '.join(maker.data.words[:columns])}."

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from training.candidates import Candidate, ImageMaker, trained_students
+from training.clip_score import ClipScorer
 from training.commands import open_finished_run
 from training.data.entries import DataError
 from training.evaluate import Plan, save_picture
 from training.evaluate import evaluate as measure
 from training.evaluation_set import load_evaluation_set
 from training.features import DEFAULT_EXTRACTOR, EXTRACTORS, FeatureError, open_extractor
+from training.inception import Inception
 from training.loop import TrainingError
 from training.metrics import MetricError
-from training.quality import to_csv, to_json, to_markdown
+from training.plots import save_plots
 from training.recipe import RecipeError
+from training.reports import SOUND_IMAGES, to_csv, to_json, to_markdown
 from training.run import Run
+from training.solvers import SAMPLERS, Sampler
 from training.store import Store, whole_file
 
 
@@ -40,6 +45,14 @@ def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[f
     return read
 
 
+def _solvers(context: click.Context, option: click.Parameter, value: str) -> tuple[Sampler, ...]:
+    """The samplers that are named between commas, in the order of `SAMPLERS`."""
+    names = value.split(",")
+    if unknown := [name for name in names if name not in SAMPLERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SAMPLERS)}")
+    return tuple(sampler for sampler in SAMPLERS if sampler in names)
+
+
 @click.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--run", "folder", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]")
@@ -54,7 +67,14 @@ def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[f
     callback=_numbers(int, 1),
     default="50,4,2,1",
     show_default=True,
-    help="Steps of guided DDIM with the teacher. With the most of them it is what all others are compared with.",
+    help="Steps of the guided teacher. With the most of them, by DDIM, it is what all others are compared with.",
+)
+@click.option(
+    "--solvers",
+    callback=_solvers,
+    default=",".join(SAMPLERS),
+    show_default=True,
+    help="What the teacher is sampled with at fewer steps than the most.",
 )
 @click.option(
     "--guidance",
@@ -64,7 +84,10 @@ def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[f
 @click.option(
     "--samples",
     type=click.IntRange(min=2),
-    help="Images in every cell.  [default: as many as the split gives captions for, at most 500]",
+    default=SOUND_IMAGES,
+    show_default=True,
+    help="Images in every cell. With more than the split gives captions for, these are used again. Fewer are "
+    "quicker, but then only the rows of the table can be compared.",
 )
 @click.option(
     "--split",
@@ -85,7 +108,17 @@ def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[f
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Principal components of the features in which the Frechet distance is taken.",
+    help="Principal components of the features in which the Frechet distance, precision and recall are taken.",
+)
+@click.option(
+    "--inception",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure FID and Inception Score too, with the published weights-inception-2015-12-05-6726825d.pth at PATH.",
+)
+@click.option(
+    "--clip",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Measure the CLIP score too, with the transformers folder of a CLIP model at PATH. For captions only.",
 )
 @click.option(
     "--picture-guidance", type=float, help="The w of the picture of samples.  [default: nearest to the recipe's]"
@@ -103,30 +136,36 @@ def evaluate(
     data: Path | None,
     steps: tuple[int, ...] | None,
     teacher_steps: tuple[int, ...],
+    solvers: tuple[Sampler, ...],
     guidance: tuple[float, ...] | None,
-    samples: int | None,
+    samples: int,
     split: str,
     features: str,
     frechet_dims: int,
+    inception: Path | None,
+    clip: Path | None,
     picture_guidance: float | None,
     seed: int,
 ) -> None:
     """Print the quality table of a run of RECIPE: its teacher and students against real images.
 
-    The table, its picture and all that they are made of are kept in the run's folder under evaluation/. What was
-    measured before is not measured again, and an evaluation that was stopped goes on where it was.
+    The table, its plots, its picture and all that they are made of are kept in the run's folder under evaluation/.
+    What was measured before is not measured again, and an evaluation that was stopped goes on where it was.
     """
     try:
         run = open_finished_run(recipe, folder, data)
-        plan = Plan(_candidates(run, steps, teacher_steps), _within_range(run, guidance), frechet_dims)
+        plan = Plan(_candidates(run, steps, teacher_steps, solvers), _within_range(run, guidance), frechet_dims)
         picture_w = _picture_guidance(plan, run.recipe.default_guidance, picture_guidance)
+        device = run.device
+        scorer = _clip_scorer(run, clip)
+        network = None if inception is None else Inception(inception, device)
         maker = ImageMaker(
             run,
             load_evaluation_set(run, split, samples, seed),
             seed,
             Store(run.folder / "evaluation"),
         )
-        quality = measure(maker, open_extractor(features, run.device), plan)
+        quality = measure(maker, open_extractor(features, device), plan, network, scorer)
     except (RecipeError, TrainingError, DataError, FeatureError, MetricError) as error:
         raise click.ClickException(str(error)) from error
     folder = run.folder / "evaluation"
@@ -139,6 +178,7 @@ def evaluate(
     for name, text in reports.items():
         with whole_file(folder / name) as partial:
             partial.write_text(text)
+    save_plots(quality, folder)
     click.echo(reports["table.md"])
 
 
@@ -149,21 +189,41 @@ def _command(recipe: Path) -> str:
     for option in context.command.params:
         value = context.params.get(option.name or "")
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and not isinstance(value, Path):
-            words += [option.opts[0], ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)]
+        if given and option.name not in ("recipe", "folder", "data"):
+            words += [option.opts[0], _as_given(value)]
     return " ".join(words)
 
 
-def _candidates(run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[int, ...]) -> tuple[Candidate, ...]:
-    """The teacher with most steps first, then with fewer, then the students."""
+def _as_given(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(part if isinstance(part, str) else f"{part:g}" for part in value)
+    return value.name if isinstance(value, Path) else str(value)
+
+
+def _clip_scorer(run: Run, folder: Path | None) -> ClipScorer | None:
+    if folder is None:
+        return None
+    if run.recipe.conditioning != "text":
+        raise TrainingError("--clip compares images with captions, and this recipe's conditions are classes")
+    return ClipScorer(folder, run.accelerator.device)
+
+
+def _candidates(
+    run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[int, ...], solvers: tuple[Sampler, ...]
+) -> tuple[Candidate, ...]:
+    """The teacher's DDIM with most steps first, then its solvers one by one with fewer, then the students."""
     trained = trained_students(run)
     wanted = trained if steps is None else steps
     if missing := [n for n in wanted if n not in trained]:
         raise TrainingError(f"{run.folder} has no trained student of {missing[0]} steps; it has {_listed(trained)}")
     if not run.is_done("teacher"):
         raise TrainingError(f"{run.folder} has no trained teacher")
+    if max(teacher_steps) > run.schedule.timesteps:
+        raise TrainingError(f"{max(teacher_steps)} steps cannot be taken on {run.schedule.timesteps} timesteps")
+    most, *fewer = sorted(teacher_steps, reverse=True)
     return (
-        *(Candidate("teacher", n) for n in sorted(teacher_steps, reverse=True)),
+        Candidate("teacher", most),
+        *(Candidate("teacher", n, sampler) for sampler in solvers for n in fewer),
         *(Candidate("student", n) for n in sorted(wanted, reverse=True)),
     )
 

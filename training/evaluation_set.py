@@ -21,11 +21,13 @@ from training.run import Run
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """N conditions in words and as tensors, the N real images that they describe, and M others as the reference.
+    """N conditions in words and as tensors, the real images that they describe, and M others as the reference.
 
-    `words` are captions or names of classes; `encoding` names what made tensors of them.
+    `words` are captions or names of classes; `encoding` names what made tensors of them. Image i belongs to
+    condition i. Where there are fewer images than N, the conditions after them are the same ones again.
     """
 
+    split: str
     description: str
     words: tuple[str, ...]
     encoding: str
@@ -47,13 +49,13 @@ class _Split:
     labels: NDArray[np.int64] | None = None
 
 
-def load_evaluation_set(run: Run, split: str, samples: int | None, seed: int) -> EvaluationSet:
+def load_evaluation_set(run: Run, split: str, samples: int, seed: int) -> EvaluationSet:
     """The conditions of `samples` images of a split, in a random order: one caption an image, drawn at random.
 
+    With more samples than images the conditions of all of them are used again, in a new random order each time.
     The images of the training split are halved at random: conditions come from one half, the other is the
     reference. For another split the reference is the training split. So no image is on both sides, and the real
-    images of the conditions are what a perfect model would make. With `samples` None it is as many as there are,
-    but at most 500. Raises DataError when there are fewer than `samples`.
+    images of the conditions are what a perfect model would make.
     """
     data = _load_split(run.recipe, split)
     random = np.random.Generator(np.random.PCG64(seed))
@@ -66,17 +68,18 @@ def load_evaluation_set(run: Run, split: str, samples: int | None, seed: int) ->
     else:
         chosen, reference = order, _load_split(run.recipe, "train").images
         description = f"{split} gives the captions or classes, train is the reference"
-    chosen = chosen[: min(500, len(chosen)) if samples is None else _at_most(samples, len(chosen), split)]
+    if not len(chosen):
+        raise DataError(f"the split {split} has too few images to give any conditions")
+    passes = -(-samples // len(chosen))
+    again = [random.permutation(len(chosen)) for _ in range(passes - 1)]
+    chosen = chosen[:samples]
+    use = np.concatenate([np.arange(len(chosen)), *again])[:samples]
     words = tuple(drawn[i] for i in chosen)
     labels = None if data.labels is None else torch.from_numpy(data.labels[chosen])
-    condition, encoding = _encode(run, words, labels)
-    return EvaluationSet(description, words, encoding, condition, data.images[chosen], reference)
-
-
-def _at_most(samples: int, available: int, split: str) -> int:
-    if not 1 <= samples <= available:
-        raise DataError(f"{samples} samples cannot be had: the split {split} gives conditions for {available}")
-    return samples
+    once, encoding = _encode(run, words, labels)
+    condition = {name: value[torch.from_numpy(use)] for name, value in once.items()}
+    words = tuple(words[i] for i in use)
+    return EvaluationSet(split, description, words, encoding, condition, data.images[chosen], reference)
 
 
 def _encode(run: Run, words: tuple[str, ...], labels: Tensor | None) -> tuple[Condition, str]:

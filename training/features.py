@@ -61,7 +61,7 @@ class EfficientNetLite0:
 
     def __call__(self, images: Pixels) -> Features:
         """Features (N, 1280) of images (N, H, W, 3)."""
-        return _in_batches(self._batch, images, self.dim)
+        return in_batches(self._batch, images, self.dim)
 
     @torch.inference_mode()
     def _batch(self, images: Pixels) -> Tensor:
@@ -80,7 +80,7 @@ class PixelFeatures:
 
     def __call__(self, images: Pixels) -> Features:
         """Features (N, 3 * size * size) of images (N, H, W, 3)."""
-        return _in_batches(lambda part: resize(to_float(part), self.size).flatten(1) / 255, images, self.dim)
+        return in_batches(lambda part: resize(to_float(part), self.size).flatten(1) / 255, images, self.dim)
 
 
 EXTRACTORS: Mapping[str, Callable[[torch.device], FeatureExtractor]] = {
@@ -108,7 +108,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     return interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def _in_batches(extract: Callable[[Pixels], Tensor], images: Pixels, dim: int) -> Features:
+def in_batches(extract: Callable[[Pixels], Tensor], images: Pixels, dim: int) -> Features:
+    """Features (N, `dim`) of images (N, H, W, 3) with an extractor of some images at once, under a progress bar."""
     features = np.empty((len(images), dim), np.float32)
     starts = range(0, len(images), BATCH_IMAGES)
     for start in tqdm(starts, desc="features", unit="batch", leave=False, delay=2, disable=None):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.distance import cdist
 
 Array = NDArray[np.float64]
 
@@ -107,6 +108,14 @@ def symmetric_sqrt(matrix: Array) -> Array:
     return root
 
 
+def fit_gaussian(x: ArrayLike) -> tuple[Array, Array]:
+    """The mean (D,) and the unbiased covariance (D, D) of x (N, D). Raises MetricError for a single vector."""
+    x = np.asarray(x, np.float64)
+    if len(x) < 2:
+        raise MetricError(f"{len(x)} images are too few for a covariance: it needs two")
+    return x.mean(axis=0), covariance(x)
+
+
 def gaussian_distance(mean_x: Array, cov_x: Array, mean_y: Array, cov_y: Array) -> float:
     """The squared Frechet distance of two Gaussians (Dowson & Landau 1982).
 
@@ -131,7 +140,32 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
             f"a Frechet distance in {x.shape[1]} dimensions cannot be had from {len(x)} and {len(y)} images: "
             "it needs more images than dimensions"
         )
-    return gaussian_distance(x.mean(axis=0), covariance(x), y.mean(axis=0), covariance(y))
+    return gaussian_distance(*fit_gaussian(x), *fit_gaussian(y))
+
+
+def precision_and_recall(real: ArrayLike, generated: ArrayLike, neighbours: int) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2) of features (N, D) each.
+
+    Precision is the share of generated images that lie within a ball about some real one, its radius the distance
+    to that one's k-th nearest neighbour among the real; recall the same with the sides exchanged. Both depend on N.
+    Raises MetricError unless there are equally many of both, and more than `neighbours`.
+    """
+    real, generated = _features(real, generated)
+    if len(real) != len(generated) or len(real) <= neighbours:
+        raise MetricError(
+            f"precision and recall of {neighbours} neighbours cannot be had from {len(real)} real and "
+            f"{len(generated)} generated images: they need equally many, and more than neighbours"
+        )
+    between = cdist(real, generated)
+    precision = (between <= _neighbour_distances(real, neighbours)[:, None]).any(axis=0).mean()
+    recall = (between <= _neighbour_distances(generated, neighbours)).any(axis=1).mean()
+    return float(precision), float(recall)
+
+
+def _neighbour_distances(x: Array, neighbours: int) -> Array:
+    """The distance (N,) from each of x (N, D) to its k-th nearest neighbour; the nearest of all is itself."""
+    distances: Array = np.partition(cdist(x, x), neighbours, axis=1)[:, neighbours]
+    return distances
 
 
 def root_mean_square_error(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> float:

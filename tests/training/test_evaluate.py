@@ -7,45 +7,31 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from training import candidates, distill, evaluation_set
-from training import evaluate as evaluation
+from tests.training.evaluations import SIZE, invoke, make_captioned_run, make_digits_run
+from training import candidates, judge
 from training.candidates import BATCH_IMAGES, Candidate, ImageMaker, trained_students
-from training.distill import Run, student_stage
-from training.evaluate import Judge, Plan, evaluate, make_images
+from training.distill import student_stage
+from training.evaluate import Plan, evaluate, make_images
 from training.evaluate_command import evaluate as command
 from training.evaluation_set import EvaluationSet, load_evaluation_set
 from training.features import PixelFeatures, Pixels
-from training.networks import build_autoencoder, build_unet, student_from
+from training.judge import Judge
+from training.networks import save_network
 from training.recipe import Recipe
+from training.run import NETWORK, Run
+from training.solvers import Sampler
 from training.store import Store
 
-SIZE = 8
-RECIPE = """
-name = "tiny"
-conditioning = "class"
-data = { source = "digits", size = 8 }
-network = { channels = [8], norm_groups = 4 }
-teacher = { updates = 1, learning_rate = 1e-3 }
-stage1 = { updates = 1, learning_rate = 1e-3 }
-export = { licence = "CC-BY-4.0", steps = [4, 2] }
-
-[stage2]
-start = 8
-rounds = [
-    { steps = 4, updates = 1, learning_rate = 1e-3 },
-    { steps = 2, updates = 1, learning_rate = 1e-3 },
-    { steps = 1, updates = 1, learning_rate = 1e-3 },
-]
-"""
 TEACHER, STUDENT = Candidate("teacher", 4), Candidate("student", 4)
 QUICK = [
     *("--features", "pixels", "--frechet-dims", "6", "--samples", "24"),
@@ -53,23 +39,9 @@ QUICK = [
 ]
 
 
-def keep(run: Run, stage: str, model: torch.nn.Module) -> None:
-    (run.folder / stage).mkdir(parents=True)
-    run.finish(stage, model)
-
-
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the recipe and its run: an untrained teacher, and students of 4 and 2 steps that equal it."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    (folder / "tiny.toml").write_text(RECIPE)
-    run = Run(Recipe.load(folder / "tiny.toml"), folder / "run", Accelerator(cpu=True))
-    torch.manual_seed(0)
-    unet = build_unet(run.recipe.network, (3, SIZE, SIZE), None, 10)
-    keep(run, "teacher", unet)
-    for steps in (4, 2):
-        keep(run, student_stage(steps), student_from(unet))
-    return folder
+    return make_digits_run(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture
@@ -83,29 +55,25 @@ def run(folder: Path) -> Run:
 
 
 def some(run: Run, samples: int = 24, split: str = "train", seed: int = 0) -> EvaluationSet:
-    return load_evaluation_set(run.recipe, split, samples, seed, run.cache)
+    return load_evaluation_set(run, split, samples, seed)
 
 
 def maker(run: Run, samples: int = 24, seed: int = 0) -> ImageMaker:
     return ImageMaker(run, some(run, samples), seed, Store(run.folder / "evaluation"))
 
 
-def invoke(folder: Path, *options: str) -> Result:
-    return CliRunner().invoke(command, [str(folder / "tiny.toml"), "--run", str(folder / "run"), *options])
-
-
 def count_batches(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
     """Count the rows of every batch that is sampled; raise KeyboardInterrupt in place of one too many."""
     made: list[int] = []
-    original = candidates.sample
+    original = candidates.sample_with
 
-    def counted(*arguments: Tensor) -> Tensor:
+    def counted(sampler: Sampler, *arguments: Any) -> Tensor:
         if len(made) == stop_after:
             raise KeyboardInterrupt
-        made.append(len(arguments[2]))
-        return original(*arguments)  # type: ignore[arg-type]
+        made.append(len(arguments[3]))
+        return original(sampler, *arguments)
 
-    monkeypatch.setattr(candidates, "sample", counted)
+    monkeypatch.setattr(candidates, "sample_with", counted)
     return made
 
 
@@ -115,17 +83,30 @@ def test_the_command_prints_and_keeps_the_table(folder: Path) -> None:
     kept = folder / "run" / "evaluation"
     assert (kept / "table.md").read_text() in result.stdout
     lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
-    kid = lines[: len(lines) // 3 + 1]
-    assert kid[0] == "| model | steps | network calls | s/image | w = 0 | w = 2 |"
-    assert [line.split(" | ")[:3] for line in kid[2:6]] == [
-        ["| teacher", "5", "10"],
-        ["| teacher", "4", "8"],
-        ["| student", "4", "4"],
-        ["| student", "2", "2"],
+    kid = lines[:9]
+    assert kid[0] == "| model | sampler | steps | network calls | s/image | w = 0 | w = 2 |"
+    assert [line.split(" | ")[:4] for line in kid[2:8]] == [
+        ["| teacher", "DDIM", "5", "10"],
+        ["| teacher", "DDIM", "4", "8"],
+        ["| teacher", "DPM-Solver++ (2M)", "4", "8"],
+        ["| teacher", "UniPC", "4", "8"],
+        ["| student", "its own steps", "4", "4"],
+        ["| student", "its own steps", "2", "2"],
     ]
-    assert kid[6].startswith("| real images (floor) |")
+    assert kid[8].startswith("| real images (floor) |")
     with Image.open(kept / "samples.png") as picture:
-        assert picture.size == (10 * SIZE * 2, 5 * SIZE * 2)
+        assert picture.size == (10 * SIZE * 2, 7 * SIZE * 2)
+    for name in ("quality-calls.png", "quality-guidance.png"):
+        with Image.open(kept / name) as picture:
+            assert picture.width > 900
+
+
+def test_the_solvers_that_are_named_are_the_ones_of_fewer_steps(folder: Path) -> None:
+    result = invoke(folder, *QUICK, "--solvers", "unipc", "--steps", "2")
+    assert result.exit_code == 0, result.output
+    lines = [line.split(" | ")[:3] for line in result.stdout.splitlines() if line.startswith(("| teacher", "| stud"))]
+    assert lines[:3] == [["| teacher", "DDIM", "5"], ["| teacher", "UniPC", "4"], ["| student", "its own steps", "2"]]
+    assert "--solvers unipc" in result.stdout
 
 
 def test_the_files_hold_every_figure_with_what_it_depends_on(folder: Path) -> None:
@@ -133,7 +114,8 @@ def test_the_files_hold_every_figure_with_what_it_depends_on(folder: Path) -> No
     kept = folder / "run" / "evaluation"
     quality = json.loads((kept / "table.json").read_text())
     about = quality["provenance"]
-    assert about["images"] == 24
+    assert about["images"] == about["floor_images"] == 24
+    assert about["split"] == "train"
     assert about["reference_images"] == 809
     assert about["seed"] == 3
     assert about["frechet_dims"] == 6
@@ -142,21 +124,30 @@ def test_the_files_hold_every_figure_with_what_it_depends_on(folder: Path) -> No
     assert str(folder) not in json.dumps(quality)
     with (kept / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [(line["model"], line["steps"], line["w"]) for line in lines] == [
-        ("teacher", "5", "0.0"), ("teacher", "5", "2.0"), ("teacher", "4", "0.0"), ("teacher", "4", "2.0"),
-        ("student", "4", "0.0"), ("student", "4", "2.0"), ("student", "2", "0.0"), ("student", "2", "2.0"),
-        ("real images", "", ""),
+    candidates_of_lines = [(line["model"], line["sampler"], line["steps"], line["w"]) for line in lines]
+    assert candidates_of_lines == [
+        ("teacher", "ddim", "5", "0.0"), ("teacher", "ddim", "5", "2.0"),
+        ("teacher", "ddim", "4", "0.0"), ("teacher", "ddim", "4", "2.0"),
+        ("teacher", "dpm-solver++", "4", "0.0"), ("teacher", "dpm-solver++", "4", "2.0"),
+        ("teacher", "unipc", "4", "0.0"), ("teacher", "unipc", "4", "2.0"),
+        ("student", "ddim", "4", "0.0"), ("student", "ddim", "4", "2.0"),
+        ("student", "ddim", "2", "0.0"), ("student", "ddim", "2", "2.0"),
+        ("real images", "", "", ""),
     ]  # fmt: skip
-    assert float(lines[2]["kid"]) == quality["rows"][1]["cells"][0]["distances"]["kid"]
+    for name in ("kid", "frechet", "precision", "recall"):
+        assert float(lines[2][name]) == quality["rows"][1]["cells"][0]["figures"][name]
+    assert {line["extractor"] for line in lines} == {PixelFeatures().identity}
+    assert {line["split"] for line in lines} == {"train"}
+    assert {line["fid"] for line in lines} == {line["clip_score"] for line in lines} == {""}
     assert all(float(line["seconds_per_image"]) > 0 for line in lines[:-1])
-    assert [line["psnr_db"] == "" for line in lines] == [True, True, *[False] * 6, True]
+    assert [line["psnr_db"] == "" for line in lines] == [True, True, *[False] * 10, True]
 
 
 def test_a_student_that_equals_the_teacher_has_its_figures(run: Run) -> None:
     """Without guidance; so teacher and student have the same grid, noise and conditions."""
     quality = evaluate(maker(run), PixelFeatures(), Plan((TEACHER, STUDENT), (0.0, 2.0), frechet_dims=6))
     teacher, student = quality.rows
-    assert student.cells[0].distances.frechet == pytest.approx(teacher.cells[0].distances.frechet, rel=1e-3)
+    assert student.cells[0].figures.frechet == pytest.approx(teacher.cells[0].figures.frechet, rel=1e-3)
     assert student.cells[0].rmse == pytest.approx(0, abs=1e-3)
     assert student.cells[1].rmse is not None
     assert student.cells[1].rmse > 0.01
@@ -170,6 +161,9 @@ def test_real_images_are_at_the_floor_and_noise_is_far_above(run: Run) -> None:
     assert abs(floor.kid) < 3 * floor.kid_deviation
     assert noise.kid > 10 * floor.kid_deviation
     assert noise.frechet > 10 * floor.frechet
+    assert min(floor.precision, floor.recall) > 0.7
+    assert noise.recall == 0
+    assert floor.manifold_images == noise.manifold_images == 200
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +188,7 @@ def test_a_repeated_evaluation_only_prints(folder: Path, monkeypatch: pytest.Mon
         raise AssertionError("measured again")
 
     for owner, name in (
-        (Run, "denoiser"), (Run, "guided_teacher"), (PixelFeatures, "__call__"), (evaluation, "kernel_distance"),
+        (Run, "denoiser"), (Run, "guided_teacher"), (PixelFeatures, "__call__"), (judge, "kernel_distance"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, refuse)
     again = invoke(folder, *QUICK)
@@ -211,9 +205,9 @@ def test_more_samples_extend_the_images_and_other_weights_replace_them(
     assert made == [BATCH_IMAGES, 6]
     assert np.array_equal(more[:BATCH_IMAGES], few)
     assert maker(run).missing_calls(STUDENT, 1.0) == 24 * 4
-    unet = run.unet(student_stage(4))
-    torch.nn.init.normal_(unet.conv_out.weight)
-    unet.save_pretrained(run.folder / student_stage(4))
+    student = run.denoiser(student_stage(4))
+    torch.nn.init.normal_(student.network.conv_out.weight)
+    save_network(student, run.folder / student_stage(4) / NETWORK)
     assert not np.array_equal(maker(run, BATCH_IMAGES).images(STUDENT, 1.0), few)
 
 
@@ -232,7 +226,7 @@ def images_of(pixels: Pixels) -> set[bytes]:
 def test_conditions_and_reference_share_no_image(run: Run) -> None:
     data = some(run, 700)
     assert len(data) == len(data.images) == 700
-    everything = load_evaluation_set(run.recipe, "train", 808, 0, run.cache)
+    everything = load_evaluation_set(run, "train", 808, 0)
     assert len(everything.images) + len(everything.reference) == 1617
     # The digits hold a few images twice.
     assert len(images_of(data.images) & images_of(data.reference)) < 5
@@ -242,6 +236,35 @@ def test_conditions_and_reference_share_no_image(run: Run) -> None:
     assert heldout.words == tuple(str(int(label)) for label in heldout.condition["label"])
     assert some(run, 10).words == data.words[:10]
     assert some(run, 24, seed=1).words != data.words[:24]
+
+
+def test_conditions_are_used_again_in_another_order_each_time(run: Run) -> None:
+    once = some(run, 808)
+    data = some(run, 2000)
+    assert len(data) == 2000
+    assert np.array_equal(data.images, once.images)
+    first, second, rest = data.words[:808], data.words[808:1616], data.words[1616:]
+    assert first == once.words
+    assert sorted(second) == sorted(first)
+    assert second != first
+    assert rest != second[: len(rest)]
+    assert data.words == tuple(str(int(label)) for label in data.condition["label"])
+    assert some(run, 2000).words == data.words
+    assert some(run, 2000, seed=1).words[808:] != data.words[808:]
+
+
+def test_more_samples_than_images_are_made_from_other_noise_and_counted(folder: Path) -> None:
+    run = Run(Recipe.load(folder / "tiny.toml"), folder / "run", Accelerator(cpu=True))
+    fast = Candidate("student", 2)
+    quality = evaluate(maker(run, 850), PixelFeatures(), Plan((Candidate("teacher", 1), fast), (0.0,), frechet_dims=6))
+    assert (quality.provenance.images, quality.provenance.floor_images) == (850, 808)
+    figures = quality.rows[1].cells[0].figures
+    assert figures.manifold_images == 809
+    assert quality.floor.manifold_images == 808
+    made = maker(run, 850)
+    label = made.data.condition["label"]
+    again = next(i for i in range(808, 850) if label[i] == label[0])
+    assert not np.array_equal(made.images(fast, 0.0)[again], made.images(fast, 0.0)[0])
 
 
 @pytest.mark.parametrize(
@@ -254,7 +277,12 @@ def test_conditions_and_reference_share_no_image(run: Run) -> None:
         (["--guidance", "0,5"], "w = 5 is outside the students' trained range, 0 to 4"),
         (["--guidance", "nan"], "not at least 0"),
         (["--picture-guidance", "1"], "not among the values of w, 0, 2"),
-        (["--samples", "100000"], "100000 samples cannot be had: the split train gives conditions for 808"),
+        (["--samples", "1"], "1 is not in the range x>=2"),
+        (["--solvers", "ddim,euler"], "'euler' is not one of ddim, dpm-solver++, unipc"),
+        (["--inception", "missing.pth"], "'missing.pth' does not exist"),
+        (["--inception", __file__], "SHA-256 begins with"),
+        (["--clip", "missing"], "'missing' does not exist"),
+        (["--clip", str(Path(__file__).parent)], "this recipe's conditions are classes"),
         (["--samples", "6"], "6 dimensions cannot be had from 6 and 809 images"),
         (["--split", "test"], 'no split "test"'),
         (["--features", "inception"], "'inception' is not one of"),
@@ -285,51 +313,17 @@ def test_students_that_are_not_trained_yet_are_left_out(run: Run) -> None:
     assert trained_students(run) == (4, 2)
 
 
+def test_a_student_takes_no_other_steps_than_its_own() -> None:
+    with pytest.raises(ValueError, match=r"not those of dpm-solver\+\+"):
+        Candidate("student", 4, "dpm-solver++")
+
+
 def test_text_and_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captions of an imagefolder, drawn one for each image; latents decoded to the recipe's size."""
-
-    def encode(captions: Sequence[str], max_tokens: int, *_: object) -> Tensor:
-        seeds = [sum(caption.encode()) for caption in captions]
-        return torch.stack([torch.randn(max_tokens, 6, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-    for module in (evaluation_set, distill):
-        monkeypatch.setattr(module, "encode_captions", encode)
-    write_folder(tmp_path / "set", 40)
-    text = RECIPE.replace('"class"', '"text"').replace('{ source = "digits", size = 8 }', '{ path = "set", size = 8 }')
-    text += (
-        "[autoencoder]\nchannels = [4, 4]\nlatent_channels = 2\nnorm_groups = 2\nupdates = 1\nlearning_rate = 1e-3\n"
-    )
-    (tmp_path / "tiny.toml").write_text(text)
-    options = ["--data", str(tmp_path / "set"), "--run", str(tmp_path / "run")]
-    monkeypatch.chdir(tmp_path)
-    recipe = Recipe.load(tmp_path / "tiny.toml")
-    data = recipe.data.model_copy(update={"path": tmp_path / "set"})
-    run = Run(recipe.model_copy(update={"data": data}), tmp_path / "run", Accelerator(cpu=True))
-    assert recipe.autoencoder is not None
-    keep(run, "autoencoder", build_autoencoder(recipe.autoencoder, SIZE))
-    unet = build_unet(recipe.network, (2, 4, 4), 6, 0)
-    keep(run, "teacher", unet)
-    keep(run, student_stage(4), student_from(unet))
-    result = CliRunner().invoke(command, [
-        str(tmp_path / "tiny.toml"), *options, "--features", "pixels", "--teacher-steps", "3", "--guidance", "1",
-        "--frechet-dims", "4",
-    ])  # fmt: skip
+    folder = make_captioned_run(tmp_path, monkeypatch)
+    options = ["--features", "pixels", "--teacher-steps", "3", "--guidance", "1", "--frechet-dims", "4"]
+    result = invoke(folder, *options, "--samples", "20", "--data", str(folder / "set"))
     assert result.exit_code == 0, result.output
     assert "20 generated images" in result.stdout
     assert "a red square" in result.stdout
-    assert "autoencoder" in (tmp_path / "run" / "evaluation" / "table.json").read_text()
-
-
-def write_folder(path: Path, count: int) -> None:
-    """Squares of two colours as an imagefolder."""
-    (path / "train").mkdir(parents=True)
-    lines = []
-    for i in range(count):
-        colour = ("red", "blue")[i % 2]
-        picture = Image.new("RGB", (SIZE, SIZE), "white")
-        picture.paste(colour, (i % 4, i % 3, 4 + i % 5, 5 + i % 3))
-        picture.save(path / "train" / f"{i}.png")
-        lines.append(
-            json.dumps({"file_name": f"{i}.png", "texts": [f"a {colour} square", f"a {colour} square, drawn"]})
-        )
-    (path / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    assert "autoencoder" in (folder / "run" / "evaluation" / "table.json").read_text()

@@ -13,9 +13,11 @@ from training.metrics import (
     MetricError,
     Projection,
     covariance,
+    fit_gaussian,
     frechet_distance,
     gaussian_distance,
     kernel_distance,
+    precision_and_recall,
     psnr_db,
     root_mean_square_error,
     squared_mmd,
@@ -123,6 +125,45 @@ def test_frechet_distance_ignores_rotations_and_translations_of_both() -> None:
 def test_frechet_distance_refuses_fewer_images_than_dimensions() -> None:
     with pytest.raises(MetricError, match="8 dimensions cannot be had from 8 and 20 images"):
         frechet_distance(draw(0, 8, 8), draw(1, 20, 8))
+
+
+def test_a_gaussian_is_fitted_to_two_images_or_more() -> None:
+    mean, cov = fit_gaussian([[1.0, 0.0], [3.0, 4.0]])
+    assert mean.tolist() == [2, 2]
+    assert cov.tolist() == [[2, 4], [4, 8]]
+    with pytest.raises(MetricError, match="1 images are too few"):
+        fit_gaussian([[1.0, 0.0]])
+
+
+def test_precision_and_recall_follow_their_definition() -> None:
+    real, generated = draw(0, 30, 3), 0.7 * draw(1, 30, 3) + 1.6
+
+    def share(of: Array, within: Array) -> float:
+        radii = [sorted(math.dist(a, b) for b in within)[4] for a in within]
+        inside = [any(math.dist(x, a) <= r for a, r in zip(within, radii, strict=True)) for x in of]
+        return sum(inside) / len(of)
+
+    precision, recall = precision_and_recall(real, generated, neighbours=4)
+    assert (precision, recall) == pytest.approx((share(generated, real), share(real, generated)))
+    assert precision != recall
+    assert min(precision, recall) > 0
+    assert max(precision, recall) < 1
+
+
+def test_precision_and_recall_tell_quality_from_variety() -> None:
+    real = draw(0, 500, 4)
+    assert min(precision_and_recall(real, draw(1, 500, 4), 5)) > 0.9
+    assert precision_and_recall(real, real + 100, 5) == (0, 0)
+    assert precision_and_recall(real, real, 5) == (1, 1)
+    precision, recall = precision_and_recall(real, 0.3 * draw(1, 500, 4), 5)
+    assert precision > 0.99
+    assert recall < 0.5
+
+
+@pytest.mark.parametrize(("real", "generated"), [(5, 5), (20, 21)])
+def test_precision_and_recall_refuse_unequal_or_too_few_images(real: int, generated: int) -> None:
+    with pytest.raises(MetricError, match=f"from {real} real and {generated} generated images"):
+        precision_and_recall(draw(0, real, 2), draw(1, generated, 2), 5)
 
 
 def test_projection_keeps_the_directions_of_most_variance() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.data.entries import DataError
-from training.loop import generator_at
+from training.draws import generator_at
 
 Key = TypeVar("Key", bound=Hashable)
 SHARDS_STREAM, ITEMS_STREAM = 1, 5  # of the generators of `generator_at`
