@@ -63,12 +63,13 @@ def distill(run: Run) -> None:
 
 
 def _halve_all(run: Run, recipe: Stage2Recipe, name: Callable[[int], str]) -> None:
-    previous = "stage1"
+    previous, trial = "stage1", None
     for round_ in recipe.rounds:
         stage = name(round_.steps)
         course: Course = "encoding" if name is encoder_stage else "stochastic" if round_.stochastic else "deterministic"
         if not run.is_done(stage):
-            _halve(run, round_, previous, stage, course)
+            trial = trial or Trial.of(run, encoding=name is encoder_stage)
+            _halve(run, round_, previous, stage, course, trial)
         previous = stage
 
 
@@ -129,7 +130,7 @@ def _match_outputs(run: Run) -> None:
     _train_denoiser(run, "stage1", student, loss, recipe, run.recipe.seed + 1, run.recipe.stage2.start)
 
 
-def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course) -> None:
+def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course, trial: Trial) -> None:
     teacher = run.denoiser(previous)
 
     def loss(network: nn.Module, batch: Batch, draws: Draws) -> Tensor:
@@ -137,7 +138,6 @@ def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course) -
             network, teacher, run.schedule, batch, recipe.steps, run.recipe.guidance, draws, recipe.weighting, course
         )
 
-    trial = Trial.of(run, course)
     target = trial.result(teacher, 2 * recipe.steps)
     validation = None
     if recipe.validate_every:

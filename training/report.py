@@ -35,22 +35,29 @@ class Report:
             total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True,
             disable=None if main else True,
         )  # fmt: skip
+        self._last = (update, 0.0, 0)
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._write()
         self._bar.close()
 
     def tell(self, update: int, loss: float, norm: float, rate: float, skipped: int) -> None:
         """Tell of an update that is done, or was skipped."""
         self._bar.update()
-        if self._log is None:
-            return
-        self._log.add(loss, norm)
-        if update % self.pace.log_every == 0 or update == self.recipe.updates:
-            self._bar.set_postfix(self._log.write(update, rate, skipped))
+        if self._log is not None:
+            self._log.add(loss, norm)
+            self._last = update, rate, skipped
+            if update % self.pace.log_every == 0:
+                self._write()
+
+    def _write(self) -> None:
+        """A line of the log, if an update was done since the last one."""
+        if self._log is not None and self._log.losses:
+            self._bar.set_postfix(self._log.write(*self._last))
 
     @property
     def checkpoint_is_due(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from training.draws import Draws
 from training.guidance import Denoiser
-from training.losses import Batch, Course
+from training.losses import Batch
 from training.run import Run
 from training.sampler import encode, sample
 from training.store import whole_file
 
-ROWS = 64
+ROWS = 32
 ROWS_AT_ONCE = 16
 REFERENCE_STEPS = 64
 TABLE, FIGURES = "rounds.md", "rounds.json"
@@ -28,23 +29,23 @@ class Trial:
     """Fixed noise, data, conditions and w, on which samplers, or encoders, are compared."""
 
     run: Run
-    course: Course
+    encoding: bool
     noise: Tensor
     batch: Batch
     w: Tensor
 
     @classmethod
-    def of(cls, run: Run, course: Course) -> Trial:
+    def of(cls, run: Run, *, encoding: bool) -> Trial:
         """Conditions of the training split, w over the whole range."""
         draws = Draws(run.recipe.seed, 1, range(ROWS))
         batch = run.data.batch(draws.integers(len(run.data)), draws, run.device)
         w = torch.linspace(*run.recipe.guidance, ROWS, device=run.device)
-        return cls(run, course, draws.normal(batch.x), batch, w)
+        return cls(run, encoding, draws.normal(batch.x), batch, w)
 
     def result(self, denoiser: Denoiser, steps: int) -> Tensor:
         """Clean data (B, *) from the noise, or for encoders noise from the data, in so many deterministic steps."""
         grid = self.run.schedule.grid(steps)
-        along, start = (encode, self.batch.x) if self.course == "encoding" else (sample, self.noise)
+        along, start = (encode, self.batch.x) if self.encoding else (sample, self.noise)
         parts = []
         for first in range(0, ROWS, ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
@@ -52,6 +53,11 @@ class Trial:
             with self.run.accelerator.autocast():
                 parts.append(along(denoiser, grid, start[rows], condition, self.w[rows]))
         return torch.cat(parts)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What the guided teacher makes in many steps."""
+        return self.result(self.run.guided_teacher(), REFERENCE_STEPS)
 
     def distance(self, denoiser: Denoiser, steps: int, target: Tensor) -> float:
         """The relative L2 distance from the target of what the denoiser makes in so many steps."""
@@ -77,12 +83,11 @@ def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: i
     """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row."""
     if not run.accelerator.is_main_process:
         return
-    guided = run.guided_teacher()
-    reference = trial.result(guided, REFERENCE_STEPS)
     log = json.loads((run.folder / stage / "log.jsonl").read_text().splitlines()[-1])
     row = RoundRow(
         stage, steps, log["update"], log["images"], log["skipped"], to_its_teacher,
-        trial.distance(student, steps, reference), trial.distance(guided, steps, reference), REFERENCE_STEPS,
+        trial.distance(student, steps, trial.reference),
+        trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
     )  # fmt: skip
     path = run.folder / FIGURES
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []

@@ -1,0 +1,191 @@
+"""Teachers from pipelines, distilled; their students run by the stock pipelines give our sampler's images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from torch import Tensor
+
+from tests import pipelines
+from training import networks
+from training.data.inpainting import masked_condition
+from training.distill import distill, student_stage
+from training.draws import Draws
+from training.guidance import of_rows
+from training.recipe import Recipe
+from training.run import Run, decode_all
+from training.sampler import Kept, noised, sample
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "sd1": pipelines.stable_diffusion,
+    "sd2": lambda folder: pipelines.stable_diffusion(folder, "v_prediction"),
+    "inpainting": lambda folder: pipelines.stable_diffusion(folder, in_channels=9),
+    "sdxl": pipelines.stable_diffusion_xl,
+}
+STEPS = (8, 4, 2, 1)
+GUIDANCE = (0.0, 1.5, 6.0)
+PROMPT = "a red square"
+TOLERANCE = 1e-3
+
+
+def write_squares(folder: Path) -> None:
+    folder.mkdir()
+    lines = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (pipelines.SIZE, pipelines.SIZE), colour).save(folder / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "texts": [f"a {name} square", name]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The run of each kind of teacher, distilled from its folder when first asked for."""
+    root = tmp_path_factory.mktemp("distilled")
+    write_squares(root / "squares")
+    made: dict[str, Run] = {}
+
+    def run_of(name: str) -> Run:
+        if name not in made:
+            checkpoint = MAKERS[name](root / name)
+            made[name] = Run(recipe(checkpoint, root / "squares"), root / f"run-{name}", Accelerator(cpu=True))
+            distill(made[name])
+        return made[name]
+
+    return run_of
+
+
+def recipe(checkpoint: Path, data: Path, **changes: Any) -> Recipe:
+    short = {"updates": 4, "batch_size": 4, "learning_rate": 3e-3}
+    return Recipe.model_validate(
+        {
+            "name": "squares",
+            "conditioning": "text",
+            "guidance": [0, 6],
+            "data": {"path": data, "size": pipelines.SIZE},
+            "teacher": {"checkpoint": str(checkpoint)},
+            "stage1": short,
+            "stage2": {"start": 16, "rounds": [{"steps": steps, **short} for steps in STEPS]},
+            "export": {"licence": "CC0-1.0", "steps": [4, 1]},
+        }
+        | changes
+    )
+
+
+class Ours:
+    """Our sampler with a student, for one prompt."""
+
+    def __init__(self, run: Run, steps: int, w: float) -> None:
+        self.run, self.grid = run, run.schedule.grid(steps)
+        self.student, self.autoencoder = run.denoiser(student_stage(steps)), run.autoencoder()
+        self.w = torch.tensor([w])
+        assert run.prompts is not None
+        self.condition = run.prompts.encode([PROMPT])
+        self.condition |= {name: of_rows(value, self.w) for name, value in run.constants.items()}
+
+    def __call__(self, z: Tensor, **options: Any) -> Tensor:
+        """The image (1, 3, H, W) in 0..1."""
+        z = sample(self.student, self.grid, z, self.condition, self.w, **options)
+        return (decode_all(self.autoencoder, z) / 2 + 0.5).clamp(0, 1)
+
+
+def load(kind: Any, run: Run, steps: int) -> Any:
+    pipeline = kind.from_pretrained(run.folder / student_stage(steps), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(run: Run) -> Tensor:
+    return Draws(0, 0, range(1)).normal(torch.empty(1, *run.shape))
+
+
+def picture(side: int = pipelines.SIZE) -> Tensor:
+    """A picture (1, 3, H, W) in 0..1."""
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sd1", StableDiffusionPipeline), ("sd2", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)],
+)
+def test_text_to_image(runs: Callable[[str], Run], name: str, kind: Any, steps: int) -> None:
+    run = runs(name)
+    pipeline, start, images = load(kind, run, steps), noise(run), []
+    for w in GUIDANCE:
+        stock = pipeline(
+            PROMPT, num_inference_steps=steps, guidance_scale=1 + w, latents=start, output_type="pt",
+            height=pipelines.SIZE, width=pipelines.SIZE,
+        ).images  # fmt: skip
+        images.append(Ours(run, steps, w)(start))
+        assert apart(stock, images[-1]) < TOLERANCE
+    assert apart(images[0], images[-1]) > 5 * TOLERANCE, "the student heeds w"
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(8, 0.5), (4, 0.75), (2, 0.5), (1, 1.0)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sd1", StableDiffusionImg2ImgPipeline), ("sdxl", StableDiffusionXLImg2ImgPipeline)],
+)
+def test_image_to_image(runs: Callable[[str], Run], name: str, kind: Any, steps: int, strength: float) -> None:
+    run = runs(name)
+    image, ours = picture(), Ours(run, steps, 1.5)
+    stock = load(kind, run, steps)(
+        PROMPT, image=image, strength=strength, num_inference_steps=steps, guidance_scale=2.5, output_type="pt",
+        generator=torch.Generator().manual_seed(5),
+    ).images  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(1, *run.shape, generator=generator)  # what the pipeline draws for the image's latent
+    start = steps - int(steps * strength)
+    latent = networks.encode(ours.autoencoder, 2 * image - 1)
+    z = noised(ours.grid, latent, torch.randn(1, *run.shape, generator=generator), start)
+    assert apart(stock, ours(z, start=start)) < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", ["sd1", "inpainting"])
+def test_inpainting(runs: Callable[[str], Run], name: str, steps: int) -> None:
+    """A network of four channels has the kept region put back; one of nine sees it."""
+    run = runs(name)
+    image, start, ours = picture(), noise(run), Ours(run, steps, 1.5)
+    mask = torch.zeros(1, 1, pipelines.SIZE, pipelines.SIZE)
+    mask[..., : pipelines.SIZE // 2, 4:] = 1
+    stock = load(StableDiffusionInpaintPipeline, run, steps)(
+        PROMPT, image=image, mask_image=mask, num_inference_steps=steps, guidance_scale=2.5, latents=start,
+        strength=1.0, output_type="pt", height=pipelines.SIZE, width=pipelines.SIZE,
+    ).images  # fmt: skip
+    given = masked_condition(ours.autoencoder, 2 * image - 1, mask)
+    if name == "inpainting":
+        ours.condition |= given
+        assert apart(stock, ours(start)) < TOLERANCE
+    else:
+        kept = Kept(networks.encode(ours.autoencoder, 2 * image - 1), 1 - given["mask"], start)
+        assert apart(stock, ours(start, kept=kept)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd1", "inpainting", "sdxl"])
+def test_every_round_has_its_row(runs: Callable[[str], Run], name: str) -> None:
+    rows = json.loads((runs(name).folder / "rounds.json").read_text())
+    assert [row["steps"] for row in rows] == list(STEPS)
+    for row in rows:
+        assert 0 < row["to_its_teacher"] < 10
+        assert row["updates"] == 4
+    assert "student-4" in (runs(name).folder / "rounds.md").read_text()
