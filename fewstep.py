@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": Entry("engines.commands:generate", "Make images from a prompt, without a service."),
     "inspect": Entry("engines.commands:inspect", "Show and verify what is in a bundle."),
     "data": Entry("training.data.commands:data", "Build and check image sets.", "training"),
+    "precompute": Entry("training.precompute:command", "Write a recipe's latents and prompts as shards.", "training"),
     "train": Entry("training.commands:train", "Train the guided teacher of a recipe.", "training"),
     "distill": Entry("training.commands:distill", "Distil a recipe's students, and train what is missing.", "training"),
     "evaluate": Entry("training.evaluate_command:evaluate", "Print the quality table of a run.", "training"),

@@ -27,10 +27,11 @@ STOPPED = 143  # as for a process that SIGTERM ended
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
 
-class _Reported(click.Command):
+class Reported(click.Command):
     """A command whose expected errors are one line, not a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except (RecipeError, TrainingError, TeacherError, DataError, ExportError, BundleError, OSError) as error:
@@ -78,7 +79,7 @@ def _on_a_run(command: Callable[[runs.Run], None]) -> click.Command:
             ["--sample-every"], type=AT_LEAST_ONE, default=500, show_default=True, help="Updates between pictures."
         ),
     ]
-    return _Reported(command.__name__, callback=opened, params=parameters, help=command.__doc__)
+    return Reported(command.__name__, callback=opened, params=parameters, help=command.__doc__)
 
 
 @_on_a_run
@@ -96,7 +97,7 @@ def distill(run: runs.Run) -> None:
     stages.distill(run)
 
 
-@click.command(cls=_Reported)
+@click.command(cls=Reported)
 @click.argument("recipe", type=RECIPE)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(

@@ -84,7 +84,7 @@ def _train_autoencoder(run: Run) -> None:
     order = BatchOrder(len(images), recipe.batch_size, run.recipe.seed)
 
     def loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
-        return reconstruction_loss(network, images[order.at(update, draws.rows)].to(run.device), recipe, draws)
+        return reconstruction_loss(network, images[draws.of(order.at(update))].to(run.device), recipe, draws)
 
     def show(network: Reconstructor, path: Path) -> None:
         some = images[: SAMPLE_ROWS * SAMPLE_COLUMNS // 2].to(run.device)
@@ -163,13 +163,15 @@ def _train_denoiser(
     validation: Validation | None = None,
 ) -> NetworkDenoiser:
     data = run.data
-    order = BatchOrder(len(data), recipe.batch_size, order_seed)
+    order = data.order(recipe.batch_size, order_seed)
     network.train().requires_grad_(True)
     if run.recipe.scale.gradient_checkpointing:
         network.network.enable_gradient_checkpointing()
 
     def batch_loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
-        return loss(network, data.batch(order.at(update, draws.rows), draws, run.device), draws)
+        batch = data.batch(draws.of(order.at(update)), draws, run.device)
+        data.prefetch(draws.of(order.at(update + 1)))
+        return loss(network, batch, draws)
 
     def show(network: nn.Module, path: Path) -> None:
         save_grid(_samples(run, as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)

@@ -35,6 +35,10 @@ class Draws:
         self._offset = rows.start - first * BLOCK_ROWS
         self._generators = [_generator(seed, update, 5, block) for block in range(first, last + 1)]
 
+    def of(self, whole: Tensor) -> Tensor:
+        """These rows of what the whole batch has (batch_size, *)."""
+        return whole[self.rows.start : self.rows.stop]
+
     def __len__(self) -> int:
         """The number of rows."""
         return len(self.rows)

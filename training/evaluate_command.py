@@ -82,6 +82,11 @@ def _solvers(context: click.Context, option: click.Parameter, value: str) -> tup
     help="Values of w, the guidance scale less one.  [default: those of 0,1,2,4 in the trained range, and its ends]",
 )
 @click.option(
+    "--images",
+    type=click.Path(exists=True, path_type=Path),
+    help="An image set to compare with, instead of the recipe's: for recipes that stream theirs.",
+)
+@click.option(
     "--samples",
     type=click.IntRange(min=2),
     default=SOUND_IMAGES,
@@ -138,6 +143,7 @@ def evaluate(
     teacher_steps: tuple[int, ...],
     solvers: tuple[Sampler, ...],
     guidance: tuple[float, ...] | None,
+    images: Path | None,
     samples: int,
     split: str,
     features: str,
@@ -161,7 +167,7 @@ def evaluate(
         network = None if inception is None else Inception(inception, device)
         maker = ImageMaker(
             run,
-            load_evaluation_set(run, split, samples, seed),
+            load_evaluation_set(run, split, samples, seed, images),
             seed,
             Store(run.folder / "evaluation"),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from training.data.training_set import open_images
 from training.features import Pixels
 from training.guidance import Condition, of_rows
 from training.prompts import encode_captions
-from training.recipe import Recipe
+from training.recipe import DataRecipe, Recipe
 from training.run import Run
 
 
@@ -49,15 +50,17 @@ class _Split:
     labels: NDArray[np.int64] | None = None
 
 
-def load_evaluation_set(run: Run, split: str, samples: int, seed: int) -> EvaluationSet:
+def load_evaluation_set(run: Run, split: str, samples: int, seed: int, images: Path | None = None) -> EvaluationSet:
     """The conditions of `samples` images of a split, in a random order: one caption an image, drawn at random.
 
     With more samples than images the conditions of all of them are used again, in a new random order each time.
     The images of the training split are halved at random: conditions come from one half, the other is the
     reference. For another split the reference is the training split. So no image is on both sides, and the real
-    images of the conditions are what a perfect model would make.
+    images of the conditions are what a perfect model would make. `images` is an image set to compare with instead of
+    the recipe's own. Raises DataError for images that cannot be had.
     """
-    data = _load_split(run.recipe, split)
+    recipe = _compared(run, images)
+    data = _load_split(recipe, split)
     random = np.random.Generator(np.random.PCG64(seed))
     order = random.permutation(len(data.images))
     drawn = [own[int(random.random() * len(own))] for own in data.texts]
@@ -66,7 +69,7 @@ def load_evaluation_set(run: Run, split: str, samples: int, seed: int) -> Evalua
         chosen, reference = order[:half], data.images[order[half:]]
         description = f"{split}, halved at random: one half gives the captions or classes, the other is the reference"
     else:
-        chosen, reference = order, _load_split(run.recipe, "train").images
+        chosen, reference = order, _load_split(recipe, "train").images
         description = f"{split} gives the captions or classes, train is the reference"
     if not len(chosen):
         raise DataError(f"the split {split} has too few images to give any conditions")
@@ -89,6 +92,17 @@ def _encode(run: Run, words: tuple[str, ...], labels: Tensor | None) -> tuple[Co
     arrays = {name: array.float() for name, array in encode_captions(run.prompts, words, run.cache).items()}
     some = next(iter(arrays.values()))
     return arrays | {name: of_rows(value, some) for name, value in run.constants.items()}, run.prompts.identity
+
+
+def _compared(run: Run, images: Path | None) -> Recipe:
+    """The recipe with the images that are compared with."""
+    data = run.recipe.data
+    if images is not None:
+        folder = DataRecipe(path=images, size=data.size, background=data.background)
+        return run.recipe.model_copy(update={"data": folder})
+    if data.source == "stream":
+        raise DataError("the recipe streams its images: name a folder of images to compare with, by --images")
+    return run.recipe
 
 
 def _load_split(recipe: Recipe, split: str) -> _Split:

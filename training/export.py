@@ -127,8 +127,8 @@ class _Decoder(nn.Module):
 
 
 def _latents(run: Run, batch: int) -> Tensor:
-    """Latents of the training set, over again where it has fewer."""
-    return run.data.x[torch.arange(batch) % len(run.data)]
+    """Latents of the training set."""
+    return _some_rows(run, batch, batch).x
 
 
 def _images(run: Run, batch: int) -> Tensor:

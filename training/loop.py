@@ -58,10 +58,9 @@ class BatchOrder:
         self.items, self.batch_size, self.seed = items, batch_size, seed
         self._epochs: dict[int, Tensor] = {}
 
-    def at(self, update: int, rows: range | None = None) -> Tensor:
-        """The item indices (batch_size,) of an update, or only those at some rows of its batch."""
-        first = update * self.batch_size
-        positions = [first + row for row in (range(self.batch_size) if rows is None else rows)]
+    def at(self, update: int) -> Tensor:
+        """The item indices (batch_size,) of an update."""
+        positions = range(update * self.batch_size, (update + 1) * self.batch_size)
         return torch.stack([self._permutation(p // self.items)[p % self.items] for p in positions])
 
     def _permutation(self, epoch: int) -> Tensor:

@@ -51,28 +51,43 @@ class Distillation(Optimisation):
 
 
 class DataRecipe(Section):
-    """Which images: an imagefolder (or shards) on disk, or scikit-learn's digits."""
+    """Which images: an imagefolder (or shards) on disk, scikit-learn's digits, or shards that are streamed.
 
-    source: Literal["folder", "digits"] = "folder"
+    A stream has an `address`, a folder or any that fsspec knows, and mixes `window` shards at a time; its `classes`
+    are named here, if it has any.
+    """
+
+    source: Literal["folder", "digits", "stream"] = "folder"
     path: Path | None = None
+    address: str | None = None
     size: Positive
     background: tuple[Level, Level, Level] = (255, 255, 255)
     groups: tuple[str, ...] = ()
+    window: Positive = 2
+    classes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def folder_has_path(self) -> Self:
-        """A folder needs its path; the digits are what they are."""
+    def source_is_whole(self) -> Self:
+        """A folder needs its path and a stream its address; the digits are what they are."""
         if self.source == "folder" and self.path is None:
             raise ValueError("source 'folder' needs a path")
-        if self.source == "digits" and (unfit := self.model_fields_set & {"path", "background", "groups"}):
-            raise ValueError(f"source 'digits' takes no {', '.join(sorted(unfit))}")
+        if self.source == "stream" and self.address is None:
+            raise ValueError("source 'stream' needs an address")
+        foreign = {
+            "folder": {"address", "window", "classes"},
+            "digits": {"address", "window", "classes", "path", "background", "groups"},
+            "stream": {"path", "groups"},
+        }
+        if unfit := self.model_fields_set & foreign[self.source]:
+            raise ValueError(f"source '{self.source}' takes no {', '.join(sorted(unfit))}")
         return self
 
     def at(self, path: Path) -> DataRecipe:
         """The same images, found at another path. Raises RecipeError for a source that has no path."""
         if self.source == "digits":
             raise RecipeError("the recipe's images are scikit-learn's digits: they lie in no folder")
-        return self.model_copy(update={"path": path.absolute()})
+        place = {"address": str(path.absolute())} if self.source == "stream" else {"path": path.absolute()}
+        return self.model_copy(update=place)
 
 
 class AutoencoderRecipe(Optimisation):
@@ -240,6 +255,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def conditioning_fits(self) -> Self:
         """Digits have classes and no captions; what only text needs is refused for classes."""
+        if self.data.source == "stream" and self.autoencoder is not None:
+            raise ValueError("an autoencoder is trained on a folder of images: train it first, then precompute")
         if self.conditioning == "text":
             if self.data.source == "digits":
                 raise ValueError("the digits have no captions: conditioning must be 'class'")
@@ -278,7 +295,7 @@ class Recipe(Section):
 
     def portable_json(self) -> str:
         """The recipe as JSON without where the data lies, which may differ from machine to machine."""
-        return self.model_dump_json(exclude={"data": {"path"}})
+        return self.model_dump_json(exclude={"data": {"path", "address"}})
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from training import networks
 from training.checkpoints import Checkpoints
 from training.data.inpainting import InpaintingSet, all_masked
-from training.data.training_set import TrainingSet, load_training_set
+from training.data.streamed import StreamedImages, StreamedTensors, open_stream
+from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError
@@ -148,8 +149,12 @@ class Run:
         return MiniLMPrompts(self.recipe.max_tokens, self.device)
 
     @cached_property
-    def data(self) -> TrainingSet | InpaintingSet:
-        """The training split, in the space that the denoiser works in."""
+    def data(self) -> Data:
+        """The training split, in the space that the denoiser works in. Raises TrainingError if it does not fit."""
+        if self.recipe.data.source == "stream":
+            data = self._streamed()
+            self.known("denoiser", data.fingerprint)
+            return data
         with self.accelerator.main_process_first():
             images = load_training_set(self.recipe, "train", self.cache, self.prompts)
         self.known("denoiser", images.fingerprint)
@@ -162,6 +167,25 @@ class Run:
         if self.pipeline is not None and self.pipeline.is_inpainting:
             return InpaintingSet(latents, images.x, autoencoder)
         return latents
+
+    def _streamed(self) -> Data:
+        recipe = self.recipe.data
+        stream = open_stream(recipe)
+        inpainting = self.pipeline is not None and self.pipeline.is_inpainting
+        if inpainting:
+            raise TrainingError("an inpainting network learns from images in memory: a new mask goes with each")
+        if stream.index.kind == "images":
+            if self.prompts is None:
+                raise TrainingError(
+                    f"{recipe.address}: images are streamed with captions; precompute those with classes"
+                )
+            encode = partial(networks.encode, self.autoencoder()) if self.is_latent else lambda images: images
+            return StreamedImages(stream, self.prompts, encode, self.shape, self.constants)
+        wanted = {"label"} if self.prompts is None else set(self.prompts.null)
+        if stream.shape != self.shape or set(stream.specs) - {"x"} != wanted:
+            found = ", ".join(f"{name} {spec.shape}" for name, spec in stream.specs.items())
+            raise TrainingError(f"{recipe.address} holds {found}; x {self.shape} with {', '.join(wanted)} is needed")
+        return StreamedTensors(stream, recipe.classes, self.constants)
 
     def labels(self, labels: Tensor) -> Tensor:
         """The teacher's numbers for labels that count the classes of the data."""

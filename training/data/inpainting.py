@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from training import networks
-from training.data.training_set import TrainingSet
+from training.data.training_set import Order, TrainingSet
 from training.draws import Draws
 from training.guidance import Condition
 from training.losses import Batch
@@ -33,11 +33,6 @@ class InpaintingSet:
         return self.latents.shape
 
     @property
-    def x(self) -> Tensor:
-        """The latents (N, c, h, w)."""
-        return self.latents.x
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """None."""
         return self.latents.classes
@@ -50,6 +45,13 @@ class InpaintingSet:
     def __len__(self) -> int:
         """N."""
         return len(self.latents)
+
+    def order(self, batch_size: int, seed: int) -> Order:
+        """The order in which items are learned from."""
+        return self.latents.order(batch_size, seed)
+
+    def prefetch(self, items: Tensor) -> None:
+        """All is in memory."""
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, each with one of its captions, a mask and what it leaves."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +17,56 @@ from training.data.captioned import CaptionedImages
 from training.data.digits import CLASSES, load_digits_images
 from training.draws import Draws
 from training.guidance import Condition, of_rows
+from training.loop import BatchOrder
 from training.losses import Batch
 from training.prompts import PromptEncoder, encode_captions
 from training.recipe import DataRecipe, Recipe
 from training.store import hash_of, hash_of_array
 
 SHOWN_SKIPPED = 20
+
+
+class Order(Protocol):
+    """Which items form the batch of an update, at any update."""
+
+    def at(self, update: int) -> Tensor:
+        """The item indices (batch_size,)."""
+        ...
+
+
+class Data(Protocol):
+    """What a run learns from, in memory or streamed."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of one item."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, if it has any."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that is learned from."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of items."""
+        ...
+
+    def order(self, batch_size: int, seed: int) -> Order:
+        """The order in which items are learned from."""
+        ...
+
+    def prefetch(self, items: Tensor) -> None:
+        """Prepare for a coming batch of items (B,)."""
+        ...
+
+    def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
+        """The items (B,) on `device`, each with one of its conditions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +107,13 @@ class TrainingSet:
     def __len__(self) -> int:
         """N."""
         return len(self.x)
+
+    def order(self, batch_size: int, seed: int) -> BatchOrder:
+        """The order in which items are learned from."""
+        return BatchOrder(len(self), batch_size, seed)
+
+    def prefetch(self, items: Tensor) -> None:
+        """All is in memory."""
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, each with one of its conditions."""

@@ -1,0 +1,118 @@
+"""Shards of latents and prompts: what a run in memory learns from, streamed."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from click.testing import CliRunner
+
+import fewstep
+from tests import pipelines
+from tests.training.test_pipelines import recipe, write_squares
+from training.data.entries import DataError
+from training.data.shard_order import ShardOrder
+from training.distill import distill, student_stage
+from training.draws import Draws
+from training.evaluation_set import load_evaluation_set
+from training.loop import TrainingError
+from training.precompute import precompute
+from training.recipe import DataRecipe
+from training.run import Run
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("precompute")
+    write_squares(root / "squares")
+    checkpoint = pipelines.stable_diffusion_xl(root / "sdxl")
+    return Run(recipe(checkpoint, root / "squares"), root / "run", Accelerator(cpu=True))
+
+
+def streaming(run: Run, folder: Path, address: str) -> Run:
+    data = DataRecipe(source="stream", address=address, size=pipelines.SIZE)
+    return Run(run.recipe.model_copy(update={"data": data}), folder, Accelerator(cpu=True))
+
+
+def test_a_streamed_batch_is_the_one_in_memory(in_memory: Run, tmp_path: Path) -> None:
+    assert precompute(in_memory, str(tmp_path / "shards"), per_shard=3) == 4
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    items = torch.tensor([3, 0, 2])
+    ours, theirs = (r.data.batch(items, Draws(0, 0, range(3)), DEVICE) for r in (run, in_memory))
+    assert torch.allclose(ours.x, theirs.x, atol=2e-3)
+    assert set(ours.condition) == set(theirs.condition) == {"context", "pooled", "size"}
+    for name, value in theirs.condition.items():
+        assert torch.allclose(ours.condition[name], value, atol=2e-3)
+
+
+def test_a_streamed_run_is_distilled_and_repeats_itself(in_memory: Run, tmp_path: Path) -> None:
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=2)
+    weights = []
+    for name in ("first", "second"):
+        run = streaming(in_memory, tmp_path / name, str(tmp_path / "shards"))
+        assert isinstance(run.data.order(4, 0), ShardOrder)
+        distill(run)
+        weights.append(run.weights(student_stage(1)))
+    assert weights[0] == weights[1]
+
+
+def test_images_are_encoded_as_they_are_streamed(in_memory: Run, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "0.tar", in_memory)
+    indexed = CliRunner().invoke(fewstep.main, ["data", "index", str(tmp_path / "shards")])
+    assert indexed.exit_code == 0, indexed.output
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    items = torch.arange(4)
+    batch = run.data.batch(items, Draws(0, 0, range(4)), DEVICE)
+    theirs = in_memory.data.batch(items, Draws(0, 0, range(4)), DEVICE)
+    assert torch.allclose(batch.x, theirs.x, atol=1e-5)
+    assert torch.allclose(batch.condition["context"], theirs.condition["context"], atol=2e-3)
+    assert precompute(run, str(tmp_path / "tensors"), per_shard=4) == 4
+
+
+def write_shard(path: Path, run: Run) -> None:
+    """The run's images, in its order, as a shard."""
+    folder = run.recipe.data.path
+    assert folder is not None
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    with tarfile.open(path, "w") as archive:
+        for k, line in enumerate(lines):
+            for suffix, data in (
+                (".png", (folder / line["file_name"]).read_bytes()),
+                (".json", json.dumps(line).encode()),
+            ):
+                info = tarfile.TarInfo(f"{k}{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def test_tensors_of_another_shape_are_refused(in_memory: Run, tmp_path: Path) -> None:
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
+    data = DataRecipe(source="stream", address=str(tmp_path / "shards"), size=2 * pipelines.SIZE)
+    other = Run(in_memory.recipe.model_copy(update={"data": data}), tmp_path / "run", Accelerator(cpu=True))
+    with pytest.raises(TrainingError, match=r"x \(4, 32, 32\) with"):
+        _ = other.data
+
+
+def test_tensors_are_not_precomputed_again(in_memory: Run, tmp_path: Path) -> None:
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    with pytest.raises(TrainingError, match="holds tensors already"):
+        precompute(run, str(tmp_path / "again"), per_shard=3)
+
+
+def test_a_streamed_run_is_evaluated_on_a_folder(in_memory: Run, tmp_path: Path) -> None:
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    with pytest.raises(DataError, match="by --images"):
+        load_evaluation_set(run, "train", 2, 0)
+    found = load_evaluation_set(run, "train", 3, 0, in_memory.recipe.data.path)
+    assert len(found) == 3
+    assert set(found.condition) == {"context", "pooled", "size"}

@@ -1,0 +1,104 @@
+"""Training data that are streamed from shards: of precomputed tensors, or of images that are encoded as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from training.data.place import Place
+from training.data.shard_contents import DATA, ImageFit
+from training.data.shard_index import ShardIndex
+from training.data.shard_order import ShardOrder
+from training.data.stream import ShardStream
+from training.draws import Draws
+from training.guidance import Condition, of_rows
+from training.losses import Batch
+from training.prompts import PromptEncoder
+from training.recipe import DataRecipe
+
+
+def open_stream(recipe: DataRecipe) -> ShardStream:
+    """The shards that a recipe names. Raises StreamError when they cannot be had."""
+    assert recipe.address is not None
+    of_images = ShardIndex.read(Place(recipe.address)).kind == "images"
+    return ShardStream(recipe.address, recipe.window, ImageFit(recipe.size, recipe.background) if of_images else None)
+
+
+@dataclass(frozen=True)
+class StreamedTensors:
+    """Shards of precomputed data x and conditions, as `fewstep precompute` writes them."""
+
+    stream: ShardStream
+    classes: tuple[str, ...] = ()
+    constants: Condition = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of one item."""
+        return self.stream.shape
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all bytes of the set."""
+        return self.stream.fingerprint
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.stream)
+
+    def order(self, batch_size: int, seed: int) -> ShardOrder:
+        """The order in which items are learned from."""
+        return ShardOrder(self.stream.counts, batch_size, seed)
+
+    def prefetch(self, items: Tensor) -> None:
+        """Read the shards of coming items in the background."""
+        self.stream.prefetch(items)
+
+    def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
+        """The items (B,) on `device`, each with one of its conditions."""
+        parts = {name: value.to(device) for name, value in self.stream.parts(items, draws.uniform()).items()}
+        parts = {name: value.float() if value.is_floating_point() else value for name, value in parts.items()}
+        x = parts.pop(DATA)
+        return Batch(x, {**parts, **{name: of_rows(value, x) for name, value in self.constants.items()}})
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """Shards of captioned images. `to_x` makes x (B, c, h, w) of images (B, 3, H, W) in [-1, 1], on their device."""
+
+    stream: ShardStream
+    prompts: PromptEncoder
+    to_x: Callable[[Tensor], Tensor]
+    shape: tuple[int, int, int]
+    constants: Condition = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all bytes of the set."""
+        return self.stream.fingerprint
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.stream)
+
+    def order(self, batch_size: int, seed: int) -> ShardOrder:
+        """The order in which items are learned from."""
+        return ShardOrder(self.stream.counts, batch_size, seed)
+
+    def prefetch(self, items: Tensor) -> None:
+        """Read the shards of coming items in the background."""
+        self.stream.prefetch(items)
+
+    def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
+        """The items (B,) on `device`, encoded now, each with one of its captions."""
+        texts, choices = self.stream.texts(items), draws.uniform().tolist()
+        chosen = [own[int(choice * len(own))] for own, choice in zip(texts, choices, strict=True)]
+        images = self.stream.parts(items)[DATA].to(device).float().div(127.5).sub(1)
+        with torch.no_grad():
+            x = self.to_x(images)
+        context = {name: value.to(device) for name, value in self.prompts.encode(chosen).items()}
+        return Batch(x, {**context, **{name: of_rows(value, x) for name, value in self.constants.items()}})
