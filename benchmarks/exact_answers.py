@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,17 +19,18 @@ from torch import Tensor, nn
 
 from training.diffusion import Schedule, diffuse, x_from_v
 from training.draws import Draws, generator_at
-from training.guidance import Denoiser, GuidedTeacher
+from training.guidance import Condition, Denoiser, GuidedTeacher
 from training.loop import train
-from training.losses import Batch, draw_any_times, draw_guidance, output_matching_loss, progressive_loss
+from training.losses import Batch, Course, draw_any_times, draw_guidance, output_matching_loss, progressive_loss
 from training.mixture import ExactDenoiser, GaussianMixture, solve_guided_ode
 from training.recipe import Optimisation
-from training.sampler import sample
+from training.sampler import encode, sample
 from training.vectors import VectorDenoiser
 
 W_RANGE = (0.0, 4.0)
 START = 64
 TEST_ROWS = 2048
+LAST_ENCODER = 4
 TEST_PLACE = 2**31  # past every update
 
 
@@ -80,25 +82,27 @@ class Problem:
 
         return self._train(network, loss, effort.optimisation(effort.stage1), "stage1")
 
-    def halvings(self, stage1: VectorDenoiser, effort: Effort) -> dict[int, VectorDenoiser]:
-        """Stage 2: the students of START / 2, ..., 2 and 1 steps."""
+    def halvings(
+        self, stage1: VectorDenoiser, effort: Effort, last: int = 1, course: Course = "deterministic"
+    ) -> dict[int, VectorDenoiser]:
+        """Stage 2: the students of START / 2, START / 4, ... and `last` steps."""
         students, student, steps = {}, stage1, START
-        while steps > 1:
+        while steps > last:
             steps //= 2
-            students[steps] = student = self.halve(student, steps, effort)
+            students[steps] = student = self.halve(student, steps, effort, course)
         return students
 
-    def halve(self, teacher: VectorDenoiser, steps: int, effort: Effort) -> VectorDenoiser:
+    def halve(self, teacher: VectorDenoiser, steps: int, effort: Effort, course: Course) -> VectorDenoiser:
         """One round of stage 2."""
         network = VectorDenoiser(self.dimensions, self.mixture.classes)
         network.load_state_dict(teacher.state_dict())
 
         def loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
             batch = self.batch(update, effort.batch_size)
-            return progressive_loss(network, teacher, self.schedule, batch, steps, W_RANGE, draws)
+            return progressive_loss(network, teacher, self.schedule, batch, steps, W_RANGE, draws, course=course)
 
         updates = effort.last if steps <= 2 else effort.halving
-        return self._train(network, loss, effort.optimisation(updates, 0.5), f"student-{steps}")
+        return self._train(network, loss, effort.optimisation(updates, 0.5), f"{course}-{steps}")
 
     def _train(
         self, network: VectorDenoiser, loss: Callable[[nn.Module, int, Draws], Tensor], recipe: Optimisation,
@@ -121,17 +125,30 @@ class Problem:
 
     def map_errors(self, students: Mapping[int, Denoiser]) -> dict[int, tuple[float, float]]:
         """For each number of steps, the errors of the student and of guided DDIM against the exact ODE map."""
-        generator = generator_at(3, 0)
-        noise = torch.randn(TEST_ROWS, self.dimensions, generator=generator)
+        noise, condition, w, exact = self.exact_map()
+
+        def error(denoiser: Denoiser, steps: int) -> float:
+            return distance(sample(denoiser, self.schedule.grid(steps), noise, condition, w), exact)
+
+        return {steps: (error(student, steps), error(self.teacher, steps)) for steps, student in students.items()}
+
+    def encoding_errors(self, encoders: Mapping[int, Denoiser]) -> dict[int, tuple[float, float]]:
+        """The same the other way: the errors of encoders, and of guided DDIM in reverse, against the exact noise."""
+        noise, condition, w, exact = self.exact_map()
+
+        def error(denoiser: Denoiser, steps: int) -> float:
+            return distance(encode(denoiser, self.schedule.grid(steps), exact, condition, w), noise)
+
+        return {steps: (error(encoder, steps), error(self.teacher, steps)) for steps, encoder in encoders.items()}
+
+    @cache  # noqa: B019 - a problem lives as long as its figures are asked for
+    def exact_map(self) -> tuple[Tensor, Condition, Tensor, Tensor]:
+        """Noise (N, D), condition, w (N,), and the clean data (N, D) to which the guided ODE carries them."""
+        noise = torch.randn(TEST_ROWS, self.dimensions, generator=generator_at(3, 0))
         label = torch.arange(TEST_ROWS) % self.mixture.classes
         w = torch.linspace(*W_RANGE, TEST_ROWS)
         start = (float(self.schedule.alphas[-1]), float(self.schedule.sigmas[-1]))
-        exact = solve_guided_ode(self.mixture, noise, label, w, start).float()
-
-        def error(denoiser: Denoiser, steps: int) -> float:
-            return distance(sample(denoiser, self.schedule.grid(steps), noise, {"label": label}, w), exact)
-
-        return {steps: (error(student, steps), error(self.teacher, steps)) for steps, student in students.items()}
+        return noise, {"label": label}, w, solve_guided_ode(self.mixture, noise, label, w, start).float()
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -152,6 +169,10 @@ def main(dimensions: int, long: bool) -> None:
         students = problem.halvings(student, effort)
         click.echo("| steps | student | guided DDIM | DDIM / student |\n|--:|--:|--:|--:|")
         for steps, (ours, theirs) in problem.map_errors(students).items():
+            click.echo(f"| {steps} | {ours:.4f} | {theirs:.4f} | {theirs / ours:.1f} |")
+        encoders = problem.halvings(student, effort, LAST_ENCODER, "encoding")
+        click.echo("\n| steps | encoder | guided DDIM in reverse | DDIM / encoder |\n|--:|--:|--:|--:|")
+        for steps, (ours, theirs) in problem.encoding_errors(encoders).items():
             click.echo(f"| {steps} | {ours:.4f} | {theirs:.4f} | {theirs / ours:.1f} |")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from math import gcd
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,24 +55,35 @@ class GuidanceInput(nn.Module):
             dim = network.inner_dim
         projections = [nn.Linear(GUIDANCE_EMBEDDING_DIM, dim, bias=False) for _ in embeddings]
         self.projections = nn.ModuleList(projections)
-        self._features: list[Tensor] = []
+        self._features = _Features()
         for embedding, projection in zip(embeddings, projections, strict=True):
             nn.init.zeros_(projection.weight)
             embedding.register_forward_hook(_AddGuidance(projection, self._features))
 
-    def given(self, w: Tensor) -> None:
-        """Set the w of the calls that follow, (B,)."""
-        self._features[:] = [guidance_embedding(w)]
+    @contextmanager
+    def given(self, w: Tensor) -> Iterator[None]:
+        """Let the network see w (B,) within. Under gradients longer: checkpointing may call parts of it again."""
+        self._features.value = guidance_embedding(w)
+        yield
+        if not torch.is_grad_enabled():
+            self._features.value = None
+
+
+class _Features:
+    """The features of w in the call that goes on, if any. An object, which copying and tracing leave in one piece."""
+
+    value: Tensor | None = None
 
 
 class _AddGuidance:
     """The hook on one embedding. An object, so that a copy of the whole network refers to its own projection."""
 
-    def __init__(self, projection: nn.Module, features: list[Tensor]) -> None:
+    def __init__(self, projection: nn.Module, features: _Features) -> None:
         self.projection, self.features = projection, features
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output + self.projection(self.features[0].to(output.dtype)) if self.features else output
+        features = self.features.value
+        return output if features is None else output + self.projection(features.to(output.dtype))
 
 
 class NetworkDenoiser(nn.Module):
@@ -113,8 +125,10 @@ class NetworkDenoiser(nn.Module):
         return TO_V[self.prediction](z, output.to(z.dtype), alpha, sigma)
 
     def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
-        if self.guidance_input is not None:
-            self.guidance_input.given(w)
+        with self.guidance_input.given(w) if self.guidance_input is not None else nullcontext():
+            return self._output(z, timestep, condition, w)[:, : z.shape[1]]  # a DiT may give a variance after it
+
+    def _output(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
         output: Tensor
         if isinstance(self.network, UNet2DConditionModel):
             added = (
@@ -134,7 +148,7 @@ class NetworkDenoiser(nn.Module):
             output = self.network(z, timestep, class_labels=label, return_dict=False)[0]
         else:
             output = self.network(z, timestep=timestep, class_labels=condition["label"], return_dict=False)[0]
-        return output[:, : z.shape[1]]  # a DiT may give a variance after its prediction
+        return output
 
 
 def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:

@@ -20,11 +20,14 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from engines.pipeline import Generate, Pipeline, initial_noise
 from tests import pipelines
 from training import networks
 from training.data.inpainting import masked_condition
 from training.distill import distill, student_stage
 from training.draws import Draws
+from training.export import export
+from training.graphs import ExportError
 from training.guidance import of_rows
 from training.recipe import Recipe
 from training.run import Run, decode_all
@@ -189,3 +192,21 @@ def test_every_round_has_its_row(runs: Callable[[str], Run], name: str) -> None:
         assert 0 < row["to_its_teacher"] < 10
         assert row["updates"] == 4
     assert "student-4" in (runs(name).folder / "rounds.md").read_text()
+
+
+def test_a_bundle_of_a_stable_diffusion_student_makes_our_samplers_images(
+    runs: Callable[[str], Run], tmp_path: Path
+) -> None:
+    """From the prompt to the image, by ONNX Runtime and without torch."""
+    run = runs("sd1")
+    export(run, tmp_path / "bundle", ("fp32",))
+    with Pipeline.open(tmp_path / "bundle") as pipeline:
+        (image,) = pipeline.run([Generate(PROMPT, steps=4, guidance=1.5, seed=3)])
+    start = torch.from_numpy(initial_noise(3, run.shape))[None]
+    ours = Ours(run, 4, 1.5)(start)[0].permute(1, 2, 0).mul(255).round().numpy()
+    assert abs(image.astype(float) - ours).max() <= 1
+
+
+def test_a_bundle_of_two_text_encoders_is_refused(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="one text encoder"):
+        export(runs("sdxl"), tmp_path / "bundle")

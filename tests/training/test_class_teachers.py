@@ -1,0 +1,142 @@
+"""Class-conditional teachers from pipelines, distilled: DiT in latents, UNets in pixels, one network or two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from engines.bundle import Bundle
+from tests import pipelines
+from training.distill import distill, encoder_stage, student_stage
+from training.draws import Draws
+from training.export import export
+from training.graphs import ExportError
+from training.loop import TrainingError
+from training.recipe import Recipe
+from training.run import Run
+from training.sampler import sample
+
+SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of each of three classes."""
+    folder = tmp_path_factory.mktemp("images")
+    for k, name in enumerate(("ant", "bee", "cat")):
+        (folder / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * i, 80 * k, 100)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def make_run(folder: Path, images: Path, size: int, **teacher: Any) -> Run:
+    recipe = Recipe.model_validate(
+        {
+            "name": "classes",
+            "conditioning": "class",
+            "data": {"path": images, "size": size},
+            "teacher": {name: str(v) if isinstance(v, Path) else v for name, v in teacher.items()},
+            "stage1": SHORT,
+            "stage2": {"start": 4, "rounds": [{"steps": steps, **SHORT} for steps in (2, 1)]},
+            "encoder": {"start": 4, "rounds": [{"steps": 2, **SHORT}]},
+            "export": {"licence": "CC0-1.0", "steps": [2, 1]},
+        }
+    )
+    return Run(recipe, folder, Accelerator(cpu=True))
+
+
+def check_student(run: Run) -> None:
+    """It is made again from its folder, heeds its class and w, and the pipeline's scheduler lies beside it."""
+    distill(run)
+    draws = Draws(0, 0, range(4))
+    batch = run.data.batch(torch.arange(4), draws, torch.device("cpu"))
+    noise, w = draws.normal(batch.x), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    student = run.denoiser(student_stage(2))
+    assert student.is_student
+    made = sample(student, run.schedule.grid(2), noise, batch.condition, w)
+    assert made.isfinite().all()
+    unguided = sample(student, run.schedule.grid(2), noise, batch.condition, torch.zeros(4))
+    assert torch.equal(made[0], unguided[0])
+    assert not torch.equal(made[1:], unguided[1:])
+    assert (run.folder / student_stage(2) / "scheduler").is_dir()
+    assert run.is_done(encoder_stage(2))
+    rows = json.loads((run.folder / "rounds.json").read_text())
+    assert [row["stage"] for row in rows] == ["student-2", "student-1", "encoder-2"]
+
+
+def test_a_dit_in_latents(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 32, checkpoint=pipelines.dit(tmp_path / "dit"))
+    check_student(run)
+    assert run.null["label"] == pipelines.CLASSES
+    bundle = export(run, tmp_path / "bundle")
+    assert isinstance(bundle, Bundle)
+    assert bundle.manifest.classes == ("ant", "bee", "cat")
+
+
+def test_a_unet_in_pixels_with_a_null_class(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet"))
+    check_student(run)
+    assert export(run, tmp_path / "bundle").manifest.space == "pixel"
+
+
+def test_a_unet_guided_by_a_second_one_without_classes(images: Path, tmp_path: Path) -> None:
+    conditional = pipelines.class_unet(tmp_path / "conditional", classes=3)
+    unconditional = pipelines.class_unet(tmp_path / "unconditional", classes=None, seed=1)
+    run = make_run(tmp_path / "run", images, 8, checkpoint=conditional, unconditional=unconditional)
+    assert run.null == {}
+    check_student(run)
+
+
+def test_a_teacher_without_a_class_for_none_is_refused(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet", classes=3))
+    with pytest.raises(TrainingError, match="no class left that stands for none"):
+        distill(run)
+
+
+def test_a_teacher_of_another_kind_of_condition_is_refused(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 32, checkpoint=pipelines.stable_diffusion(tmp_path / "sd"))
+    with pytest.raises(TrainingError, match="conditioned on prompts, the recipe on class"):
+        distill(run)
+
+
+def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path: Path) -> None:
+    conditional = pipelines.class_unet(tmp_path / "conditional", classes=3)
+    unconditional = pipelines.class_unet(tmp_path / "unconditional", classes=None)
+    file = unconditional / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.03}))
+    run = make_run(tmp_path / "run", images, 8, checkpoint=conditional, unconditional=unconditional)
+    with pytest.raises(TrainingError, match="different noise schedules"):
+        distill(run)
+
+
+def test_a_checkpoint_that_brings_its_network_takes_no_other(images: Path) -> None:
+    with pytest.raises(ValueError, match="brings its own network"):
+        Recipe.model_validate(
+            {
+                "name": "both",
+                "conditioning": "class",
+                "data": {"path": images, "size": 8},
+                "teacher": {"checkpoint": "x"},
+                "network": {"channels": [8]},
+                "stage1": SHORT,
+                "stage2": {"start": 2, "rounds": [{"steps": 1, **SHORT}]},
+                "export": {"licence": "CC0-1.0", "steps": [1]},
+            }
+        )
+
+
+def test_an_inpainting_network_is_not_exported(tmp_path: Path) -> None:
+    from tests.training.test_pipelines import recipe, write_squares
+
+    write_squares(tmp_path / "squares")
+    checkpoint = pipelines.stable_diffusion(tmp_path / "sd", in_channels=9)
+    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
+    with pytest.raises(ExportError, match="no inputs for the mask"):
+        export(run, tmp_path / "bundle")
