@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-BLOCK_ROWS = 16
+BLOCK_ROWS = 64
 
 
 def generator_at(seed: int, place: int, stream: int = 0) -> Generator:

@@ -92,6 +92,71 @@ def test_an_untrained_student_is_the_conditional_teacher_at_every_w(digits_run: 
         assert torch.equal(student(*inputs, torch.tensor([0.0, 1.0, 2.0, 4.0])), conditional)
 
 
+SMALL = """
+name = "small"
+conditioning = "class"
+data = { source = "digits", size = 8 }
+network = { channels = [8], norm_groups = 4 }
+teacher = { updates = 6, batch_size = 16, learning_rate = 1e-3 }
+stage1 = { updates = 3, batch_size = 16, learning_rate = 1e-3 }
+stage2 = { start = 2, rounds = [{ steps = 1, updates = 3, batch_size = 16, learning_rate = 1e-3 }] }
+export = { licence = "CC-BY-4.0", steps = [1] }
+"""
+
+
+def student_weights(folder: Path, more: str = "") -> Tensor:
+    """The weights of the student of one step of a small run, whose recipe says `more`."""
+    folder.mkdir()
+    (folder / "small.toml").write_text(SMALL + more)
+    run = Run(Recipe.load(folder / "small.toml"), folder / "run", Accelerator(cpu=True))
+    distill.distill(run)
+    return torch.cat([value.flatten() for value in run.denoiser(student_stage(1)).network.state_dict().values()])
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "micro_batch = 5",
+        "gradient_checkpointing = true",
+        pytest.param(
+            "compile = true",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.filterwarnings("ignore:.*is deprecated.*torch.compile:DeprecationWarning"),
+            ],
+        ),
+    ],
+)
+def test_how_a_run_fits_its_machine_does_not_change_its_student(tmp_path: Path, scale: str) -> None:
+    plain = student_weights(tmp_path / "plain")
+    scaled = student_weights(tmp_path / "scaled", f"[scale]\n{scale}\n")
+    assert (scaled - plain).norm() < 1e-4 * plain.norm()
+
+
+def test_the_weighting_of_the_loss_changes_the_student(tmp_path: Path) -> None:
+    plain = student_weights(tmp_path / "plain")
+    uniform = SMALL.replace("stage1 = {", 'stage1 = { weighting = "uniform",')
+    assert uniform != SMALL
+    (tmp_path / "uniform.toml").write_text(uniform)
+    run = Run(Recipe.load(tmp_path / "uniform.toml"), tmp_path / "run", Accelerator(cpu=True))
+    distill.distill(run)
+    weights = run.denoiser(student_stage(1)).network.state_dict().values()
+    assert (torch.cat([value.flatten() for value in weights]) - plain).norm() > 1e-3 * plain.norm()
+
+
+@pytest.mark.parametrize("schedule", ["continuous-cosine", "scaled-linear", "rectified-flow"])
+def test_a_teacher_is_trained_on_any_schedule(tmp_path: Path, schedule: str) -> None:
+    text = SMALL.replace("teacher = {", f'teacher = {{ schedule = "{schedule}",')
+    (tmp_path / "small.toml").write_text(text)
+    run = Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "run", Accelerator(cpu=True))
+    distill.distill(run)
+    assert run.schedule.continuous == (schedule != "scaled-linear")
+    noise = torch.randn(4, *run.shape, generator=generator_at(0, 0))
+    student = run.denoiser(student_stage(1))
+    made = sample(student, run.schedule.grid(1), noise, {"label": torch.arange(4)}, torch.ones(4))
+    assert made.isfinite().all()
+
+
 def test_guidance_embedding_is_the_stock_pipelines() -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 

@@ -12,19 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from training.run import NETWORK
 
 ROOT = Path(__file__).parents[2]
 WORKER = "tests.training.worker"
 
 
-def start(folder: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(
+    folder: Path, processes: int = 1, *, module: str = WORKER, arguments: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m", WORKER]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m", module]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else ["-m", WORKER]), str(folder)],
+        [sys.executable, *(launcher if processes > 1 else ["-m", module]), *arguments, str(folder)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -69,3 +74,39 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None
     shared = start(tmp_path, processes=5)
     assert shared.returncode != 0
     assert "5 processes cannot share batches of 24 rows equally" in shared.stderr
+
+
+RECIPE = """
+name = "shared"
+conditioning = "class"
+data = { source = "digits", size = 8 }
+network = { channels = [8], norm_groups = 4 }
+teacher = { updates = 8, batch_size = 16, learning_rate = 1e-3, ema = 0.9 }
+stage1 = { updates = 4, batch_size = 16, learning_rate = 1e-3 }
+export = { licence = "CC-BY-4.0", steps = [1] }
+
+[stage2]
+start = 2
+rounds = [{ steps = 1, updates = 4, batch_size = 16, learning_rate = 1e-3, validate_every = 2 }]
+"""
+
+
+def test_two_processes_distil_the_student_that_one_does(tmp_path: Path) -> None:
+    """Every stage, by the command, each process with half of every batch."""
+    (tmp_path / "shared.toml").write_text(RECIPE)
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / f"run-{processes}"
+        shared = start(
+            folder, processes, module="fewstep", arguments=("distill", str(tmp_path / "shared.toml"), "--out")
+        )
+        assert shared.returncode == 0, shared.stderr
+        found.append({stage: network(folder / stage) for stage in ("teacher", "stage1", "student-1")})
+    for stage, alone in found[0].items():
+        assert (found[1][stage] - alone).norm() < 1e-5 * alone.norm(), stage
+
+
+def network(stage: Path) -> Tensor:
+    """All weights of a stage."""
+    weights = load_file(next((stage / NETWORK).glob("*.safetensors")))
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
