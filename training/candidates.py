@@ -18,38 +18,44 @@ from training.features import Pixels
 from training.guidance import Denoiser
 from training.pictures import to_uint8
 from training.run import Run, decode_all
-from training.solvers import SAMPLER_NAMES, Sampler, sample_with
+from training.sampler import sample_stochastic
+from training.solvers import SAMPLER_NAMES, SAMPLERS, Sampler, sample_with
 from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
 VERSION = 2
 BATCH_IMAGES = 64
-NOISE_STREAM = 4
+NOISE_STREAM, ADDED_NOISE_STREAM = 4, 7
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network of the run, the steps that it is sampled in, and how; a student's own steps are those of DDIM."""
+    """A network of the run, the steps that it is sampled in, and how; a student's own steps are those of DDIM.
+
+    The stochastic sampler of N steps is that of the student of N / 2 steps.
+    """
 
     model: Literal["teacher", "student"]
     steps: int
-    sampler: Sampler = "ddim"
+    sampler: Sampler | Literal["stochastic"] = "ddim"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a student with another sampler than its own."""
-        if self.model == "student" and self.sampler != "ddim":
-            raise ValueError(f"a student takes its own steps, not those of {self.sampler}")
+        """Raise ValueError for a teacher that samples stochastically, or a student with a teacher's solver."""
+        if self.sampler not in (SAMPLERS if self.model == "teacher" else ("ddim", "stochastic")):
+            raise ValueError(f"a {self.model} does not take the steps of {self.sampler}")
 
     @property
     def name(self) -> str:
         """What it is called under pictures."""
-        how = f", {SAMPLER_NAMES[self.sampler]}" if self.model == "teacher" else ""
+        how = "" if self.model == "student" and self.sampler == "ddim" else f", {SAMPLER_NAMES[self.sampler]}"
         return f"{self.model}{how}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
     def stage(self) -> str:
         """The stage of the run that trained it."""
-        return "teacher" if self.model == "teacher" else student_stage(self.steps)
+        if self.model == "teacher":
+            return "teacher"
+        return student_stage(self.steps // 2 if self.sampler == "stochastic" else self.steps)
 
     @property
     def calls(self) -> int:
@@ -103,7 +109,12 @@ class ImageMaker:
         condition = {name: value[rows.start : rows.stop].to(device) for name, value in self.data.condition.items()}
         w_of_rows = torch.full((len(rows),), w, device=device)
         denoiser, schedule = self._denoiser(candidate), self.run.schedule
-        z = sample_with(candidate.sampler, denoiser, schedule, candidate.steps, noise, condition, w_of_rows)
+        with self.run.accelerator.autocast():
+            if candidate.sampler == "stochastic":
+                added = generator_at(self.seed, rows.start, ADDED_NOISE_STREAM)
+                z = sample_stochastic(denoiser, schedule.grid(candidate.steps), noise, condition, w_of_rows, added)
+            else:
+                z = sample_with(candidate.sampler, denoiser, schedule, candidate.steps, noise, condition, w_of_rows)
         return to_uint8(self._decode(z))
 
     def weights(self, stage: str) -> str:
@@ -133,6 +144,7 @@ class ImageMaker:
     def _key(self, candidate: Candidate, w: float, rows: range) -> dict[str, Any]:
         return {
             "version": VERSION,
+            "precision": self.run.recipe.precision,
             "weights": self.weights(candidate.stage),
             "autoencoder": self.weights("autoencoder") if self.run.is_latent else None,
             "model": candidate.model,

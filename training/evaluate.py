@@ -84,6 +84,7 @@ def evaluate(
         frechet_dims=plan.frechet_dims,
         neighbours=NEIGHBOURS,
         seed=maker.seed,
+        precision=maker.run.recipe.precision,
         weights={stage: maker.weights(stage) for stage in [*(c.stage for c in plan.candidates), *autoencoder]},
     )
     return Quality(rows, floor, provenance, timing)

@@ -231,7 +231,12 @@ def _candidates(
         Candidate("teacher", most),
         *(Candidate("teacher", n, sampler) for sampler in solvers for n in fewer),
         *(Candidate("student", n) for n in sorted(wanted, reverse=True)),
+        *(Candidate("student", 2 * n, "stochastic") for n in _stochastic(run) if n in wanted),
     )
+
+
+def _stochastic(run: Run) -> list[int]:
+    return sorted((round_.steps for round_ in run.recipe.stage2.rounds if round_.stochastic), reverse=True)
 
 
 def _within_range(run: Run, guidance: tuple[float, ...] | None) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ class _Style:
 
 # The colours are of Okabe and Ito's palette, which colour-blind readers tell apart.
 STYLES: Mapping[str, _Style] = {
+    "Students, stochastic": _Style("#e69f00", "v", 2.0),
     "Teacher, DDIM": _Style("#0072b2", "s", 2.6),
     "Teacher, DPM-Solver++ (2M)": _Style("#009e73", "^", 1.8),
     "Teacher, UniPC": _Style("#cc79a7", "D", 1.1),
@@ -142,7 +143,9 @@ def _families(quality: Quality) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _family(row: Row) -> str:
-    return "Students" if row.model == "student" else f"Teacher, {SAMPLER_NAMES[row.sampler]}"
+    if row.model == "teacher":
+        return f"Teacher, {SAMPLER_NAMES[row.sampler]}"
+    return "Students" if row.sampler == "ddim" else "Students, stochastic"
 
 
 def _distances(row: Row) -> list[float]:

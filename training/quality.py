@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from training.solvers import Sampler
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -43,7 +41,7 @@ class Row:
     """A candidate: its cells, one for each w, and what an image costs."""
 
     model: str
-    sampler: Sampler
+    sampler: str
     steps: int
     network_calls: int
     seconds_per_image: float
@@ -70,6 +68,7 @@ class Provenance:
     frechet_dims: int
     neighbours: int
     seed: int
+    precision: str
     weights: Mapping[str, str]
 
 

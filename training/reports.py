@@ -75,7 +75,8 @@ def _introduction(quality: Quality) -> str:
         f"Split: {about.data}. Every cell: {_count(about.images, 'generated image')}, one for each caption or class of "
         f"{_count(about.floor_images, 'real image')}{again}, against {about.reference_images} other real images.{few} "
         f"Floor: these {about.floor_images} real images against the same reference. w is the guidance scale less one. "
-        f"The noise of an image is the same in all rows and columns (seed {about.seed}). Seconds an image on "
+        f"The noise of an image is the same in all rows and columns (seed {about.seed}), the networks compute in "
+        f"{about.precision}. Seconds an image on "
         f"{_place(timing)}: the median of {timing.rounds} rounds of {timing.images} images with all rows in turns, "
         "text encoding left out."
     )
@@ -139,7 +140,7 @@ def _table(quality: Quality, cells: list[list[str]], floor: str | None) -> str:
 
 
 def _sampler(row: Row) -> str:
-    return "its own steps" if row.model == "student" else SAMPLER_NAMES[row.sampler]
+    return "its own steps" if row.model == "student" and row.sampler == "ddim" else SAMPLER_NAMES[row.sampler]
 
 
 def _line(fields: Iterable[str]) -> str:

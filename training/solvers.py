@@ -15,7 +15,12 @@ from training.sampler import sample
 
 Sampler = Literal["ddim", "dpm-solver++", "unipc"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-SAMPLER_NAMES: Mapping[Sampler, str] = {"ddim": "DDIM", "dpm-solver++": "DPM-Solver++ (2M)", "unipc": "UniPC"}
+SAMPLER_NAMES: Mapping[str, str] = {
+    "ddim": "DDIM",
+    "dpm-solver++": "DPM-Solver++ (2M)",
+    "unipc": "UniPC",
+    "stochastic": "stochastic",
+}
 # Up to here 1 - beta, which diffusers has in float32, keeps three digits; a cosine schedule stays below.
 MAX_BETA = 0.9999
 

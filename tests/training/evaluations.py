@@ -55,9 +55,9 @@ def keep(run: Run, stage: str, model: Any) -> None:
     run.finish(stage, model)
 
 
-def make_digits_run(folder: Path) -> Path:
+def make_digits_run(folder: Path, recipe: str = RECIPE) -> Path:
     """The folder, with the recipe and its run: an untrained teacher, and students of 4 and 2 steps that equal it."""
-    (folder / "tiny.toml").write_text(RECIPE)
+    (folder / "tiny.toml").write_text(recipe)
     run = Run(Recipe.load(folder / "tiny.toml"), folder / "run", Accelerator(cpu=True))
     torch.manual_seed(0)
     assert run.recipe.network is not None

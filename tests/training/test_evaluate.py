@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from tests.training.evaluations import SIZE, invoke, make_captioned_run, make_digits_run
+from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run
 from training import candidates, judge
 from training.candidates import BATCH_IMAGES, Candidate, ImageMaker, trained_students
 from training.distill import student_stage
@@ -314,7 +314,7 @@ def test_students_that_are_not_trained_yet_are_left_out(run: Run) -> None:
 
 
 def test_a_student_takes_no_other_steps_than_its_own() -> None:
-    with pytest.raises(ValueError, match=r"not those of dpm-solver\+\+"):
+    with pytest.raises(ValueError, match=r"does not take the steps of dpm-solver\+\+"):
         Candidate("student", 4, "dpm-solver++")
 
 
@@ -327,3 +327,21 @@ def test_text_and_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "20 generated images" in result.stdout
     assert "a red square" in result.stdout
     assert "autoencoder" in (folder / "run" / "evaluation" / "table.json").read_text()
+
+
+def test_a_stochastic_student_has_a_row_with_twice_the_calls(tmp_path: Path) -> None:
+    text = RECIPE.replace("{ steps = 2, updates", "{ steps = 2, stochastic = true, updates")
+    make_digits_run(tmp_path, text)
+    options = ("--features", "pixels", "--teacher-steps", "3", "--guidance", "1", "--frechet-dims", "4")
+    result = invoke(tmp_path, *options, "--samples", "20")
+    assert result.exit_code == 0, result.output
+    lines = [[cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines() if "| student |" in line]
+    assert {tuple(line[3:5]) for line in lines if line[2] == "stochastic"} == {("4", "4")}
+
+
+def test_the_stochastic_sampler_makes_the_same_images_again(run: Run) -> None:
+    noisy = Candidate("student", 8, "stochastic")
+    assert noisy.stage == student_stage(4)
+    first, again = (maker(run).make(noisy, 1.0, range(6)) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, maker(run).make(STUDENT, 1.0, range(6)))

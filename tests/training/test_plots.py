@@ -11,7 +11,7 @@ from training.plots import plot_calls, plot_guidance, save_plots
 from training.quality import Cell, Figures, Provenance, Quality, Row, Timing
 from training.solvers import Sampler
 
-ABOUT = Provenance("tiny", "train", "", 5000, 808, 809, "pixels at 8 px", None, None, 100, 16, 5, 0, {})
+ABOUT = Provenance("tiny", "train", "", 5000, 808, 809, "pixels at 8 px", None, None, 100, 16, 5, 0, "fp32", {})
 GUIDANCE = (0.0, 1.0, 4.0)
 
 

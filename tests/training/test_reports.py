@@ -26,6 +26,7 @@ ABOUT = Provenance(
     frechet_dims=16,
     neighbours=5,
     seed=0,
+    precision="fp32",
     weights={},
 )
 
