@@ -62,6 +62,16 @@ def test_a_run_killed_at_a_random_update_resumes_to_the_same_bits(
         assert torch.equal(weights(tmp_path)[name], value), name
 
 
+def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_run(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    """Files may have 3,000 bytes, so that a checkpoint fails and the log does not, until the training is over."""
+    shared = start(tmp_path, FILE_BYTES="3000")
+    assert shared.returncode == 0, shared.stderr
+    assert "was not written, training goes on" in shared.stdout
+    assert not list(tmp_path.glob("*.partial"))
+    for name, value in undisturbed.items():
+        assert torch.equal(weights(tmp_path)[name], value), name
+
+
 def test_two_processes_equal_one_at_the_same_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
     shared = start(tmp_path, processes=2)
     assert shared.returncode == 0, shared.stderr

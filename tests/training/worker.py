@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -36,7 +37,10 @@ def main(folder: Path) -> None:
     network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
     accelerator = Accelerator(cpu=True)
     pace = Pace(log_every=1, checkpoint_every_s=-1.0)
+    if limit := int(os.environ.get("FILE_BYTES", "0")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     trained = train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, pace=pace)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if accelerator.is_main_process:
         torch.save(trained.state_dict(), folder / "weights.pt")
     accelerator.end_training()
