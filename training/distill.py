@@ -23,7 +23,7 @@ from training.networks import NetworkDenoiser, build_autoencoder, build_unet, st
 from training.pictures import save_grid
 from training.recipe import Optimisation, Round, Stage2Recipe, TeacherRecipe
 from training.rounds import Trial, record_round
-from training.run import Run, decode_all
+from training.run import STUDENT, Run, decode_all
 from training.sampler import sample
 from training.store import hash_of_array
 
@@ -36,7 +36,7 @@ Loss = Callable[[nn.Module, Batch, Draws], Tensor]
 
 def student_stage(steps: int) -> str:
     """The name of the stage that makes the student of so many steps."""
-    return f"student-{steps}"
+    return f"{STUDENT}{steps}"
 
 
 def encoder_stage(steps: int) -> str:

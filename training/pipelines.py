@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from training.diffusion import stock_scheduler
 from training.networks import NetworkDenoiser
+from training.recipe import Recipe
 from training.store import whole_file
 from training.teachers import INDEX, TeacherPipeline
 
@@ -40,6 +41,28 @@ def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipe
     }
     with whole_file(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=2))
+
+
+def student_card(recipe: Recipe, steps: int, timesteps: int) -> str:
+    """The README of a student's folder."""
+    low, high = recipe.guidance
+    exact = (
+        "takes exactly the steps that it was trained for"
+        if timesteps % steps == 0
+        else f"takes its {steps} steps only roughly, since they do not divide {timesteps} timesteps"
+    )
+    return f"""---
+license: {recipe.export.licence.lower()}
+library_name: diffusers
+---
+# {recipe.export.title or recipe.name}: a student of {steps} step{"s" if steps > 1 else ""}
+
+Distilled by fewstep (Meng et al., On Distillation of Guided Diffusion Models, CVPR 2023) from the recipe {recipe.name}.
+
+Run it with `num_inference_steps={steps}` and a `guidance_scale` of {1 + low:g} to {1 + high:g}: guidance is an input
+of the network, which is called once a step, and a negative prompt has no effect. The stock scheduler in this
+folder {exact}.
+"""
 
 
 def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:

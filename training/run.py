@@ -26,7 +26,7 @@ from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError
 from training.networks import NetworkDenoiser, load_network, save_network
-from training.pipelines import save_pipeline
+from training.pipelines import save_pipeline, student_card
 from training.prompts import PromptEncoder
 from training.recipe import CheckpointRecipe, Recipe, ScheduleName, TeacherRecipe
 from training.report import Pace
@@ -36,6 +36,7 @@ from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"
 NETWORK = "unet"
+STUDENT = "student-"
 AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEFT_OUT_OF_RECORD = frozenset({"export", "scale"})
 """What does not touch what was trained: what is exported, under which words, and how it fits its machines."""
@@ -293,6 +294,9 @@ class Run:
         folder = self.folder / stage
         if self.accelerator.is_main_process:
             try:
+                if stage.startswith(STUDENT):
+                    card = student_card(self.recipe, int(stage.removeprefix(STUDENT)), self.schedule.timesteps)
+                    (folder / "README.md").write_text(card)
                 _save(folder, self.network_part, network, self.pipeline)
             except OSError as error:
                 raise TrainingError(f"{folder} was not saved, its checkpoint is kept: {error}") from error

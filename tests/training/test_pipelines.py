@@ -207,6 +207,26 @@ def test_a_bundle_of_a_stable_diffusion_student_makes_our_samplers_images(
     assert abs(image.astype(float) - ours).max() <= 1
 
 
+def test_every_student_says_how_it_is_run(runs: Callable[[str], Run]) -> None:
+    for steps in STEPS:
+        card = (runs("sd1").folder / student_stage(steps) / "README.md").read_text()
+        assert f"num_inference_steps={steps}" in card
+        assert "`guidance_scale` of 1 to 7" in card
+
+
+def test_a_pipeline_makes_several_images_and_heeds_no_negative_prompt(runs: Callable[[str], Run]) -> None:
+    run = runs("sd1")
+    pipeline, start = load(StableDiffusionPipeline, run, 2), Draws(0, 0, range(4)).normal(torch.empty(4, *run.shape))
+    stock = pipeline(
+        ["a red square", "a blue circle"], negative_prompt=["green"] * 2, num_images_per_prompt=2, output_type="pt",
+        num_inference_steps=2, guidance_scale=2.5, latents=start, height=pipelines.SIZE, width=pipelines.SIZE,
+    ).images  # fmt: skip
+    assert run.prompts is not None
+    context = run.prompts.encode(["a red square"] * 2 + ["a blue circle"] * 2)
+    z = sample(run.denoiser(student_stage(2)), run.schedule.grid(2), start, context, torch.full((4,), 1.5))
+    assert apart(stock, (decode_all(run.autoencoder(), z) / 2 + 0.5).clamp(0, 1)) < TOLERANCE
+
+
 def test_a_bundle_of_two_text_encoders_is_refused(runs: Callable[[str], Run], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="one text encoder"):
         export(runs("sdxl"), tmp_path / "bundle")
