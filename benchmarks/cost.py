@@ -73,6 +73,7 @@ class Speed:
     stage: str
     images_per_s: float
     memory: int | None = None
+    between: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -228,13 +229,36 @@ def measure(
     return Speed(stage, rows / statistics.median(seconds), memory)
 
 
+def middle(speeds: Sequence[Speed]) -> Speed:
+    """Of a stage timed several times: the median speed, its range, and the most memory."""
+    rates = [speed.images_per_s for speed in speeds]
+    memory = [speed.memory for speed in speeds if speed.memory is not None]
+    return Speed(speeds[0].stage, statistics.median(rates), max(memory, default=None), (min(rates), max(rates)))
+
+
+def measure_in_turn(
+    network: Network, side: int, rows: int, precision: str, scale: ScaleRecipe, updates: int, repeats: int
+) -> tuple[list[Speed], float]:
+    """Both stages, and the FLOP/s of a product of matrices, in turn: machines change their speed as they run."""
+    device = Accelerator(mixed_precision=MIXED_PRECISION[precision]).device
+    turns, peaks = [], []
+    for _ in range(repeats):
+        first = measure("stage 1", network.teacher(), side, rows, precision, scale, updates)
+        second = measure("stage 2", frozen_student(network.teacher()), side, rows, precision, scale, updates)
+        turns.append((first, second))
+        peaks.append(measured_peak(device, DTYPES[precision]))
+    return [middle(stage) for stage in zip(*turns, strict=True)], statistics.median(peaks)
+
+
 def speed_table(speeds: Sequence[Speed], flops: Flops, peak: float) -> str:
     """A Markdown table of what was measured."""
     lines = [_row(["", "images/s a device", "TFLOP/s", "share of the peak", "memory, GiB"]), "|---|--:|--:|--:|--:|"]
     for speed in speeds:
         rate = speed.images_per_s * flops.update
         memory = "not measured" if speed.memory is None else f"{speed.memory / 2**30:.1f}"
-        cells = [speed.stage, f"{speed.images_per_s:.3g}", f"{rate / 1e12:.3g}", f"{rate / peak:.0%}", memory]
+        low, high = speed.between or (speed.images_per_s, speed.images_per_s)
+        images = f"{speed.images_per_s:.3g} ({low:.3g} to {high:.3g})"
+        cells = [speed.stage, images, f"{rate / 1e12:.3g}", f"{rate / peak:.0%}", memory]
         lines.append(_row(cells))
     return "\n".join(lines)
 
@@ -274,7 +298,8 @@ def open_teacher(checkpoint: Path) -> TeacherPipeline:
 @click.option("--batch", "rows", type=click.IntRange(1), default=8, show_default=True, help="Rows a device at once.")
 @click.option("--precision", type=click.Choice(list(MIXED_PRECISION)), default="bf16", show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
-@click.option("--updates", type=click.IntRange(1), default=10, show_default=True, help="Updates timed in a stage.")
+@click.option("--updates", type=click.IntRange(1), default=10, show_default=True, help="Timed, of a stage in a turn.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of each stage.")
 @click.option("--peak-tflops", type=click.FloatRange(0, min_open=True), help="Time nothing: reckon for this peak.")
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.35, show_default=True, help="Of it.")
 @click.option("--stage1-updates", type=click.IntRange(1), default=5000, show_default=True)
@@ -285,7 +310,7 @@ def open_teacher(checkpoint: Path) -> TeacherPipeline:
 @click.option("--price-per-hour", type=click.FloatRange(0), help="Of one device, in any currency.")
 def main(
     checkpoint: Path | None, width: float, size: int, rows: int, precision: str, gradient_checkpointing: bool,
-    updates: int, peak_tflops: float | None, share: float, stage1_updates: int, rounds: tuple[int, ...],
+    updates: int, repeats: int, peak_tflops: float | None, share: float, stage1_updates: int, rounds: tuple[int, ...],
     global_batch: int, devices: tuple[int, ...], efficiency: float, price_per_hour: float | None,
 ) -> None:  # fmt: skip
     """Time both stages, and reckon what a whole run takes."""
@@ -305,17 +330,12 @@ def main(
         speeds = [Speed("stage 1", rate), Speed("stage 2", rate)]
         click.echo(f"assumed: {share:.0%} of {peak_tflops:g} TFLOP/s, which is {rate:.1f} images/s a device")
     else:
-        speeds = [
-            measure("stage 1", network.teacher(), side, rows, precision, scale, updates),
-            measure("stage 2", frozen_student(network.teacher()), side, rows, precision, scale, updates),
-        ]
-        device = Accelerator().device
-        peak = measured_peak(device, DTYPES[precision])
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+        speeds, peak = measure_in_turn(network, side, rows, precision, scale, updates, repeats)
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
         click.echo(
             f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rows} rows a device, median of "
-            f"{updates} updates; a product of matrices reaches {peak / 1e12:.3g} TFLOP/s\n\n"
-            + speed_table(speeds, flops, peak)
+            f"{updates} updates in each of {repeats} turns, and their range; a product of matrices reaches "
+            f"{peak / 1e12:.3g} TFLOP/s\n\n{speed_table(speeds, flops, peak)}"
         )
     plan = Plan(stage1_updates, rounds, global_batch, efficiency, price_per_hour)
     click.echo(

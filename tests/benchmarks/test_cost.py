@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.cost import STABLE_DIFFUSION, Flops, Plan, Speed, count_flops, main, narrowed, speed_table
+from benchmarks.cost import STABLE_DIFFUSION, Flops, Plan, Speed, count_flops, main, middle, narrowed, speed_table
 from tests import pipelines
 
 PLAN = Plan(stage1_updates=100, rounds=(200, 300), batch_size=72, efficiency=0.5, price_per_hour=2.0)
@@ -33,7 +33,12 @@ def test_without_a_price_nothing_is_said_of_money() -> None:
 
 def test_the_share_of_the_peak_is_flops_times_images() -> None:
     line = speed_table([Speed("stage 1", 2.0, 2**30)], Flops(call=10**12, update=5 * 10**12), peak=4e13)
-    assert line.splitlines()[2] == "| stage 1 | 2 | 10 | 25% | 1.0 |"
+    assert line.splitlines()[2] == "| stage 1 | 2 (2 to 2) | 10 | 25% | 1.0 |"
+
+
+def test_of_several_turns_the_median_speed_and_the_most_memory_count() -> None:
+    found = middle([Speed("stage 1", 3.0, 5), Speed("stage 1", 1.0, 9), Speed("stage 1", 2.0, 7)])
+    assert found == Speed("stage 1", 2.0, 9, (1.0, 3.0))
 
 
 def test_an_update_is_two_calls_and_a_step_there_and_back() -> None:
@@ -79,7 +84,19 @@ def test_a_class_conditional_pipeline_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_is_timed_in_both_stages(tmp_path: Path, make: object) -> None:
     assert callable(make)
     checkpoint = make(tmp_path / "sd")
-    options = ["--size", "64", "--batch", "2", "--precision", "fp32", "--updates", "1", "--gradient-checkpointing"]
+    options = [
+        "--size",
+        "64",
+        "--batch",
+        "2",
+        "--precision",
+        "fp32",
+        "--updates",
+        "1",
+        "--repeats",
+        "1",
+        "--gradient-checkpointing",
+    ]
     result = CliRunner().invoke(main, ["--checkpoint", str(checkpoint), *options])
     assert result.exit_code == 0, result.output
     assert "| stage 1 |" in result.output
