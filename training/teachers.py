@@ -317,7 +317,7 @@ class PipelinePrompts:
         backend = tokenizer.backend_tokenizer.to_str()
         return TextGraph(module.eval(), backend, tokenizer.model_max_length, tokenizer.pad_token_id)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encoded(self, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         pipeline = self._pipeline
         found = pipeline.encode_prompt(

@@ -85,7 +85,7 @@ class MiniLMPrompts:
         """The context of the empty caption."""
         return {name: rows[0] for name, rows in self.encode([""]).items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The context of captions."""
         ids, mask = tokenize(self._tokenizer, captions)

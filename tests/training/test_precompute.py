@@ -63,7 +63,7 @@ def test_a_streamed_run_is_distilled_and_repeats_itself(in_memory: Run, tmp_path
     assert weights[0] == weights[1]
 
 
-def test_images_are_encoded_as_they_are_streamed(in_memory: Run, tmp_path: Path) -> None:
+def test_images_are_encoded_as_they_are_streamed_and_learned_from(in_memory: Run, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards" / "0.tar", in_memory)
     indexed = CliRunner().invoke(fewstep.main, ["data", "index", str(tmp_path / "shards")])
@@ -75,6 +75,8 @@ def test_images_are_encoded_as_they_are_streamed(in_memory: Run, tmp_path: Path)
     assert torch.allclose(batch.x, theirs.x, atol=1e-5)
     assert torch.allclose(batch.condition["context"], theirs.condition["context"], atol=2e-3)
     assert precompute(run, str(tmp_path / "tensors"), per_shard=4) == 4
+    distill(run)
+    assert run.is_done(student_stage(1))
 
 
 def write_shard(path: Path, run: Run) -> None:

@@ -1,0 +1,1 @@
+"""What transformers imports and the example does not use."""
