@@ -148,7 +148,7 @@ def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course, t
     student = _train_denoiser(
         run, stage, student_from(run.denoiser(previous)), loss, recipe, seed, recipe.steps, validation=validation
     )
-    record_round(run, stage, trial, student, recipe.steps, trial.distance(student, recipe.steps, target))
+    record_round(run, stage, trial, student, recipe.steps, target)
 
 
 def _train_denoiser(

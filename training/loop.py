@@ -6,6 +6,7 @@ resumed run repeats the updates it lost exactly, and rows fall the same however 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,12 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 
@@ -118,7 +124,8 @@ def train(
 
     The loss is a mean over the rows of `draws`, which are this process's share of the batch. Continues from the last
     checkpoint in `folder`, and removes nothing: the caller decides when a stage is done. With a validation the best
-    network is returned. Raises TrainingError when too many updates had to be skipped, Stopped on SIGTERM or SIGINT.
+    network is returned. Where weights are sharded (FSDP) only the main process gets the whole network, and no samples
+    are made on the way. Raises TrainingError when too many updates had to be skipped, Stopped on SIGTERM or SIGINT.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _State(network.to(accelerator.device), recipe, accelerator, Checkpoints(folder))
@@ -137,7 +144,8 @@ def train(
                     f"loss of {value:.3g} and a gradient norm of {norm:.3g}; lower the learning rate"
                 )
             report.tell(state.update, value, norm, rate, state.guard.skipped)
-            if sample and accelerator.is_main_process and state.update % pace.sample_every == 0:
+            shown = sample and accelerator.is_main_process and not state.is_sharded
+            if shown and sample and state.update % pace.sample_every == 0:
                 sample(state.result, folder / f"samples-{state.update:07d}.png")
             if validation and state.update % validation.every == 0:
                 state.validate(validation)
@@ -201,17 +209,25 @@ class _State:
     optimizer: torch.optim.Optimizer = field(init=False)
     average: AveragedModel | None = field(init=False)
     guard: Guard = field(init=False)
+    whole: nn.Module | None = field(init=False)
 
     def __post_init__(self) -> None:
         recipe, accelerator = self.recipe, self.accelerator
-        if recipe.ema and accelerator.distributed_type == DistributedType.FSDP:
+        if recipe.ema and self.is_sharded:
             raise TrainingError("an average (ema) cannot be kept of weights that are sharded: set ema to 0")
+        # What is sharded cannot be put together again in place.
+        self.whole = copy.deepcopy(self.network).cpu() if self.is_sharded else None
         self.average = averaged(self.network, recipe.ema) if recipe.ema else None
         self.guard = Guard(recipe.spike, recipe.skip_limit)
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         self.wrapped, self.optimizer = accelerator.prepare(self.network, optimizer)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all weights."""
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
@@ -263,11 +279,13 @@ class _State:
 
     def validate(self, validation: Validation) -> None:
         """Take the distance, the same in all processes, and keep the network if it is the best one so far."""
-        distance = torch.tensor(validation.distance(self.result), device=self.accelerator.device)
+        network = self.wrapped if self.is_sharded else self.result
+        distance = torch.tensor(validation.distance(network), device=self.accelerator.device)
         value = float(self.accelerator.reduce(distance, "mean"))
         if value < self.best:
             self.best, self.stale = value, 0
-            if self.accelerator.is_main_process and not self.checkpoints.save_best(self.result.state_dict()):
+            weights = self._gathered() if self.is_sharded else network.state_dict()
+            if self.accelerator.is_main_process and not self.checkpoints.save_best(weights):
                 raise TrainingError(f"{self.checkpoints.folder}: the best network cannot be kept: the disk is full")
         else:
             self.stale += 1
@@ -278,10 +296,20 @@ class _State:
 
     def finish(self, validation: Validation | None) -> nn.Module:
         """The result, out of accelerate's hands."""
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.whole is None:
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            result = self.result
+        else:
+            result = self.whole
+            weights = self._gathered()
+            if self.accelerator.is_main_process:
+                result.load_state_dict(weights)
         self.accelerator.wait_for_everyone()
-        result = self.result
         self.accelerator.free_memory()
         if validation and math.isfinite(self.best):
             result.load_state_dict(self.checkpoints.load_best())
-        return result.eval()
+        return result.to(self.accelerator.device).eval()
+
+    def _gathered(self) -> dict[str, Any]:
+        """All weights, on the CPU of the main process; every process must ask."""
+        return get_model_state_dict(self.wrapped, options=_WHOLE)

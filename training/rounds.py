@@ -79,13 +79,16 @@ class RoundRow:
     reference_steps: int
 
 
-def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, to_its_teacher: float) -> None:
-    """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row."""
+def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, target: Tensor) -> None:
+    """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row.
+
+    `target` is what the round's teacher makes in twice the steps.
+    """
     if not run.accelerator.is_main_process:
         return
     log = json.loads((run.folder / stage / "log.jsonl").read_text().splitlines()[-1])
     row = RoundRow(
-        stage, steps, log["update"], log["images"], log["skipped"], to_its_teacher,
+        stage, steps, log["update"], log["images"], log["skipped"], trial.distance(student, steps, target),
         trial.distance(student, steps, trial.reference),
         trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
     )  # fmt: skip

@@ -80,6 +80,23 @@ def test_two_processes_equal_one_at_the_same_batch(tmp_path: Path, undisturbed: 
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 30, "one process writes"
 
 
+def test_a_run_of_sharded_weights_equals_one_process_and_resumes_when_killed(tmp_path: Path) -> None:
+    """Fully sharded, as for networks that one device cannot hold."""
+    assert start(tmp_path / "alone", EMA="0").returncode == 0
+    assert start(tmp_path / "shared", processes=2, SHARDED="1", EMA="0", KILLED_AT="17").returncode != 0
+    assert not (tmp_path / "shared" / "weights.pt").exists()
+    resumed = start(tmp_path / "shared", processes=2, SHARDED="1", EMA="0")
+    assert resumed.returncode == 0, resumed.stderr
+    for name, value in weights(tmp_path / "alone").items():
+        assert torch.allclose(weights(tmp_path / "shared")[name], value, rtol=0, atol=1e-5), name
+
+
+def test_an_average_of_sharded_weights_is_refused(tmp_path: Path) -> None:
+    refused = start(tmp_path, processes=2, SHARDED="1")
+    assert refused.returncode != 0
+    assert "set ema to 0" in refused.stderr
+
+
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
     shared = start(tmp_path, processes=5)
     assert shared.returncode != 0

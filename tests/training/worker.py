@@ -7,17 +7,45 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from training.draws import Draws
 from training.loop import train
 from training.recipe import Optimisation
 from training.report import Pace
 
-RECIPE = Optimisation(updates=30, batch_size=24, learning_rate=1e-2, ema=0.9, warmup=2)
+RECIPE = Optimisation(
+    updates=30, batch_size=24, learning_rate=1e-2, ema=float(os.environ.get("EMA", "0.9")), warmup=2
+)  # fmt: skip
+
+
+class ShardedAccelerator(Accelerator):  # type: ignore[misc]
+    """What accelerate does with FSDP on GPUs, which it leaves out on CPUs: weights are sharded among the processes."""
+
+    distributed_type = DistributedType.FSDP
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        for layer in network.children():
+            if list(layer.parameters()):
+                fully_shard(layer)
+        fully_shard(network)
+        return network, torch.optim.AdamW(network.parameters(), weight_decay=optimizer.defaults["weight_decay"])
+
+    def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:
+        return model
+
+    def backward(self, loss: Tensor, **_: Any) -> None:
+        torch.autograd.backward(loss)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, **_: Any) -> Tensor:
+        norm: Any = nn.utils.clip_grad_norm_(list(parameters), max_norm)
+        whole: Tensor = norm.full_tensor()
+        return whole
 
 
 def loss(module: nn.Module, update: int, draws: Draws) -> Tensor:
@@ -35,7 +63,7 @@ def main(folder: Path) -> None:
     """Train in `folder`, and write weights.pt there."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
-    accelerator = Accelerator(cpu=True)
+    accelerator = (ShardedAccelerator if "SHARDED" in os.environ else Accelerator)(cpu=True)
     pace = Pace(log_every=1, checkpoint_every_s=-1.0)
     if limit := int(os.environ.get("FILE_BYTES", "0")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -52,7 +52,7 @@ class ShardStream:
             raise StreamError(f"{address} holds {self.index.kind}: a size of images goes with images only")
         self.specs: Specs = fit.specs if fit else self.index.arrays
         self._fit = fit
-        self._limit = 2 * window
+        self.window, self._limit = window, 2 * window
         self._pauses = pauses
         counts = np.asarray(self.index.counts, np.int64)
         self._ends = counts.cumsum()

@@ -51,7 +51,7 @@ class StreamedTensors:
 
     def order(self, batch_size: int, seed: int) -> ShardOrder:
         """The order in which items are learned from."""
-        return ShardOrder(self.stream.counts, batch_size, seed)
+        return ShardOrder(self.stream.counts, batch_size, seed, self.stream.window)
 
     def prefetch(self, items: Tensor) -> None:
         """Read the shards of coming items in the background."""
@@ -87,7 +87,7 @@ class StreamedImages:
 
     def order(self, batch_size: int, seed: int) -> ShardOrder:
         """The order in which items are learned from."""
-        return ShardOrder(self.stream.counts, batch_size, seed)
+        return ShardOrder(self.stream.counts, batch_size, seed, self.stream.window)
 
     def prefetch(self, items: Tensor) -> None:
         """Read the shards of coming items in the background."""
