@@ -43,7 +43,7 @@ class Checkpoints:
         names = [name for name in (LAST, PREVIOUS) if (self.folder / name).exists()]
         for name in names:
             try:
-                state: State = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+                state: State = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # what a torn file raises is the pickle's and the archive's affair
                 tqdm.write(f"{self.folder / name} cannot be read: {error}")
             else:
@@ -71,6 +71,7 @@ class Checkpoints:
         """Remove all: the stage is done."""
         for name in (LAST, PREVIOUS, BEST):
             (self.folder / name).unlink(missing_ok=True)
+            (self.folder / f"{name}.partial").unlink(missing_ok=True)
 
 
 def _written(state: Any, partial: Path) -> bool:

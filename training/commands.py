@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from accelerate import Accelerator
 
 from engines.bundle import BundleError
@@ -49,7 +50,9 @@ def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pac
     loaded = Recipe.load(recipe)
     if data:
         loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
-    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision])
+    # Without this, accelerate takes several processes on a CPU for one each.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision], cpu=on_cpu)
     return runs.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
 
 

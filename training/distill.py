@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from training.autoencoder import Reconstructor, measure_scale, reconstruction_loss
 from training.data.training_set import load_pixels, load_training_set
 from training.diffusion import Grid
-from training.draws import Draws, generator_at
+from training.draws import Draws, generator_at, stage_seed
 from training.guidance import Denoiser, GuidedTeacher
 from training.loop import BatchOrder, Validation, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.pictures import save_grid
 from training.recipe import Optimisation, Round, Stage2Recipe, TeacherRecipe
-from training.rounds import Trial, record_round
+from training.rounds import Trial, has_row, record_round
 from training.run import STUDENT, Run, decode_all
 from training.sampler import sample
 from training.store import hash_of_array
@@ -45,7 +45,9 @@ def encoder_stage(steps: int) -> str:
 
 
 def train_teacher(run: Run) -> None:
-    """The autoencoder, if the recipe has one, and the teacher."""
+    """The autoencoder, if the recipe has one, and the teacher. A teacher that is there is noted as the run's."""
+    if run.pipeline is not None:
+        run.known("teacher", run.weights("teacher"))
     if run.recipe.autoencoder and not run.is_done("autoencoder"):
         _train_autoencoder(run)
     if not run.is_done("teacher"):
@@ -67,9 +69,10 @@ def _halve_all(run: Run, recipe: Stage2Recipe, name: Callable[[int], str]) -> No
     for round_ in recipe.rounds:
         stage = name(round_.steps)
         course: Course = "encoding" if name is encoder_stage else "stochastic" if round_.stochastic else "deterministic"
-        if not run.is_done(stage):
+        if not run.is_done(stage) or not has_row(run, stage):
             trial = trial or Trial.of(run, encoding=name is encoder_stage)
             _halve(run, round_, previous, stage, course, trial)
+        run.tidy(stage)
         previous = stage
 
 
@@ -78,7 +81,9 @@ def _train_autoencoder(run: Run) -> None:
     assert recipe is not None
     images = load_pixels(run.recipe.data, "train")
     run.known("autoencoder", hash_of_array(images.numpy()))
-    run.known("denoiser", load_training_set(run.recipe, "train", run.cache, run.prompts).fingerprint)
+    with run.accelerator.main_process_first():
+        fingerprint = load_training_set(run.recipe, "train", run.cache, run.prompts).fingerprint
+    run.known("denoiser", fingerprint)
     torch.manual_seed(run.recipe.seed)
     network = Reconstructor(build_autoencoder(recipe, run.recipe.data.size))
     order = BatchOrder(len(images), recipe.batch_size, run.recipe.seed)
@@ -115,7 +120,7 @@ def _train_teacher(run: Run) -> None:
         return GuidedTeacher(network, network, run.null)
 
     network = NetworkDenoiser(unet, run.schedule)
-    _train_denoiser(run, "teacher", network, loss, recipe, run.recipe.seed, TEACHER_SAMPLE_STEPS, guided)
+    _train_denoiser(run, "teacher", network, loss, recipe, TEACHER_SAMPLE_STEPS, guided)
 
 
 def _match_outputs(run: Run) -> None:
@@ -127,7 +132,7 @@ def _match_outputs(run: Run) -> None:
         )  # fmt: skip
 
     student = student_from(run.denoiser("teacher"))
-    _train_denoiser(run, "stage1", student, loss, recipe, run.recipe.seed + 1, run.recipe.stage2.start)
+    _train_denoiser(run, "stage1", student, loss, recipe, run.recipe.stage2.start)
 
 
 def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course, trial: Trial) -> None:
@@ -144,10 +149,11 @@ def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course, t
         validation = Validation(
             lambda network: trial.distance(network, recipe.steps, target), recipe.validate_every, recipe.patience
         )
-    seed = run.recipe.seed + recipe.steps
-    student = _train_denoiser(
-        run, stage, student_from(run.denoiser(previous)), loss, recipe, seed, recipe.steps, validation=validation
-    )
+    if run.is_done(stage):  # and only its row is missing
+        student = run.denoiser(stage)
+    else:
+        untrained = student_from(run.denoiser(previous))
+        student = _train_denoiser(run, stage, untrained, loss, recipe, recipe.steps, validation=validation)
     record_round(run, stage, trial, student, recipe.steps, target)
 
 
@@ -157,13 +163,12 @@ def _train_denoiser(
     network: NetworkDenoiser,
     loss: Loss,
     recipe: Optimisation,
-    order_seed: int,
     sample_steps: int,
     as_sampled: Callable[[nn.Module], Denoiser] = lambda network: network,
     validation: Validation | None = None,
 ) -> NetworkDenoiser:
-    data = run.data
-    order = data.order(recipe.batch_size, order_seed)
+    data, seed = run.data, stage_seed(run.recipe.seed, stage)
+    order = data.order(recipe.batch_size, seed)
     network.train().requires_grad_(True)
     if run.recipe.scale.gradient_checkpointing:
         network.network.enable_gradient_checkpointing()
@@ -177,12 +182,12 @@ def _train_denoiser(
         save_grid(_samples(run, as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)
 
     trained = train(
-        network, batch_loss, recipe, run.folder / stage, seed=run.recipe.seed, sample=show, validation=validation,
+        network, batch_loss, recipe, run.folder / stage, seed=seed, sample=show, validation=validation,
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).requires_grad_(False)  # fmt: skip
+    run.finish(stage, trained)
     if run.accelerator.is_main_process:
         show(trained, run.folder / stage / "samples.png")
-    run.finish(stage, trained)
     return trained
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -9,15 +10,21 @@ import torch
 from torch import Generator, Tensor
 
 BLOCK_ROWS = 64
+DRAWS_STREAM = 5
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of one stage of a run, so that no two stages draw the same numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {stage}".encode()).digest()[:7])
 
 
 def generator_at(seed: int, place: int, stream: int = 0) -> Generator:
     """The generator of one place, such as an update. Distinct (seed, place, stream) give independent streams."""
-    return _generator(seed, place, stream)
+    return _generator(seed, stream, place)
 
 
-def _generator(*key: int) -> Generator:
-    (mixed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+def _generator(seed: int, *key: int) -> Generator:
+    (mixed,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return Generator().manual_seed(int(mixed) >> 1)
 
 
@@ -33,7 +40,7 @@ class Draws:
         self.rows = rows
         first, last = rows.start // BLOCK_ROWS, (rows.stop - 1) // BLOCK_ROWS
         self._offset = rows.start - first * BLOCK_ROWS
-        self._generators = [_generator(seed, update, 5, block) for block in range(first, last + 1)]
+        self._generators = [_generator(seed, DRAWS_STREAM, update, block) for block in range(first, last + 1)]
 
     def of(self, whole: Tensor) -> Tensor:
         """These rows of what the whole batch has (batch_size, *)."""

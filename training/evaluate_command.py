@@ -26,6 +26,7 @@ from training.reports import SOUND_IMAGES, to_csv, to_json, to_markdown
 from training.run import Run
 from training.solvers import SAMPLERS, Sampler
 from training.store import Store, whole_file
+from training.teachers import TeacherError
 
 
 def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[float, ...] | None]:
@@ -172,7 +173,7 @@ def evaluate(
             Store(run.folder / "evaluation"),
         )
         quality = measure(maker, open_extractor(features, device), plan, network, scorer)
-    except (RecipeError, TrainingError, DataError, FeatureError, MetricError) as error:
+    except (RecipeError, TrainingError, TeacherError, DataError, FeatureError, MetricError) as error:
         raise click.ClickException(str(error)) from error
     folder = run.folder / "evaluation"
     legend = save_picture(maker, plan, picture_w, folder / "samples.png")

@@ -60,7 +60,8 @@ def load_evaluation_set(run: Run, split: str, samples: int, seed: int, images: P
     the recipe's own. Raises DataError for images that cannot be had.
     """
     recipe = _compared(run, images)
-    data = _load_split(recipe, split)
+    classes = run.data.classes if images is not None else ()
+    data = _load_split(recipe, split, classes)
     random = np.random.Generator(np.random.PCG64(seed))
     order = random.permutation(len(data.images))
     drawn = [own[int(random.random() * len(own))] for own in data.texts]
@@ -69,7 +70,7 @@ def load_evaluation_set(run: Run, split: str, samples: int, seed: int, images: P
         chosen, reference = order[:half], data.images[order[half:]]
         description = f"{split}, halved at random: one half gives the captions or classes, the other is the reference"
     else:
-        chosen, reference = order, _load_split(recipe, "train").images
+        chosen, reference = order, _load_split(recipe, "train", classes).images
         description = f"{split} gives the captions or classes, train is the reference"
     if not len(chosen):
         raise DataError(f"the split {split} has too few images to give any conditions")
@@ -105,7 +106,8 @@ def _compared(run: Run, images: Path | None) -> Recipe:
     return run.recipe
 
 
-def _load_split(recipe: Recipe, split: str) -> _Split:
+def _load_split(recipe: Recipe, split: str, classes: tuple[str, ...] = ()) -> _Split:
+    """With `classes`, those of other images, labels count these."""
     if recipe.data.source == "digits":
         pixels, labels = load_digits_images(recipe.data.size, split)
         return _Split(pixels, tuple((CLASSES[label],) for label in labels), labels)
@@ -113,6 +115,6 @@ def _load_split(recipe: Recipe, split: str) -> _Split:
     pixels = np.stack([images.image(i) for i in range(len(images))])
     if recipe.conditioning == "text":
         return _Split(pixels, tuple(images.texts(i) for i in range(len(images))))
-    classes = (images if split == "train" else open_images(recipe.data, "train")).classes
+    classes = classes or (images if split == "train" else open_images(recipe.data, "train")).classes
     labels = images.labels_in(classes)
     return _Split(pixels, tuple((classes[label],) for label in labels), labels)

@@ -273,6 +273,8 @@ def _teacher_attribution(run: Run) -> list[Attribution]:
 
 def _sources(run: Run) -> list[Attribution]:
     """Whom a data set's dataset.json names; a set without one names nobody."""
+    if run.recipe.data.source == "stream":
+        return []
     if run.recipe.data.source == "digits":
         return [_Source.model_validate(DIGITS_SOURCE).attribution]
     assert run.recipe.data.path is not None
@@ -308,6 +310,8 @@ class _Description(BaseModel):
 
 
 def _data_name(run: Run) -> str:
+    if run.recipe.data.source == "stream":
+        return f"{run.recipe.data.address}, {len(run.data)} items"
     if run.recipe.data.source == "digits":
         return f"scikit-learn digits, {len(run.data)} images"
     assert run.recipe.data.path is not None

@@ -66,7 +66,10 @@ class Leave:
 
 @contextmanager
 def signals() -> Iterator[Leave]:
-    """Note SIGTERM and SIGINT instead of dying of them; the second one of a kind kills. Other threads note nothing."""
+    """Note SIGTERM and SIGINT instead of dying of them. Other threads note nothing.
+
+    A second SIGINT kills; a second SIGTERM does not, since a launcher passes on what its scheduler has sent to all.
+    """
     leave = Leave()
     if threading.current_thread() is not threading.main_thread():
         yield leave
@@ -75,7 +78,8 @@ def signals() -> Iterator[Leave]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         leave.ask(number, frame)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, ask)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 from training.checkpoints import Checkpoints
 from training.draws import Draws, generator_at
@@ -146,16 +147,24 @@ def train(
             report.tell(state.update, value, norm, rate, state.guard.skipped)
             shown = sample and accelerator.is_main_process and not state.is_sharded
             if shown and sample and state.update % pace.sample_every == 0:
-                sample(state.result, folder / f"samples-{state.update:07d}.png")
+                _show(sample, state.result, folder / f"samples-{state.update:07d}.png")
             if validation and state.update % validation.every == 0:
                 state.validate(validation)
             if state.any(leave.asked):
-                state.save()
-                raise Stopped(f"{folder.name} was stopped after update {state.update}; the same command goes on")
+                kept = "" if state.save() else "; what was done since the last checkpoint could not be written"
+                raise Stopped(f"{folder.name} was stopped after update {state.update}{kept}; the same command goes on")
             if state.any(report.checkpoint_is_due):
                 state.save()
                 report.checkpoint_done()
+        state.save()
     return cast(Network, state.finish(validation))
+
+
+def _show(sample: Sampler, network: nn.Module, path: Path) -> None:
+    try:
+        sample(network, path)
+    except OSError as error:  # a full disk is no reason to lose the run
+        tqdm.write(f"{path} was not written, training goes on: {error}")
 
 
 def _update(
@@ -236,20 +245,22 @@ class _State:
         flag = torch.tensor(float(here), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def save(self) -> None:
+    def save(self) -> bool:
+        """Write a checkpoint; False, in the main process, if it could not be written."""
         weights, optimizer = get_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(
-                {
-                    "network": weights,
-                    "optimizer": optimizer,
-                    "average": self.average.state_dict() if self.average else None,
-                    "guard": self.guard.state(),
-                    "update": self.update,
-                    "best": self.best,
-                    "stale": self.stale,
-                }
-            )
+        if not self.accelerator.is_main_process:
+            return True
+        return self.checkpoints.save(
+            {
+                "network": weights,
+                "optimizer": optimizer,
+                "average": self.average.state_dict() if self.average else None,
+                "guard": self.guard.state(),
+                "update": self.update,
+                "best": self.best,
+                "stale": self.stale,
+            }
+        )
 
     def load(self) -> None:
         state = self.checkpoints.load()

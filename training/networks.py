@@ -116,12 +116,13 @@ class NetworkDenoiser(nn.Module):
         """Predict v with shape (B, c, h, w) at times t (B,) in [0, 1]."""
         if self.prediction == "v":
             return self._call(z, (t * self.schedule.timesteps - 1).clamp(min=0), condition, w).to(z.dtype)
+        t = t.clamp(min=1 / self.schedule.timesteps)  # where networks begin, and sigma is not 0
         alpha, sigma = self.schedule.at(t, z)
         if self.prediction == "flow":
             size = alpha + sigma
             output = self._call(z / size, (self.schedule.timesteps * sigma / size).flatten(), condition, w)
         else:
-            output = self._call(z, (t * self.schedule.timesteps - 1).clamp(min=0), condition, w)
+            output = self._call(z, t * self.schedule.timesteps - 1, condition, w)
         return TO_V[self.prediction](z, output.to(z.dtype), alpha, sigma)
 
     def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
@@ -170,6 +171,7 @@ def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
     projection = "time_embedding.cond_proj.weight"
     weights.setdefault(projection, torch.zeros_like(made.state_dict()[projection]))
     made.load_state_dict(weights)
+    never_drop(made)
     return NetworkDenoiser(made.to(network.device), teacher.schedule)
 
 
@@ -179,15 +181,17 @@ def _without_hooks(network: UNet2DModel | DiTTransformer2DModel) -> UNet2DModel 
     made = type(network)(**config)
     made.load_state_dict(network.state_dict())
     made.to(network.device)
-    never_drop_labels(made)
+    never_drop(made)
     return made
 
 
-def never_drop_labels(network: nn.Module) -> None:
-    """Keep a DiT in training from dropping labels at random by itself."""
+def never_drop(network: nn.Module) -> None:
+    """Keep a network in training from dropping values, and a DiT labels, at random: a run could not repeat itself."""
     for module in network.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def save_network(denoiser: NetworkDenoiser, folder: Path) -> None:
@@ -201,7 +205,7 @@ def load_network(folder: Path, schedule: Schedule) -> NetworkDenoiser:
     """What `save_network` wrote, predicting v. Raises OSError or ValueError for a folder that holds no such network."""
     name = json.loads((folder / "config.json").read_text()).get("_class_name")
     network = NETWORKS[name].from_pretrained(folder, local_files_only=True)
-    never_drop_labels(network)
+    never_drop(network)
     guidance_input = None
     if (folder / GUIDANCE_WEIGHTS).exists():
         guidance_input = GuidanceInput(network)
@@ -256,10 +260,10 @@ def build_autoencoder(recipe: AutoencoderRecipe, size: int) -> AutoencoderKL:
 def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     """Scaled latents (B, c, h, w), the mean of the posterior, of images (B, 3, H, W) in [-1, 1]."""
     latents: Tensor = autoencoder.encode(images, return_dict=False)[0].mode() * autoencoder.config["scaling_factor"]
-    return latents
+    return latents.to(images.dtype)
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) of scaled latents (B, c, h, w)."""
     images: Tensor = autoencoder.decode(latents / autoencoder.config["scaling_factor"], return_dict=False)[0]
-    return images
+    return images.to(latents.dtype)

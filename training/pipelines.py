@@ -68,9 +68,13 @@ folder {exact}.
 def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
     index = {key: value for key, value in pipeline.index.items() if not key.startswith("_name")}
     parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None]
-    for part in parts:
-        if part not in ("unet", "scheduler"):
+    for part in set(parts) - {"unet", "scheduler"}:
+        if pipeline.files(part):
             _link(pipeline.folder / part, folder / part, pipeline.variant)
+        else:  # such as a safety checker that was left out of a download
+            index[part] = ABSENT
+    if index.get("safety_checker") == ABSENT:
+        index["requires_safety_checker"] = False
     return index
 
 

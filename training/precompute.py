@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,11 @@ def _images(run: Run) -> tuple[str, int, Callable[[int], Iterator[Some]]]:
             own = None if labels is None else labels[rows.start : rows.stop]
             yield Some(pixels, [images.texts(i) for i in rows], own)
 
-    records = [[record.file_name, *record.texts] for record in images.records]
-    return hash_of({"path": str(recipe.path), "records": records}), len(images), read
+    pixels = hashlib.sha256()
+    for i in tqdm(range(len(images)), desc="hashing", unit="image", leave=False, disable=None):
+        pixels.update(images.image(i).tobytes())
+    texts = [images.texts(i) for i in range(len(images))]
+    return hash_of({"pixels": pixels.hexdigest(), "texts": texts}), len(images), read
 
 
 @torch.inference_mode()
@@ -95,16 +99,21 @@ def _encoded(run: Run, parts: Iterator[Some]) -> Iterator[dict[str, NDArray[np.g
     for some in parts:
         images = some.images.to(run.device)
         x = images if autoencoder is None else networks.encode(autoencoder, images)
-        for row, data in enumerate(x.half().cpu().numpy()):
-            yield {DATA: data, **_condition(run, some, row)}
+        for data, condition in zip(x.half().cpu().numpy(), _conditions(run, some), strict=True):
+            yield {DATA: data, **condition}
 
 
-def _condition(run: Run, some: Some, row: int) -> dict[str, NDArray[np.generic]]:
-    """The arrays of one image, with a first axis over its captions."""
+def _conditions(run: Run, some: Some) -> Iterator[dict[str, NDArray[np.generic]]]:
+    """The arrays of each image, with a first axis over its captions."""
     if run.prompts is None:
         assert some.labels is not None
-        return {"label": some.labels[row : row + 1]}
-    return {name: value.half().numpy() for name, value in run.prompts.encode(some.texts[row]).items()}
+        yield from ({"label": label[None]} for label in some.labels)
+        return
+    arrays = run.prompts.encode([caption for own in some.texts for caption in own])
+    end = 0
+    for own in some.texts:
+        start, end = end, end + len(own)
+        yield {name: rows[start:end].half().numpy() for name, rows in arrays.items()}
 
 
 @click.command("precompute", cls=Reported)

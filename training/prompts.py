@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ class PromptEncoder(Protocol):
         """How many of the captions lose their end."""
         ...
 
+    def release(self) -> None:
+        """Let go of the network until it is needed again."""
+        ...
+
     def text_graph(self) -> TextGraph:
         """What a bundle needs of it. Raises ValueError if a bundle has no place for it."""
         ...
@@ -65,11 +70,14 @@ def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path
     """
     folder = cache / f"captions-{hash_of({'encoder': encoder.identity, 'captions': list(captions)})[:16]}"
     if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".captions-"))
         _write(encoder, captions, partial)
-        partial.rename(folder)
+        encoder.release()
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
     return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c")) for file in sorted(folder.glob("*.npy"))}
 
 

@@ -139,7 +139,7 @@ class CheckpointRecipe(Section):
 
 
 def _kind_of_teacher(value: Any) -> str:
-    given = value if isinstance(value, dict) else vars(value)
+    given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     return "checkpoint" if "checkpoint" in given else "trained"
 
 
@@ -255,6 +255,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def conditioning_fits(self) -> Self:
         """Digits have classes and no captions; what only text needs is refused for classes."""
+        if self.data.source == "stream" and bool(self.data.classes) != (self.conditioning == "class"):
+            raise ValueError("a stream names its classes if, and only if, they are the condition")
         if self.data.source == "stream" and self.autoencoder is not None:
             raise ValueError("an autoencoder is trained on a folder of images: train it first, then precompute")
         if self.conditioning == "text":
@@ -294,13 +296,18 @@ class Recipe(Section):
         return self
 
     def portable_json(self) -> str:
-        """The recipe as JSON without where the data lies, which may differ from machine to machine."""
-        return self.model_dump_json(exclude={"data": {"path", "address"}})
+        """The recipe as JSON without where data and teacher lie, which may differ from machine to machine."""
+        return self.model_dump_json(
+            exclude={"data": {"path", "address"}, "teacher": {"checkpoint", "unconditional", "variant"}}
+        )
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Read a TOML file. Raises RecipeError with the file's name and each faulty field."""
         try:
             return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".lstrip(": ") for fault in error.errors()]
+            raise RecipeError(f"{path}: {'; '.join(faults)}") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path}: {error}") from error

@@ -70,9 +70,9 @@ class RoundRow:
 
     stage: str
     steps: int
-    updates: int
-    images: int
-    skipped: int
+    updates: int | None
+    images: int | None
+    skipped: int | None
     to_its_teacher: float
     to_guided_teacher: float
     guided_ddim: float
@@ -86,9 +86,9 @@ def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: i
     """
     if not run.accelerator.is_main_process:
         return
-    log = json.loads((run.folder / stage / "log.jsonl").read_text().splitlines()[-1])
+    log = _last_line(run, stage)
     row = RoundRow(
-        stage, steps, log["update"], log["images"], log["skipped"], trial.distance(student, steps, target),
+        stage, steps, log.get("update"), log.get("images"), log.get("skipped"), trial.distance(student, steps, target),
         trial.distance(student, steps, trial.reference),
         trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
     )  # fmt: skip
@@ -98,6 +98,19 @@ def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: i
     for file, text in ((path, json.dumps(rows, indent=1)), (run.folder / TABLE, to_markdown(rows))):
         with whole_file(file) as partial:
             partial.write_text(text)
+
+
+def has_row(run: Run, stage: str) -> bool:
+    """Whether the table has the row of a stage."""
+    path = run.folder / FIGURES
+    return path.exists() and stage in [row["stage"] for row in json.loads(path.read_text())]
+
+
+def _last_line(run: Run, stage: str) -> dict[str, Any]:
+    """What the log of a stage says of its end; nothing if a full disk left none."""
+    path = run.folder / stage / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else {}
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:

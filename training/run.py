@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
 
 from training import networks
@@ -35,6 +36,7 @@ from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"
+PIXELS_AT_ONCE = 1 << 20
 NETWORK = "unet"
 STUDENT = "student-"
 AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,6 +62,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Claim the folder for the recipe. Raises TrainingError if another recipe has it."""
+        _ = self.pipeline, self.unconditional  # a recipe that names an unfit one claims nothing
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.loads(self.recipe.portable_json())
         theirs = self._recorded(RECORD, ours)
@@ -83,11 +86,12 @@ class Run:
         return theirs
 
     def known(self, use: str, fingerprint: str) -> None:
-        """Note the data that the run uses. Raises TrainingError if it is not what it was, so that no run mixes two."""
+        """Note the data or the teacher that the run uses. Raises TrainingError for another than before."""
         if self._recorded(f"data-{use}.json", {"sha256": fingerprint})["sha256"] != fingerprint:
             raise TrainingError(
-                f"{self.folder} was begun with other images, captions or classes than those that are there now; "
-                f"bring those back, choose another folder, or remove its data-{use}.json if you mean to go on"
+                f"{self.folder} was begun with other images, captions or classes than those that are there now, or with "
+                f"another teacher; bring those back, choose another folder, or remove its data-{use}.json if you mean "
+                "to go on"
             )
 
     @property
@@ -120,6 +124,10 @@ class Run:
         if self.pipeline is None or not isinstance(teacher, CheckpointRecipe) or teacher.unconditional is None:
             return None
         second = TeacherPipeline.open(teacher.unconditional, teacher.revision, teacher.variant)
+        if second.channels != self.pipeline.channels:
+            raise TrainingError(
+                f"{self.pipeline.folder} has {self.pipeline.channels} channels, and {second.channels} {second.folder}"
+            )
         same = second.schedule.angles.shape == self.schedule.angles.shape
         if not same or not torch.allclose(second.schedule.angles, self.schedule.angles, atol=1e-6):
             raise TrainingError(f"{second.folder} and {self.pipeline.folder} have different noise schedules")
@@ -152,6 +160,7 @@ class Run:
     @cached_property
     def data(self) -> Data:
         """The training split, in the space that the denoiser works in. Raises TrainingError if it does not fit."""
+        shape = self.shape
         if self.recipe.data.source == "stream":
             data = self._streamed()
             self.known("denoiser", data.fingerprint)
@@ -162,6 +171,8 @@ class Run:
         if self.pipeline is not None and isinstance(images.condition, Tensor):
             images = replace(images, condition=self.pipeline.labels(images.classes)[images.condition])
         if not self.is_latent:
+            if images.shape != shape:
+                raise TrainingError(f"the images are {images.shape}, the teacher makes {shape}")
             return images
         autoencoder = self.autoencoder()
         latents = replace(images, x=encode_all(autoencoder, images.x, self.device), constants=self.constants)
@@ -186,7 +197,11 @@ class Run:
         if stream.shape != self.shape or set(stream.specs) - {"x"} != wanted:
             found = ", ".join(f"{name} {spec.shape}" for name, spec in stream.specs.items())
             raise TrainingError(f"{recipe.address} holds {found}; x {self.shape} with {', '.join(wanted)} is needed")
-        return StreamedTensors(stream, recipe.classes, self.constants)
+        numbers = None
+        if recipe.classes:
+            count = torch.arange(len(recipe.classes))
+            numbers = count if self.pipeline is None else self.pipeline.labels(recipe.classes)
+        return StreamedTensors(stream, recipe.classes, numbers, self.constants)
 
     def labels(self, labels: Tensor) -> Tensor:
         """The teacher's numbers for labels that count the classes of the data."""
@@ -239,7 +254,11 @@ class Run:
         return {"label": torch.tensor(label)}
 
     def autoencoder(self) -> AutoencoderKL:
-        """The autoencoder. Raises TrainingError if its stage is not done."""
+        """The autoencoder, loaded once. Raises TrainingError if its stage is not done."""
+        return self._autoencoder
+
+    @cached_property
+    def _autoencoder(self) -> AutoencoderKL:
         if self.pipeline is not None:
             model = self.pipeline.autoencoder()
             assert model is not None
@@ -273,6 +292,11 @@ class Run:
             return (self.folder / stage / AUTOENCODER_WEIGHTS).exists()
         return (stage == "teacher" and self.pipeline is not None) or (self.folder / stage / self.network_part).is_dir()
 
+    def tidy(self, stage: str) -> None:
+        """Remove what a stage that is done left when it was killed while it finished."""
+        if self.accelerator.is_main_process and (self.folder / stage).is_dir():
+            Checkpoints(self.folder / stage).remove()
+
     def _check_done(self, stage: str) -> None:
         if not self.is_done(stage):
             raise TrainingError(f"{self.folder / stage} holds no trained network")
@@ -280,8 +304,7 @@ class Run:
     def weights(self, stage: str) -> str:
         """A hash of the weights of a stage. Raises TrainingError if it is not done."""
         if self.pipeline is not None and stage in ("teacher", "autoencoder"):
-            part = self.pipeline.part if stage == "teacher" else "vae"
-            return hash_of_files(sorted((self.pipeline.folder / part).glob("*.safetensors")))
+            return hash_of_files(self.pipeline.files(self.pipeline.part if stage == "teacher" else "vae"))
         self._check_done(stage)
         folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
         return hash_of_files(sorted(folder.glob("*.safetensors")))
@@ -298,7 +321,7 @@ class Run:
                     card = student_card(self.recipe, int(stage.removeprefix(STUDENT)), self.schedule.timesteps)
                     (folder / "README.md").write_text(card)
                 _save(folder, self.network_part, network, self.pipeline)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise TrainingError(f"{folder} was not saved, its checkpoint is kept: {error}") from error
             Checkpoints(folder).remove()
         self.accelerator.wait_for_everyone()
@@ -319,12 +342,19 @@ def _save(folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pip
 
 
 @torch.inference_mode()
-def encode_all(autoencoder: AutoencoderKL, images: Tensor, device: torch.device, rows: int = 256) -> Tensor:
+def encode_all(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
     """Scaled latents (N, c, h, w) on the CPU of images (N, 3, H, W)."""
+    rows = _rows_at_once(images.shape[-1])
     return torch.cat([networks.encode(autoencoder, part.to(device)).cpu() for part in images.split(rows)])
 
 
 @torch.inference_mode()
-def decode_all(autoencoder: AutoencoderKL, latents: Tensor, rows: int = 256) -> Tensor:
+def decode_all(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (N, 3, H, W) of scaled latents (N, c, h, w)."""
+    rows = _rows_at_once(latents.shape[-1] << (len(autoencoder.config["block_out_channels"]) - 1))
     return torch.cat([networks.decode(autoencoder, part) for part in latents.split(rows)])
+
+
+def _rows_at_once(side: int) -> int:
+    """Images that pass an autoencoder together: a megapixel, and 256 at most."""
+    return max(1, min(256, PIXELS_AT_ONCE // side**2))

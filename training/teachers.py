@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from training.diffusion import Prediction, Schedule
 from training.guidance import Condition
-from training.networks import Network, NetworkDenoiser, never_drop_labels
+from training.networks import Network, NetworkDenoiser, never_drop
 from training.prompts import TextGraph
+from training.store import hash_of_files
 
 INDEX = "model_index.json"
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
@@ -57,10 +58,15 @@ class TeacherPipeline:
             if not folder.is_dir():
                 folder = Path(diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant))
             index = json.loads((folder / INDEX).read_text())
+            if not isinstance(index, dict):
+                raise ValueError(f"{INDEX} is no JSON object")
         except (OSError, ValueError) as error:
             raise TeacherError(f"{source} is no diffusers pipeline: {_first_line(error)}") from error
         opened = cls(folder, index, source, variant)
-        opened._check()
+        try:
+            opened._check()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TeacherError(f"{source}: a setting is missing or of a wrong type: {error}") from error
         return opened
 
     def _check(self) -> None:
@@ -71,8 +77,13 @@ class TeacherPipeline:
                 raise TeacherError(f"{self.folder}: {reason}")
         if (vae := self.autoencoder_class) not in (None, "AutoencoderKL"):
             raise TeacherError(f"{self.folder}: its autoencoder is a {vae}, not an AutoencoderKL")
+        if self.autoencoder_class is not None:
+            config = self._config("vae/config.json")
+            if odd := [name for name in ("latents_mean", "latents_std", "shift_factor") if config.get(name)]:
+                raise TeacherError(f"{self.folder}: an autoencoder with {odd[0]} is not known")
         if self.is_text and self.autoencoder_class is None:
             raise TeacherError(f"{self.folder}: a text-to-image pipeline without an autoencoder is not known")
+        self._check_pooled()
         _ = self.schedule, self.prediction
 
     def _class_of(self, part: str) -> str | None:
@@ -124,7 +135,10 @@ class TeacherPipeline:
             return Schedule.rectified_flow(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
         name = str(config.get("_class_name"))
         kind = getattr(diffusers, name, None)
-        alphas_cumprod = getattr(kind.from_config(config), "alphas_cumprod", None) if kind is not None else None
+        try:
+            alphas_cumprod = getattr(kind.from_config(config), "alphas_cumprod", None) if kind is not None else None
+        except Exception as error:  # whatever odd settings make a scheduler raise
+            raise TeacherError(f"{self.folder}: its scheduler {name}: {_first_line(error)}") from error
         if alphas_cumprod is None:
             raise TeacherError(f"{self.folder}: its scheduler {name} has no alphas_cumprod and is no rectified flow")
         try:
@@ -181,6 +195,16 @@ class TeacherPipeline:
         """Whether the network sees a mask and a masked image beside z."""
         return self.is_text and self.network_config["in_channels"] == 2 * self.channels + 1
 
+    def _check_pooled(self) -> None:
+        """Raise TeacherError for a network that is told other things beside the prompt than SDXL is: its refiner."""
+        config = self.network_config
+        if not self.is_xl:
+            return
+        pooled = self._config("text_encoder_2/config.json").get("projection_dim", 0)
+        width = pooled + 6 * config["addition_time_embed_dim"]
+        if self._class_of("text_encoder") is None or config["projection_class_embeddings_input_dim"] != width:
+            raise TeacherError(f"{self.folder}: it is told other things than SDXL's base is (a refiner?)")
+
     @property
     def is_xl(self) -> bool:
         """Whether the network is told pooled text and the image's size, as SDXL is."""
@@ -190,7 +214,7 @@ class TeacherPipeline:
         """The network as a frozen Denoiser that gives v. Raises TeacherError where its weights are not whole."""
         kind = NETWORK_CLASSES[str(self._class_of(self.part))]
         network = self._load(kind, self.part)
-        never_drop_labels(network)
+        never_drop(network)
         return NetworkDenoiser(network, self.schedule, self.prediction).eval().requires_grad_(False)
 
     def autoencoder(self) -> AutoencoderKL | None:
@@ -199,11 +223,12 @@ class TeacherPipeline:
 
     def _load(self, kind: Any, part: str) -> Any:
         try:
-            return kind.from_pretrained(
-                str(self.folder), subfolder=part, variant=self.variant, local_files_only=True
-            ).float()
-        except (OSError, ValueError, RuntimeError) as error:
+            loaded = kind.from_pretrained(str(self.folder), subfolder=part, variant=self.variant, local_files_only=True)
+        except Exception as error:  # whatever torn files make the libraries raise
             raise TeacherError(f"{self.folder}/{part}: {_first_line(error)}") from error
+        if missing := [name for name, value in loaded.state_dict().items() if value.is_meta]:
+            raise TeacherError(f"{self.folder}/{part}: its weights lack {missing[0]}")
+        return loaded.float()
 
     def prompts(self, device: torch.device) -> PipelinePrompts:
         """Its text encoders."""
@@ -212,12 +237,20 @@ class TeacherPipeline:
         bare = {"unet": None, "vae": None, "image_encoder": None, "feature_extractor": None}
         if not self.is_xl:
             bare |= {"safety_checker": None}
-        return PipelinePrompts(
-            str(self.folder),
-            lambda: kind.from_pretrained(str(self.folder), **bare, variant=self.variant, local_files_only=True).to(
-                device, torch.float32
-            ),
-        )
+
+        def load() -> Any:
+            try:
+                pipeline = kind.from_pretrained(str(self.folder), **bare, variant=self.variant, local_files_only=True)
+                return pipeline.to(device, torch.float32)
+            except Exception as error:  # whatever torn files make the libraries raise
+                raise TeacherError(f"{self.folder}: its text encoders cannot be read: {_first_line(error)}") from error
+
+        parts = [part for part in self.index if part.startswith(("text_encoder", "tokenizer"))]
+        return PipelinePrompts(hash_of_files([file for part in parts for file in self.files(part)]), load)
+
+    def files(self, part: str) -> list[Path]:
+        """The files of a part, sorted; none if the pipeline lacks it."""
+        return sorted(file for file in (self.folder / part).rglob("*") if file.is_file())
 
     def null_label(self, wanted: int | None) -> int:
         """The class that stands for none: the one `wanted`, by default the last. Raises TeacherError if none is it."""
@@ -267,6 +300,13 @@ def _faults(config: Mapping[str, Any], text: bool, part: str) -> list[tuple[bool
         (config.get("time_embedding_type", "positional") != "positional", "its time embedding is not positional"),
         (bool(config.get("center_input_sample")), "it centres its input, which is not known"),
     ]
+    blocks = [
+        *config.get("down_block_types", ()),
+        *config.get("up_block_types", ()),
+        config.get("mid_block_type") or "",
+    ]
+    if not text and config.get("_class_name") == "UNet2DConditionModel":
+        faults.append((any("CrossAttn" in block for block in blocks), "it attends to a text that classes do not give"))
     if text:
         fits = channels in (out, 2 * out + 1)
         faults += [
@@ -296,11 +336,16 @@ class PipelinePrompts:
     @cached_property
     def null(self) -> Condition:
         """What the pipeline itself guides away from."""
-        return {name: rows[0] for name, rows in self._encoded(["a"])[1].items()}
+        _, context, *more = self._encoded(["a"], null=True)
+        return {name: rows[0] for name, rows in _named([context, *more[1:]]).items()}
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Context, and pooled text, of captions."""
-        return self._encoded(captions)[0]
+        return _named(self._encoded(captions, null=False)[0::2])
+
+    def release(self) -> None:
+        """Let go of the encoders until they are needed again."""
+        self.__dict__.pop("_pipeline", None)
 
     def too_long(self, captions: Sequence[str]) -> int:
         """How many of the captions have more tokens than the encoder takes."""
@@ -318,17 +363,17 @@ class PipelinePrompts:
         return TextGraph(module.eval(), backend, tokenizer.model_max_length, tokenizer.pad_token_id)
 
     @torch.no_grad()
-    def _encoded(self, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _encoded(self, captions: Sequence[str], *, null: bool) -> Sequence[Tensor]:
+        """Context and its null, and for SDXL pooled text and its null."""
         pipeline = self._pipeline
-        found = pipeline.encode_prompt(
-            prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        found: Sequence[Tensor] = pipeline.encode_prompt(
+            prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=null
         )
-        names = ("context", "pooled")
-        given, null = found[0::2], found[1::2]
-        conditional, unconditional = (
-            {name: rows.float().cpu() for name, rows in zip(names, part, strict=False)} for part in (given, null)
-        )
-        return conditional, unconditional
+        return found
+
+
+def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {name: rows.float().cpu() for name, rows in zip(("context", "pooled"), arrays, strict=False)}
 
 
 class _ContextGraph(nn.Module):

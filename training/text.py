@@ -89,7 +89,11 @@ class MiniLMPrompts:
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The context of captions."""
         ids, mask = tokenize(self._tokenizer, captions)
-        return {"context": self._encoder(ids.to(self.device), mask.to(self.device)).cpu()}
+        return {"context": self._encoder(ids.to(self.device), mask.to(self.device)).float().cpu()}
+
+    def release(self) -> None:
+        """Let go of the network until it is needed again."""
+        self.__dict__.pop("_encoder", None)
 
     def too_long(self, captions: Sequence[str]) -> int:
         """How many of the captions have more than L tokens."""

@@ -111,6 +111,9 @@ class Prompts:
     def too_long(self, captions: Sequence[str]) -> int:
         return 0
 
+    def release(self) -> None:
+        pass
+
     def text_graph(self) -> TextGraph:
         raise ValueError("there is no network to export")
 

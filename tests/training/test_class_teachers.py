@@ -13,14 +13,17 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from tests import pipelines
+from training.data.place import StreamError
 from training.distill import distill, encoder_stage, student_stage
 from training.draws import Draws
 from training.export import export
 from training.graphs import ExportError
 from training.loop import TrainingError
-from training.recipe import Recipe
+from training.precompute import precompute
+from training.recipe import DataRecipe, Recipe
 from training.run import Run
 from training.sampler import sample
+from training.teachers import TeacherError
 
 SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}
 
@@ -101,9 +104,8 @@ def test_a_teacher_without_a_class_for_none_is_refused(images: Path, tmp_path: P
 
 
 def test_a_teacher_of_another_kind_of_condition_is_refused(images: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", images, 32, checkpoint=pipelines.stable_diffusion(tmp_path / "sd"))
     with pytest.raises(TrainingError, match="conditioned on prompts, the recipe on class"):
-        distill(run)
+        make_run(tmp_path / "run", images, 32, checkpoint=pipelines.stable_diffusion(tmp_path / "sd"))
 
 
 def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path: Path) -> None:
@@ -111,9 +113,14 @@ def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path:
     unconditional = pipelines.class_unet(tmp_path / "unconditional", classes=None)
     file = unconditional / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.03}))
-    run = make_run(tmp_path / "run", images, 8, checkpoint=conditional, unconditional=unconditional)
     with pytest.raises(TrainingError, match="different noise schedules"):
-        distill(run)
+        make_run(tmp_path / "run", images, 8, checkpoint=conditional, unconditional=unconditional)
+
+
+def test_two_networks_of_different_shapes_are_refused(images: Path, tmp_path: Path) -> None:
+    unconditional = pipelines.class_unet(tmp_path / "unconditional", classes=None)
+    with pytest.raises(TrainingError, match="4 channels, and 3"):
+        make_run(tmp_path / "run", images, 32, checkpoint=pipelines.dit(tmp_path / "dit"), unconditional=unconditional)
 
 
 def test_a_checkpoint_that_brings_its_network_takes_no_other(images: Path) -> None:
@@ -140,3 +147,42 @@ def test_an_inpainting_network_is_not_exported(tmp_path: Path) -> None:
     run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
     with pytest.raises(ExportError, match="no inputs for the mask"):
         export(run, tmp_path / "bundle")
+
+
+def test_streamed_labels_are_the_teachers_numbers(images: Path, tmp_path: Path) -> None:
+    checkpoint = pipelines.dit(tmp_path / "dit")
+    index = checkpoint / "model_index.json"
+    names = {"id2label": {"0": "cat", "1": "ant", "2": "bee"}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | names))
+    run = make_run(tmp_path / "run", images, 32, checkpoint=checkpoint)
+    precompute(run, str(tmp_path / "shards"), per_shard=5)
+    data = DataRecipe(source="stream", address=str(tmp_path / "shards"), size=32, classes=("ant", "bee", "cat"))
+    streamed = Run(run.recipe.model_copy(update={"data": data}), tmp_path / "streamed", Accelerator(cpu=True))
+    items, device = torch.arange(12), torch.device("cpu")
+    ours, theirs = (r.data.batch(items, Draws(0, 0, range(12)), device).condition["label"] for r in (streamed, run))
+    assert torch.equal(ours, theirs)
+    assert set(ours.tolist()) == {0, 1, 2}
+    few = data.model_copy(update={"classes": ("ant", "bee")})
+    short = Run(run.recipe.model_copy(update={"data": few}), tmp_path / "few", Accelerator(cpu=True))
+    with pytest.raises(StreamError, match="there are 2 classes"):
+        short.data.batch(items, Draws(0, 0, range(12)), device)
+
+
+def test_images_that_do_not_fit_the_teacher_are_refused_before_training(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 64, checkpoint=pipelines.dit(tmp_path / "dit"))
+    with pytest.raises(TeacherError, match="side 32, not 64"):
+        distill(run)
+
+
+def test_another_teacher_in_the_same_place_is_noticed(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet"))
+    distill(run)
+    pipelines.class_unet(tmp_path / "unet", seed=5)
+    with pytest.raises(TrainingError, match="another teacher"):
+        distill(make_run(tmp_path / "run", images, 8, checkpoint=tmp_path / "unet"))
+
+
+def test_a_recipe_whose_teacher_cannot_be_opened_claims_no_folder(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError):
+        make_run(tmp_path / "run", images, 8, checkpoint=tmp_path / "absent")
+    assert not (tmp_path / "run").exists()

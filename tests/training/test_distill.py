@@ -207,3 +207,16 @@ def test_a_broken_record_is_named(digits_run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(TrainingError, match=r"recipe\.json is not JSON"):
         Run(digits_run.recipe, tmp_path, Accelerator(cpu=True))
+
+
+def test_a_row_that_a_kill_left_out_of_the_table_is_made(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(SMALL)
+    run = Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "run", Accelerator(cpu=True))
+    distill.distill(run)
+    table, weights = (run.folder / "rounds.json").read_text(), run.weights(student_stage(1))
+    (run.folder / "rounds.json").unlink()
+    (run.folder / student_stage(1) / "checkpoint.pt").write_bytes(b"left behind")
+    distill.distill(run)
+    assert (run.folder / "rounds.json").read_text() == table
+    assert run.weights(student_stage(1)) == weights
+    assert not (run.folder / student_stage(1) / "checkpoint.pt").exists()

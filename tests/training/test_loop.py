@@ -198,7 +198,8 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(tmp_path
 
     def signalled(module: nn.Module, update: int, draws: Draws) -> Tensor:
         if update == 6:
-            os.kill(os.getpid(), number)
+            for _ in range(2 if number == signal.SIGTERM else 1):  # a launcher passes on what all were sent
+                os.kill(os.getpid(), number)
         return loss(module, update, draws)
 
     slow = Pace(checkpoint_every_s=1e9)
@@ -242,3 +243,14 @@ def test_a_torn_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
     log.write_text(log.read_text() + '{"update": 8, "los')
     run(tmp_path)
     assert [json.loads(line)["update"] for line in log.read_text().splitlines()] == list(range(1, 13))
+
+
+def test_the_end_of_training_is_saved_and_a_picture_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    def unwritable(module: nn.Module, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    train(
+        network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, sample=unwritable,
+        pace=Pace(sample_every=4, checkpoint_every_s=1e9),
+    )  # fmt: skip
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["update"] == RECIPE.updates

@@ -230,3 +230,15 @@ def test_a_pipeline_makes_several_images_and_heeds_no_negative_prompt(runs: Call
 def test_a_bundle_of_two_text_encoders_is_refused(runs: Callable[[str], Run], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="one text encoder"):
         export(runs("sdxl"), tmp_path / "bundle")
+
+
+def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_path: Path) -> None:
+    write_squares(tmp_path / "squares")
+    checkpoint = pipelines.stable_diffusion(tmp_path / "sd")
+    index = checkpoint / "model_index.json"
+    named = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index.write_text(json.dumps(json.loads(index.read_text()) | named))
+    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
+    (run.folder / "student-1").mkdir()
+    run.finish("student-1", run.denoiser("teacher"))
+    assert StableDiffusionPipeline.from_pretrained(run.folder / "student-1").safety_checker is None

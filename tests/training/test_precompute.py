@@ -33,7 +33,9 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("precompute")
     write_squares(root / "squares")
     checkpoint = pipelines.stable_diffusion_xl(root / "sdxl")
-    return Run(recipe(checkpoint, root / "squares"), root / "run", Accelerator(cpu=True))
+    short = {"start": 2, "rounds": [{"steps": 1, "updates": 2, "batch_size": 4, "learning_rate": 3e-3}]}
+    made = recipe(checkpoint, root / "squares", stage2=short, export={"licence": "CC0-1.0", "steps": [1]})
+    return Run(made, root / "run", Accelerator(cpu=True))
 
 
 def streaming(run: Run, folder: Path, address: str) -> Run:

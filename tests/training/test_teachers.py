@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import pipelines
@@ -184,6 +185,10 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         ("model_index.json", {"unet": ["diffusers", "UNet1DModel"]}, "its network is UNet1DModel"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
         ("model_index.json", {"vae": [None, None]}, "without an autoencoder"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "autoencoder with latents_mean"),
+        ("vae/config.json", {"shift_factor": 0.1}, "autoencoder with shift_factor"),
+        (SCHEDULER, {"beta_schedule": "odd"}, "its scheduler PNDMScheduler"),
+        (UNET, {"block_out_channels": None, "in_channels": None}, "setting is missing or of a wrong type|neither"),
     ],
 )
 def test_what_cannot_be_a_teacher_is_refused_with_the_reason(
@@ -239,3 +244,57 @@ def test_classes_are_found_by_name_or_by_order(folders: dict[str, Path], tmp_pat
 def test_images_that_do_not_fit_are_refused(folders: dict[str, Path], name: str, side: int, says: str) -> None:
     with pytest.raises(TeacherError, match=says):
         TeacherPipeline.open(str(folders[name])).check_side(side)
+
+
+def test_an_index_that_is_no_object_and_a_config_without_channels_are_refused(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    config = json.loads((folder / UNET).read_text())
+    del config["in_channels"]
+    (folder / UNET).write_text(json.dumps(config))
+    with pytest.raises(TeacherError, match="a setting is missing"):
+        TeacherPipeline.open(str(folder))
+    (folder / "model_index.json").write_text("[]")
+    with pytest.raises(TeacherError, match="no JSON object"):
+        TeacherPipeline.open(str(folder))
+
+
+def test_the_refiner_of_sdxl_is_refused(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion_xl(tmp_path / "sdxl")
+    changed(folder, UNET, projection_class_embeddings_input_dim=pipelines.WIDTH + 5 * 8)
+    with pytest.raises(TeacherError, match="refiner"):
+        TeacherPipeline.open(str(folder))
+
+
+def test_text_encoders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(TeacherError, match="text encoders cannot be read"):
+        TeacherPipeline.open(str(folder)).prompts(torch.device("cpu")).encode(["a"])
+
+
+def test_a_network_whose_weights_lack_some_is_refused(tmp_path: Path) -> None:
+    folder = pipelines.class_unet(tmp_path / "unet")
+    file = next((folder / "unet").glob("*.safetensors"))
+    kept = load_file(file)
+    del kept["conv_in.weight"]
+    save_file(kept, file)
+    with pytest.raises(TeacherError, match="conv_in"):
+        TeacherPipeline.open(str(folder)).denoiser()
+
+
+def test_another_text_encoder_is_another_identity(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    device = torch.device("cpu")
+    first = TeacherPipeline.open(str(folder)).prompts(device).identity
+    assert TeacherPipeline.open(str(folder)).prompts(device).identity == first
+    pipelines.text_encoder(pipelines.tokenizer(tmp_path)).save_pretrained(folder / "text_encoder")
+    assert TeacherPipeline.open(str(folder)).prompts(device).identity != first
+
+
+def test_a_student_drops_nothing_at_random(tmp_path: Path) -> None:
+    teacher = TeacherPipeline.open(str(pipelines.stable_diffusion(tmp_path / "sd", dropout=0.5)))
+    z, condition = rows(teacher)
+    student = student_from(teacher.denoiser()).train()
+    t, w = torch.full((3,), 0.5), torch.zeros(3)
+    assert torch.equal(student(z, t, condition, w), student(z, t, condition, w))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from training.data.place import Place
+from training.data.place import Place, StreamError
 from training.data.shard_contents import DATA, ImageFit
 from training.data.shard_index import ShardIndex
 from training.data.shard_order import ShardOrder
@@ -29,10 +29,14 @@ def open_stream(recipe: DataRecipe) -> ShardStream:
 
 @dataclass(frozen=True)
 class StreamedTensors:
-    """Shards of precomputed data x and conditions, as `fewstep precompute` writes them."""
+    """Shards of precomputed data x and conditions, as `fewstep precompute` writes them.
+
+    `numbers` (K,) are those that the teacher has for the `classes`.
+    """
 
     stream: ShardStream
     classes: tuple[str, ...] = ()
+    numbers: Tensor | None = None
     constants: Condition = field(default_factory=dict)
 
     @property
@@ -59,7 +63,12 @@ class StreamedTensors:
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, each with one of its conditions."""
-        parts = {name: value.to(device) for name, value in self.stream.parts(items, draws.uniform()).items()}
+        parts = self.stream.parts(items, draws.uniform())
+        if "label" in parts and self.numbers is not None:
+            if int(parts["label"].max()) >= len(self.numbers):
+                raise StreamError(f"a label is {int(parts['label'].max())}, and there are {len(self.numbers)} classes")
+            parts["label"] = self.numbers[parts["label"]]
+        parts = {name: value.to(device) for name, value in parts.items()}
         parts = {name: value.float() if value.is_floating_point() else value for name, value in parts.items()}
         x = parts.pop(DATA)
         return Batch(x, {**parts, **{name: of_rows(value, x) for name, value in self.constants.items()}})
