@@ -89,7 +89,7 @@ class Run:
         """Note the data or the teacher that the run uses. Raises TrainingError for another than before."""
         if self._recorded(f"data-{use}.json", {"sha256": fingerprint})["sha256"] != fingerprint:
             raise TrainingError(
-                f"{self.folder} was begun with other images, captions or classes than those that are there now, or with "
+                f"{self.folder} was begun with other images, captions or classes than are there now, or with "
                 f"another teacher; bring those back, choose another folder, or remove its data-{use}.json if you mean "
                 "to go on"
             )
