@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
 
 
 def recipe(checkpoint: Path, data: Path, **changes: Any) -> Recipe:
-    short = {"updates": 4, "batch_size": 4, "learning_rate": 3e-3}
+    short = {"updates": 4, "batch_size": 4, "learning_rate": 1e-2}
     return Recipe.model_validate(
         {
             "name": "squares",
@@ -132,15 +132,16 @@ def apart(a: Tensor, b: Tensor) -> float:
 )
 def test_text_to_image(runs: Callable[[str], Run], name: str, kind: Any, steps: int) -> None:
     run = runs(name)
-    pipeline, start, images = load(kind, run, steps), noise(run), []
+    pipeline, start, images, errors = load(kind, run, steps), noise(run), [], []
     for w in GUIDANCE:
         stock = pipeline(
             PROMPT, num_inference_steps=steps, guidance_scale=1 + w, latents=start, output_type="pt",
             height=pipelines.SIZE, width=pipelines.SIZE,
         ).images  # fmt: skip
         images.append(Ours(run, steps, w)(start))
-        assert apart(stock, images[-1]) < TOLERANCE
-    assert apart(images[0], images[-1]) > 5 * TOLERANCE, "the student heeds w"
+        errors.append(apart(stock, images[-1]))
+    assert max(errors) < TOLERANCE
+    assert apart(images[0], images[-1]) > 20 * max(errors), "w makes far more of a difference"
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(8, 0.5), (4, 0.75), (2, 0.5), (1, 1.0)])
