@@ -52,7 +52,7 @@ class Effort:
         )  # fmt: skip
 
 
-SHORT = Effort(stage1=5000, halving=300, last=1000)
+SHORT = Effort(stage1=4500, halving=300, last=1000)
 LONG = Effort(stage1=30_000, halving=3000, last=10_000)
 
 

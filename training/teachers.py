@@ -228,7 +228,7 @@ class TeacherPipeline:
             raise TeacherError(f"{self.folder}/{part}: {_first_line(error)}") from error
         if missing := [name for name, value in loaded.state_dict().items() if value.is_meta]:
             raise TeacherError(f"{self.folder}/{part}: its weights lack {missing[0]}")
-        return loaded.float()
+        return loaded if loaded.dtype == torch.float32 else loaded.float()
 
     def prompts(self, device: torch.device) -> PipelinePrompts:
         """Its text encoders."""

@@ -1,32 +1,15 @@
-"""Fixtures of the tests of training."""
+"""Fixtures of the training tests."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+from collections.abc import Iterator
 
 import pytest
 
 
-@pytest.fixture(scope="session")
-def torch_fidelity() -> ModuleType:
-    """torch-fidelity. It imports torchvision, of which its Inception uses nothing: empty modules do, if need be.
-
-    The registry has torchvision for the CUDA build of torch alone; beside another build it cannot be imported.
-    """
-    names = ["torchvision", *(f"torchvision.{name}" for name in ("datasets", "transforms", "transforms.functional"))]
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        modules = {name: ModuleType(name) for name in names}
-        for dataset in ("CIFAR10", "CIFAR100", "STL10"):
-            setattr(modules["torchvision.datasets"], dataset, object)
-        modules["torchvision"].__dict__["transforms"] = modules["torchvision.transforms"]
-        modules["torchvision.transforms"].__dict__["functional"] = modules["torchvision.transforms.functional"]
-    else:
-        modules = {}
+@pytest.fixture(autouse=True, scope="session")
+def short_references() -> Iterator[None]:
+    """The table of rounds compares with fewer steps of the guided teacher than it does outside of tests."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        found: ModuleType = pytest.importorskip("torch_fidelity")
-    return found
+        patch.setattr("training.rounds.REFERENCE_STEPS", 16)
+        yield
