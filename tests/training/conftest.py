@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
@@ -13,3 +15,27 @@ def short_references() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.rounds.REFERENCE_STEPS", 16)
         yield
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity() -> ModuleType:
+    """torch-fidelity. It imports torchvision, of which its Inception uses nothing: empty modules do, if need be.
+
+    The registry has torchvision for the CUDA build of torch alone; beside another build it cannot be imported.
+    """
+    names = ["torchvision", *(f"torchvision.{name}" for name in ("datasets", "transforms", "transforms.functional"))]
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        modules = {name: ModuleType(name) for name in names}
+        for dataset in ("CIFAR10", "CIFAR100", "STL10"):
+            setattr(modules["torchvision.datasets"], dataset, object)
+        modules["torchvision"].__dict__["transforms"] = modules["torchvision.transforms"]
+        modules["torchvision.transforms"].__dict__["functional"] = modules["torchvision.transforms.functional"]
+    else:
+        modules = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        found: ModuleType = pytest.importorskip("torch_fidelity")
+    return found
