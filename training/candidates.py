@@ -130,7 +130,7 @@ class ImageMaker:
         if candidate.stage not in self._denoisers:
             teacher = candidate.model == "teacher"
             self._denoisers[candidate.stage] = (
-                self.run.guided_teacher() if teacher else self.run.denoiser(candidate.stage)
+                self.run.guided_teacher() if teacher else self.run.compiled(self.run.denoiser(candidate.stage))
             )
         return self._denoisers[candidate.stage]
 

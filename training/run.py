@@ -277,9 +277,15 @@ class Run:
 
     def guided_teacher(self) -> GuidedTeacher:
         """The teacher with classifier-free guidance: two network calls a step."""
-        network = self.denoiser("teacher")
-        second = network if self.unconditional is None else self.unconditional.denoiser().to(self.device)
+        network = self.compiled(self.denoiser("teacher"))
+        second = network if self.unconditional is None else self.compiled(self.unconditional.denoiser().to(self.device))
         return GuidedTeacher(network, second, self.null)
+
+    def compiled(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
+        """The denoiser, its network compiled if the recipe says so."""
+        if self.recipe.scale.compile:
+            denoiser.network.compile()
+        return denoiser
 
     @property
     def network_part(self) -> str:
