@@ -29,6 +29,7 @@ from training.draws import Draws
 from training.export import export
 from training.graphs import ExportError
 from training.guidance import of_rows
+from training.losses import teacher_loss
 from training.recipe import Recipe
 from training.run import Run, decode_all
 from training.sampler import Kept, noised, sample
@@ -65,11 +66,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     def run_of(name: str) -> Run:
         if name not in made:
             checkpoint = MAKERS[name](root / name)
+            train_briefly(Run(recipe(checkpoint, root / "squares"), root / f"teacher-{name}", Accelerator(cpu=True)))
             made[name] = Run(recipe(checkpoint, root / "squares"), root / f"run-{name}", Accelerator(cpu=True))
             distill(made[name])
         return made[name]
 
     return run_of
+
+
+def train_briefly(run: Run, updates: int = 30) -> None:
+    """Teach the checkpoint of a run something of its data: from random weights there is little to distil."""
+    assert run.pipeline is not None
+    teacher = run.pipeline.denoiser().requires_grad_(True)
+    optimiser = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
+    for update in range(updates):
+        draws = Draws(0, update, range(8))
+        batch = run.data.batch(draws.integers(len(run.data)), draws, run.device)
+        teacher_loss(teacher, run.schedule, batch, run.null, 0.1, draws).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    teacher.network.save_pretrained(run.pipeline.folder / "unet")
 
 
 def recipe(checkpoint: Path, data: Path, **changes: Any) -> Recipe:
