@@ -84,12 +84,10 @@ def plot_guidance(quality: Quality) -> Figure:
             _line(panel, quality.guidance, _distances(row), style, _steps(row), lighter=k / len(rows))
             for k, row in enumerate(rows)
         ]
-        panel.legend(handles=lines, loc="upper left", ncols=2, fontsize=8, framealpha=0.8, edgecolor="none")
+        panel.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, fontsize=8, frameon=False)
         panel.set_title(family)
         panel.set_xticks(quality.guidance, [f"{w:g}" for w in quality.guidance])
         panel.set_xlabel("guidance weight w")
-    # Above the lines the legends find room.
-    panels[0].set_ylim(top=3 * max(cell.figures.frechet for row in quality.rows for cell in row.cells))
     _legend(figure, panels[-1], (f"teacher, DDIM, {_steps(first)}", FLOOR))
     return figure
 
