@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": Entry("service.commands:serve", "Serve a bundle over HTTP."),
     "generate": Entry("engines.commands:generate", "Make images from a prompt, without a service."),
     "inspect": Entry("engines.commands:inspect", "Show and verify what is in a bundle."),
+    "build": Entry("engines.build_command:build", "Compile a bundle's graphs ahead of time.", "tensorrt"),
     "data": Entry("training.data.commands:data", "Build and check image sets.", "training"),
     "precompute": Entry("training.precompute:command", "Write a recipe's latents and prompts as shards.", "training"),
     "train": Entry("training.commands:train", "Train the guided teacher of a recipe.", "training"),

@@ -1,0 +1,142 @@
+"""TensorRT or TensorRT-RTX, whichever is installed, and the building of plans with it. Needs no GPU for RTX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from engines.backends.base import EngineError
+from engines.plans import Profile
+
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+INSTALL = "pip install 'fewstep[tensorrt]' or 'fewstep[tensorrt-rtx]'"
+
+Progress = Callable[[str, int, int], None]
+"""Told of every phase of a build: its name, the steps that are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """An installed TensorRT: its module, and a logger that keeps the messages of errors."""
+
+    module: Any
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX, which compiles for chips that are not there."""
+        return "rtx" in self.module.__name__
+
+    @property
+    def name(self) -> str:
+        """The library and its version, as plans are keyed by it."""
+        return f"{'tensorrt-rtx' if self.is_rtx else 'tensorrt'} {self.module.__version__}"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The chips that it compiles for by name, such as sm89; a TensorRT that is not RTX knows its own only."""
+        if not self.is_rtx:
+            return ()
+        names = self.module.ComputeCapability.__members__
+        return tuple(sorted((name.lower() for name in names if name.startswith("SM")), key=lambda name: int(name[2:])))
+
+
+def find_library() -> Library:
+    """The first of `MODULES` that is installed. Raises EngineError naming what to install."""
+    for name in MODULES:
+        try:
+            return Library(import_module(name))
+        except ImportError:
+            continue
+        except OSError as error:  # the bindings are there, the libraries are not
+            raise EngineError(f"{name} is installed but its libraries do not load: {error}") from error
+    raise EngineError(f"neither TensorRT nor TensorRT-RTX is installed: {INSTALL}")
+
+
+def build_plan(
+    library: Library, graph: Path, profile: Profile, target: str | None = None, progress: Progress | None = None
+) -> bytes:
+    """Compile an ONNX graph, strongly typed, for a chip; None is the one that is there.
+
+    Raises EngineError for a chip that the library does not compile for, and for a graph that does not parse or build.
+    """
+    trt = library.module
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows nothing else
+    network = builder.create_network(0 if flags is None else 1 << int(flags))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
+        raise EngineError(f"{graph.name}: {library.name} cannot parse it ({errors or logger.worst})")
+    config = builder.create_builder_config()
+    _aim(library, config, target)
+    for sizes in profile.ranges:
+        config.add_optimization_profile(_shapes(builder, network, sizes))
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{graph.name}: {library.name} cannot build it ({logger.worst or 'no reason given'})")
+    return bytes(plan)
+
+
+def _aim(library: Library, config: Any, target: str | None) -> None:
+    if target is None:
+        return
+    if target not in library.targets:
+        known = ", ".join(library.targets) or "the chip that is there only"
+        raise EngineError(f"{library.name} does not compile for {target!r}; it does for {known}")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(library.module.ComputeCapability, target.upper()), 0)
+
+
+def _shapes(builder: Any, network: Any, sizes: tuple[int, int, int]) -> Any:
+    """A profile in which every open dimension is the batch."""
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        dims = tuple(tensor.shape)
+        profile.set_shape(tensor.name, *(tuple(size if dim == -1 else dim for dim in dims) for size in sizes))
+    return profile
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that prints nothing and keeps the last error."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        worst = ""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.worst = message
+
+    return Logger()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """The library's own progress monitor; a build cannot be cancelled by it."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            progress(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            progress(phase, step + 1, self.steps.get(phase, step + 1))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            steps = self.steps.pop(phase, 0)
+            progress(phase, steps, steps)
+
+    return Monitor()

@@ -1,0 +1,168 @@
+"""A bundle's graphs made into plans: weights unpacked, precision cast and checked, compiled, kept. Runs no images."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import onnxruntime as ort
+
+from engines.backends.base import Array, EngineError, GraphSpec
+from engines.backends.trt_library import Library, Progress, build_plan, find_library
+from engines.bundle import Bundle
+from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
+
+FLOOR_DB = 30.0
+"""The least peak signal-to-noise ratio, to the graph in fp32, of the output of a graph in a lower precision."""
+CHECKED_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan that is there now, where it lies, how long it took (0 if it was there before), and its fidelity in dB.
+
+    Fidelity is that of one run with every value rounded to the precision, against fp32; None where nothing is rounded.
+    """
+
+    graph: str
+    key: PlanKey
+    path: Path
+    size_bytes: int
+    seconds: float
+    fidelity_db: float | None
+
+
+def build_bundle(
+    bundle: Bundle,
+    profile: Profile,
+    precision: Precision = "fp32",
+    target: str | None = None,
+    cache: PlanCache | None = None,
+    progress: Callable[[str], Progress] | None = None,
+    library: Library | None = None,
+) -> Iterator[Built]:
+    """Build a plan of every graph of a bundle that has none yet, one by one.
+
+    `progress(graph)` is told of the build of that graph. Raises EngineError for a graph that does not build, or that
+    falls below `FLOOR_DB` in that precision.
+    """
+    library, cache = library or find_library(), cache or PlanCache()
+    for name, graph in bundle.graphs().items():
+        key = plan_key(bundle, name, library, target, precision, profile)
+        try:
+            plan = cache.load(key)
+        except PlanError:
+            plan = None
+        if plan is not None:
+            yield Built(name, key, cache.path(key), len(plan), 0.0, None)
+            continue
+        started = perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            prepared, fidelity = prepare(graph, precision, Path(scratch))
+            plan = build_plan(library, prepared, profile, target, progress and progress(name))
+        path = cache.save(key, plan)
+        yield Built(name, key, path, len(plan), perf_counter() - started, fidelity)
+
+
+def plan_key(
+    bundle: Bundle, graph: str, library: Library, target: str | None, precision: Precision, profile: Profile
+) -> PlanKey:
+    """The key of the plan of a graph of a bundle."""
+    digest = bundle.manifest.files[graph].sha256
+    return PlanKey(digest, library.name, target or "here", precision, profile)
+
+
+def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:
+    """The graph as compilers take it, in `folder`, and its fidelity: weights unpacked to fp32, then cast.
+
+    Raises EngineError for a graph that does not load, or whose fidelity is below `FLOOR_DB`.
+    """
+    unpacked = unpack(graph.path, folder / f"unpacked-{graph.path.name}")
+    if precision == "fp32":
+        return unpacked, None
+    import onnx
+
+    from engines.precision import cast, emulate
+
+    model = onnx.load(unpacked)
+    emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
+    onnx.save(emulate(model, precision), emulated)
+    fidelity = _fidelity(graph, unpacked, emulated)
+    if not fidelity >= FLOOR_DB:
+        raise EngineError(
+            f"{graph.path.name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB"
+        )
+    onnx.save(cast(model, precision), lowered)
+    return lowered, fidelity
+
+
+def unpack(graph: Path, out: Path) -> Path:
+    """The graph with its stored weights (int8 or fp16 with what restores them) computed once; of standard operators."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(out)
+    options.log_severity_level = 3
+    try:
+        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's errors share no base class
+        raise EngineError(f"{graph.name}: ONNX Runtime cannot load it ({error})") from error
+    return out
+
+
+def _fidelity(graph: GraphSpec, whole: Path, lowered: Path) -> float:
+    """PSNR in dB of the lowered graph's outputs, whose range is that of the whole graph's."""
+    inputs = typical_inputs(graph, CHECKED_ROWS)
+    expected, actual = (_run(path, inputs) for path in (whole, lowered))
+    return min(_psnr_db(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def _psnr_db(actual: Array, expected: Array) -> float:
+    """Peak signal-to-noise ratio, the peak being the range of what is expected; -inf for values that are not finite."""
+    if not np.isfinite(actual).all():
+        return -math.inf
+    error = float(np.square(actual.astype(np.float64) - expected).mean())
+    return 20 * math.log10(float(np.ptp(expected)) or 1.0) - 10 * math.log10(error) if error > 0 else math.inf
+
+
+def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Array]:
+    """Inputs as a service gives them: noise at different places of a variance-preserving grid, w of 0 and more."""
+    generator = np.random.default_rng(seed)
+    time = np.linspace(1, 0.25, batch, dtype=np.float32)
+    alpha, sigma = np.cos(time * np.pi / 2), np.sin(time * np.pi / 2)
+    scalars = {
+        "time": time,
+        "alpha": alpha,
+        "sigma": sigma,
+        "alpha_next": np.cos(time * np.pi / 4),
+        "sigma_next": np.sin(time * np.pi / 4),
+        "guidance": np.arange(batch, dtype=np.float32),
+    }
+    inputs: dict[str, Array] = {}
+    for spec in graph.inputs:
+        shape = spec.sized(batch)
+        if spec.name in scalars:
+            inputs[spec.name] = scalars[spec.name].astype(np.float32)
+        elif spec.name == "keep":
+            inputs[spec.name] = np.zeros(shape, np.float32)
+        elif spec.dtype == "float32":
+            inputs[spec.name] = generator.standard_normal(shape, np.float32)
+        else:
+            inputs[spec.name] = np.ones(shape, spec.dtype)
+    return inputs
+
+
+def _run(path: Path, inputs: dict[str, Array]) -> list[Array]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # these remove the rounding
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        arrays: list[Array] = session.run(None, inputs)
+    except Exception as error:  # the library's errors share no base class
+        raise EngineError(f"{path.name}: ONNX Runtime cannot run it ({error})") from error
+    return arrays

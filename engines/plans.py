@@ -1,0 +1,129 @@
+"""Compiled plans on disk, outside of bundles: each under the key of all that it depends on. Compiles nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
+
+
+class PlanError(Exception):
+    """A plan on disk that is damaged, or of another key than its name says."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The batch sizes that a plan runs at: each a fixed shape of its own, or any from 1 to the largest."""
+
+    batch_sizes: tuple[int, ...]
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        """Sort the sizes. Raises ValueError for none, or one below 1."""
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch sizes must be positive, and at least one: {self.batch_sizes}")
+        object.__setattr__(self, "batch_sizes", tuple(sorted(set(self.batch_sizes))))
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int, int], ...]:
+        """The least, the usual and the largest batch of each shape that is compiled for."""
+        if self.dynamic:
+            largest = self.batch_sizes[-1]
+            return ((1, largest, largest),)
+        return tuple((size, size, size) for size in self.batch_sizes)
+
+    def bucket(self, batch: int) -> int:
+        """The place in `ranges` of the smallest shape that a batch fits. Raises ValueError for one too large."""
+        for place, (_, _, largest) in enumerate(self.ranges):
+            if batch <= largest:
+                return place
+        raise ValueError(f"a batch of {batch} is larger than the plan's largest, {self.batch_sizes[-1]}")
+
+    def __str__(self) -> str:
+        return f"1 to {self.batch_sizes[-1]}" if self.dynamic else ", ".join(map(str, self.batch_sizes))
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """All that a plan depends on: the graph's SHA-256, the library and its version, the chip, precision, profile."""
+
+    graph: str
+    library: str
+    target: str
+    precision: Precision
+    profile: Profile
+
+    @property
+    def digest(self) -> str:
+        """The key as a file name."""
+        return hashlib.sha256(json.dumps(self.document, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def document(self) -> dict[str, object]:
+        """The key as JSON has it."""
+        document: dict[str, object] = json.loads(json.dumps(asdict(self)))
+        return document
+
+
+def plans_folder() -> Path:
+    """Where plans are kept: $FEWSTEP_PLANS, or the user's cache."""
+    if given := os.environ.get(DIRECTORY_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "plans"
+
+
+class PlanCache:
+    """Plans in a folder, each beside a record of its key and its hash; what does not fit both is never given out."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Use `folder`, by default `plans_folder()`; it appears with the first plan."""
+        self.folder = folder or plans_folder()
+
+    def path(self, key: PlanKey) -> Path:
+        """Where the plan of a key is, or would be."""
+        return self.folder / f"{key.digest}.plan"
+
+    def load(self, key: PlanKey) -> bytes | None:
+        """The plan of a key, or None. Raises PlanError for one that is damaged or of another key."""
+        path = self.path(key)
+        try:
+            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            plan = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path}: {error}") from error
+        if not isinstance(record, dict) or record.get("key") != key.document:
+            raise PlanError(f"{path}: its record is of another graph, library, chip, precision or profile")
+        if record.get("sha256") != hashlib.sha256(plan).hexdigest():
+            raise PlanError(f"{path}: its SHA-256 does not match its record")
+        return plan
+
+    def save(self, key: PlanKey, plan: bytes) -> Path:
+        """Keep a plan; an older one of the same key is replaced. Raises OSError where it cannot be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(key)
+        record = {"key": key.document, "sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan)}
+        _replace(path, plan)
+        _replace(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        return path
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as partial:
+        try:
+            partial.write(content)
+            partial.close()
+            Path(partial.name).replace(path)
+        except BaseException:
+            Path(partial.name).unlink(missing_ok=True)
+            raise

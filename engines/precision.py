@@ -1,0 +1,217 @@
+"""Graphs in a lower precision: the casts are written into the graph, so that every runtime computes the same.
+
+Convolutions, matrix products and what lies between them compute in fp16 or bf16. Normalisations, softmax, the
+embeddings of time and guidance, and the sampler's arithmetic after the network stay in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from engines.plans import Precision
+
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+BETWEEN = PRODUCTS | {
+    *("Add", "Sub", "Mul", "Sigmoid", "Gelu", "Tanh", "Relu", "Where"),
+    *("Reshape", "Transpose", "Concat", "Split", "Slice", "Resize", "Squeeze", "Unsqueeze", "Expand", "Pad"),
+}
+NORMS = frozenset({"InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"})
+BFLOAT16_OPSET = 22
+"""The first opset whose convolutions take bfloat16; what it has of the operators here is otherwise that of opset 20."""
+_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+def cast(model: ModelProto, precision: Precision) -> ModelProto:
+    """A copy of a float32 model that computes in `precision`; its inputs and outputs stay as they are.
+
+    The weights of the cast operators are stored in that precision too. Raises ValueError for a model whose tensors'
+    types cannot be inferred.
+    """
+    lowered = _copy(model)
+    if precision == "fp32":
+        return lowered
+    _Rewrite(lowered, _TYPES[precision]).cast()
+    for opset in lowered.opset_import:
+        if precision == "bf16" and opset.domain == "":
+            opset.version = max(opset.version, BFLOAT16_OPSET)
+    return lowered
+
+
+def emulate(model: ModelProto, precision: Precision) -> ModelProto:
+    """A copy of a float32 model that computes what `cast` would on a chip that accumulates in fp32.
+
+    It rounds values where `cast` casts, and so needs no operator in that precision. To be run without optimisations:
+    those remove the rounding.
+    """
+    rounded = _copy(model)
+    if precision != "fp32":
+        _Rewrite(rounded, _TYPES[precision]).round()
+    return rounded
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+class _Rewrite:
+    """The rewriting of one graph in place. `low` is the name of each tensor in the lower precision, once it is made."""
+
+    def __init__(self, model: ModelProto, dtype: int) -> None:
+        self.graph, self.dtype = model.graph, dtype
+        self.floats = _float_tensors(model)
+        self.weights = {initializer.name: initializer for initializer in self.graph.initializer}
+        # A node is known by its first output: the wrappers of protobuf have no identity.
+        self.lowered = {node.output[0] for node in _between_products(self.graph) if self._can_be_lowered(node)}
+        self.low: dict[str, str] = {}
+        self.nodes: list[NodeProto] = []
+
+    def cast(self) -> None:
+        """Have the nodes between products compute in the lower precision."""
+        wanted_whole = {name for node in self.graph.node if node.output[0] not in self.lowered for name in _reads(node)}
+        wanted_whole |= {output.name for output in self.graph.output}
+        for node in self.graph.node:
+            if node.output[0] not in self.lowered:
+                self.nodes.append(node)
+                continue
+            self._read_low(node)
+            self.nodes.append(node)
+            for i, name in enumerate(node.output):
+                if name:
+                    node.output[i] = self.low[name] = f"{name}.low"
+                    if name in wanted_whole:
+                        self._append("Cast", node.output[i], name, to=TensorProto.FLOAT)
+        self._finish()
+
+    def round(self) -> None:
+        """Have the nodes between products read and give values that are rounded to the lower precision."""
+        for node in self.graph.node:
+            if node.output[0] not in self.lowered:
+                self.nodes.append(node)
+                continue
+            self._read_low(node, whole=True)
+            self.nodes.append(node)
+            for i, name in enumerate(node.output):
+                if name:
+                    node.output[i], self.low[name] = f"{name}.unrounded", name
+                    self._round(node.output[i], name)
+        self._finish()
+
+    def _can_be_lowered(self, node: NodeProto) -> bool:
+        return node.op_type in BETWEEN and all(name in self.floats for name in node.output if name)
+
+    def _read_low(self, node: NodeProto, whole: bool = False) -> None:
+        """Point the inputs of a node to their values in the lower precision, or to these as float32 again."""
+        for i, name in enumerate(node.input):
+            if name in self.floats and not (node.op_type == "Resize" and i > 0):  # the rest of them are sizes
+                node.input[i] = self._low(name, whole)
+
+    def _low(self, name: str, whole: bool) -> str:
+        if name not in self.low:
+            self.low[name] = f"{name}.low"
+            if name in self.weights:
+                self.graph.initializer.append(_lower(self.weights[name], self.low[name], self.dtype))
+                if whole:
+                    self._append("Cast", self.low[name], f"{name}.rounded", to=TensorProto.FLOAT)
+                    self.low[name] = f"{name}.rounded"
+            elif whole:
+                self._round(name, self.low[name])
+            else:
+                self._append("Cast", name, self.low[name], to=self.dtype)
+        return self.low[name]
+
+    def _round(self, source: str, target: str) -> None:
+        """There and back. The node between them keeps a runtime from taking the two casts for none."""
+        self._append("Cast", source, f"{target}.there", to=self.dtype)
+        self._append("Identity", f"{target}.there", f"{target}.held")
+        self._append("Cast", f"{target}.held", target, to=TensorProto.FLOAT)
+
+    def _append(self, kind: str, source: str, target: str, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(kind, [source], [target], name=f"{kind} to {target}", **attributes))
+
+    def _finish(self) -> None:
+        read = {name for node in self.nodes for name in _reads(node)} | {output.name for output in self.graph.output}
+        kept = [initializer for initializer in self.graph.initializer if initializer.name in read]
+        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(kept)
+
+
+def _lower(weight: TensorProto, name: str, dtype: int) -> TensorProto:
+    value = numpy_helper.to_array(weight)
+    if dtype == TensorProto.FLOAT16:
+        return numpy_helper.from_array(value.astype(np.float16), name)
+    return helper.make_tensor(name, dtype, value.shape, _bfloat16(value).tobytes(), raw=True)
+
+
+def _bfloat16(
+    value: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
+    """The upper halves of float32 values, rounded to nearest, ties to even. Infinities stay; there are no NaNs."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype(np.uint16)
+
+
+def _float_tensors(model: ModelProto) -> set[str]:
+    """The names of the float32 tensors of a graph."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False)
+    typed = {info.name: info.type.tensor_type.elem_type for info in _infos(inferred.graph)}
+    typed |= {initializer.name: initializer.data_type for initializer in inferred.graph.initializer}
+    unknown = [name for node in inferred.graph.node for name in node.output if name and not typed.get(name)]
+    if unknown:
+        raise ValueError(f"the type of {unknown[0]} cannot be inferred")
+    return {name for name, dtype in typed.items() if dtype == TensorProto.FLOAT}
+
+
+def _infos(graph: GraphProto) -> Iterator[onnx.ValueInfoProto]:
+    yield from graph.input
+    yield from graph.value_info
+    yield from graph.output
+
+
+def _between_products(graph: GraphProto) -> list[NodeProto]:
+    """Products, and the nodes that have products before and after them, less the affine ends of normalisations."""
+    after: set[str] = set()  # tensors that depend on a product
+    norm: set[str] = set()  # tensors that are a normalisation's, reshaped or scaled
+    candidates: list[NodeProto] = []
+    for node in graph.node:
+        reads = set(_reads(node))
+        product = node.op_type in PRODUCTS
+        if node.op_type in NORMS or (
+            node.op_type in ("Reshape", "Mul", "Add") and reads & norm and _ends(node, norm, graph)
+        ):
+            norm.update(node.output)
+        elif product or reads & after:
+            candidates.append(node)
+        if product or reads & after:
+            after.update(node.output)
+    before: set[str] = set()  # tensors that a product depends on
+    for node in reversed(graph.node):
+        if node.op_type in PRODUCTS or before & set(node.output):
+            before.update(_reads(node))
+    return [node for node in candidates if node.op_type in PRODUCTS or before & set(node.output)]
+
+
+def _ends(node: NodeProto, norm: set[str], graph: GraphProto) -> bool:
+    """Whether a node that reads a normalisation is the end of it: back to its shape, scale or shift by a weight."""
+    weights = {initializer.name for initializer in graph.initializer}
+    if node.op_type == "Reshape":
+        return node.input[0] in norm
+    return all(name in norm or name in weights for name in node.input)
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """What a node reads, its branches and loops included."""
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in graph.node:
+                yield from _reads(inner)
+            yield from (output.name for output in graph.output)

@@ -1,0 +1,155 @@
+"""Plans compiled with TensorRT-RTX, which needs no GPU for that: every graph, for every chip, in every precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from engines import compile as compiling
+from engines.backends.base import EngineError, GraphSpec, TensorSpec
+from engines.backends.trt_library import Library, build_plan, find_library
+from engines.build_command import build
+from engines.bundle import Bundle, load_bundle, shipped_bundle
+from engines.compile import build_bundle, prepare
+from engines.plans import PlanCache, Precision, Profile
+
+PROFILE = Profile((1, 4))
+TARGETS = ("sm86", "sm89", "sm120")
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    try:
+        found = find_library()
+    except EngineError as error:
+        pytest.skip(str(error))
+    if not found.is_rtx:
+        pytest.skip(f"{found.name} compiles for the chip that is there only")
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PlanCache:
+    return PlanCache(tmp_path / "plans")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_graph_of_a_bundle_builds(
+    library: Library, text_bundle: Bundle, cache: PlanCache, target: str, precision: Precision
+) -> None:
+    built = list(build_bundle(text_bundle, PROFILE, precision, target, cache, library=library))
+    assert [plan.graph for plan in built] == list(text_bundle.graphs())
+    for plan in built:
+        assert (plan.key.target, plan.key.precision, plan.key.library) == (target, precision, library.name)
+        assert len(cache.load(plan.key) or b"") == plan.size_bytes > 0
+        assert plan.fidelity_db is None if precision == "fp32" else (plan.fidelity_db or 0) > compiling.FLOOR_DB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_graph_of_the_bundle_that_ships_builds(
+    library: Library, cache: PlanCache, target: str, precision: Precision
+) -> None:
+    profile = Profile((1, 16), dynamic=True)
+    bundle = load_bundle(shipped_bundle())
+    built = list(build_bundle(bundle, profile, precision, target, cache, library=library))
+    assert len(built) == len(bundle.graphs())
+
+
+def test_the_step_graph_that_ships_builds(library: Library, tmp_path: Path) -> None:
+    graph = load_bundle(shipped_bundle()).graphs()["step-1.onnx"]
+    prepared, _ = prepare(graph, "fp16", tmp_path)
+    told: list[tuple[str, int, int]] = []
+    plan = build_plan(library, prepared, Profile((1, 8), dynamic=True), "sm89", lambda *step: told.append(step))
+    assert len(plan) > 1e6
+    assert any(done == steps > 0 for _, done, steps in told)
+
+
+def test_what_is_there_is_not_built_again(
+    library: Library, text_bundle: Bundle, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = list(build_bundle(text_bundle, PROFILE, "fp32", "sm89", cache, library=library))
+    victim = first[0]
+    victim.path.write_bytes(b"damaged")
+    names: list[str] = []
+    monkeypatch.setattr(compiling, "build_plan", lambda *args: names.append(args[1].name) or b"anew")
+    second = list(build_bundle(text_bundle, PROFILE, "fp32", "sm89", cache, library=library))
+    assert [bool(plan.seconds) for plan in second] == [plan is victim for plan in first]
+    assert names == [f"unpacked-{victim.graph}"]
+    assert cache.load(victim.key) == b"anew"
+
+
+def test_a_chip_that_it_does_not_know_is_named(library: Library, text_bundle: Bundle, cache: PlanCache) -> None:
+    with pytest.raises(EngineError, match=r"does not compile for 'sm12'; it does for sm75.*sm120"):
+        list(build_bundle(text_bundle, PROFILE, "fp32", "sm12", cache, library=library))
+    assert not cache.folder.exists()
+
+
+def test_a_corrupt_graph_is_an_error(library: Library, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"broken\.onnx: ONNX Runtime cannot load"):
+        prepare(GraphSpec("decode", broken, (), ()), "fp32", tmp_path)
+    with pytest.raises(EngineError, match=r"broken\.onnx: tensorrt-rtx .* cannot parse"):
+        build_plan(library, broken, PROFILE, "sm89")
+
+
+def test_a_graph_that_it_cannot_build_is_an_error(library: Library, tmp_path: Path) -> None:
+    """int8 weights that are not unpacked: a graph that parses and does not build."""
+    graph = load_bundle(shipped_bundle()).graphs()["decode.onnx"]
+    with pytest.raises(EngineError, match=r"decode\.onnx: tensorrt-rtx .* cannot build it \(.*[Qq]uantized"):
+        build_plan(library, graph.path, PROFILE, "sm89")
+
+
+def test_a_precision_that_loses_the_image_is_refused(tmp_path: Path) -> None:
+    """Values beyond fp16's range."""
+    spec = TensorSpec(name="x", dtype="float32", shape=("batch", 4))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32) * 1e4, name) for name in ("a", "b")]
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "large", values[:1], values[1:], weights),
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
+    )  # fmt: skip
+    onnx.save(model, tmp_path / "large.onnx")
+    graph = GraphSpec("decode", tmp_path / "large.onnx", (spec,), (spec.model_copy(update={"name": "y"}),))
+    with pytest.raises(EngineError, match=r"large\.onnx: in fp16 it is at .* dB to fp32, below 30 dB"):
+        prepare(graph, "fp16", tmp_path)
+
+
+def test_the_command_builds_and_says_where(library: Library, text_bundle: Bundle, tmp_path: Path) -> None:
+    arguments = [str(text_bundle.path), "--target", "sm89", "--batch-sizes", "1,2", "--plans", str(tmp_path / "plans")]
+    for how in (" s, ", "was there"):
+        result = CliRunner().invoke(build, arguments)
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        assert [line.split()[0] for line in lines] == list(text_bundle.graphs())
+        assert all(how in line and library.name in line and "batches of 1, 2" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch-sizes", "1,0"], "is not a list of batch sizes"),
+        (["--batch-sizes", "a"], "is not a list of batch sizes"),
+        (["--precision", "fp4"], "is not one of"),
+        (["--backend", "ort"], "is not"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(text_bundle: Bundle, arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(build, [str(text_bundle.path), *arguments])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_without_a_library_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.backends.trt_library.MODULES", ("absent_library",))
+    with pytest.raises(EngineError, match=r"pip install 'fewstep\[tensorrt\]'"):
+        find_library()
