@@ -95,7 +95,7 @@ class Bundle:
         graphs: dict[str, GraphSpec] = {}
 
         def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs)
+            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs, manifest.files[name].sha256)
 
         if manifest.text is not None:
             tokens = (BATCH, manifest.text.max_tokens)

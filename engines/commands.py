@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from engines.backends import BACKENDS
+from engines.backends import AUTO, BACKENDS
 from engines.backends.base import EngineError
 from engines.bundle import BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
@@ -35,7 +35,7 @@ def _image_format(out: Path) -> ImageFormat:
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Image i of N takes SEED + i; random by default.")
 @click.option("--n", "count", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of images.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("image.png"), show_default=True)
-@click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
+@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default="ort", show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="0 (default): every core it may use.")
 def generate(
     bundle: str,

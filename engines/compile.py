@@ -53,7 +53,7 @@ def build_bundle(
     """
     library, cache = library or find_library(), cache or PlanCache()
     for name, graph in bundle.graphs().items():
-        key = plan_key(bundle, name, library, target, precision, profile)
+        key = PlanKey(graph.sha256, library.name, target or "here", precision, profile)
         try:
             plan = cache.load(key)
         except PlanError:
@@ -67,14 +67,6 @@ def build_bundle(
             plan = build_plan(library, prepared, profile, target, progress and progress(name))
         path = cache.save(key, plan)
         yield Built(name, key, path, len(plan), perf_counter() - started, fidelity)
-
-
-def plan_key(
-    bundle: Bundle, graph: str, library: Library, target: str | None, precision: Precision, profile: Profile
-) -> PlanKey:
-    """The key of the plan of a graph of a bundle."""
-    digest = bundle.manifest.files[graph].sha256
-    return PlanKey(digest, library.name, target or "here", precision, profile)
 
 
 def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:

@@ -11,12 +11,13 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from engines.backends import open_engine
-from engines.backends.base import Array, Engine, EngineError
+from engines.backends import open_engines
+from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
-from engines.rows import Group, Row, initial_noise, start_row, step_inputs
+from engines.plans import Precision, Profile
+from engines.rows import Group, Row, TickInputs, initial_noise, start_row
 from engines.tasks import (
     MAX_SEED,
     Edit,
@@ -47,8 +48,6 @@ __all__ = [
     "lowest_strength",
 ]
 
-BATCH_SIZES = (1, 2, 4, 8, 16)
-
 _Item = TypeVar("_Item")
 
 
@@ -64,7 +63,9 @@ class Pipeline:
             raise ValueError("batch_sizes must be positive, and at least one")
         self.bundle = bundle
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
+        self.backend, self.passed_over = "given", dict[str, str]()
         self._engines = dict(engines)
+        self._inputs = TickInputs()
         self._tokenizer = _open_tokenizer(bundle)
 
     @classmethod
@@ -74,19 +75,23 @@ class Pipeline:
         backend: str = "ort",
         threads: int = 0,
         batch_sizes: Sequence[int] = BATCH_SIZES,
+        precision: Precision = "fp32",
+        plans: Path | None = None,
     ) -> Self:
-        """Load and verify the bundle at ``path`` and open its graphs.
+        """Load and verify the bundle at ``path`` and open its graphs on ``backend``, "auto" for the best that works.
 
-        Raises BundleError for a bad bundle and EngineError for a graph that does not open or differs from
-        what the manifest says.
+        ``precision`` and ``plans`` (the folder of compiled plans) are for backends that compile. Raises BundleError
+        for a bad bundle and EngineError for a graph that does not open or differs from what the manifest says.
         """
         bundle = load_bundle(path)
-        with ExitStack() as opened:
-            engines = {}
-            for name, graph in bundle.graphs().items():
-                engines[name] = opened.enter_context(open_engine(backend, graph, threads=threads))
-            pipeline = cls(bundle, engines, batch_sizes)
-            opened.pop_all()
+        options = EngineOptions(threads, precision, Profile(tuple(batch_sizes)), plans)
+        opened = open_engines(backend, bundle.graphs(), options)
+        with ExitStack() as closing:
+            for engine in opened.engines.values():
+                closing.push(engine)
+            pipeline = cls(bundle, opened.engines, batch_sizes)
+            closing.pop_all()
+        pipeline.backend, pipeline.passed_over = opened.backend, dict(opened.passed_over)
         return pipeline
 
     def __enter__(self) -> Self:
@@ -167,12 +172,11 @@ class Pipeline:
             raise ValueError(f"a tick needs rows of one group of this bundle, got {groups or 'none'}")
         if any(row.done for row in rows):
             raise ValueError("a row is done already")
-        z_next = self._engines[rows[0].student.graph].run(step_inputs(rows))["z_next"]
+        inputs = self._inputs.of(rows)
+        z_next = self._engines[rows[0].student.graph].run(inputs)["z_next"]
         if not np.isfinite(z_next).all():
             raise EngineError("the step graph gave values that are not finite")
-        for row, z in zip(rows, z_next, strict=True):
-            row.z = z.copy()
-            row.step_index += 1
+        self._inputs.move(rows, inputs, z_next)
 
     def finish(self, rows: Sequence[Row]) -> list[Pixels]:
         """Decode rows that are done (else ValueError) to uint8 (H, W, 3). Kept pixels come back exactly."""

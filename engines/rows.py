@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,23 +92,63 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Floats:
     return np.random.Generator(np.random.Philox(key=seed)).standard_normal(tuple(shape), dtype=np.float32)
 
 
+class TickInputs:
+    """The inputs of ticks. Rows that move together again get the same arrays again, but for their place on the grid.
+
+    An engine on a device need not send those a second time. The arrays cannot be written to.
+    """
+
+    def __init__(self) -> None:
+        """Remember no tick yet."""
+        self._last: tuple[tuple[Floats, ...], dict[str, Array]] | None = None
+
+    def of(self, rows: Sequence[Row]) -> dict[str, Array]:
+        """The inputs of a tick of rows of one group."""
+        last = self._last
+        if last is not None and len(rows) == len(last[0]) and all(map(_is_z_of, rows, last[0])):
+            return _scalars(rows) | last[1]
+        return step_inputs(rows)
+
+    def move(self, rows: Sequence[Row], inputs: Mapping[str, Array], z_next: Array) -> None:
+        """Move the rows to `z_next`, which a tick with `inputs` gave."""
+        z_next.flags.writeable = False
+        for row, z in zip(rows, z_next, strict=True):
+            row.z = z
+            row.step_index += 1
+        kept = {name: array for name, array in inputs.items() if name not in SCALARS}
+        self._last = tuple(row.z for row in rows), {**kept, "z": z_next}
+
+
+def _is_z_of(row: Row, z: Floats) -> bool:
+    return row.z is z
+
+
+SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
+
+
 def step_inputs(rows: Sequence[Row]) -> dict[str, Array]:
     """Stack rows of one group into the inputs of their step graph."""
-    grids = [(row.student.grid, row.step_index) for row in rows]
-    scalars = {
-        "time": [grid.times[k] for grid, k in grids],
-        "alpha": [grid.alphas[k] for grid, k in grids],
-        "sigma": [grid.sigmas[k] for grid, k in grids],
-        "alpha_next": [grid.alphas[k + 1] for grid, k in grids],
-        "sigma_next": [grid.sigmas[k + 1] for grid, k in grids],
-        "guidance": [row.task.guidance for row in rows],
-    }
-    inputs: dict[str, Array] = {name: np.array(values, dtype=np.float32) for name, values in scalars.items()}
+    inputs = _scalars(rows)
     for name in ("z", "known", "keep", "noise"):
         inputs[name] = np.stack([getattr(row, name) for row in rows])
     for name in rows[0].condition:
         inputs[name] = np.stack([row.condition[name] for row in rows])
+    for array in inputs.values():
+        array.flags.writeable = False
     return inputs
+
+
+def _scalars(rows: Sequence[Row]) -> dict[str, Array]:
+    grids = [(row.student.grid, row.step_index) for row in rows]
+    values = (
+        [grid.times[k] for grid, k in grids],
+        [grid.alphas[k] for grid, k in grids],
+        [grid.sigmas[k] for grid, k in grids],
+        [grid.alphas[k + 1] for grid, k in grids],
+        [grid.sigmas[k + 1] for grid, k in grids],
+        [row.task.guidance for row in rows],
+    )
+    return {name: np.array(column, dtype=np.float32) for name, column in zip(SCALARS, values, strict=True)}
 
 
 def keep_cells(repaint: Mask, latent_shape: Sequence[int]) -> Floats:

@@ -7,7 +7,8 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from engines.backends import BACKENDS
+from engines.backends import AUTO, BACKENDS
+from engines.plans import PRECISIONS
 from service.settings import Settings
 
 
@@ -15,7 +16,9 @@ from service.settings import Settings
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on, 0 for any free one.")
 @click.option("--bundle", help="Folder of a bundle, or the name of one that ships.")
-@click.option("--backend", type=click.Choice(list(BACKENDS)), help="What runs the graphs.")
+@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), help="What runs the graphs.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of plans that are compiled.")
+@click.option("--plans", type=click.Path(file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=int, help="Threads of an engine, 0 leaves it to the backend.")
 @click.option("--max-batch", type=int, help="Most images in one call of the step engine.")
 @click.option("--timeout-ms", type=int, help="Time limit of a request that names none.")

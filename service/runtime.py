@@ -53,7 +53,9 @@ def open_pipeline(settings: Settings) -> Pipeline:
     """Open the bundle that the settings name, a folder or a bundle that ships, and warm it up."""
     path = find_bundle(settings.bundle)
     sizes = {settings.max_batch} | {1 << k for k in range(settings.max_batch.bit_length())}
-    pipeline = Pipeline.open(path, settings.backend, settings.threads, batch_sizes=sorted(sizes))
+    pipeline = Pipeline.open(
+        path, settings.backend, settings.threads, sorted(sizes), settings.precision, settings.plans
+    )
     pipeline.warmup()
     return pipeline
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.bundle import SHIPPED
+from engines.plans import Precision
 
 MIB = 1024 * 1024
 
@@ -23,7 +25,9 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on, 0 for any free one")] = 8000
     bundle: Annotated[str, Field(description="folder of a bundle, or the name of one that ships")] = SHIPPED
-    backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends")] = "ort"
+    backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends, or auto")] = "ort"
+    precision: Annotated[Precision, Field(description="of plans that are compiled")] = "fp32"
+    plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None
     threads: Annotated[int, Field(ge=0, description="threads of an engine, 0 leaves it to the backend")] = 0
     max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
 

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib import import_module
 
-from engines.backends.base import Engine, EngineError, GraphSpec
+from engines.backends.base import Engine, EngineError, EngineOptions, GraphSpec
 
 BACKENDS: dict[str, str] = {
+    "trt": "engines.backends.trt:open_trt",
+    "ort-tensorrt": "engines.backends.ort:OrtTensorrtEngine",
+    "ort-cuda": "engines.backends.ort:OrtCudaEngine",
     "ort": "engines.backends.ort:OrtEngine",
     "fake": "engines.backends.fake:FakeEngine",
 }
+AUTO = "auto"
+BEST_FIRST = ("trt", "ort-cuda", "ort")
+"""What `auto` tries, in this order."""
+
+_log = logging.getLogger(__name__)
 
 
-def open_engine(backend: str, graph: GraphSpec, *, threads: int = 0) -> Engine:
-    """Open ``graph`` on ``backend``; ``threads`` = 0 leaves the number of threads to the backend.
+@dataclass(frozen=True)
+class Opened:
+    """The engines of a bundle by the file name of their graph, and why `auto` passed over better backends."""
+
+    backend: str
+    engines: Mapping[str, Engine]
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_engine(backend: str, graph: GraphSpec, options: EngineOptions = EngineOptions()) -> Engine:
+    """Open ``graph`` on ``backend``.
 
     Raises EngineError for an unknown backend, a missing library, or a graph that differs from its specs.
     """
@@ -25,5 +45,31 @@ def open_engine(backend: str, graph: GraphSpec, *, threads: int = 0) -> Engine:
         module = import_module(module_name)
     except ImportError as error:
         raise EngineError(f"backend {backend!r} cannot be imported: {error}") from error
-    factory: Callable[..., Engine] = getattr(module, factory_name)
-    return factory(graph, threads=threads)
+    factory: Callable[[GraphSpec, EngineOptions], Engine] = getattr(module, factory_name)
+    return factory(graph, options)
+
+
+def open_engines(backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions = EngineOptions()) -> Opened:
+    """Open every graph on ``backend``; ``auto`` is the first of `BEST_FIRST` that opens them all.
+
+    Raises EngineError as `open_engine` does; then none is left open.
+    """
+    if backend != AUTO:
+        return Opened(backend, _open_all(backend, graphs, options))
+    passed_over: dict[str, str] = {}
+    for name in BEST_FIRST:
+        try:
+            engines = _open_all(name, graphs, options)
+        except EngineError as error:
+            passed_over[name] = str(error)
+            _log.info("backend %s passed over: %s", name, error)
+        else:
+            return Opened(name, engines, passed_over)
+    raise EngineError("no backend opens the bundle; " + "; ".join(f"{k}: {why}" for k, why in passed_over.items()))
+
+
+def _open_all(backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions) -> dict[str, Engine]:
+    with ExitStack() as opened:
+        engines = {name: opened.enter_context(open_engine(backend, graph, options)) for name, graph in graphs.items()}
+        opened.pop_all()
+    return engines

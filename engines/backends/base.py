@@ -12,14 +12,39 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from engines.plans import Precision, Profile
+
 Array = NDArray[Any]
 Role = Literal["text", "encode", "decode", "step"]
 
 BATCH = "batch"
+BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
 class EngineError(Exception):
     """An engine could not be opened, was given inputs that break its specs, or failed while running."""
+
+
+class DeviceMemoryError(EngineError):
+    """The device has no memory left for what was asked: a smaller batch may fit."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are opened: threads of a CPU (0 leaves them to the backend), and which plans, kept where.
+
+    Raises EngineError for a negative number of threads.
+    """
+
+    threads: int = 0
+    precision: Precision = "fp32"
+    profile: Profile = Profile(BATCH_SIZES)
+    plans: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the threads."""
+        if self.threads < 0:
+            raise EngineError(f"threads must not be negative, got {self.threads}")
 
 
 class TensorSpec(BaseModel):
@@ -52,12 +77,13 @@ class TensorSpec(BaseModel):
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph of a bundle: where it lies and what it must take and give."""
+    """One graph of a bundle: where it lies, what it must take and give, and the SHA-256 that the manifest has of it."""
 
     role: Role
     path: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sha256: str = ""
 
 
 class Engine(Protocol):

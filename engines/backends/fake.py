@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.base import Array, EngineError, GraphSpec, TensorSpec, check_arrays
+from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec, check_arrays
 
 _STEP_INPUTS = {
     *("z", "time", "alpha", "sigma", "alpha_next", "sigma_next"),
@@ -25,10 +25,8 @@ _STEP_INPUTS = {
 class FakeEngine:
     """An Engine that ignores the graph file and computes a made-up function of the inputs, row by row."""
 
-    def __init__(self, graph: GraphSpec, *, threads: int = 0) -> None:
-        """Take the specs of ``graph``. ``threads`` may be any count: there is too little work to share."""
-        if threads < 0:
-            raise EngineError(f"threads must not be negative, got {threads}")
+    def __init__(self, graph: GraphSpec, options: EngineOptions) -> None:
+        """Take the specs of ``graph``. No option matters: there is too little work to share, and nothing to compile."""
         self._graph = graph
         self._open = True
 

@@ -1,42 +1,50 @@
-"""The ONNX Runtime backend: one graph in one session on the CPU. Knows no sampling and no images."""
+"""The ONNX Runtime backend: one graph in one session, on the CPU or a GPU. Knows no sampling and no images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
-from engines.backends.base import Array, EngineError, GraphSpec, TensorSpec, check_arrays
+from engines.backends.base import (
+    Array,
+    DeviceMemoryError,
+    EngineError,
+    EngineOptions,
+    GraphSpec,
+    TensorSpec,
+    check_arrays,
+)
 from engines.backends.cores import usable_cores
+from engines.backends.resident import Resident
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_NO_MEMORY = ("out of memory", "failed to allocate", "bfcarena", "cudaerrormemoryallocation")
 
 
 class OrtEngine:
     """An Engine on an ONNX Runtime session. ``run`` may be called from several threads."""
 
-    def __init__(self, graph: GraphSpec, *, threads: int = 0) -> None:
-        """Load ``graph`` on ``threads`` threads, 0 for one on every core the process may use.
+    def __init__(self, graph: GraphSpec, options: EngineOptions) -> None:
+        """Load ``graph`` on the threads of ``options``, 0 for one on every core the process may use.
 
         Raises EngineError where the file does not load or its inputs and outputs differ from the specs.
         """
-        if threads < 0:
-            raise EngineError(f"threads must not be negative, got {threads}")
         self._graph = graph
         self._name = graph.path.name
         self._outputs = [spec.name for spec in graph.outputs]
-        try:
-            session = ort.InferenceSession(
-                str(graph.path), _options(threads or usable_cores()), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the library's errors share no base class
-            raise EngineError(f"{self._name}: ONNX Runtime cannot load it ({error})") from error
+        session = self._open(options)
         _check_signature(self._name, "input", session.get_inputs(), graph.inputs)
         _check_signature(self._name, "output", session.get_outputs(), graph.outputs)
         self._session: ort.InferenceSession | None = session
+
+    def _open(self, options: EngineOptions) -> ort.InferenceSession:
+        return _load(self._graph, _options(options.threads or usable_cores()), [CPU])
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -55,13 +63,16 @@ class OrtEngine:
             raise EngineError(f"{self._name}: the engine is closed")
         batch = check_arrays(inputs, self.inputs, self._name)
         try:
-            arrays = session.run(self._outputs, dict(inputs))
-        except Exception as error:  # as above
-            raise EngineError(f"{self._name}: {error}") from error
-        outputs = dict(zip(self._outputs, arrays, strict=True))
+            outputs = self._run(session, inputs)
+        except Exception as error:  # the library's errors share no base class
+            kind = DeviceMemoryError if any(sign in str(error).lower() for sign in _NO_MEMORY) else EngineError
+            raise kind(f"{self._name}: {error}") from error
         if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
             raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
         return outputs
+
+    def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return dict(zip(self._outputs, session.run(self._outputs, dict(inputs)), strict=True))
 
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Run once on zeros at every batch size."""
@@ -80,6 +91,88 @@ class OrtEngine:
     ) -> None:
         """Drop the session; a run in another thread ends first."""
         self._session = None
+
+
+class OrtCudaEngine(OrtEngine):
+    """The same on a CUDA device: inputs that did not change since the last run stay there, outputs too.
+
+    Runs of several threads take turns.
+    """
+
+    provider = CUDA
+    device = "cuda"
+
+    def _open(self, options: EngineOptions) -> ort.InferenceSession:
+        if self.provider not in ort.get_available_providers():
+            there = ", ".join(ort.get_available_providers())
+            raise EngineError(f"this ONNX Runtime has no {self.provider}, only {there}: pip install 'fewstep[gpu]'")
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        session = _load(self._graph, settings, [*self._providers(options), CPU])
+        if self.provider not in session.get_providers():
+            raise EngineError(f"{self._name}: {self.provider} is there but found no device that it can use")
+        self._resident: Resident[ort.OrtValue] = Resident()
+        self._lock = Lock()
+        return session
+
+    def _providers(self, options: EngineOptions) -> list[Any]:
+        return [CUDA]
+
+    def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with self._lock:
+            binding = session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_ortvalue_input(name, self._resident.get(name, array, self._send))
+            for name in self._outputs:
+                binding.bind_output(name, self.device, 0)
+            session.run_with_iobinding(binding)
+            values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+            outputs = {name: value.numpy() for name, value in values.items()}
+            if self._graph.role == "step":  # what it gives is what the next tick takes
+                outputs["z_next"].flags.writeable = False
+                self._resident.put("z", outputs["z_next"], values["z_next"])
+            return outputs
+
+    def _send(self, array: Array) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Drop the session and what lies on the device."""
+        super().__exit__(kind, error, trace)
+        self._resident.clear()
+
+
+class OrtTensorrtEngine(OrtCudaEngine):
+    """The same by ONNX Runtime's TensorRT provider, which builds its plans when it first meets a shape."""
+
+    provider = TENSORRT
+
+    def _providers(self, options: EngineOptions) -> list[Any]:
+        from engines.plans import plans_folder
+
+        folder = options.plans or plans_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            # The provider's own key leaves out the weights.
+            "trt_engine_cache_prefix": f"ort-{self._graph.sha256[:16]}-{options.precision}",
+            "trt_fp16_enable": "1" if options.precision == "fp16" else "0",
+            "trt_bf16_enable": "1" if options.precision == "bf16" else "0",
+        }
+        return [(TENSORRT, settings), CUDA]
+
+
+def _load(graph: GraphSpec, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(graph.path), options, providers=providers)
+    except Exception as error:  # the library's errors share no base class
+        raise EngineError(f"{graph.path.name}: ONNX Runtime cannot load it ({error})") from error
 
 
 @cache

@@ -63,7 +63,7 @@ def build_plan(
     Raises EngineError for a chip that the library does not compile for, and for a graph that does not parse or build.
     """
     trt = library.module
-    logger = _logger(trt)
+    logger = error_logger(trt)
     builder = trt.Builder(logger)
     flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows nothing else
     network = builder.create_network(0 if flags is None else 1 << int(flags))
@@ -103,7 +103,7 @@ def _shapes(builder: Any, network: Any, sizes: tuple[int, int, int]) -> Any:
     return profile
 
 
-def _logger(trt: Any) -> Any:
+def error_logger(trt: Any) -> Any:
     """A logger that prints nothing and keeps the last error."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto
 
 from engines.backends import cores, open_engine
-from engines.backends.base import EngineError, GraphSpec, TensorSpec
+from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
 from tests.bundles import GraphBuilder
 
 
@@ -49,10 +49,10 @@ def test_a_graph_that_differs_does_not_load(graph: GraphSpec, change: Any, named
     """A dimension that the graph leaves open fits any fixed size; everything else must agree."""
     wanted = replace(graph, **change)
     if named is None:
-        open_engine("ort", wanted, threads=1)
+        open_engine("ort", wanted, EngineOptions(threads=1))
         return
     with pytest.raises(EngineError, match=named):
-        open_engine("ort", wanted, threads=1)
+        open_engine("ort", wanted, EngineOptions(threads=1))
 
 
 def test_output_of_another_shape_than_promised_is_an_error(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_output_of_another_shape_than_promised_is_an_error(tmp_path: Path) -> No
     filled = builder.op("Cast", column_sums, to=TensorProto.BOOL)
     builder.op("Compress", "image", filled, out="latent", axis=3)
     path = builder.save(tmp_path / "encode.onnx", (IMAGE,), (spec("latent", "batch", 3, 8, "width"),))
-    with open_engine("ort", GraphSpec("encode", path, (IMAGE,), (LATENT,)), threads=1) as engine:
+    with open_engine("ort", GraphSpec("encode", path, (IMAGE,), (LATENT,)), EngineOptions(threads=1)) as engine:
         assert engine.run({"image": np.ones((2, 3, 8, 8), np.float32)})["latent"].shape == (2, 3, 8, 8)
         with pytest.raises(EngineError, match="wrong output"):
             engine.warmup((1,))
@@ -74,7 +74,7 @@ def test_a_graph_that_fails_while_running_is_an_engine_error(tmp_path: Path) -> 
     builder.op("Gather", table, "label", out="context")
     label, context = spec("label", "batch", dtype="int64"), spec("context", "batch", 1)
     path = builder.save(tmp_path / "text.onnx", (label,), (context,))
-    with open_engine("ort", GraphSpec("text", path, (label,), (context,)), threads=1) as engine:
+    with open_engine("ort", GraphSpec("text", path, (label,), (context,)), EngineOptions(threads=1)) as engine:
         assert engine.run({"label": np.array([1])})["context"].tolist() == [[2.0]]
         with pytest.raises(EngineError, match=r"text\.onnx"):
             engine.run({"label": np.array([7])})
@@ -96,7 +96,7 @@ def test_int8_weights_are_unpacked_at_load(tmp_path: Path) -> None:
     builder.op("Conv", "image", unpacked, out="latent")
     path = builder.save(tmp_path / "encode.onnx", (IMAGE,), (LATENT,))
     image = np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32)
-    with open_engine("ort", GraphSpec("encode", path, (IMAGE,), (LATENT,)), threads=1) as engine:
+    with open_engine("ort", GraphSpec("encode", path, (IMAGE,), (LATENT,)), EngineOptions(threads=1)) as engine:
         latent = engine.run({"image": image})["latent"]
     expected = np.einsum("oi,bihw->bohw", weight[:, :, 0, 0] * scale[:, None], image)
     np.testing.assert_allclose(latent, expected, atol=1e-4)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.backends import open_engine
-from engines.backends.base import Array, EngineError
+from engines.backends import open_engines
+from engines.backends.base import Array, EngineError, EngineOptions
 from engines.backends.fake import FakeEngine
 from engines.bundle import Bundle, BundleError, load_bundle, write_bundle
 from engines.pipeline import (
@@ -146,7 +146,7 @@ class FailingEngine(FakeEngine):
 @pytest.mark.parametrize("broken", ["raise", "nan"])
 def test_a_failed_tick_changes_no_row(text_bundle: Bundle, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FailingEngine, "broken", broken)
-    engines = {name: FailingEngine(graph) for name, graph in text_bundle.graphs().items()}
+    engines = {name: FailingEngine(graph, EngineOptions()) for name, graph in text_bundle.graphs().items()}
     with Pipeline(text_bundle, engines) as pipeline:
         good, bad = pipeline.prepare([Generate("a cat", 2, 0.0, 1), Generate("a dog", 2, 6.0, 2)])
         before = [(row.z.copy(), row.step_index) for row in (good, bad)]
@@ -246,7 +246,7 @@ def test_warmup_times_every_student_at_every_batch_size(pipeline: Pipeline) -> N
 
 
 def test_a_closed_pipeline_has_closed_its_engines(text_bundle: Bundle, backend: str) -> None:
-    engines = {name: open_engine(backend, graph, threads=1) for name, graph in text_bundle.graphs().items()}
+    engines = open_engines(backend, text_bundle.graphs(), EngineOptions(threads=1)).engines
     with Pipeline(text_bundle, engines):
         pass
     for engine in engines.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,7 @@ def watch_ticks(app: Running, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
 
     def watched(rows: Sequence[Row]) -> None:
         company.append([type(row.task).__name__ for row in rows])
+        time.sleep(0.01)  # as a larger network would take: the tiny one is done before others arrive
         tick(rows)
 
     monkeypatch.setattr(app.pipeline, "tick", watched)

@@ -1,0 +1,83 @@
+"""The CUDA runtime as far as an engine needs it: memory, one stream, graphs. Every failure is an EngineError."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from engines.backends.base import Array, DeviceMemoryError, EngineError
+
+Pointer = int
+
+
+class Cuda:
+    """The first CUDA device, by NVIDIA's own bindings."""
+
+    def __init__(self) -> None:
+        """Find the device. Raises EngineError without the bindings, a driver or a device."""
+        try:
+            self._runtime = import_module("cuda.bindings.runtime")
+        except ImportError as error:
+            raise EngineError(f"the CUDA bindings are not installed ({error}): pip install cuda-bindings") from error
+        if self._call("cudaGetDeviceCount") < 1:
+            raise EngineError("there is no CUDA device")
+        self._stream = self._call("cudaStreamCreate")
+
+    @property
+    def target(self) -> str:
+        """The chip, as plans are named by it: sm89."""
+        attributes = self._runtime.cudaDeviceAttr
+        names = ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
+        return "sm" + "".join(str(self._call("cudaDeviceGetAttribute", getattr(attributes, name), 0)) for name in names)
+
+    @property
+    def stream(self) -> int:
+        """The stream on which all is done in order."""
+        return int(self._stream)
+
+    def allocate(self, size: int) -> Pointer:
+        """Device memory of so many bytes. Raises DeviceMemoryError where there is none left."""
+        return int(self._call("cudaMalloc", size))
+
+    def free(self, pointer: Pointer) -> None:
+        """Give memory back."""
+        self._call("cudaFree", pointer)
+
+    def upload(self, pointer: Pointer, array: Array) -> None:
+        """Copy a contiguous array to the device."""
+        self._copy(pointer, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+
+    def download(self, array: Array, pointer: Pointer) -> None:
+        """Copy from the device into a contiguous array; it is there after `synchronize`."""
+        self._copy(array.ctypes.data, pointer, array.nbytes, "cudaMemcpyDeviceToHost")
+
+    def move(self, target: Pointer, source: Pointer, size: int) -> None:
+        """Copy bytes on the device."""
+        self._copy(target, source, size, "cudaMemcpyDeviceToDevice")
+
+    def synchronize(self) -> None:
+        """Wait until all is done. Raises EngineError for what failed on the way."""
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """What launches again, in one call, all that `launch` puts on the stream."""
+        modes = self._runtime.cudaStreamCaptureMode
+        self._call("cudaStreamBeginCapture", self._stream, modes.cudaStreamCaptureModeThreadLocal)
+        try:
+            launch()
+        finally:
+            graph = self._call("cudaStreamEndCapture", self._stream)
+        executable = self._call("cudaGraphInstantiate", graph, 0)
+        return lambda: self._call("cudaGraphLaunch", executable, self._stream) and None
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        kinds = self._runtime.cudaMemcpyKind
+        self._call("cudaMemcpyAsync", target, source, size, getattr(kinds, kind), self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        status, *values = getattr(self._runtime, name)(*arguments)
+        if int(status) != 0:
+            kind = DeviceMemoryError if "MemoryAllocation" in str(status) else EngineError
+            raise kind(f"CUDA: {name} failed with {getattr(status, 'name', status)}")
+        return values[0] if values else None

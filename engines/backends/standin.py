@@ -1,0 +1,90 @@
+"""An engine that is slow to make, and another that answers until it is there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock, Thread
+from types import TracebackType
+from typing import Self
+
+from engines.backends.base import Array, Engine, TensorSpec
+
+_log = logging.getLogger(__name__)
+_one_at_a_time = Lock()
+
+
+class StandIn:
+    """An Engine that is ``stand_in`` at first, and what ``make`` gives as soon as that is there.
+
+    Where making fails, it stays the stand-in, and `failure` says why.
+    """
+
+    def __init__(self, stand_in: Engine, make: Callable[[], Engine], name: str) -> None:
+        """Begin to make the engine in the background, after those that are being made already."""
+        self._engine, self._make, self._name = stand_in, make, name
+        self._closed = False
+        self._lock = Lock()
+        self.failure: Exception | None = None
+        self._thread = Thread(target=self._replace, name=f"building {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        return self._engine.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives."""
+        return self._engine.outputs
+
+    @property
+    def current(self) -> Engine:
+        """The engine that answers now."""
+        return self._engine
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the engine that is there. Raises EngineError as it does."""
+        return self._engine.run(inputs)
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """Warm up the engine that is there; the one to come is warm when it comes."""
+        self._engine.warmup(batch_sizes)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until the engine is made, or has failed; whether that is so."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _replace(self) -> None:
+        with _one_at_a_time:
+            if self._closed:
+                return
+            try:
+                made = self._make()
+            except Exception as error:  # whatever it is, the stand-in goes on
+                self.failure = error
+                _log.warning("%s could not be built and stays on its stand-in: %s", self._name, error)
+                return
+        with self._lock:
+            unwanted = made if self._closed else self._engine
+            if not self._closed:
+                self._engine = made
+                _log.info("%s is built and has taken over", self._name)
+        unwanted.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        """Return the engine, which is open already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the engine that is there; one that is still being made is closed when it is done."""
+        with self._lock:
+            self._closed = True
+        self._engine.__exit__(kind, error, trace)

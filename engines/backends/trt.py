@@ -1,0 +1,184 @@
+"""The TensorRT backend: one plan on the first CUDA device; built, if need be, while another engine answers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphSpec, TensorSpec, check_arrays
+from engines.backends.cuda import Cuda, Pointer
+from engines.backends.ort import OrtEngine
+from engines.backends.resident import Resident
+from engines.backends.standin import StandIn
+from engines.backends.trt_library import Library, build_plan, error_logger, find_library
+from engines.compile import prepare
+from engines.plans import PlanCache, PlanError, PlanKey, Profile
+
+_STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
+
+
+def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
+    """Open the plan of ``graph``; where there is none, ONNX Runtime on the CPU answers until it is built.
+
+    Raises EngineError without TensorRT or a CUDA device, or for a plan that does not load.
+    """
+    library, cuda = find_library(), Cuda()
+    cache = PlanCache(options.plans)
+    key = PlanKey(graph.sha256, library.name, cuda.target, options.precision, options.profile)
+    try:
+        plan = cache.load(key)
+    except PlanError:
+        plan = None  # it is built anew
+    if plan is not None:
+        return TrtEngine(graph, plan, library, cuda, options.profile)
+
+    def build() -> Engine:
+        with tempfile.TemporaryDirectory() as scratch:
+            prepared, _ = prepare(graph, options.precision, Path(scratch))
+            target = cuda.target if library.is_rtx else None
+            made = build_plan(library, prepared, options.profile, target)
+        cache.save(key, made)
+        engine = TrtEngine(graph, made, library, cuda, options.profile)
+        engine.warmup(options.profile.batch_sizes)
+        return engine
+
+    return StandIn(OrtEngine(graph, options), build, graph.path.name)
+
+
+class TrtEngine:
+    """An Engine on a TensorRT plan. Runs of several threads take turns."""
+
+    def __init__(self, graph: GraphSpec, plan: bytes, library: Library, cuda: Cuda, profile: Profile) -> None:
+        """Load a plan that was built for `profile`. Raises EngineError for one that does not fit the graph."""
+        self._graph, self._cuda, self._profile = graph, cuda, profile
+        self._name = graph.path.name
+        self._logger = error_logger(library.module)
+        self._runtime = library.module.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError(f"{self._name}: {library.name} cannot load its plan ({self._logger.worst})")
+        found = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
+        wanted = {spec.name for spec in (*graph.inputs, *graph.outputs)}
+        if found != wanted:
+            raise EngineError(f"{self._name}: its plan has {sorted(found)}; the manifest wants {sorted(wanted)}")
+        self._shapes: dict[int, _Shape] = {}
+        self._lock = Lock()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        return self._graph.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives."""
+        return self._graph.outputs
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the plan once. Raises EngineError where the inputs break the specs or the device fails."""
+        batch = check_arrays(inputs, self.inputs, self._name)
+        with self._lock:
+            if self._engine is None:
+                raise EngineError(f"{self._name}: the engine is closed")
+            try:
+                place = self._profile.bucket(batch)
+            except ValueError as error:
+                raise EngineError(f"{self._name}: {error}") from error
+            if place not in self._shapes:
+                self._shapes[place] = _Shape(self._engine, self._graph, self._cuda, self._profile, place)
+            return self._shapes[place].run(inputs, batch)
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """Run on zeros at every batch size, often enough for its launches to be captured."""
+        for batch in batch_sizes:
+            for _ in range(2):
+                self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
+
+    def __enter__(self) -> Self:
+        """Return the engine, which is open already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the device's memory back; a run in another thread ends first."""
+        with self._lock:
+            for shape in self._shapes.values():
+                shape.close()
+            self._shapes.clear()
+            self._engine = self._runtime = None
+
+
+class _Shape:
+    """One optimisation profile of a plan: its context, its memory on the device, and its launches as one graph."""
+
+    def __init__(self, engine: Any, graph: GraphSpec, cuda: Cuda, profile: Profile, place: int) -> None:
+        self._graph, self._cuda, self._dynamic = graph, cuda, profile.dynamic
+        self._largest = profile.ranges[place][2]
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(f"{graph.path.name}: the device has no memory for a batch of {self._largest}")
+        self._context.set_optimization_profile_async(place, cuda.stream)
+        self._resident: Resident[int] = Resident()
+        self._pointers: dict[str, Pointer] = {}
+        self._runs, self._launch = 0, self._execute
+        try:
+            for spec in (*graph.inputs, *graph.outputs):
+                self._pointers[spec.name] = cuda.allocate(spec.zeros(self._largest).nbytes)
+                self._context.set_tensor_address(spec.name, self._pointers[spec.name])
+        except EngineError:
+            self.close()
+            raise
+
+    def run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+        """Send what is not there, launch, and bring the outputs of the first `batch` rows back."""
+        size = batch if self._dynamic else self._largest
+        for spec in self._graph.inputs:
+            self._context.set_input_shape(spec.name, spec.sized(size))
+            self._resident.get(spec.name, inputs[spec.name], partial(self._send, spec, size))
+        self._launch()
+        outputs = {spec.name: np.empty(spec.sized(batch), spec.dtype) for spec in self._graph.outputs}
+        for name, array in outputs.items():
+            self._cuda.download(array, self._pointers[name])
+        self._keep(outputs)
+        self._cuda.synchronize()
+        self._runs += 1
+        if self._runs == 1 and not self._dynamic:  # a plain run first: it sets up what cannot be captured
+            self._launch = self._cuda.capture(self._execute)
+        return outputs
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._context = None
+        while self._pointers:
+            self._cuda.free(self._pointers.popitem()[1])
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise EngineError(f"{self._graph.path.name}: TensorRT could not launch it")
+
+    def _send(self, spec: TensorSpec, size: int, array: Array) -> int:
+        """Copy an array to its place on the device; the rows of a fixed shape that are too many repeat the last one."""
+        if len(array) < size:
+            array = np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])
+        self._cuda.upload(self._pointers[spec.name], np.ascontiguousarray(array))
+        return size
+
+    def _keep(self, outputs: Mapping[str, Array]) -> None:
+        """What a step gives is what the next one takes: it stays on the device."""
+        if self._graph.role != "step":
+            return
+        array = outputs[_STEP_OUTPUT]
+        array.flags.writeable = False
+        self._cuda.move(self._pointers[_STEP_INPUT], self._pointers[_STEP_OUTPUT], array.nbytes)
+        self._resident.put(_STEP_INPUT, array, len(array))

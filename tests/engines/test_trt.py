@@ -1,0 +1,264 @@
+"""The TensorRT backend on a made-up device: memory in the host's, plans that ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from engines.backends import open_engine, trt
+from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
+from engines.backends.standin import StandIn
+from engines.backends.trt import TrtEngine
+from engines.backends.trt_library import Library
+from engines.bundle import Bundle
+from engines.pipeline import Generate, Pipeline
+from engines.plans import PlanCache, PlanKey, Profile
+from tests.engines.test_engine_contract import graph_of, random_inputs
+
+PROFILE = Profile((1, 4))
+
+
+class MadeUpCuda:
+    """A device whose memory is the host's, and whose stream does at once what it is given."""
+
+    target, stream = "sm89", 7
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Any] = {}
+        self.uploads = 0
+        self.captured = 0
+        self.limit = 1 << 40
+
+    def allocate(self, size: int) -> int:
+        if size > self.limit:
+            raise DeviceMemoryError("CUDA: cudaMalloc failed with cudaErrorMemoryAllocation")
+        block = ctypes.create_string_buffer(size)
+        self.memory[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free(self, pointer: int) -> None:
+        del self.memory[pointer]
+
+    def upload(self, pointer: int, array: Array) -> None:
+        self.uploads += 1
+        self.move(pointer, array.ctypes.data, array.nbytes)
+
+    def download(self, array: Array, pointer: int) -> None:
+        self.move(array.ctypes.data, pointer, array.nbytes)
+
+    def move(self, target: int, source: int, size: int) -> None:
+        ctypes.memmove(target, source, size)
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        return launch
+
+
+class MadeUpContext:
+    """Runs the plan, an ONNX graph, on what lies at the addresses it was given."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session, self.shapes, self.addresses = session, dict[str, Any](), dict[str, int]()
+
+    def set_optimization_profile_async(self, place: int, stream: int) -> None:
+        assert stream == MadeUpCuda.stream
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        feeds = {}
+        for node in self.session.get_inputs():
+            dtype = np.float32 if node.type == "tensor(float)" else np.int64
+            size = int(np.prod(self.shapes[node.name])) * np.dtype(dtype).itemsize
+            raw = ctypes.string_at(self.addresses[node.name], size)
+            feeds[node.name] = np.frombuffer(raw, dtype).reshape(self.shapes[node.name])
+        names = [node.name for node in self.session.get_outputs()]
+        for name, array in zip(names, self.session.run(names, feeds), strict=True):
+            ctypes.memmove(self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        return True
+
+
+class MadeUpEngine:
+    def __init__(self, plan: bytes) -> None:
+        self.session = ort.InferenceSession(plan, providers=["CPUExecutionProvider"])
+        nodes = [*self.session.get_inputs(), *self.session.get_outputs()]
+        self.names = [node.name for node in nodes]
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, i: int) -> str:
+        return self.names[i]
+
+    def create_execution_context(self) -> MadeUpContext:
+        return MadeUpContext(self.session)
+
+
+class MadeUpRuntime:
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, plan: bytes) -> MadeUpEngine | None:
+        if plan == b"of another version":
+            self.logger.log(1, "the plan was built by version 9")
+            return None
+        return MadeUpEngine(plan)
+
+
+class MadeUpLogger:
+    ERROR = 1
+
+
+MADE_UP = SimpleNamespace(
+    __name__="made_up_rtx", __version__="1.0", ILogger=type("ILogger", (MadeUpLogger,), {}), Runtime=MadeUpRuntime
+)
+
+
+@pytest.fixture
+def cuda() -> MadeUpCuda:
+    return MadeUpCuda()
+
+
+def opened(graph: GraphSpec, cuda: MadeUpCuda, profile: Profile = PROFILE) -> TrtEngine:
+    return TrtEngine(graph, graph.path.read_bytes(), Library(MADE_UP), cuda, profile)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])
+def engine(request: pytest.FixtureRequest, text_bundle: Bundle, cuda: MadeUpCuda) -> Iterator[TrtEngine]:
+    with opened(graph_of(text_bundle, "step"), cuda, Profile((1, 4), request.param)) as made:
+        yield made
+
+
+@pytest.fixture
+def reference(text_bundle: Bundle) -> Iterator[Engine]:
+    with open_engine("ort", graph_of(text_bundle, "step")) as made:
+        yield made
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_it_gives_what_onnx_runtime_gives(engine: TrtEngine, reference: Engine, batch: int) -> None:
+    for seed in range(3):
+        inputs = random_inputs(engine, batch, seed)
+        np.testing.assert_allclose(engine.run(inputs)["z_next"], reference.run(inputs)["z_next"], atol=1e-5)
+
+
+def test_a_batch_beyond_the_largest_is_refused(engine: TrtEngine) -> None:
+    with pytest.raises(EngineError, match="batch of 5 is larger than the plan's largest, 4"):
+        engine.run(random_inputs(engine, 5))
+
+
+def test_launches_of_fixed_shapes_are_captured_once_a_shape(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    with opened(graph_of(text_bundle, "step"), cuda) as engine:
+        engine.warmup((1, 4))
+        engine.run(random_inputs(engine, 3))
+        assert cuda.captured == 2
+
+
+def test_memory_is_given_back(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    with opened(graph_of(text_bundle, "step"), cuda) as engine:
+        engine.warmup((1, 4))
+        assert cuda.memory
+    assert not cuda.memory
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(random_inputs(engine, 1))
+
+
+def test_a_device_without_memory_says_so_and_loses_nothing(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    with opened(graph_of(text_bundle, "step"), cuda) as engine:
+        engine.warmup((1,))
+        before = len(cuda.memory)
+        cuda.limit = 1000
+        with pytest.raises(DeviceMemoryError, match="cudaErrorMemoryAllocation"):
+            engine.run(random_inputs(engine, 4))
+        assert len(cuda.memory) == before
+        engine.run(random_inputs(engine, 1))
+
+
+def test_what_lies_on_the_device_is_not_sent_again(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    graphs = text_bundle.graphs()
+    engines: dict[str, Engine] = {name: opened(graph, cuda) for name, graph in graphs.items()}
+    tasks = [Generate("a red cat", 4, 1.0, seed) for seed in (1, 2)]
+    with Pipeline(text_bundle, engines, PROFILE.batch_sizes) as pipeline:
+        rows = pipeline.prepare(tasks)
+        sent = []
+        for _ in range(4):
+            before = cuda.uploads
+            pipeline.tick(rows)
+            sent.append(cuda.uploads - before)
+        images = pipeline.finish(rows)
+    assert sent == [11, 6, 6, 6]  # then only the place on the grid
+    with Pipeline.open(text_bundle.path) as plain:
+        for image, expected in zip(images, plain.run(tasks), strict=True):
+            np.testing.assert_allclose(image.astype(int), expected.astype(int), atol=1)
+
+
+def test_a_plan_that_does_not_load_is_an_error(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    with pytest.raises(EngineError, match=r"cannot load its plan .the plan was built by version 9"):
+        TrtEngine(graph_of(text_bundle, "step"), b"of another version", Library(MADE_UP), cuda, PROFILE)  # type: ignore[arg-type]
+
+
+def test_a_plan_of_another_graph_is_an_error(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    step, decode = (graph_of(text_bundle, role) for role in ("step", "decode"))
+    with pytest.raises(EngineError, match=r"its plan has .*latent.*; the manifest wants"):
+        TrtEngine(step, decode.path.read_bytes(), Library(MADE_UP), cuda, PROFILE)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, cuda: MadeUpCuda, tmp_path: Path) -> EngineOptions:
+    """A machine with a made-up TensorRT, and a folder of plans."""
+    monkeypatch.setattr(trt, "find_library", lambda: Library(MADE_UP))
+    monkeypatch.setattr(trt, "Cuda", lambda: cuda)
+    monkeypatch.setattr(trt, "build_plan", lambda library, graph, *_: graph.read_bytes())
+    return EngineOptions(profile=PROFILE, plans=tmp_path)
+
+
+def test_onnx_runtime_answers_until_the_plan_is_there(text_bundle: Bundle, made_up: EngineOptions) -> None:
+    graph = graph_of(text_bundle, "step")
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, StandIn)
+        inputs = random_inputs(engine, 2)
+        first = engine.run(inputs)["z_next"]
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
+        np.testing.assert_allclose(engine.run(inputs)["z_next"], first, atol=1e-5)
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, TrtEngine)
+
+
+def test_a_damaged_plan_is_built_anew(text_bundle: Bundle, made_up: EngineOptions) -> None:
+    graph = graph_of(text_bundle, "step")
+    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", PROFILE)
+    path = PlanCache(made_up.plans).save(key, b"a plan")
+    path.write_bytes(b"a pl")
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert engine.failure is None
+    assert len(PlanCache(made_up.plans).load(key) or b"") > 10
+
+
+def test_a_plan_that_cannot_be_built_leaves_the_stand_in(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise EngineError("it cannot be built")
+
+    monkeypatch.setattr(trt, "build_plan", fail)
+    with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert str(engine.failure) == "it cannot be built"
+        engine.run(random_inputs(engine, 2))
+    assert "stays on its stand-in: it cannot be built" in caplog.text
