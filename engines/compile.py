@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.backends.base import Array, EngineError, GraphSpec
+from engines.backends.cuda import Cuda
 from engines.backends.trt_library import Library, Progress, build_plan, find_library
 from engines.bundle import Bundle
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
@@ -52,8 +53,9 @@ def build_bundle(
     falls below `FLOOR_DB` in that precision.
     """
     library, cache = library or find_library(), cache or PlanCache()
+    chip = _chip(library, target)
     for name, graph in bundle.graphs().items():
-        key = PlanKey(graph.sha256, library.name, target or "here", precision, profile)
+        key = PlanKey(graph.sha256, library.name, chip, precision, profile)
         try:
             plan = cache.load(key)
         except PlanError:
@@ -64,9 +66,23 @@ def build_bundle(
         started = perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             prepared, fidelity = prepare(graph, precision, Path(scratch))
-            plan = build_plan(library, prepared, profile, target, progress and progress(name))
+            plan = build_plan(library, prepared, profile, chip if library.is_rtx else None, progress and progress(name))
         path = cache.save(key, plan)
         yield Built(name, key, path, len(plan), perf_counter() - started, fidelity)
+
+
+def _chip(library: Library, target: str | None) -> str:
+    """The chip to build for: the one named, or the one that is there; only TensorRT-RTX builds for another one."""
+    if target is not None and library.is_rtx:
+        return target
+    try:
+        here = Cuda().target
+    except EngineError as error:
+        known = f"; name one of {', '.join(library.targets)}" if library.is_rtx else ""
+        raise EngineError(f"no chip to build for was found ({error}){known}") from error
+    if target not in (None, here):
+        raise EngineError(f"{library.name} builds for the chip that is there only, {here}, not for {target}")
+    return here
 
 
 def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -90,6 +91,39 @@ def test_a_chip_that_it_does_not_know_is_named(library: Library, text_bundle: Bu
     with pytest.raises(EngineError, match=r"does not compile for 'sm12'; it does for sm75.*sm120"):
         list(build_bundle(text_bundle, PROFILE, "fp32", "sm12", cache, library=library))
     assert not cache.folder.exists()
+
+
+class Machine:
+    """One with an Ada GPU."""
+
+    target = "sm89"
+
+
+def test_without_a_chip_the_message_names_those_there_are(
+    library: Library, text_bundle: Bundle, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise EngineError("there is no CUDA device")
+
+    monkeypatch.setattr(compiling, "Cuda", none)
+    with pytest.raises(EngineError, match=r"no chip .* \(there is no CUDA device\); name one of sm75, .*sm89"):
+        next(build_bundle(text_bundle, PROFILE, cache=cache, library=library))
+    monkeypatch.setattr(compiling, "Cuda", Machine)
+    assert next(build_bundle(text_bundle, PROFILE, cache=cache, library=library)).key.target == "sm89"
+
+
+def test_tensorrt_itself_builds_for_the_chip_that_is_there(
+    text_bundle: Bundle, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Library(SimpleNamespace(__name__="tensorrt", __version__="11.0"))
+    monkeypatch.setattr(compiling, "Cuda", Machine)
+    asked = []
+    monkeypatch.setattr(compiling, "build_plan", lambda *args: asked.append(args[3]) or b"plan")
+    for target in (None, "sm89"):
+        assert next(build_bundle(text_bundle, PROFILE, "fp32", target, cache, library=full)).key.target == "sm89"
+    assert asked == [None]
+    with pytest.raises(EngineError, match=r"tensorrt 11\.0 builds for the chip that is there only, sm89, not for sm90"):
+        next(build_bundle(text_bundle, PROFILE, "fp32", "sm90", cache, library=full))
 
 
 def test_a_corrupt_graph_is_an_error(library: Library, tmp_path: Path) -> None:
