@@ -12,7 +12,7 @@ from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.queue.memory import MemoryQueue
-from service.routes import images, status
+from service.routes import images, models, status
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service, open_pipeline, package_version
 from service.settings import Settings
@@ -33,7 +33,7 @@ def create_app(
 ) -> FastAPI:
     """The service as an ASGI application; it loads its bundle in the background once it is started.
 
-    ``queue`` is where jobs wait, in memory by default; ``opener`` gives the pipeline, warm.
+    ``queue`` is where jobs wait, in memory by default; ``opener`` opens the pipeline of a folder, warm.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -67,6 +67,7 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics)
     app.include_router(images.router)
+    app.include_router(models.router)
     app.include_router(status.router)
     app.include_router(page_router())
     return app

@@ -96,6 +96,16 @@ def deadline_exceeded() -> ApiError:
     return ApiError(504, "deadline_exceeded", "the time limit passed before the images were made")
 
 
+def model_not_found(error: Exception) -> ApiError:
+    """The answer to a model that there is not; the message says which there are."""
+    return ApiError(404, "model_not_found", str(error), param="model")
+
+
+def model_unavailable(error: Exception) -> ApiError:
+    """The answer where a bundle that is there cannot be loaded."""
+    return ApiError(503, "model_unavailable", str(error), param="model", retryable=False, retry_after_s=60.0)
+
+
 def from_task_error(error: TaskError, param: str) -> ApiError:
     """What the bundle cannot honour, under the name the field has in the request."""
     return ApiError(422, error.code, error.message, param=param)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from engines.images import encode_image
 from engines.pipeline import Pipeline
@@ -15,6 +16,7 @@ from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed, Finished
 from service.logs import describe
 from service.metrics import Metrics
+from service.models import Lease
 from service.queue.base import JobQueue
 from service.work import Unit, Work
 
@@ -29,12 +31,10 @@ class Finisher:
 
     def __init__(
         self,
-        pipeline: Pipeline,
         queue: JobQueue,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pipeline = pipeline
         self._queue = queue
         self._metrics = metrics
         self._clock = clock
@@ -42,18 +42,18 @@ class Finisher:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
 
     def submit(self, units: Sequence[Unit]) -> None:
-        """Take units whose rows are done."""
+        """Take units of one tick, whose rows are done. Their pipeline stays open until they are finished."""
         self._slots.acquire()
-        self._executor.submit(self._finish, units)
+        self._executor.submit(self._finish, units, units[0].work.lease.again())
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
         self._executor.shutdown(wait=True)
 
-    def _finish(self, units: Sequence[Unit]) -> None:
+    def _finish(self, units: Sequence[Unit], lease: Lease) -> None:
         try:
             wanted = [unit for unit in units if not unit.work.over]
-            results = isolate(self._decode, wanted, self._failed)
+            results = isolate(partial(_decode, lease.pipeline), wanted, self._failed)
             for unit, pixels, failure in zip(wanted, results, failures(results), strict=True):
                 if failure is not None:
                     self._fail(unit.work, failure)
@@ -64,10 +64,8 @@ class Finisher:
             for unit in units:
                 self._fail(unit.work, BROKEN)
         finally:
+            lease.release()
             self._slots.release()
-
-    def _decode(self, units: Sequence[Unit]) -> Sequence[Pixels]:
-        return self._pipeline.finish([unit.row for unit in units if unit.row is not None])
 
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work
@@ -93,3 +91,7 @@ class Finisher:
     def _fail(self, work: Work, failure: Failed) -> None:
         work.over = True
         self._queue.settle(work.job.id, failure)
+
+
+def _decode(pipeline: Pipeline, units: Sequence[Unit]) -> Sequence[Pixels]:
+    return pipeline.finish([unit.row for unit in units if unit.row is not None])

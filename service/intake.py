@@ -10,6 +10,7 @@ from engines.images import ImageFormat, ImageLimits
 from engines.manifest import Manifest
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError
 from service.capabilities import default_steps, default_strength
+from service.catalogue import model_key
 from service.errors import ApiError, from_task_error
 from service.jobs import Job, Output
 from service.pictures import read_image, read_mask
@@ -38,6 +39,7 @@ def make_job(
         output=Output(output_format, request.quality),
         submitted=began,
         deadline=deadline_of(request, settings, began),
+        model=model_key(pipeline.manifest),
     )
 
 
@@ -50,8 +52,6 @@ def deadline_of(request: GenerateRequest, settings: Settings, began: float) -> f
 def _check_options(
     request: GenerateRequest, output_format: ImageFormat, manifest: Manifest, settings: Settings
 ) -> None:
-    if request.model not in (None, manifest.name, f"{manifest.name}@{manifest.revision}"):
-        raise ApiError(404, "model_not_found", f"the loaded model is {manifest.name}", param="model")
     if request.negative_prompt:
         raise _unsupported("negative_prompt", "the students of this bundle know no negative prompt")
     _, height, width = manifest.image_shape

@@ -19,7 +19,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """The images of one request: one task each, all made by the same student.
+    """The images of one request: one task each, all made by the same student of ``model``, `name@revision`.
 
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
     translates them.
@@ -31,6 +31,7 @@ class Job:
     output: Output
     submitted: float
     deadline: float
+    model: str = ""
 
     @property
     def cost(self) -> int:

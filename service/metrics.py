@@ -38,16 +38,20 @@ class Metrics:
         self.tick_rows = Histogram(f"{PREFIX}_tick_rows", "Rows in a tick", buckets=_ROWS, registry=self.registry)
         self.inflight = self._gauge("inflight_requests", "Image requests being served")
         self.worker_up = self._gauge("worker_up", "1 while the worker runs")
-        self._build = self._gauge("build_info", "1, with what runs here", "version", "model", "revision")
+        self._build = self._gauge(
+            "build_info", "1 for each model that is loaded, with what runs it", "version", "model", "revision"
+        )
 
     def watch_queue(self, stats: Callable[[], QueueStats]) -> None:
         """Report ``stats`` at every scrape."""
         self.registry.register(_QueueCollector(stats))
 
-    def set_build(self, version: str, model: str, revision: str) -> None:
-        """Say what runs here."""
-        self._build.clear()
-        self._build.labels(version, model, revision).set(1)
+    def set_model(self, version: str, model: str, revision: str, loaded: bool) -> None:
+        """Say that a model runs here, or no longer does."""
+        if loaded:
+            self._build.labels(version, model, revision).set(1)
+        else:
+            self._build.remove(version, model, revision)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)

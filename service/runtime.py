@@ -7,19 +7,31 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, TypeVar
 
-from engines.bundle import find_bundle
+from engines.bundle import BundleError
+from engines.manifest import Manifest
 from engines.pipeline import Pipeline
-from service.errors import ApiError, deadline_exceeded, from_failure, shutting_down
+from service.catalogue import Catalogue, ModelError, UnknownModel
+from service.errors import (
+    ApiError,
+    deadline_exceeded,
+    from_failure,
+    model_not_found,
+    model_unavailable,
+    shutting_down,
+)
 from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
+from service.models import Models
 from service.queue.base import JobQueue, QueueFull
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -28,7 +40,7 @@ from service.worker import Worker
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-OpenPipeline = Callable[[Settings], Pipeline]
+OpenPipeline = Callable[[Settings, Path], Pipeline]
 ClientIsGone = Callable[[], Awaitable[None]]
 
 _LOADING_RETRY_S = 2.0
@@ -49,9 +61,8 @@ class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
 
 
-def open_pipeline(settings: Settings) -> Pipeline:
-    """Open the bundle that the settings name, a folder or a bundle that ships, and warm it up."""
-    path = find_bundle(settings.bundle)
+def open_pipeline(settings: Settings, path: Path) -> Pipeline:
+    """Open the bundle in folder ``path`` as the settings want it, and warm it up."""
     sizes = {settings.max_batch} | {1 << k for k in range(settings.max_batch.bit_length())}
     pipeline = Pipeline.open(
         path, settings.backend, settings.threads, sorted(sizes), settings.precision, settings.plans
@@ -61,7 +72,7 @@ def open_pipeline(settings: Settings) -> Pipeline:
 
 
 class Service:
-    """One queue, one pipeline, one worker, and the gate in front of them."""
+    """One queue, the bundles that are loaded, one worker, and the gate in front of them."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, queue: JobQueue, opener: OpenPipeline = open_pipeline
@@ -71,12 +82,11 @@ class Service:
         self.clock = time.monotonic
         self.inflight = 0
         self.failure: Exception | None = None
+        self.models = Models(Catalogue.of(settings), partial(opener, settings), settings.max_model_bytes, self._changed)
         self._queue = queue
-        self._opener = opener
         self._state = State.LOADING
-        self._pipeline: Pipeline | None = None
-        self._worker: Worker | None = None
-        self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
+        self._worker = Worker(self.models, queue, Scheduler(settings.max_batch), metrics)
+        self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
@@ -85,20 +95,13 @@ class Service:
     @property
     def state(self) -> State:
         """Where in its life the service is; a worker that died is a failure."""
-        if self._state is State.READY and not (self._worker and self._worker.alive):
+        if self._state is State.READY and not self._worker.alive:
             return State.FAILED
         return self._state
 
-    @property
-    def pipeline(self) -> Pipeline:
-        """The pipeline. Raises ApiError 503 until the bundle is loaded."""
-        if self._pipeline is None:
-            raise self._unavailable()
-        return self._pipeline
-
     def start(self) -> None:
-        """Load the bundle in a thread, so that the service can say meanwhile that it lives."""
-        self._loader.start()
+        """Load the default bundle in a thread, so that the service can say meanwhile that it lives."""
+        self._starter.start()
 
     def drain(self) -> None:
         """Take no new requests for images; those in flight go on."""
@@ -117,7 +120,7 @@ class Service:
         await asyncio.to_thread(self._close)
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[Pipeline]:
+    def admitted(self) -> Iterator[None]:
         """Count a request for images while it is served. Raises ApiError 503 or 429 instead."""
         if self.state is not State.READY:
             self.metrics.rejected.labels("draining" if self._state is State.DRAINING else "not_ready").inc()
@@ -127,9 +130,61 @@ class Service:
             raise ApiError(429, "too_many_requests", "too many requests at once", retry_after_s=_BUSY_RETRY_S)
         self._count(+1)
         try:
-            yield self.pipeline
+            yield
         finally:
             self._count(-1)
+
+    @contextlib.asynccontextmanager
+    async def leased(self, name: str | None, deadline: float, client_gone: ClientIsGone) -> AsyncIterator[Pipeline]:
+        """The pipeline of that name (None: the default), loaded if need be, and open until the block is left.
+
+        Raises as `complete` does, and ApiError 404 for a name that there is not, 503 for what cannot be loaded.
+        """
+        while (lease := self.models.lease(name)) is None:
+            await self._first(asyncio.wrap_future(self.loading(name)), deadline, client_gone)
+        try:
+            yield lease.pipeline
+        finally:
+            lease.release()
+
+    def loading(self, name: str | None) -> Future[None]:
+        """`Models.load`, its refusals as ApiError."""
+        try:
+            return self.models.load(name)
+        except UnknownModel as error:
+            raise model_not_found(error) from error
+        except ModelError as error:
+            raise model_unavailable(error) from error
+
+    def unloading(self, name: str) -> Future[None]:
+        """`Models.unload`, its refusals as ApiError."""
+        try:
+            return self.models.unload(name)
+        except UnknownModel as error:
+            raise model_not_found(error) from error
+        except BundleError as error:
+            raise model_unavailable(error) from error
+
+    async def in_time(self, future: asyncio.Future[None], deadline: float) -> None:
+        """Wait for a load or an unload, until the deadline. Raises ApiError."""
+        await self._first(future, deadline, _never)
+
+    def manifest(self, name: str | None) -> Manifest:
+        """What the bundle of that name says of itself, loaded or not. Raises ApiError 404 or 503."""
+        if (lease := self.models.lease(name)) is not None:
+            lease.release()
+            return lease.pipeline.manifest
+        try:
+            return self.models.catalogue.find(name).manifest
+        except UnknownModel as error:
+            raise model_not_found(error) from error
+        except BundleError as error:
+            raise model_unavailable(error) from error
+
+    def require_loaded(self) -> None:
+        """Raise ApiError 503 until the default bundle has been loaded once."""
+        if self._state in (State.LOADING, State.FAILED):
+            raise self._unavailable()
 
     async def decoded(self, call: Callable[[], Result], deadline: float, client_gone: ClientIsGone) -> Result:
         """The result of a call that decodes images, made in a thread.
@@ -182,7 +237,7 @@ class Service:
             left_s = max(0.0, deadline - self.clock())
             await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if wanted.done():
-                return wanted.result()
+                return _result(wanted)
             if gone.done():
                 raise ClientGone
             raise shutting_down() if stopping.done() else deadline_exceeded()
@@ -207,32 +262,38 @@ class Service:
         }.get(self.state, ("not_ready", "the bundle is loading"))
         return ApiError(503, code, message, retry_after_s=_LOADING_RETRY_S)
 
-    def _load(self) -> None:
+    def _begin(self) -> None:
         try:
-            pipeline = self._opener(self.settings)
+            self.models.load(None).result()
         except Exception as error:
             logger.error("the bundle does not load", extra=describe(error))
             self.failure = error
             self._state = State.FAILED
             return
-        manifest = pipeline.manifest
-        worker = Worker(pipeline, self._queue, Scheduler(self.settings.max_batch), self.metrics)
-        self.metrics.set_build(package_version(), manifest.name, manifest.revision)
-        self._pipeline, self._worker = pipeline, worker
-        worker.start()
+        self._worker.start()
         if self._state is State.LOADING:
             self._state = State.READY
-            logger.info("ready", extra={"model": manifest.name, "revision": manifest.revision})
+            logger.info("ready", extra={"model": self.models.catalogue.default_name})
+
+    def _changed(self, pipeline: Pipeline, loaded: bool) -> None:
+        manifest = pipeline.manifest
+        self.metrics.set_model(package_version(), manifest.name, manifest.revision, loaded)
 
     def _close(self) -> None:
         for executor in (self._decoder, self._parser):
             executor.shutdown(cancel_futures=True)
-        if self._loader.ident is not None:
-            self._loader.join()
-        if self._worker is not None:
-            self._worker.stop()
-        if self._pipeline is not None:
-            self._pipeline.close()
+        self.models.cancel_loads()
+        if self._starter.ident is not None:
+            self._starter.join()
+        self._worker.stop()
+        self.models.close()
+
+
+def _result(done: asyncio.Future[Result]) -> Result:
+    try:
+        return done.result()
+    except ModelError as error:
+        raise model_unavailable(error) from error
 
 
 def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyncio.Future[Result]:

@@ -39,7 +39,11 @@ class GenerateRequest(Body):
         Field(description="Refused unless empty: the students know no negative prompt.", examples=[""]),
     ] = None
     model: Annotated[
-        str | None, Field(description="Name of the loaded bundle, or name@revision.", examples=["emoji"])
+        str | None,
+        Field(
+            description="Name of a bundle in /models, or name@revision; the default one when absent.",
+            examples=["emoji"],
+        ),
     ] = None
     width: Annotated[int | None, Field(description="The bundle's width in pixels, or absent.")] = None
     height: Annotated[int | None, Field(description="The bundle's height in pixels, or absent.")] = None
@@ -202,6 +206,25 @@ class Capabilities(Body):
     output_formats: tuple[str, ...]
     negative_prompt: bool
     limits: Limits
+
+
+class Model(Body):
+    """A bundle, and whether it is in memory."""
+
+    name: str
+    revision: str
+    default: Annotated[bool, Field(description="Whether requests that name no model get this one.")]
+    loaded: Annotated[bool, Field(description="False: a request that names it waits until it is loaded.")]
+    in_use: Annotated[int, Field(description="Requests and jobs that hold it now.")]
+    memory_bytes: Annotated[int, Field(description="What its weights take when loaded, reckoned in fp32.")]
+
+
+class ModelList(Body):
+    """The bundles of a service. One that is loaded in an older revision too is listed twice."""
+
+    models: tuple[Model, ...]
+    memory_bytes: Annotated[int, Field(description="Of those that are loaded, together.")]
+    max_memory_bytes: int
 
 
 class Health(Body):

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on, 0 for any free one")] = 8000
     bundle: Annotated[str, Field(description="folder of a bundle, or the name of one that ships")] = SHIPPED
+    models: Annotated[Path | None, Field(description="folder of more bundles, loaded when they are asked for")] = None
+    max_model_bytes: Annotated[Count, Field(description="most memory of loaded bundles' weights, in fp32")] = 8192 * MIB
     backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends, or auto")] = "ort"
     precision: Annotated[Precision, Field(description="of plans that are compiled")] = "fp32"
     plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engines.pipeline import Row, Task
+from engines.pipeline import Pipeline, Row, Task
 from service.jobs import Job, Timings
+from service.models import Lease
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +28,7 @@ class Work:
     """
 
     job: Job
+    lease: Lease
     units: list[Unit] = field(default_factory=list)
     ticks: list[int] = field(default_factory=list)
     images: dict[int, bytes] = field(default_factory=dict)
@@ -37,6 +39,11 @@ class Work:
 
     def __post_init__(self) -> None:
         self.units = [Unit(self, index, task) for index, task in enumerate(self.job.tasks)]
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What makes its images; open for as long as the worker holds the job."""
+        return self.lease.pipeline
 
     @property
     def complete(self) -> bool:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from engines.pipeline import Pipeline, Row
+from engines.pipeline import Row
 from service.finisher import Finisher
 from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed
 from service.logs import describe
 from service.metrics import Metrics
+from service.models import Models
 from service.queue.base import JobQueue
 from service.scheduler import Candidate, Plan, Scheduler
 from service.work import Unit, Work
@@ -33,18 +34,18 @@ class Worker:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        models: Models,
         queue: JobQueue,
         scheduler: Scheduler,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pipeline = pipeline
+        self._models = models
         self._queue = queue
         self._scheduler = scheduler
         self._metrics = metrics
         self._clock = clock
-        self._finisher = Finisher(pipeline, queue, metrics, clock)
+        self._finisher = Finisher(queue, metrics, clock)
         self._held: dict[str, Work] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -100,21 +101,30 @@ class Worker:
         room = 2 * self._scheduler.max_rows - held
         if room > 0:
             for job in self._queue.take(room, 0.0 if held else wait_s):
-                self._held[job.id] = Work(job)
+                if (lease := self._models.lease(job.model, retiring=True)) is None:
+                    self._queue.settle(job.id, _UNLOADED)
+                else:
+                    self._held[job.id] = Work(job, lease)
 
     def _drop_failed(self) -> None:
         # The finisher may fail a job whose other images still tick here; it is settled already.
         for work in [work for work in self._held.values() if work.over]:
-            del self._held[work.job.id]
+            self._let_go(work)
 
     def _drop_cancelled(self) -> None:
         cancelled = self._queue.cancelled(self._held)
         self._end([self._held[job_id] for job_id in cancelled], _CANCELLED)
 
     def _candidates(self) -> list[Candidate]:
-        # One pipeline is one bundle and one latent shape: the number of steps alone tells groups apart.
+        # A bundle has one latent shape: the model and the number of steps tell groups apart.
         return [
-            Candidate(unit.work.job.id, unit.index, unit.task.steps, unit.work.job.submitted, unit.work.job.deadline)
+            Candidate(
+                unit.work.job.id,
+                unit.index,
+                (unit.work.job.model, unit.task.steps),
+                unit.work.job.submitted,
+                unit.work.job.deadline,
+            )
             for unit in self._units()
         ]
 
@@ -134,7 +144,7 @@ class Worker:
             if work.started is None:
                 work.started = begin
                 self._metrics.queue_seconds.observe(max(0.0, begin - work.job.submitted))
-        results = isolate(self._encode, fresh, lambda error, units: self._failed("encode", error, units))
+        results = isolate(_encode, fresh, lambda error, units: self._failed("encode", error, units))
         elapsed = self._clock() - begin
         for work in works:
             work.encode_s += elapsed
@@ -142,9 +152,6 @@ class Worker:
             if isinstance(row, Row):
                 unit.row = row
         self._end_failed(fresh, results)
-
-    def _encode(self, units: Sequence[Unit]) -> list[Row]:
-        return self._pipeline.prepare([unit.task for unit in units])
 
     def _tick(self, units: Sequence[Unit]) -> None:
         results = isolate(self._denoise, units, lambda error, batch: self._failed("denoise", error, batch))
@@ -156,7 +163,7 @@ class Worker:
     def _denoise(self, units: Sequence[Unit]) -> list[Row]:
         rows = [unit.row for unit in units if unit.row is not None]
         begin = self._clock()
-        self._pipeline.tick(rows)
+        units[0].work.pipeline.tick(rows)
         self._metrics.tick_seconds.observe(self._clock() - begin)
         self._metrics.tick_rows.observe(len(rows))
         for work in dict.fromkeys(unit.work for unit in units):
@@ -170,8 +177,9 @@ class Worker:
             work.units.remove(unit)
             if not work.units:
                 work.denoised = now
-                del self._held[work.job.id]
         self._finisher.submit(done)
+        for work in {unit.work for unit in done if not unit.work.units}:
+            self._let_go(work)
 
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
@@ -186,10 +194,19 @@ class Worker:
     def _end(self, works: Sequence[Work], failure: Failed) -> None:
         for work in works:
             work.over = True
-            self._held.pop(work.job.id, None)
+            self._let_go(work)
             self._queue.settle(work.job.id, failure)
+
+    def _let_go(self, work: Work) -> None:
+        if self._held.pop(work.job.id, None) is not None:
+            work.lease.release()
+
+
+def _encode(units: Sequence[Unit]) -> list[Row]:
+    return units[0].work.pipeline.prepare([unit.task for unit in units])
 
 
 _EXPIRED = Failed("expired", "the time limit passed before the images were made")
 _CANCELLED = Failed("cancelled", "the job was cancelled")
+_UNLOADED = Failed("engine", "its bundle was unloaded before the job was begun", retryable=True)
 _STOPPED = Failed("stopped", "the service is shutting down")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from engines.manifest import Manifest
 from service.bodies import check_fields, read_fields
 from service.errors import ApiError
 from service.intake import deadline_of, make_job
@@ -60,26 +61,27 @@ async def inpaint(request: Request) -> Response:
 async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
     service: Service = request.app.state.service
     began: float = request.state.began
-    with service.admitted() as pipeline:
+    with service.admitted():
         if request.url.query:
             raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
         fields, typed = await read_fields(request, service)
         body = check_fields(model, fields, typed)
         rendering = choose(", ".join(request.headers.getlist("accept")), body)
-        make = partial(
-            make_job,
-            body,
-            rendering.format,
-            pipeline,
-            service.settings,
-            request_id=request.state.request_id,
-            began=began,
-        )
         deadline = deadline_of(body, service.settings, began)
         gone = partial(_disconnected, request)
-        job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
-        finished = await service.complete(job, gone)
-    return _render(job, finished, rendering, service, time.monotonic() - began)
+        async with service.leased(body.model, deadline, gone) as pipeline:
+            make = partial(
+                make_job,
+                body,
+                rendering.format,
+                pipeline,
+                service.settings,
+                request_id=request.state.request_id,
+                began=began,
+            )
+            job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
+            finished = await service.complete(job, gone)
+    return _render(job, finished, rendering, pipeline.manifest, time.monotonic() - began)
 
 
 async def _disconnected(request: Request) -> None:
@@ -87,8 +89,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _render(job: Job, finished: Finished, rendering: Rendering, service: Service, total_s: float) -> Response:
-    manifest = service.pipeline.manifest
+def _render(job: Job, finished: Finished, rendering: Rendering, manifest: Manifest, total_s: float) -> Response:
     timings = _timings_ms(finished, total_s)
     stages = ", ".join(f"{stage[:-3]};dur={value:g}" for stage, value in timings.model_dump().items())
     headers = {"Server-Timing": stages}

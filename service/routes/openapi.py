@@ -15,7 +15,7 @@ _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCM
 # status: (what it means, an example's code, its message, its param)
 ERRORS: dict[int, tuple[str, str, str, str | None]] = {
     400: ("The body or an image cannot be read", "invalid_json", "the body is not valid JSON", None),
-    404: ("Another model than the loaded one", "model_not_found", "the loaded model is emoji", "model"),
+    404: ("No such model", "model_not_found", "no model 'digits'; there are: emoji", "model"),
     406: ("No form of answer that Accept allows", "not_acceptable", "the answer can be ...", "accept"),
     408: ("The body did not arrive in time", "body_timeout", "the body did not arrive in time", None),
     413: ("Body or image too large", "body_too_large", "the body may have at most 12582912 bytes", None),

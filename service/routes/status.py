@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
@@ -33,11 +35,12 @@ async def readyz(request: Request, response: Response) -> Health:
 
 
 @router.head("/capabilities", include_in_schema=False)
-@router.get("/capabilities", summary="What the bundle can do", responses={503: error(503)})
-async def capabilities(request: Request) -> Capabilities:
-    """Steps, guidance range, sizes, formats and limits."""
+@router.get("/capabilities", summary="What a bundle can do", responses={404: error(404), 503: error(503)})
+async def capabilities(request: Request, model: str | None = None) -> Capabilities:
+    """Steps, guidance range, sizes, formats and limits, of the default bundle or of the one named."""
     service: Service = request.app.state.service
-    return describe(service.pipeline.manifest, service.settings)
+    service.require_loaded()
+    return describe(await asyncio.to_thread(service.manifest, model), service.settings)
 
 
 @router.head("/metrics", include_in_schema=False)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -45,7 +46,7 @@ class Running:
 
     @property
     def pipeline(self) -> Pipeline:
-        return self.service.pipeline
+        return pipeline_of(self.service)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
@@ -54,11 +55,19 @@ class Running:
         return await self.client.post(path, json=fields)
 
 
+def pipeline_of(service: Service, name: str | None = None) -> Pipeline:
+    """The pipeline of a model that is loaded, the default one for None."""
+    lease = service.models.lease(name)
+    assert lease is not None
+    lease.release()
+    return lease.pipeline
+
+
 @contextlib.asynccontextmanager
 async def running(
     settings: Settings,
     queue: JobQueue | None = None,
-    opener: Callable[[Settings], Pipeline] = open_pipeline,
+    opener: Callable[[Settings, Path], Pipeline] = open_pipeline,
     wait: bool = True,
 ) -> AsyncIterator[Running]:
     """The app, in this event loop."""

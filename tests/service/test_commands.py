@@ -18,7 +18,7 @@ from service.commands import serve
 from service.runtime import State
 from service.server import Server
 from service.settings import Settings
-from tests.service.helpers import Gate, error, wait_until
+from tests.service.helpers import Gate, error, pipeline_of, wait_until
 
 
 def test_help_lists_the_options() -> None:
@@ -62,7 +62,7 @@ def test_sigterm_drains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> 
     thread.start()
     wait_until(lambda: server.started and service.state is State.READY)
     port = server.servers[0].sockets[0].getsockname()[1]
-    gate = Gate(service.pipeline, monkeypatch)
+    gate = Gate(pipeline_of(service), monkeypatch)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
         in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
         assert gate.reached.wait(20)
@@ -86,7 +86,7 @@ def test_a_second_signal_gives_up_what_is_in_flight(settings: Settings, monkeypa
     thread.start()
     wait_until(lambda: server.started and service.state is State.READY)
     port = server.servers[0].sockets[0].getsockname()[1]
-    gate = Gate(service.pipeline, monkeypatch)
+    gate = Gate(pipeline_of(service), monkeypatch)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
         in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
         assert gate.reached.wait(20)
@@ -106,7 +106,7 @@ def test_draining_has_an_end(settings: Settings, monkeypatch: pytest.MonkeyPatch
     thread.start()
     wait_until(lambda: server.started and service.state is State.READY)
     port = server.servers[0].sockets[0].getsockname()[1]
-    gate = Gate(service.pipeline, monkeypatch)
+    gate = Gate(pipeline_of(service), monkeypatch)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
         in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
         assert gate.reached.wait(20)

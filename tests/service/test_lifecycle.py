@@ -25,10 +25,23 @@ from starlette.types import Message
 from engines.bundle import BundleError
 from engines.pipeline import Pipeline
 from service.app import create_app
+from service.catalogue import ModelError
 from service.logs import Formatter
 from service.runtime import State, open_pipeline
 from service.settings import Settings
-from tests.service.helpers import Gate, Running, b64, error, listening, png, random_image, running, until, wait_until
+from tests.service.helpers import (
+    Gate,
+    Running,
+    b64,
+    error,
+    listening,
+    pipeline_of,
+    png,
+    random_image,
+    running,
+    until,
+    wait_until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -36,9 +49,9 @@ pytestmark = pytest.mark.anyio
 async def test_it_lives_at_once_and_is_ready_when_the_bundle_is_warm(anyio_backend: str, settings: Settings) -> None:
     go = threading.Event()
 
-    def slow(settings: Settings) -> Pipeline:
+    def slow(settings: Settings, path: Path) -> Pipeline:
         assert go.wait(20)
-        return open_pipeline(settings)
+        return open_pipeline(settings, path)
 
     async with running(settings, opener=slow, wait=False) as app:
         assert (await app.client.get("/livez")).json() == {"status": "ok"}
@@ -70,7 +83,7 @@ async def test_a_bundle_that_does_not_load_is_never_ready(
         graph.write(b"\x00\x01")
     async with running(settings.model_copy(update={"bundle": str(broken)}), wait=False) as app:
         await until(lambda: app.service.state is State.FAILED)
-        assert isinstance(app.service.failure, BundleError)
+        assert isinstance(app.service.failure, ModelError)
         assert "step-4.onnx" in str(app.service.failure)
         assert (await app.client.get("/readyz")).json() == {"status": "failed"}
         assert (await app.client.get("/livez")).status_code == 200
@@ -235,7 +248,7 @@ def test_a_client_that_leaves_takes_its_rows_along(settings: Settings, monkeypat
     app = create_app(settings)
     service = app.state.service
     with listening(app) as port:
-        gate = Gate(service.pipeline, monkeypatch)
+        gate = Gate(pipeline_of(service), monkeypatch)
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(request_bytes({"prompt": "a cat", "n": 2}))
             assert gate.reached.wait(10)

@@ -28,7 +28,9 @@ def document(settings: Settings) -> dict[str, Any]:
 
 
 def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
-    assert set(document["paths"]) == {*MODELS, "/livez", "/readyz", "/capabilities", "/metrics"}
+    status = {"/livez", "/readyz", "/capabilities", "/metrics"}
+    models = {"/models", "/models/{name}/load", "/models/{name}/unload"}
+    assert set(document["paths"]) == {*MODELS, *status, *models}
 
 
 @pytest.mark.parametrize("path", MODELS)

@@ -14,8 +14,10 @@ import pytest
 
 from engines.backends.base import EngineError
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Row, Task
+from service.catalogue import Catalogue, model_key
 from service.jobs import Failed, Finished, Job, Outcome, Output
 from service.metrics import Metrics
+from service.models import Models
 from service.queue.memory import MemoryQueue
 from service.scheduler import Scheduler
 from service.worker import Worker
@@ -32,13 +34,16 @@ class Bench:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.metrics = Metrics()
+        self.model = model_key(pipeline.manifest)
         self.queue = MemoryQueue(1000)
-        self.worker = Worker(pipeline, self.queue, Scheduler(MAX_ROWS), self.metrics)
+        self.models = Models(Catalogue(str(pipeline.bundle.path), None), lambda path: pipeline, 2**30)
+        self.models.load(None).result(20)
+        self.worker = Worker(self.models, self.queue, Scheduler(MAX_ROWS), self.metrics)
         self.ticks: list[list[str]] = []
 
     async def submit(self, name: str, *tasks: Task, seconds: float = 60.0) -> None:
         now = time.monotonic()
-        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds))
+        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds, self.model))
 
     async def outcome(self, name: str) -> Outcome:
         return await asyncio.wait_for(self.queue.outcome(name), 10)

@@ -1,0 +1,80 @@
+"""GET /models, and POST /models/{name}/load and /unload: which bundles are in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from service.errors import ApiError
+from service.routes.openapi import error
+from service.runtime import Service
+from service.schemas import Model, ModelList
+
+router = APIRouter(tags=["models"])
+
+_ERRORS: dict[int | str, dict[str, Any]] = {status: error(status) for status in (404, 503, 504)}
+
+
+@router.head("/models", include_in_schema=False)
+@router.get("/models", summary="The bundles there are", responses={503: error(503)})
+async def models(request: Request) -> ModelList:
+    """Those that are loaded, and those that a request may name and are then loaded."""
+    service: Service = request.app.state.service
+    service.require_loaded()
+    return await asyncio.to_thread(_listed, service)
+
+
+@router.post("/models/{name}/load", summary="Load a bundle", responses=_ERRORS)
+async def load(request: Request, name: str) -> Model:
+    """Load it as its folder has it now; answered when it is warm.
+
+    Requests that name it have it loaded by themselves; this spares the first of them the wait. A new revision takes
+    over from the one that is loaded, and nothing in flight is lost. Where there is no room, the bundles that were used
+    the least recently go first, when they are no longer in use.
+    """
+    service: Service = request.app.state.service
+    service.require_loaded()
+    await service.in_time(asyncio.wrap_future(service.loading(name)), _deadline(request, service))
+    return await _one(service, name)
+
+
+@router.post("/models/{name}/unload", summary="Give a bundle's memory back", responses=_ERRORS)
+async def unload(request: Request, name: str) -> Model:
+    """Answered when all that use it are done and it is closed. A request that names it has it loaded anew."""
+    service: Service = request.app.state.service
+    service.require_loaded()
+    await service.in_time(asyncio.wrap_future(service.unloading(name)), _deadline(request, service))
+    return await _one(service, name)
+
+
+def _deadline(request: Request, service: Service) -> float:
+    began: float = request.state.began
+    return began + service.settings.max_timeout_ms / 1000
+
+
+def _listed(service: Service) -> ModelList:
+    default = service.models.catalogue.default_name
+    found = [
+        Model(
+            name=state.name,
+            revision=state.revision,
+            default=state.name == default,
+            loaded=state.loaded and not state.retiring,
+            in_use=state.holders,
+            memory_bytes=state.memory_bytes,
+        )
+        for state in service.models.states()
+    ]
+    return ModelList(
+        models=tuple(found), memory_bytes=service.models.memory_bytes, max_memory_bytes=service.models.max_bytes
+    )
+
+
+async def _one(service: Service, name: str) -> Model:
+    listed = await asyncio.to_thread(_listed, service)
+    for model in listed.models:
+        if name in (model.name, f"{model.name}@{model.revision}"):
+            return model
+    raise ApiError(404, "model_not_found", f"no model {name[:100]!r} any more", param="model")

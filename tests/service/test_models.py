@@ -1,0 +1,251 @@
+"""Several bundles in one service: loaded when asked for, the least recently used out first, nothing in flight lost."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.pipeline import Generate, Pipeline
+from service.catalogue import Catalogue, ModelError, UnknownModel
+from service.models import Models
+from service.runtime import open_pipeline
+from service.settings import Settings
+from tests.bundles import make_tiny_bundle
+from tests.service.helpers import SIZE, Gate, Running, error, pipeline_of, pixels, running, until
+
+pytestmark = pytest.mark.anyio
+
+NAMES = ("amber", "blue", "coral")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in NAMES:
+        make_tiny_bundle(tmp_path / "made", size=SIZE, name=name)
+    (tmp_path / "models").mkdir()
+    for name in NAMES:
+        (tmp_path / "made" / name).rename(tmp_path / "models" / name)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def several(settings: Settings, folder: Path) -> Settings:
+    return settings.model_copy(update={"models": folder})
+
+
+def room_for(settings: Settings, count: int) -> Settings:
+    """Room for that many of the bundles, which are all alike."""
+    entry = Catalogue.of(settings).find("amber")
+    return settings.model_copy(update={"max_model_bytes": int(entry.memory_bytes * (count + 0.5))})
+
+
+async def loaded(app: Running) -> set[str]:
+    listed = (await app.client.get("/models")).json()["models"]
+    return {model["name"] for model in listed if model["loaded"]}
+
+
+async def generate(app: Running, model: str | None, **fields: Any) -> np.ndarray[Any, Any]:
+    answer = await app.post("/generate", prompt="a red heart", seed=3, model=model, **fields)
+    assert answer.status_code == 200, answer.text
+    assert model is None or answer.json()["model"] == model
+    return pixels(answer)
+
+
+async def test_a_model_is_loaded_when_it_is_first_named(anyio_backend: str, several: Settings, folder: Path) -> None:
+    async with running(several) as app:
+        assert await loaded(app) == {"tiny"}
+        image = await generate(app, "blue", steps=2)
+        assert await loaded(app) == {"tiny", "blue"}
+        with Pipeline.open(folder / "blue", "fake", 1) as pipeline:
+            assert np.array_equal(image, pipeline.run([Generate("a red heart", 2, 2.0, 3)])[0])
+        revision = pipeline_of(app.service, "blue").manifest.revision
+        assert (await app.post("/generate", prompt="a cat", model=f"blue@{revision}")).json()["revision"] == revision
+        labels = {"version": "0.1.0", "model": "blue", "revision": revision}
+        assert app.metric("fewstep_build_info", **labels) == 1
+
+
+async def test_the_least_recently_used_goes_first(anyio_backend: str, several: Settings) -> None:
+    async with running(room_for(several, 2)) as app:
+        await generate(app, "amber")
+        assert await loaded(app) == {"tiny", "amber"}
+        await generate(app, "tiny")
+        await generate(app, "blue")
+        assert await loaded(app) == {"tiny", "blue"}
+        await generate(app, "coral")
+        assert await loaded(app) == {"blue", "coral"}
+        await generate(app, None)
+        assert await loaded(app) == {"coral", "tiny"}
+        listed = (await app.client.get("/models")).json()
+        assert listed["memory_bytes"] <= listed["max_memory_bytes"]
+
+
+async def test_what_is_in_use_is_closed_only_when_its_last_image_is_made(
+    anyio_backend: str, several: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(room_for(several, 1)) as app:
+        gate = Gate(app.pipeline, monkeypatch)
+        first = asyncio.create_task(generate(app, "tiny"))
+        await asyncio.to_thread(gate.reached.wait, 20)
+        second = asyncio.create_task(generate(app, "amber"))
+        await until(lambda: any(state.retiring for state in app.service.models.states()))
+        again = asyncio.create_task(generate(app, "tiny"))
+        await asyncio.sleep(0.2)
+        assert not any(task.done() for task in (first, second, again))
+        gate.opened.set()
+        images = await asyncio.gather(first, second, again)
+        assert np.array_equal(images[0], images[2])
+        assert len(await loaded(app)) == 1
+
+
+async def test_unloading_waits_for_those_who_use_it_and_a_request_brings_it_back(
+    anyio_backend: str, several: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(several) as app:
+        gate = Gate(app.pipeline, monkeypatch)
+        image = asyncio.create_task(generate(app, None))
+        await asyncio.to_thread(gate.reached.wait, 20)
+        unloading = asyncio.create_task(app.client.post("/models/tiny/unload"))
+        await asyncio.sleep(0.2)
+        assert not unloading.done()
+        gate.opened.set()
+        answer = await unloading
+        assert (answer.status_code, answer.json()["loaded"], answer.json()["in_use"]) == (200, False, 0)
+        assert await loaded(app) == set()
+        assert (await app.client.get("/readyz")).status_code == 200
+        assert np.array_equal(await generate(app, None), await image)
+        assert (await app.client.post("/models/coral/unload")).json()["loaded"] is False
+
+
+async def test_load_by_name(anyio_backend: str, several: Settings) -> None:
+    async with running(several) as app:
+        answer = await app.client.post("/models/coral/load")
+        assert answer.status_code == 200
+        assert answer.json() | {"revision": "", "memory_bytes": 0} == {
+            "name": "coral", "revision": "", "default": False, "loaded": True, "in_use": 0, "memory_bytes": 0,
+        }  # fmt: skip
+        assert await loaded(app) == {"tiny", "coral"}
+        for verb in ("load", "unload"):
+            error(await app.client.post(f"/models/azure/{verb}"), 404, "model_not_found", "model")
+        assert (
+            "coral"
+            in error(await app.post("/generate", prompt="a cat", model="azure"), 404, "model_not_found", "model")[
+                "message"
+            ]
+        )
+
+
+async def test_a_new_revision_takes_over_and_a_bundle_that_appears_is_found(
+    anyio_backend: str, several: Settings, folder: Path, tmp_path: Path
+) -> None:
+    async with running(several) as app:
+        await generate(app, "blue")
+        old = pipeline_of(app.service, "blue").manifest.revision
+        shutil.rmtree(folder / "blue")
+        make_tiny_bundle(tmp_path / "newer", size=SIZE, name="blue", steps=(1, 8)).path.rename(folder / "blue")
+        assert (await app.post("/generate", prompt="a cat", model="blue")).json()["revision"] == old
+        new = (await app.client.post("/models/blue/load")).json()["revision"]
+        assert new != old
+        assert (await app.post("/generate", prompt="a cat", model="blue", steps=8)).json()["revision"] == new
+        error(await app.post("/generate", prompt="a cat", model=f"blue@{old}"), 404, "model_not_found", "model")
+        make_tiny_bundle(tmp_path / "newer", size=SIZE, name="dusk").path.rename(folder / "dusk")
+        await generate(app, "dusk")
+
+
+async def test_a_model_that_does_not_load_is_said_and_harms_no_other(
+    anyio_backend: str, several: Settings, folder: Path
+) -> None:
+    with (folder / "amber" / "step-4.onnx").open("r+b") as graph:
+        graph.seek(40)
+        graph.write(b"\x00\x01")
+    async with running(several) as app:
+        found = error(await app.post("/generate", prompt="a cat", model="amber"), 503, "model_unavailable", "model")
+        assert "step-4.onnx" in found["message"]
+        await generate(app, None)
+        small = several.model_copy(update={"max_model_bytes": 10})
+    async with running(small, wait=False) as app:
+        await until(lambda: app.service.failure is not None)
+        assert "the bound is 10" in str(app.service.failure)
+
+
+async def test_capabilities_of_each(anyio_backend: str, several: Settings) -> None:
+    async with running(several) as app:
+        assert (await app.client.get("/capabilities")).json()["model"] == "tiny"
+        assert (await app.client.get("/capabilities?model=coral")).json()["model"] == "coral"
+        error(await app.client.get("/capabilities?model=x"), 404, "model_not_found", "model")
+        assert await loaded(app) == {"tiny"}
+
+
+async def test_all_models_under_load_with_room_for_one(anyio_backend: str, several: Settings) -> None:
+    async with running(room_for(several, 1)) as app:
+        wanted = [*NAMES, "tiny"] * 6
+        images = await asyncio.gather(*(generate(app, name) for name in wanted))
+        alike = {name: images[index] for index, name in enumerate(wanted)}
+        assert all(np.array_equal(image, alike[name]) for name, image in zip(wanted, images, strict=True))
+        assert len(await loaded(app)) == 1
+
+
+async def test_a_wait_for_a_load_ends_with_the_deadline_and_the_load_goes_on(
+    anyio_backend: str, several: Settings
+) -> None:
+    go = threading.Event()
+
+    def slow(settings: Settings, path: Path) -> Pipeline:
+        assert path.name == "tiny" or go.wait(20)
+        return open_pipeline(settings, path)
+
+    async with running(several, opener=slow) as app:
+        error(await app.post("/generate", prompt="a cat", model="blue", timeout_ms=50), 504, "deadline_exceeded")
+        await generate(app, None)
+        go.set()
+        await until(lambda: app.service.models.lease("blue") is not None)
+
+
+@pytest.fixture
+def models(several: Settings) -> Iterator[Models]:
+    made = Models(Catalogue.of(several), lambda path: open_pipeline(several, path), 2**30)
+    yield made
+    made.close()
+
+
+def test_one_load_for_all_who_wait(models: Models) -> None:
+    futures = [models.load("amber") for _ in range(5)]
+    assert not futures[0].cancel()
+    assert [future.result(20) for future in futures] == [None] * 5
+    assert len([state for state in models.states() if state.loaded]) == 1
+
+
+def test_a_lease_keeps_it_open_and_is_given_back_once(models: Models) -> None:
+    models.load(None).result(20)
+    lease = models.lease(None)
+    assert lease is not None
+    other = lease.again()
+    gone = models.unload("tiny")
+    lease.release()
+    lease.release()
+    assert models.lease(None) is None
+    assert not gone.done()
+    assert other.again().release() is None
+    other.release()
+    assert gone.result(20) is None
+    assert models.memory_bytes == 0
+
+
+def test_two_bundles_of_one_name_are_refused(models: Models, folder: Path, tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path / "again", size=SIZE, name="amber", steps=(2,)).path.rename(folder / "other")
+    with pytest.raises(ModelError, match="both called amber"):
+        models.load("amber")
+    with pytest.raises(UnknownModel, match="azure"):
+        models.load("azure")
+
+
+def test_nothing_is_loaded_once_it_is_closed(models: Models) -> None:
+    models.close()
+    with pytest.raises(ModelError, match="shutting down"):
+        models.load("amber")
