@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": Entry("engines.commands:generate", "Make images from a prompt, without a service."),
     "inspect": Entry("engines.commands:inspect", "Show and verify what is in a bundle."),
     "build": Entry("engines.build_command:build", "Compile a bundle's graphs ahead of time.", "tensorrt"),
+    "bench": Entry("engines.bench_command:bench", "Time a bundle on several backends, and compare what they make."),
     "data": Entry("training.data.commands:data", "Build and check image sets.", "training"),
     "precompute": Entry("training.precompute:command", "Write a recipe's latents and prompts as shards.", "training"),
     "train": Entry("training.commands:train", "Train the guided teacher of a recipe.", "training"),

@@ -15,7 +15,8 @@ from engines.plans import PRECISIONS, PlanCache, Precision, Profile
 BATCH_SIZES = "1,2,4,8,16"
 
 
-def _sizes(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+def sizes_option(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    """Batch sizes between commas, in order and each once."""
     try:
         return Profile(tuple(int(part) for part in value.split(","))).batch_sizes
     except ValueError:
@@ -27,7 +28,9 @@ def _sizes(context: click.Context, option: click.Parameter, value: str) -> tuple
 @click.option("--backend", type=click.Choice(["trt"]), default="trt", show_default=True)
 @click.option("--target", help="The chip, such as sm89.  [default: the one that is there]")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
-@click.option("--batch-sizes", callback=_sizes, default=BATCH_SIZES, show_default=True, help="Each a shape of its own.")
+@click.option(
+    "--batch-sizes", callback=sizes_option, default=BATCH_SIZES, show_default=True, help="Each a shape of its own."
+)
 @click.option("--dynamic", is_flag=True, help="One shape for all batches up to the largest, instead of one for each.")
 @click.option(
     "--plans",

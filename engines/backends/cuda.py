@@ -32,6 +32,18 @@ class Cuda:
         return "sm" + "".join(str(self._call("cudaDeviceGetAttribute", getattr(attributes, name), 0)) for name in names)
 
     @property
+    def name(self) -> str:
+        """What its maker calls it."""
+        raw = self._call("cudaGetDeviceProperties", 0).name
+        return (raw.decode() if isinstance(raw, bytes) else str(raw)).rstrip("\0")
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the device that is taken now, by whomever."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(total - free)
+
+    @property
     def stream(self) -> int:
         """The stream on which all is done in order."""
         return int(self._stream)
@@ -80,4 +92,4 @@ class Cuda:
         if int(status) != 0:
             kind = DeviceMemoryError if "MemoryAllocation" in str(status) else EngineError
             raise kind(f"CUDA: {name} failed with {getattr(status, 'name', status)}")
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else tuple(values) or None

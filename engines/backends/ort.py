@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +23,7 @@ from engines.backends.base import (
 )
 from engines.backends.cores import usable_cores
 from engines.backends.resident import Resident
+from engines.plans import Precision
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -44,7 +47,9 @@ class OrtEngine:
         self._session: ort.InferenceSession | None = session
 
     def _open(self, options: EngineOptions) -> ort.InferenceSession:
-        return _load(self._graph, _options(options.threads or usable_cores()), [CPU])
+        if options.precision != "fp32":
+            raise EngineError(f"ONNX Runtime computes in fp32 on a CPU, not in {options.precision}")
+        return _load(self._graph.path, _options(options.threads or usable_cores()), [CPU])
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -108,12 +113,21 @@ class OrtCudaEngine(OrtEngine):
             raise EngineError(f"this ONNX Runtime has no {self.provider}, only {there}: pip install 'fewstep[gpu]'")
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
-        session = _load(self._graph, settings, [*self._providers(options), CPU])
+        with tempfile.TemporaryDirectory() as scratch:
+            path = self._cast(options.precision, Path(scratch))
+            session = _load(path, settings, [*self._providers(options), CPU])
         if self.provider not in session.get_providers():
             raise EngineError(f"{self._name}: {self.provider} is there but found no device that it can use")
         self._resident: Resident[ort.OrtValue] = Resident()
         self._lock = Lock()
         return session
+
+    def _cast(self, precision: Precision, scratch: Path) -> Path:
+        if precision == "fp32":
+            return self._graph.path
+        from engines.compile import prepare
+
+        return prepare(self._graph, precision, scratch)[0]
 
     def _providers(self, options: EngineOptions) -> list[Any]:
         return [CUDA]
@@ -168,11 +182,11 @@ class OrtTensorrtEngine(OrtCudaEngine):
         return [(TENSORRT, settings), CUDA]
 
 
-def _load(graph: GraphSpec, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(graph.path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{graph.path.name}: ONNX Runtime cannot load it ({error})") from error
+        raise EngineError(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
 
 
 @cache

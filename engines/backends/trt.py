@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -49,7 +50,7 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
         engine.warmup(options.profile.batch_sizes)
         return engine
 
-    return StandIn(OrtEngine(graph, options), build, graph.path.name)
+    return StandIn(OrtEngine(graph, replace(options, precision="fp32")), build, graph.path.name)
 
 
 class TrtEngine:

@@ -1,0 +1,234 @@
+"""Backends side by side on one bundle: speed, share of the machine's peak, memory, and how far apart they are."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from engines.backends import open_engine
+from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.bundle import Bundle
+from engines.compile import typical_inputs
+from engines.operations import count_operations
+from engines.pipeline import Generate, Pipeline
+from engines.plans import Precision, Profile
+
+_WARM_RUNS = 2
+_ON_DEVICE = ("trt", "ort-tensorrt", "ort-cuda")
+_PRODUCTS = 8
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A backend in a precision, as `trt:fp16` names it."""
+
+    backend: str
+    precision: Precision = "fp32"
+
+    def __str__(self) -> str:
+        """As it was named."""
+        return self.backend if self.precision == "fp32" else f"{self.backend}:{self.precision}"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Whole images: median seconds of a batch, and the operations that it takes (0 where they were not counted)."""
+
+    contender: Contender
+    steps: int
+    batch: int
+    seconds: float
+    operations: int
+
+    @property
+    def images_per_second(self) -> float:
+        """Images that come out in a second."""
+        return self.batch / self.seconds
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a contender is from the reference: one call of the step graph, and whole images of values 0 to 255."""
+
+    contender: Contender
+    steps: int
+    step_maximum: float
+    step_mean: float
+    image_maximum: int
+    image_mean: float
+    image_psnr_db: float
+
+
+class Bench:
+    """A bundle, open once for every contender; all are warm."""
+
+    def __init__(
+        self, bundle: Bundle, contenders: Sequence[Contender], batch_sizes: Sequence[int], options: EngineOptions
+    ) -> None:
+        """Open them. Raises EngineError for a backend that does not open the bundle, naming it."""
+        self.bundle, self.batch_sizes, self.options = bundle, tuple(batch_sizes), options
+        self._closing = ExitStack()
+        self.pipelines: dict[Contender, Pipeline] = {}
+        try:
+            for contender in contenders:
+                self.pipelines[contender] = self._closing.enter_context(self._open(contender))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, contender: Contender) -> Pipeline:
+        backend, precision = contender.backend, contender.precision
+        threads, plans = self.options.threads, self.options.plans
+        try:
+            return Pipeline.open(self.bundle.path, backend, threads, self.batch_sizes, precision, plans)
+        except EngineError as error:
+            raise EngineError(f"{contender}: {error}") from error
+
+    def close(self) -> None:
+        """Close every engine."""
+        self._closing.close()
+
+    def speeds(self, steps: int, rounds: int) -> list[Speed]:
+        """Time whole images of the student of so many steps. In every round all contenders have their turn."""
+        speeds = []
+        for batch in self.batch_sizes:
+            tasks, operations = self._tasks(steps, batch), self._operations(steps, batch)
+            seconds: dict[Contender, list[float]] = {contender: [] for contender in self.pipelines}
+            for k in range(_WARM_RUNS + rounds):
+                for contender, pipeline in self.pipelines.items():
+                    start = time.perf_counter()
+                    pipeline.run(tasks)
+                    if k >= _WARM_RUNS:
+                        seconds[contender].append(time.perf_counter() - start)
+            speeds += [
+                Speed(contender, steps, batch, statistics.median(taken), operations)
+                for contender, taken in seconds.items()
+            ]
+        return speeds
+
+    def parities(self, steps: int, reference: Contender) -> list[Parity]:
+        """How far every contender is from the reference, on the largest batch."""
+        batch = self.batch_sizes[-1]
+        tasks = self._tasks(steps, batch)
+        graph = self.bundle.graphs()[self.bundle.student(steps).graph]
+        inputs = typical_inputs(graph, batch)
+        given = {contender: _step(graph, contender, self.options, inputs) for contender in self.pipelines}
+        images = {contender: np.stack(pipeline.run(tasks)) for contender, pipeline in self.pipelines.items()}
+        parities = []
+        for contender in self.pipelines:
+            step = np.abs(given[contender] - given[reference])
+            image = np.abs(images[contender].astype(np.int32) - images[reference])
+            error = float(np.square(image).mean())
+            psnr = 20 * math.log10(255) - 10 * math.log10(error) if error else math.inf
+            parities.append(
+                Parity(
+                    contender, steps, float(step.max()), float(step.mean()), int(image.max()), float(image.mean()), psnr
+                )
+            )
+        return parities
+
+    def _tasks(self, steps: int, batch: int) -> list[Generate]:
+        manifest = self.bundle.manifest
+        conditions = manifest.classes or ("a red apple", "a smiling face", "a dog", "the sun")
+        w = manifest.guidance.default
+        return [Generate(conditions[seed % len(conditions)], steps, w, seed) for seed in range(batch)]
+
+    def _operations(self, steps: int, batch: int) -> int:
+        """Of a batch of whole images: the step graph at every step, and the text and decode graphs once."""
+        counts = {"step": steps, "text": 1, "decode": 1}
+        student = self.bundle.student(steps).graph
+        return batch * sum(
+            counts[graph.role] * count_operations(graph)
+            for name, graph in self.bundle.graphs().items()
+            if graph.role in counts and (graph.role != "step" or name == student)
+        )
+
+
+def _step(graph: GraphSpec, contender: Contender, options: EngineOptions, inputs: Mapping[str, Array]) -> Array:
+    batch = len(inputs["z"])
+    options = replace(options, precision=contender.precision, profile=Profile((batch,)))
+    with open_engine(contender.backend, graph, options) as engine:
+        return engine.run(inputs)["z_next"].astype(np.float64)
+
+
+def peak_operations_per_second(contender: Contender, options: EngineOptions) -> float:
+    """Operations a second of large square matrix products on the contender: the most that a graph could reach there.
+
+    Needs the package onnx. Raises EngineError where the backend does not run it, ImportError without onnx.
+    """
+    size, repeats = (4096, 20) if contender.backend in _ON_DEVICE else (1024, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = _products(Path(folder) / "products.onnx", size)
+        options = replace(options, precision=contender.precision, profile=Profile((size,)))
+        generator = np.random.default_rng(0)
+        inputs: dict[str, Array] = {"rows": generator.standard_normal((size, size), np.float32)}
+        with open_engine(contender.backend, graph, options) as engine:
+            seconds = []
+            for _ in range(_WARM_RUNS + repeats):
+                start = time.perf_counter()
+                engine.run(inputs)
+                seconds.append(time.perf_counter() - start)
+    return float(_PRODUCTS * 2 * size**3 / min(seconds))
+
+
+def _products(path: Path, size: int) -> GraphSpec:
+    """A chain of products with one constant matrix, whose values keep their size along it."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    matrix = np.random.default_rng(1).standard_normal((size, size), np.float32) / np.float32(math.sqrt(size))
+    names = ["rows", *(f"product_{k}" for k in range(1, _PRODUCTS)), "products"]
+    nodes = [helper.make_node("MatMul", [a, "matrix"], [b]) for a, b in pairwise(names)]
+    ends = [helper.make_tensor_value_info(name, 1, ["batch", size]) for name in ("rows", "products")]
+    constants = [numpy_helper.from_array(matrix, "matrix")]
+    graph = helper.make_graph(nodes, "products", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    specs = [TensorSpec(name=name, dtype="float32", shape=("batch", size)) for name in ("rows", "products")]
+    return GraphSpec("decode", path, (specs[0],), (specs[1],), f"products-{size}")
+
+
+def memory_bytes(
+    bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions
+) -> dict[str, int]:
+    """What a process grows by when it opens and warms up the bundle, at its peak: of the host, and of the device."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        return child.submit(_grown, bundle, contender, tuple(batch_sizes), options).result()
+
+
+def _grown(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> dict[str, int]:
+    device = _device_bytes() if contender.backend in _ON_DEVICE else None
+    before = _peak_resident_bytes()
+    backend, precision = contender.backend, contender.precision
+    with Pipeline.open(bundle, backend, options.threads, batch_sizes, precision, options.plans) as pipeline:
+        pipeline.warmup()
+        grown = {"host": _peak_resident_bytes() - before}
+        if device is not None:
+            grown["device"] = _device_bytes() - device
+    return grown
+
+
+def _peak_resident_bytes() -> int:
+    """Of this process; Linux's own count where it has one, as the other starts from that of the parent."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_bytes() -> int:
+    from engines.backends.cuda import Cuda
+
+    return Cuda().used_bytes

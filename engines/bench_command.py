@@ -1,0 +1,158 @@
+"""The subcommand `bench`: a bundle on several backends side by side, as Markdown tables."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from engines.backends import BACKENDS
+from engines.backends.base import EngineError, EngineOptions
+from engines.backends.cores import usable_cores
+from engines.bench import Bench, Contender, Parity, Speed, memory_bytes, peak_operations_per_second
+from engines.build_command import sizes_option
+from engines.bundle import BundleError, find_bundle, load_bundle
+from engines.plans import PRECISIONS
+
+_REFERENCES = ("pytorch", "ort", "fake")
+
+
+def _contenders(context: click.Context, option: click.Parameter, value: str) -> tuple[Contender, ...]:
+    """Of `ort,trt:fp16`; one that is repeated counts once."""
+    found = []
+    for word in value.split(","):
+        backend, _, precision = word.partition(":")
+        if backend not in BACKENDS:
+            raise click.BadParameter(f"{backend!r} is not one of {', '.join(BACKENDS)}")
+        if (precision or "fp32") not in PRECISIONS:
+            raise click.BadParameter(f"{precision!r} is not one of {', '.join(PRECISIONS)}")
+        found.append(Contender(backend, precision or "fp32"))  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(found))
+
+
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "--backend",
+    "contenders",
+    callback=_contenders,
+    default="ort",
+    show_default=True,
+    help="Backends to compare, each with a precision if not fp32: ort,trt:fp16. The first is what ratios refer to.",
+)
+@click.option("--steps", type=int, help="Of the student.  [default: the student with the most]")
+@click.option("--batch-sizes", callback=sizes_option, default="1,4,16", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Runs that medians are taken of.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Of a CPU; 0 (default): every core it may use.")
+@click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Measure it too, in a process for each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench(
+    bundle: str,
+    contenders: tuple[Contender, ...],
+    steps: int | None,
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    threads: int,
+    plans: Path | None,
+    memory: bool,
+    as_json: bool,
+) -> None:
+    """Time whole images of BUNDLE (a folder, or "shipped") on several backends in turn, and compare what they make.
+
+    The share of the peak is that of large matrix products on the same backend, measured here; it needs the package
+    onnx. Errors are those against the first of pytorch, ort and fake that is compared, in fp32, else the first named.
+    """
+    options = EngineOptions(threads or usable_cores(), plans=plans)
+    try:
+        opened = load_bundle(find_bundle(bundle))
+        steps = max(student.steps for student in opened.manifest.students) if steps is None else steps
+        opened.student(steps)
+        running = Bench(opened, contenders, batch_sizes, options)
+        try:
+            speeds = running.speeds(steps, rounds)
+            parities = running.parities(steps, _reference(contenders))
+        finally:
+            running.close()
+        peaks = {contender: _peak(contender, options) for contender in contenders}
+        taken = {one: memory_bytes(opened.path, one, batch_sizes, options) for one in contenders if memory}
+    except (BundleError, EngineError) as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        document = {
+            "bundle": f"{opened.manifest.name}@{opened.manifest.revision}",
+            "machine": _machine(options.threads),
+            "speeds": [asdict(speed) for speed in speeds],
+            "parities": [asdict(parity) for parity in parities],
+            "peaks": {str(one): peak for one, peak in peaks.items()},
+            "memory": {str(one): grown for one, grown in taken.items()},
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    click.echo(f"{opened.manifest.name} {opened.manifest.revision}, {steps} steps. {_machine(options.threads)}.\n")
+    click.echo("\n".join(_speed_table(speeds, peaks, contenders[0])))
+    click.echo()
+    click.echo("\n".join(_parity_table(parities, _reference(contenders))))
+    for one, grown in taken.items():
+        click.echo(
+            f"\n{one} took " + " and ".join(f"{size / 1e6:.0f} MB of the {what}" for what, size in grown.items())
+        )
+
+
+def _reference(contenders: Sequence[Contender]) -> Contender:
+    exact = [one for name in _REFERENCES for one in contenders if one == Contender(name)]
+    return exact[0] if exact else contenders[0]
+
+
+def _peak(contender: Contender, options: EngineOptions) -> float | None:
+    if contender.backend == "fake":
+        return None
+    try:
+        return peak_operations_per_second(contender, options)
+    except (EngineError, ImportError):
+        return None
+
+
+def _machine(threads: int) -> str:
+    words = [f"{platform.machine()}, {threads} CPU {'thread' if threads == 1 else 'threads'}"]
+    try:
+        from engines.backends.cuda import Cuda
+
+        words.append(Cuda().name)
+    except EngineError:
+        pass
+    return ", ".join(words)
+
+
+def _speed_table(speeds: Sequence[Speed], peaks: dict[Contender, float | None], first: Contender) -> list[str]:
+    base = {speed.batch: speed.seconds for speed in speeds if speed.contender == first}
+    lines = [
+        f"| backend | images at once | s | images/s | times {first} | GFLOP an image | of the matrix-product peak |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for speed in sorted(speeds, key=lambda speed: (speed.batch, speeds.index(speed))):
+        peak = peaks[speed.contender]
+        share = f"{speed.operations / speed.seconds / peak:.0%} of {peak / 1e9:.0f} GFLOP/s" if peak else "-"
+        lines.append(
+            f"| `{speed.contender}` | {speed.batch} | {speed.seconds:.4g} | {speed.images_per_second:.4g} "
+            f"| {base[speed.batch] / speed.seconds:.2f} | {speed.operations / speed.batch / 1e9:.3g} | {share} |"
+        )
+    return lines
+
+
+def _parity_table(parities: Sequence[Parity], reference: Contender) -> list[str]:
+    lines = [
+        f"| backend, against {reference} | one step: max | mean | whole image: max of 255 | mean | PSNR, dB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for parity in parities:
+        if parity.contender != reference:
+            lines.append(
+                f"| `{parity.contender}` | {parity.step_maximum:.3g} | {parity.step_mean:.3g} "
+                f"| {parity.image_maximum} | {parity.image_mean:.3g} | {parity.image_psnr_db:.1f} |"
+            )
+    return lines if len(lines) > 2 else []

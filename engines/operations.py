@@ -1,0 +1,62 @@
+"""How many operations a graph takes: counted from the shapes that ONNX Runtime sees when it runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
+
+from engines.backends.base import EngineError, GraphSpec
+from engines.compile import typical_inputs
+
+Shape = Sequence[int]
+
+
+def count_operations(graph: GraphSpec, batch: int = 1) -> int:
+    """Multiplications and additions of the graph's products and convolutions, on a batch of that size.
+
+    All else that it does is left out, as is usual. Raises EngineError for a graph that does not run.
+    """
+    return sum(_of_node(node["args"]) for node in _profile(graph, batch) if node["name"].endswith("_kernel_time"))
+
+
+def _profile(graph: GraphSpec, batch: int) -> list[dict[str, Any]]:
+    options = ort.SessionOptions()
+    # Basic: fused nodes of other levels keep the shapes to themselves.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "run")
+        try:
+            session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
+            session.run(None, typical_inputs(graph, batch))
+            nodes: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        except Exception as error:  # the library's errors share no base class
+            raise EngineError(f"{graph.path.name}: ONNX Runtime cannot run it ({error})") from error
+    return nodes
+
+
+def _of_node(node: dict[str, Any]) -> int:
+    kind = node["op_name"].removeprefix("Fused")
+    inputs, outputs = (_shapes(node[f"{side}_type_shape"]) for side in ("input", "output"))
+    if kind == "Conv":
+        return 2 * math.prod(outputs[0]) * math.prod(inputs[1][1:])
+    if kind == "ConvTranspose":
+        return 2 * math.prod(inputs[0]) * math.prod(inputs[1][1:])
+    if kind == "MatMul":
+        return 2 * math.prod(outputs[0]) * inputs[0][-1]
+    if kind == "Gemm":
+        return 2 * outputs[0][0] * math.prod(inputs[1])
+    return 0
+
+
+def _shapes(typed: Sequence[dict[str, list[int]]]) -> list[Shape]:
+    """Of `[{"float": [1, 3]}, ...]`."""
+    return [shape for one in typed for shape in one.values()]

@@ -1,0 +1,100 @@
+"""`fewstep bench`: operations counted, backends in turn, how far apart they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.bench import Bench, Contender, memory_bytes, peak_operations_per_second
+from engines.bench_command import bench
+from engines.bundle import Bundle
+from engines.operations import count_operations
+from tests.bundles import CONTEXT_DIM, MAX_TOKENS, GraphBuilder
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(bench, [str(argument) for argument in arguments])
+
+
+def spec(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=("batch", *shape))
+
+
+def test_operations_are_those_of_the_products(text_bundle: Bundle) -> None:
+    graphs = text_bundle.graphs()
+    pixels = int(np.prod(text_bundle.manifest.latent_shape))
+    assert count_operations(graphs["step-4.onnx"]) == 2 * MAX_TOKENS * CONTEXT_DIM * pixels
+    assert count_operations(graphs["step-4.onnx"], 5) == 5 * count_operations(graphs["step-4.onnx"])
+
+
+def test_operations_of_convolutions(tmp_path: Path) -> None:
+    g = GraphBuilder()
+    strided = g.op("Conv", "x", g.constant(np.ones((6, 2, 3, 3))), group=2, strides=[2, 2], pads=[1, 1, 1, 1])
+    grown = g.op("ConvTranspose", strided, g.constant(np.ones((6, 5, 2, 2))), strides=[2, 2])
+    flat = g.op("Flatten", grown)
+    g.op("Gemm", flat, g.constant(np.ones((7, 5 * 8 * 8))), transB=1, out="y")
+    inputs, outputs = (spec("x", 4, 8, 8),), (spec("y", 7),)
+    graph = GraphSpec("decode", g.save(tmp_path / "g.onnx", inputs, outputs), inputs, outputs)
+    convolution = 2 * (6 * 4 * 4) * (2 * 3 * 3)
+    transposed = 2 * (6 * 4 * 4) * (5 * 2 * 2)
+    assert count_operations(graph) == convolution + transposed + 2 * 7 * 5 * 8 * 8
+
+
+def test_a_backend_against_itself_is_no_error_and_against_another_one_is(text_bundle: Bundle) -> None:
+    running = Bench(text_bundle, [Contender("ort"), Contender("fake")], (1, 2), EngineOptions(1))
+    same, other = running.parities(4, Contender("ort"))
+    assert (same.step_maximum, same.image_maximum, same.image_psnr_db) == (0, 0, np.inf)
+    assert other.step_maximum > 0
+    assert other.image_psnr_db < 40
+    speeds = running.speeds(4, 2)
+    assert [(str(speed.contender), speed.batch) for speed in speeds] == [
+        ("ort", 1), ("fake", 1), ("ort", 2), ("fake", 2)
+    ]  # fmt: skip
+    assert speeds[2].operations == 2 * speeds[0].operations > 0
+    assert all(speed.seconds > 0 for speed in speeds)
+    running.close()
+
+
+def test_the_peak_is_that_of_products_and_the_memory_that_of_a_process(text_bundle: Bundle) -> None:
+    assert 1e8 < peak_operations_per_second(Contender("ort"), EngineOptions(1)) < 1e14
+    grown = memory_bytes(text_bundle.path, Contender("ort"), (1, 2), EngineOptions(1))
+    assert grown.keys() == {"host"}
+    assert 1e5 < grown["host"] < 1e9
+
+
+def test_the_command_prints_tables(text_bundle: Bundle) -> None:
+    options = ("--steps", 2, "--batch-sizes", "1,2", "--rounds", 1, "--threads", 1, "--no-memory")
+    result = call(text_bundle.path, "--backend", "ort,fake,ort", *options)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("| `ort` |") == 2
+    assert result.output.count("| `fake` |") == 3
+    assert "1 CPU thread." in result.output
+    document = json.loads(call(text_bundle.path, *options, "--json").output)
+    assert [speed["batch"] for speed in document["speeds"]] == [1, 2]
+    assert document["peaks"]["ort"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "x"), "'x' is not one of trt"),
+        (("--backend", "ort:fp64"), "'fp64' is not one of fp32"),
+        (("--backend", "ort:fp16"), "ort:fp16: ONNX Runtime computes in fp32 on a CPU"),
+        (("--batch-sizes", "0"), "not a list of batch sizes"),
+        (("--steps", "3"), "no student of 3 steps"),
+    ],
+)
+def test_what_cannot_be_is_refused(text_bundle: Bundle, arguments: tuple[str, ...], message: str) -> None:
+    result = call(text_bundle.path, *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+
+
+def test_a_backend_that_does_not_open_leaves_none_open(text_bundle: Bundle) -> None:
+    with pytest.raises(EngineError, match=r"trt|ort-tensorrt"):
+        Bench(text_bundle, [Contender("ort"), Contender("ort-tensorrt")], (1,), EngineOptions(1))
