@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from engines.backends import AUTO, BACKENDS
-from engines.backends.base import EngineError
-from engines.bundle import BundleError, Manifest, find_bundle, find_problems, read_manifest
+from engines.backends import AUTO, BACKENDS, open_engine
+from engines.backends.base import EngineError, EngineOptions
+from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
 
@@ -90,11 +90,14 @@ def _provenance(task: Generate, manifest: Manifest) -> dict[str, Any]:
 @click.argument("bundle")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def inspect(bundle: str, as_json: bool) -> None:
-    """Show what is in BUNDLE (a folder, or "shipped") and verify its files. Exit status 1 if one differs."""
+    """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
+
+    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have.
+    """
     try:
         path = find_bundle(bundle)
         manifest = read_manifest(path)
-        problems = find_problems(path, manifest)
+        problems = find_problems(path, manifest) or _graph_problems(Bundle(path, manifest))
     except (BundleError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -103,9 +106,23 @@ def inspect(bundle: str, as_json: bool) -> None:
     else:
         for line in _report(path, manifest):
             click.echo(line)
-        click.echo("\n".join(f"  DIFFERS  {problem}" for problem in problems) or "  all files match their hashes")
+        click.echo(
+            "\n".join(f"  DIFFERS  {problem}" for problem in problems) or "  files and graphs are as the manifest says"
+        )
     if problems:
         raise SystemExit(1)
+
+
+def _graph_problems(bundle: Bundle) -> list[str]:
+    """What is wrong with graphs whose files are whole."""
+    problems = []
+    for graph in bundle.graphs().values():
+        try:
+            with open_engine("ort", graph, EngineOptions(threads=1)):
+                pass
+        except EngineError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _report(path: Path, manifest: Manifest) -> list[str]:

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from engines import bundle as bundles
-from engines.bundle import Bundle
+from engines.bundle import Bundle, write_bundle
 from engines.commands import generate, inspect
 from engines.images import decode_image
 from engines.pipeline import Generate, Pipeline
@@ -96,7 +96,7 @@ def test_generate_without_a_bundle_fails_plainly(tmp_path: Path) -> None:
 def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
     result = call(inspect, bundle.path)
     assert result.exit_code == 0
-    for expected in ("step-4.onnx", "README.md", "CC0-1.0", bundle.manifest.revision, "all files match"):
+    for expected in ("step-4.onnx", "README.md", "CC0-1.0", bundle.manifest.revision, "as the manifest says"):
         assert expected in result.output
     assert ("classes: zero" in result.output) == (bundle.manifest.conditioning == "class")
 
@@ -116,6 +116,14 @@ def test_inspect_names_what_differs_and_exits_with_1(bundle_copy: Path, options:
     assert result.exit_code == 1
     assert "step-2.onnx: its SHA-256" in result.output
     assert "extra.bin: not listed" in result.output
+
+
+def test_inspect_names_a_graph_that_is_not_what_the_manifest_says(text_bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": files["text.onnx"]})
+    result = call(inspect, other.path)
+    assert result.exit_code == 1
+    assert "DIFFERS  step-2.onnx: its inputs are" in result.output
 
 
 def test_shipped_means_the_bundle_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
