@@ -75,15 +75,31 @@ class Bench:
     """A bundle, open once for every contender; all are warm."""
 
     def __init__(
-        self, bundle: Bundle, contenders: Sequence[Contender], batch_sizes: Sequence[int], options: EngineOptions
+        self,
+        bundle: Bundle,
+        contenders: Sequence[Contender],
+        batch_sizes: Sequence[int],
+        options: EngineOptions,
+        skip: bool = False,
     ) -> None:
-        """Open them. Raises EngineError for a backend that does not open the bundle, naming it."""
+        """Open them. Raises EngineError for a backend that does not open the bundle, naming it.
+
+        With ``skip`` such a backend is left out, and `left_out` says why; at least one must open.
+        """
         self.bundle, self.batch_sizes, self.options = bundle, tuple(batch_sizes), options
         self._closing = ExitStack()
         self.pipelines: dict[Contender, Pipeline] = {}
+        self.left_out: dict[Contender, str] = {}
         try:
             for contender in contenders:
-                self.pipelines[contender] = self._closing.enter_context(self._open(contender))
+                try:
+                    self.pipelines[contender] = self._closing.enter_context(self._open(contender))
+                except EngineError as error:
+                    if not skip:
+                        raise
+                    self.left_out[contender] = str(error)
+            if not self.pipelines:
+                raise EngineError("; ".join(self.left_out.values()))
         except BaseException:
             self.close()
             raise

@@ -50,6 +50,7 @@ def _contenders(context: click.Context, option: click.Parameter, value: str) -> 
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Of a CPU; 0 (default): every core it may use.")
 @click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure it too, in a process for each.")
+@click.option("--skip", is_flag=True, help="Leave out backends that do not open the bundle, and say why.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench(
     bundle: str,
@@ -60,6 +61,7 @@ def bench(
     threads: int,
     plans: Path | None,
     memory: bool,
+    skip: bool,
     as_json: bool,
 ) -> None:
     """Time whole images of BUNDLE (a folder, or "shipped") on several backends in turn, and compare what they make.
@@ -72,7 +74,8 @@ def bench(
         opened = load_bundle(find_bundle(bundle))
         steps = max(student.steps for student in opened.manifest.students) if steps is None else steps
         opened.student(steps)
-        running = Bench(opened, contenders, batch_sizes, options)
+        running = Bench(opened, contenders, batch_sizes, options, skip)
+        contenders = tuple(running.pipelines)
         try:
             speeds = running.speeds(steps, rounds)
             parities = running.parities(steps, _reference(contenders))
@@ -90,6 +93,7 @@ def bench(
             "parities": [asdict(parity) for parity in parities],
             "peaks": {str(one): peak for one, peak in peaks.items()},
             "memory": {str(one): grown for one, grown in taken.items()},
+            "left_out": {str(one): why for one, why in running.left_out.items()},
         }
         click.echo(json.dumps(document, indent=2))
         return
@@ -97,6 +101,8 @@ def bench(
     click.echo("\n".join(_speed_table(speeds, peaks, contenders[0])))
     click.echo()
     click.echo("\n".join(_parity_table(parities, _reference(contenders))))
+    for why in running.left_out.values():
+        click.echo(f"\nLeft out: {why}")
     for one, grown in taken.items():
         click.echo(
             f"\n{one} took " + " and ".join(f"{size / 1e6:.0f} MB of the {what}" for what, size in grown.items())

@@ -96,5 +96,12 @@ def test_what_cannot_be_is_refused(text_bundle: Bundle, arguments: tuple[str, ..
 
 
 def test_a_backend_that_does_not_open_leaves_none_open(text_bundle: Bundle) -> None:
-    with pytest.raises(EngineError, match=r"trt|ort-tensorrt"):
-        Bench(text_bundle, [Contender("ort"), Contender("ort-tensorrt")], (1,), EngineOptions(1))
+    contenders = [Contender("ort-tensorrt"), Contender("ort")]
+    with pytest.raises(EngineError, match=r"^ort-tensorrt: "):
+        Bench(text_bundle, contenders, (1,), EngineOptions(1))
+    running = Bench(text_bundle, contenders, (1,), EngineOptions(1), skip=True)
+    assert list(running.pipelines) == [Contender("ort")]
+    assert list(running.left_out) == [Contender("ort-tensorrt")]
+    running.close()
+    with pytest.raises(EngineError, match=r"^ort-tensorrt: "):
+        Bench(text_bundle, contenders[:1], (1,), EngineOptions(1), skip=True)
