@@ -81,6 +81,14 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
         return self.path / name
 
+    def _digest(self, graph: str) -> str:
+        """The SHA-256 of a graph; where it has weights in files of their own, of the hashes of all."""
+        files = self.manifest.files
+        shards = sorted(name for name in files if name.startswith(f"{graph}."))
+        if not shards:
+            return files[graph].sha256
+        return hashlib.sha256("".join(files[name].sha256 for name in (graph, *shards)).encode()).hexdigest()
+
     def student(self, steps: int) -> Student:
         """The student of ``steps`` steps. Raises BundleError naming those there are."""
         for student in self.manifest.students:
@@ -95,7 +103,7 @@ class Bundle:
         graphs: dict[str, GraphSpec] = {}
 
         def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs, manifest.files[name].sha256)
+            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs, self._digest(name))
 
         if manifest.text is not None:
             tokens = (BATCH, manifest.text.max_tokens)

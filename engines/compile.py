@@ -96,25 +96,31 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
     import onnx
 
     from engines.precision import cast, emulate
+    from engines.weights import Writer
 
-    model = onnx.load(unpacked)
+    model = onnx.load(unpacked, load_external_data=False)
     emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
-    onnx.save(emulate(model, precision), emulated)
+    onnx.save(emulate(model, precision, folder, Writer(emulated, outside=True)), emulated)
     fidelity = _fidelity(graph, unpacked, emulated)
     if not fidelity >= FLOOR_DB:
         raise EngineError(
             f"{graph.path.name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB"
         )
-    onnx.save(cast(model, precision), lowered)
+    onnx.save(cast(model, precision, folder, Writer(lowered, outside=True)), lowered)
     return lowered, fidelity
 
 
 def unpack(graph: Path, out: Path) -> Path:
-    """The graph with its stored weights (int8 or fp16 with what restores them) computed once; of standard operators."""
+    """The graph with its stored weights (int8 or fp16 with what restores them) computed once; of standard operators.
+
+    All but small weights go to a file of their own beside it.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(out)
     options.log_severity_level = 3
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}.weights")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
         ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class

@@ -7,13 +7,15 @@ embeddings of time and guidance, and the sampler's arithmetic after the network 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from engines.plans import Precision
+from engines.weights import INSIDE, Writer, value_of
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 BETWEEN = PRODUCTS | {
@@ -26,23 +28,23 @@ BFLOAT16_OPSET = 22
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
-def cast(model: ModelProto, precision: Precision) -> ModelProto:
+def cast(model: ModelProto, precision: Precision, folder: Path = Path(), writer: Writer = INSIDE) -> ModelProto:
     """A copy of a float32 model that computes in `precision`; its inputs and outputs stay as they are.
 
-    The weights of the cast operators are stored in that precision too. Raises ValueError for a model whose tensors'
-    types cannot be inferred.
+    The weights of the cast operators are in that precision too, made one by one by `writer` of what lies in the graph,
+    or outside it in `folder`. Raises ValueError for a model whose tensors' types cannot be inferred.
     """
     lowered = _copy(model)
     if precision == "fp32":
         return lowered
-    _Rewrite(lowered, _TYPES[precision]).cast()
+    _Rewrite(lowered, _TYPES[precision], folder, writer).cast()
     for opset in lowered.opset_import:
         if precision == "bf16" and opset.domain == "":
             opset.version = max(opset.version, BFLOAT16_OPSET)
     return lowered
 
 
-def emulate(model: ModelProto, precision: Precision) -> ModelProto:
+def emulate(model: ModelProto, precision: Precision, folder: Path = Path(), writer: Writer = INSIDE) -> ModelProto:
     """A copy of a float32 model that computes what `cast` would on a chip that accumulates in fp32.
 
     It rounds values where `cast` casts, and so needs no operator in that precision. To be run without optimisations:
@@ -50,7 +52,7 @@ def emulate(model: ModelProto, precision: Precision) -> ModelProto:
     """
     rounded = _copy(model)
     if precision != "fp32":
-        _Rewrite(rounded, _TYPES[precision]).round()
+        _Rewrite(rounded, _TYPES[precision], folder, writer).round()
     return rounded
 
 
@@ -63,8 +65,8 @@ def _copy(model: ModelProto) -> ModelProto:
 class _Rewrite:
     """The rewriting of one graph in place. `low` is the name of each tensor in the lower precision, once it is made."""
 
-    def __init__(self, model: ModelProto, dtype: int) -> None:
-        self.graph, self.dtype = model.graph, dtype
+    def __init__(self, model: ModelProto, dtype: int, folder: Path, writer: Writer) -> None:
+        self.graph, self.dtype, self.folder, self.writer = model.graph, dtype, folder, writer
         self.floats = _float_tensors(model)
         self.weights = {initializer.name: initializer for initializer in self.graph.initializer}
         # A node is known by its first output: the wrappers of protobuf have no identity.
@@ -116,7 +118,7 @@ class _Rewrite:
         if name not in self.low:
             self.low[name] = f"{name}.low"
             if name in self.weights:
-                self.graph.initializer.append(_lower(self.weights[name], self.low[name], self.dtype))
+                self.graph.initializer.append(self._lowered_weight(self.weights[name], self.low[name]))
                 if whole:
                     self._append("Cast", self.low[name], f"{name}.rounded", to=TensorProto.FLOAT)
                     self.low[name] = f"{name}.rounded"
@@ -125,6 +127,11 @@ class _Rewrite:
             else:
                 self._append("Cast", name, self.low[name], to=self.dtype)
         return self.low[name]
+
+    def _lowered_weight(self, weight: TensorProto, name: str) -> TensorProto:
+        value = value_of(weight, self.folder)
+        lowered = value.astype(np.float16) if self.dtype == TensorProto.FLOAT16 else _bfloat16(value)
+        return self.writer.add(name, lowered, self.dtype, weight.dims)
 
     def _round(self, source: str, target: str) -> None:
         """There and back. The node between them keeps a runtime from taking the two casts for none."""
@@ -141,13 +148,6 @@ class _Rewrite:
         del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
         self.graph.node.extend(self.nodes)
         self.graph.initializer.extend(kept)
-
-
-def _lower(weight: TensorProto, name: str, dtype: int) -> TensorProto:
-    value = numpy_helper.to_array(weight)
-    if dtype == TensorProto.FLOAT16:
-        return numpy_helper.from_array(value.astype(np.float16), name)
-    return helper.make_tensor(name, dtype, value.shape, _bfloat16(value).tobytes(), raw=True)
 
 
 def _bfloat16(

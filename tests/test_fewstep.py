@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,14 @@ def test_serving_and_the_command_line_import_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["engines.backends.ort", "engines.compile", "training.graphs"])
+def test_onnx_runtime_reports_nothing_to_its_maker(module: str) -> None:
+    code = (
+        f"import os, sys, {module}; print(os.environ['ORT_DISABLE_TELEMETRY']);"
+        "names = list(sys.modules); print(names.index('engines') < names.index('onnxruntime'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    printed = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=environment, text=True)
+    assert printed.split() == ["1", "True"]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -220,7 +221,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, cuda: MadeUpCuda, tmp_path: Path) -
     """A machine with a made-up TensorRT, and a folder of plans."""
     monkeypatch.setattr(trt, "find_library", lambda: Library(MADE_UP))
     monkeypatch.setattr(trt, "Cuda", lambda: cuda)
-    monkeypatch.setattr(trt, "build_plan", lambda library, graph, *_: graph.read_bytes())
+    monkeypatch.setattr(trt, "build_plan", lambda library, graph, *_: onnx.load(graph).SerializeToString())
     return EngineOptions(profile=PROFILE, plans=tmp_path)
 
 

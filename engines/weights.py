@@ -1,0 +1,87 @@
+"""Weights of ONNX graphs that lie outside the graph: mapped into memory one by one, written one by one in shards.
+
+A graph file is a protobuf message, which ends at 2 GB; and a copy of all weights may not fit beside the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+SMALL_BYTES = 1024
+"""Weights below this stay in the graph: they may be shapes, which inference needs to see."""
+SHARD_BYTES = 1 << 30
+PAGE_BYTES = 4096
+SUFFIX = ".weights-"
+
+
+def value_of(tensor: TensorProto, folder: Path) -> NDArray[Any]:
+    """The values of a tensor of a graph in `folder`; those that lie outside the graph are mapped, not read."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = tuple(tensor.dims)
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    return np.memmap(folder / place["location"], dtype, "r", int(place.get("offset", 0)), shape)
+
+
+def bytes_of(model: onnx.ModelProto) -> int:
+    """What the weights of a graph take, wherever they lie."""
+    return sum(_size(tensor) for tensor in model.graph.initializer)
+
+
+def _size(tensor: TensorProto) -> int:
+    width = 0.5 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else _width(tensor.data_type)
+    return math.ceil(math.prod(tensor.dims) * width)
+
+
+def _width(data_type: int) -> int:
+    width: int = np.dtype(helper.tensor_dtype_to_np_dtype(data_type)).itemsize
+    return width
+
+
+class Writer:
+    """Makes tensors for the graph `path`: within it, or outside in shards beside it, each of about `SHARD_BYTES`."""
+
+    def __init__(self, path: Path, outside: bool) -> None:
+        """With `outside`, all but small weights go to files named after the graph; else nothing is written."""
+        self._path, self._outside = path, outside
+        self._shards: list[Path] = []
+
+    def add(self, name: str, value: NDArray[Any] | bytes, data_type: int, shape: Sequence[int]) -> TensorProto:
+        """A tensor of the given values, or of their bytes; what was added is not kept in memory if it is outside."""
+        raw = value if isinstance(value, bytes) else np.ascontiguousarray(value).data
+        size = len(raw) if isinstance(raw, bytes) else raw.nbytes
+        tensor = TensorProto(name=name, data_type=data_type, dims=shape)
+        if not self._outside or size < SMALL_BYTES:
+            tensor.raw_data = bytes(raw)
+            return tensor
+        shard = self._shard(size)
+        with shard.open("ab") as file:
+            file.write(bytes(-file.tell() % PAGE_BYTES))  # a runtime maps what begins at a page
+            offset = file.tell()
+            file.write(raw)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, text in (("location", shard.name), ("offset", str(offset)), ("length", str(size))):
+            tensor.external_data.add(key=key, value=text)
+        return tensor
+
+    def _shard(self, size: int) -> Path:
+        """The file for so many bytes more."""
+        if not self._shards or self._shards[-1].stat().st_size + size > SHARD_BYTES:
+            self._shards.append(self._path.with_name(f"{self._path.name}{SUFFIX}{len(self._shards):02}"))
+            self._shards[-1].touch(exist_ok=False)
+        return self._shards[-1]
+
+
+INSIDE = Writer(Path(), outside=False)
+"""Makes tensors with their values in them."""
