@@ -45,8 +45,7 @@ def _size(tensor: TensorProto) -> int:
 
 
 def _width(data_type: int) -> int:
-    width: int = np.dtype(helper.tensor_dtype_to_np_dtype(data_type)).itemsize
-    return width
+    return int(np.dtype(helper.tensor_dtype_to_np_dtype(data_type)).itemsize)
 
 
 class Writer:
