@@ -103,7 +103,9 @@ class Bundle:
         graphs: dict[str, GraphSpec] = {}
 
         def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs, self._digest(name))
+            program = manifest.programs.get(name)
+            torch_form = () if program is None else (self.graph_path(program), manifest.files[program].sha256)
+            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs, self._digest(name), *torch_form)
 
         if manifest.text is not None:
             tokens = (BATCH, manifest.text.max_tokens)

@@ -141,6 +141,7 @@ def _report(path: Path, manifest: Manifest) -> list[str]:
     for student in manifest.students:
         times = " ".join(f"{t:.4g}" for t in student.grid.times)
         lines.append(f"  student of {student.steps}: {student.graph}, t = {times}")
+    lines += [f"  {graph} as a torch program: {program}" for graph, program in sorted(manifest.programs.items())]
     origin = manifest.provenance
     lines.append(f"  from recipe {origin.recipe}, data {origin.data}, commit {origin.commit}, {origin.created}")
     lines.append(f"  licence {manifest.licence}; made from:")

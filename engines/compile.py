@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -101,11 +101,8 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
     model = onnx.load(unpacked, load_external_data=False)
     emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
     onnx.save(emulate(model, precision, folder, Writer(emulated, outside=True)), emulated)
-    fidelity = _fidelity(graph, unpacked, emulated)
-    if not fidelity >= FLOOR_DB:
-        raise EngineError(
-            f"{graph.path.name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB"
-        )
+    inputs = typical_inputs(graph, CHECKED_ROWS)
+    fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), _run(unpacked, inputs))
     onnx.save(cast(model, precision, folder, Writer(lowered, outside=True)), lowered)
     return lowered, fidelity
 
@@ -128,11 +125,12 @@ def unpack(graph: Path, out: Path) -> Path:
     return out
 
 
-def _fidelity(graph: GraphSpec, whole: Path, lowered: Path) -> float:
-    """PSNR in dB of the lowered graph's outputs, whose range is that of the whole graph's."""
-    inputs = typical_inputs(graph, CHECKED_ROWS)
-    expected, actual = (_run(path, inputs) for path in (whole, lowered))
-    return min(_psnr_db(a, b) for a, b in zip(actual, expected, strict=True))
+def check_fidelity(name: str, precision: Precision, lowered: Sequence[Array], whole: Sequence[Array]) -> float:
+    """The PSNR in dB of a graph's outputs in a precision, to those in fp32. Raises EngineError below `FLOOR_DB`."""
+    fidelity = min(_psnr_db(a, b) for a, b in zip(lowered, whole, strict=True))
+    if not fidelity >= FLOOR_DB:
+        raise EngineError(f"{name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB")
+    return fidelity
 
 
 def _psnr_db(actual: Array, expected: Array) -> float:

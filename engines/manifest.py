@@ -138,7 +138,8 @@ class Description(Model):
     """A manifest without what `write_bundle` computes from the files: `files` and `revision`.
 
     Text bundles: the condition arrays are the outputs of the text graph, and ``attention_mask`` where the
-    step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64.
+    step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64. ``programs`` are the same
+    graphs as torch.export programs, by the file name of the graph; there may be none.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -154,6 +155,7 @@ class Description(Model):
     classes: tuple[str, ...] = ()
     encode: FileName | None = None
     decode: FileName | None = None
+    programs: dict[FileName, FileName] = {}
     weights_dtype: str
     licence: str
     attributions: tuple[Attribution, ...] = ()
@@ -194,12 +196,28 @@ class Description(Model):
             raise ValueError("two students have the same number of steps")
         return self
 
-    def named_files(self) -> Iterator[str]:
-        """Every file the description refers to (README, external weights and the like may come on top)."""
+    @model_validator(mode="after")
+    def _programs_fit(self) -> Self:
+        if unknown := sorted(self.programs.keys() - set(self.graph_names())):
+            raise ValueError(f"programs of no graph: {', '.join(unknown)}")
+        files = list(self.named_files())
+        if any(files.count(name) > 1 for name in self.programs.values()):
+            raise ValueError("every program is a file of its own")
+        return self
+
+    def graph_names(self) -> Iterator[str]:
+        """Every graph, by file name."""
         yield from (student.graph for student in self.students)
         if self.text is not None:
-            yield from (self.text.graph, self.text.tokenizer)
+            yield self.text.graph
         yield from (name for name in (self.encode, self.decode) if name is not None)
+
+    def named_files(self) -> Iterator[str]:
+        """Every file the description refers to (README, external weights and the like may come on top)."""
+        yield from self.graph_names()
+        if self.text is not None:
+            yield self.text.tokenizer
+        yield from self.programs.values()
 
 
 class Manifest(Description):

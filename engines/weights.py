@@ -41,11 +41,12 @@ def bytes_of(model: onnx.ModelProto) -> int:
 
 def _size(tensor: TensorProto) -> int:
     width = 0.5 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else _width(tensor.data_type)
-    return math.ceil(math.prod(tensor.dims) * width)
+    return int(math.ceil(math.prod(tensor.dims) * width))
 
 
 def _width(data_type: int) -> int:
-    return int(np.dtype(helper.tensor_dtype_to_np_dtype(data_type)).itemsize)
+    size: int = np.dtype(helper.tensor_dtype_to_np_dtype(data_type)).itemsize
+    return size
 
 
 class Writer:

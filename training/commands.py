@@ -122,12 +122,19 @@ def distill(run: runs.Run) -> None:
     help="How weights are stored; auto takes the smallest that stays within tolerance.",
 )
 @click.option("--replace", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--programs", is_flag=True, help="Write every graph as a torch program too, for the backends of PyTorch.")
 def export(
-    recipe: Path, bundle: Path, folder: Path | None, data: Path | None, weights: Weights | str, replace: bool
+    recipe: Path,
+    bundle: Path,
+    folder: Path | None,
+    data: Path | None,
+    weights: Weights | str,
+    replace: bool,
+    programs: bool,
 ) -> None:
     """Write the students of a finished run of RECIPE as BUNDLE, every graph checked against torch."""
     choice = SMALLEST_FIRST if weights == "auto" else tuple(w for w in SMALLEST_FIRST if w == weights)
-    made = export_run(open_finished_run(recipe, folder, data), bundle, choice, replace)
+    made = export_run(open_finished_run(recipe, folder, data), bundle, choice, replace, programs)
     size = sum(record.size_bytes for record in made.manifest.files.values())
     click.echo(
         f"{bundle}: revision {made.manifest.revision}, {size / 1e6:.1f} MB, {made.manifest.weights_dtype} weights"

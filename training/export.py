@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -37,6 +37,7 @@ from training.distill import student_stage
 from training.draws import Draws
 from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
 from training.losses import Batch
+from training.programs import PROGRAM_SUFFIX, export_program
 from training.prompts import TextGraph
 from training.recipe import ExportRecipe
 from training.run import Run
@@ -52,8 +53,14 @@ TEXT_ATTRIBUTION = Attribution(
 )
 
 
-def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, replace: bool = False) -> Bundle:
-    """Write the bundle of a run whose students are trained to the folder `out`.
+def export(
+    run: Run,
+    out: Path,
+    weights: Sequence[Weights] = SMALLEST_FIRST,
+    replace: bool = False,
+    programs: bool = False,
+) -> Bundle:
+    """Write the bundle of a run whose students are trained to the folder `out`, with torch programs if asked for.
 
     Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError
     for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
@@ -65,16 +72,20 @@ def export(run: Run, out: Path, weights: Sequence[Weights] = SMALLEST_FIRST, rep
     text = _text_graph(run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parities = [
-            export_graph(module, example, folder / name, weights)
-            for name, module, example in tqdm(_graphs(run, text), desc="exporting", unit="graph", disable=None)
-        ]
+        parities, made = list[Parity](), dict[str, Parity]()
+        for name, module, example in tqdm(_graphs(run, text), desc="exporting", unit="graph", disable=None):
+            parities.append(export_graph(module, example, folder / name, weights))
+            if programs:
+                made[name] = export_program(module, example, (folder / name).with_suffix(PROGRAM_SUFFIX))
         if text is not None:
             (folder / TOKENIZER).write_text(text.tokenizer)
-        description = describe(run, parities, sources, table, text)
+        names = {graph: parity.graph for graph, parity in made.items()}
+        description = describe(run, parities, sources, table, text, names)
         if (picture := run.folder / "evaluation" / PICTURE).exists():
             (folder / PICTURE).write_bytes(picture.read_bytes())
-        (folder / CARD).write_text(model_card(description, parities, run.recipe.export, picture.exists()))
+        (folder / CARD).write_text(
+            model_card(description, [*parities, *made.values()], run.recipe.export, picture.exists())
+        )
         return write_bundle(out, description, {file.name: file for file in folder.iterdir()}, replace=replace)
 
 
@@ -184,9 +195,14 @@ def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
 
 
 def describe(
-    run: Run, parities: Sequence[Parity], sources: Sequence[Attribution], table: str, text: TextGraph | None
+    run: Run,
+    parities: Sequence[Parity],
+    sources: Sequence[Attribution],
+    table: str,
+    text: TextGraph | None,
+    programs: Mapping[str, str],
 ) -> Description:
-    """The manifest of a run's bundle, with those to whom its data is owed and its quality table."""
+    """The manifest of a run's bundle, with those to whom its data is owed, its quality table, and its programs."""
     recipe, example = run.recipe, _some_rows(run, 1, 0).condition
     condition = tuple(
         TensorSpec(
@@ -212,6 +228,7 @@ def describe(
         classes=run.data.classes,
         encode=ENCODE if run.is_latent else None,
         decode=DECODE if run.is_latent else None,
+        programs=dict(programs),
         weights_dtype="+".join(sorted({parity.weights for parity in parities})),
         licence=recipe.export.licence,
         attributions=(*sources, *_teacher_attribution(run)),

@@ -80,6 +80,10 @@ class Example:
         return self.make(batch)
 
 
+Runner = Callable[[Mapping[str, Tensor]], Tensor]
+"""Runs a graph on its named inputs."""
+
+
 @dataclass(frozen=True)
 class Parity:
     """How far a graph is from torch: how its weights are stored, and the relative L2 error of the worst row."""
@@ -96,13 +100,12 @@ def export_graph(
 
     Raises ExportError, and writes nothing, if none does.
     """
-    if not all(value.isfinite().all() for value in module.state_dict().values()):
-        raise ExportError(f"{path.name}: its network has weights that are no finite numbers")
+    check_finite(module, path.name)
     exported = _trace(module, example)
     found = []
     for storage in weights:
         model = store_weights(exported, storage)
-        error = _worst_error(module, example, model)
+        error = worst_error(module, example, _runner(model, example.output_name))
         if error <= TOLERANCE[storage]:
             onnx.save(model, path)
             return Parity(path.name, storage, error)
@@ -110,11 +113,17 @@ def export_graph(
     raise ExportError(f"{path.name} differs from torch: relative error {', '.join(found)}")
 
 
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise ExportError for a network with weights that are no finite numbers."""
+    if not all(value.isfinite().all() for value in module.state_dict().values()):
+        raise ExportError(f"{name}: its network has weights that are no finite numbers")
+
+
 def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1, max=1024)
     inputs = example.at(3)
     shapes = tuple({0: batch} for _ in inputs)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             inputs,
@@ -140,7 +149,7 @@ def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter: it warns of packages that are not needed and of constants that it does not fold."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -151,16 +160,25 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _worst_error(module: nn.Module, example: Example, model: onnx.ModelProto) -> float:
-    """The largest relative L2 error of a row of ONNX Runtime's against torch's, over the batch sizes."""
+def _runner(model: onnx.ModelProto, output_name: str) -> Runner:
+    """A model on ONNX Runtime."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        feeds = {name: value.numpy() for name, value in inputs.items()}
+        return torch.from_numpy(session.run([output_name], feeds)[0])
+
+    return run
+
+
+def worst_error(module: nn.Module, example: Example, run: Runner) -> float:
+    """The largest relative L2 error of a row of what `run` gives against what torch does, over the batch sizes."""
     worst = 0.0
     for batch in BATCH_SIZES:
         inputs = example.at(batch)
         with torch.inference_mode():
             expected = module(*inputs)
-        feeds = {name: value.numpy() for name, value in zip(example.input_names, inputs, strict=True)}
-        actual = torch.from_numpy(session.run([example.output_name], feeds)[0])
+            actual = run(dict(zip(example.input_names, inputs, strict=True)))
         if actual.shape != expected.shape:
             raise ExportError(f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}")
         error = (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)

@@ -12,13 +12,16 @@ from engines.backends.base import Engine, EngineError, EngineOptions, GraphSpec
 
 BACKENDS: dict[str, str] = {
     "trt": "engines.backends.trt:open_trt",
+    "pytorch-cuda": "engines.backends.programs:open_cuda",
     "ort-tensorrt": "engines.backends.ort:OrtTensorrtEngine",
     "ort-cuda": "engines.backends.ort:OrtCudaEngine",
     "ort": "engines.backends.ort:OrtEngine",
+    "pytorch-aot": "engines.backends.programs:open_aot",
+    "pytorch": "engines.backends.programs:open_program",
     "fake": "engines.backends.fake:FakeEngine",
 }
 AUTO = "auto"
-BEST_FIRST = ("trt", "ort-cuda", "ort")
+BEST_FIRST = ("trt", "pytorch-cuda", "ort-cuda", "ort")
 """What `auto` tries, in this order."""
 
 _log = logging.getLogger(__name__)

@@ -77,13 +77,18 @@ class TensorSpec(BaseModel):
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph of a bundle: where it lies, what it must take and give, and the SHA-256 that the manifest has of it."""
+    """One graph of a bundle: where it lies, what it must take and give, and the SHA-256 that the manifest has of it.
+
+    ``program`` is the same graph as a torch.export program, where the bundle has one.
+    """
 
     role: Role
     path: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sha256: str = ""
+    program: Path | None = None
+    program_sha256: str = ""
 
 
 class Engine(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -141,12 +142,35 @@ def rename(document: dict[str, Any], name: str) -> None:
         (lambda d: d["students"][0].update(steps=3), "has a grid of 1"),
         (lambda d: d["condition"][0].update(shape=[1, 8, 6]), "first dimension 'batch'"),
         (lambda d: d["condition"][0].update(shape=["batch", 0, 6]), "must be positive"),
+        (lambda d: d.update(programs={"step-3.onnx": "README.md"}), r"programs of no graph: step-3\.onnx"),
+        (lambda d: d.update(programs={"tokenizer.json": "README.md"}), r"programs of no graph: tokenizer\.json"),
+        (lambda d: d.update(programs={"step-4.onnx": "step-4.onnx"}), "a file of its own"),
+        (lambda d: d.update(programs={"step-4.onnx": "README.md", "step-2.onnx": "README.md"}), "a file of its own"),
+        (lambda d: d.update(programs={"step-4.onnx": "step-4.pt2"}), r"files does not list step-4\.pt2"),
+        (lambda d: d.update(programs={"step-4.onnx": "../step-4.pt2"}), "not a plain file name"),
     ],
 )
 def test_bad_manifests_do_not_load(bundle_copy: Path, edit: Edit, named: str) -> None:
     edit_manifest(bundle_copy, edit)
     with pytest.raises(BundleError, match=named):
         load_bundle(bundle_copy)
+
+
+def test_a_manifest_from_before_there_were_programs_still_loads(bundle_copy: Path) -> None:
+    edit_manifest(bundle_copy, lambda d: d.pop("programs"))
+    assert {graph.program for graph in load_bundle(bundle_copy).graphs().values()} == {None}
+
+
+def test_a_graph_knows_its_program(text_bundle: Bundle, tmp_path: Path) -> None:
+    """For the bundle a program is a file like any other."""
+    program = tmp_path / "step-4.pt2"
+    program.write_bytes(b"a program")
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files} | {program.name: program}
+    description = text_bundle.manifest.model_copy(update={"programs": {"step-4.onnx": program.name}})
+    graphs = write_bundle(tmp_path / "made", description, files).graphs()
+    assert graphs["step-4.onnx"].program == tmp_path / "made" / "step-4.pt2"
+    assert graphs["step-4.onnx"].program_sha256 == hashlib.sha256(b"a program").hexdigest()
+    assert graphs["step-2.onnx"].program is None
 
 
 @pytest.mark.parametrize(

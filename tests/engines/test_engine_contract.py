@@ -19,7 +19,37 @@ from engines.bundle import Bundle, load_bundle
 from engines.pipeline import initial_noise
 
 # What float32 may lose on each: between a row alone and the same row in a batch, or one equation and its graph.
-TOLERANCE = {"fake": 1e-6, "ort": 1e-5, "ort-cuda": 1e-4, "ort-tensorrt": 1e-3, "trt": 1e-3}
+TOLERANCE = {
+    "fake": 1e-6,
+    "ort": 1e-5,
+    "ort-cuda": 1e-4,
+    "ort-tensorrt": 1e-3,
+    "trt": 1e-3,
+    "pytorch": 1e-5,
+    "pytorch-aot": 1e-5,
+    "pytorch-cuda": 1e-4,
+}
+OF_PROGRAMS = {"pytorch", "pytorch-aot", "pytorch-cuda"}
+COMPILES = "pytorch-aot"  # a graph in about five seconds
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of plans for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_PLANS", str(tmp_path_factory.mktemp("plans")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def programmed(
+    bundles: dict[tuple[str, str], Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Bundle]:
+    """The bundles with a torch program of every graph."""
+    pytest.importorskip("torch", reason="programs need torch")
+    from tests.programs import with_programs
+
+    return {kind: with_programs(made, tmp_path_factory.mktemp("programmed")) for kind, made in bundles.items()}
 
 
 @cache
@@ -32,21 +62,37 @@ def why_not(backend: str, bundle: Path) -> str:
     return ""
 
 
-@pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest, bundles: dict[tuple[str, str], Bundle]) -> str:
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name == COMPILES else name for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if reason := why_not(name, bundles["class", "pixel"].path):
+    kinds: dict[tuple[str, str], Bundle]
+    kinds = request.getfixturevalue("programmed" if name in OF_PROGRAMS else "bundles")
+    if reason := why_not(name, kinds["class", "pixel"].path):
         pytest.skip(f"{name}: {reason}")
     return name
 
 
 @pytest.fixture
-def engine(bundle: Bundle, backend: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with open_engine(backend, graph_of(bundle, "step"), EngineOptions(threads=1)) as opened:
-        if isinstance(opened, StandIn):
-            assert opened.wait(600)
-            assert opened.failure is None
+def bundle(bundle: Bundle, backend: str, request: pytest.FixtureRequest) -> Bundle:
+    if backend not in OF_PROGRAMS:
+        return bundle
+    made: Bundle = request.getfixturevalue("programmed")[bundle.manifest.conditioning, bundle.manifest.space]
+    return made
+
+
+@pytest.fixture
+def engine(bundle: Bundle, backend: str) -> Iterator[Engine]:
+    with ready(backend, graph_of(bundle, "step")) as opened:
         yield opened
+
+
+def ready(backend: str, graph: GraphSpec) -> Engine:
+    """An engine that is what it will be."""
+    opened = open_engine(backend, graph, EngineOptions(threads=1))
+    if isinstance(opened, StandIn):
+        assert opened.wait(600)
+        assert opened.failure is None
+    return opened
 
 
 def graph_of(bundle: Bundle, role: str) -> GraphSpec:
@@ -71,7 +117,7 @@ def one_row(inputs: Mapping[str, Array], row: int) -> dict[str, Array]:
 
 def test_every_graph_honours_its_specs(bundle: Bundle, backend: str) -> None:
     for graph in bundle.graphs().values():
-        with open_engine(backend, graph, EngineOptions(threads=1)) as engine:
+        with ready(backend, graph) as engine:
             assert (engine.inputs, engine.outputs) == (graph.inputs, graph.outputs)
             for batch in (1, 3):
                 outputs = engine.run(random_inputs(engine, batch))

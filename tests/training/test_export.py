@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.bundle import Bundle, BundleError, load_bundle
+import fewstep
+from engines.bundle import Bundle, BundleError, load_bundle, read_manifest
 from engines.pipeline import Pipeline
 from engines.rows import initial_noise
 from engines.tasks import Edit, Generate, Inpaint
@@ -70,7 +72,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def text_bundle(text_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(text_run, tmp_path_factory.mktemp("bundles") / "squares", ("fp32",))
+    return export(text_run, tmp_path_factory.mktemp("bundles") / "squares", ("fp32",), programs=True)
 
 
 def noise(seed: int, run: Run) -> torch.Tensor:
@@ -118,6 +120,30 @@ def test_text_bundle_edits_and_repaints(text_bundle: Bundle) -> None:
     assert edited.shape == (16, 16, 3)
     assert np.array_equal(inpainted[8:], square[8:])
     assert not np.array_equal(inpainted[:8], square[:8])
+
+
+def test_programs_draw_what_the_graphs_draw(text_bundle: Bundle) -> None:
+    square = np.full((16, 16, 3), COLOURS["blue"], np.uint8)
+    tasks = [Generate("a red square", 2, 3.0, seed=9), Edit("red", 2, 1.0, seed=1, image=square, strength=0.5)]
+    made = []
+    for backend in ("ort", "pytorch"):
+        with Pipeline.open(text_bundle.path, backend=backend) as pipeline:
+            made.append(pipeline.run(tasks))
+    assert max(furthest(a, b) for a, b in zip(*made, strict=True)) <= FP32_TOLERANCE
+    assert "| step-2.pt2 | fp32 |" in (text_bundle.path / "README.md").read_text()
+
+
+def test_programs_are_written_when_asked_for(
+    digits_run: Run, digits_bundle: Bundle, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    arguments = [str(tiny_recipe), str(tmp_path / "bundle"), "--run", str(digits_run.folder), "--programs"]
+    result = CliRunner().invoke(fewstep.main, ["export", *arguments])
+    assert result.exit_code == 0, result.output
+    programs = {f"step-{steps}.onnx": f"step-{steps}.pt2" for steps in (1, 2, 4)}
+    assert read_manifest(tmp_path / "bundle").programs == programs
+    assert not digits_bundle.manifest.programs
+    shown = CliRunner().invoke(fewstep.main, ["inspect", str(tmp_path / "bundle")]).output
+    assert "step-4.onnx as a torch program: step-4.pt2" in shown
 
 
 def test_the_manifest_tells_where_the_bundle_comes_from(digits_run: Run, digits_bundle: Bundle) -> None:

@@ -1,0 +1,43 @@
+"""Torch modules as torch.export programs: weights as trained, inputs and outputs by name, checked against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engines.backends.pytorch import trace
+from training.graphs import TOLERANCE, Example, ExportError, Parity, check_finite, quiet, worst_error
+
+PROGRAM_SUFFIX = ".pt2"
+
+
+class _Named(nn.Module):
+    """A module that takes and gives tensors by name."""
+
+    def __init__(self, module: nn.Module, example: Example) -> None:
+        super().__init__()
+        self.module, self.example = module, example
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        output: Tensor = self.module(*(inputs[name] for name in self.example.input_names))
+        return {self.example.output_name: output}
+
+
+def export_program(module: nn.Module, example: Example, path: Path) -> Parity:
+    """Write `module` as a program of {input name: tensor} -> {output name: tensor}, of any batch that it can take.
+
+    Raises ExportError, and writes nothing, where what was written differs from `module`.
+    """
+    check_finite(module, path.name)
+    with quiet():
+        inputs = dict(zip(example.input_names, example.at(3), strict=True))
+        torch.export.save(trace(_Named(module.eval(), example), inputs), path)
+        program = torch.export.load(path).module()
+    error = worst_error(module, example, lambda inputs: program(inputs)[example.output_name])
+    if error > TOLERANCE["fp32"]:
+        path.unlink()
+        raise ExportError(f"{path.name} differs from torch: relative error {error:.2g} > {TOLERANCE['fp32']:.2g}")
+    return Parity(path.name, "fp32", error)
