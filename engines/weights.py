@@ -40,13 +40,9 @@ def bytes_of(model: onnx.ModelProto) -> int:
 
 
 def _size(tensor: TensorProto) -> int:
-    width = 0.5 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else _width(tensor.data_type)
-    return int(math.ceil(math.prod(tensor.dims) * width))
-
-
-def _width(data_type: int) -> int:
-    size: int = np.dtype(helper.tensor_dtype_to_np_dtype(data_type)).itemsize
-    return size
+    count: int = math.prod(tensor.dims)
+    width: int = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    return count * width
 
 
 class Writer:

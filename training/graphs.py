@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from engines.weights import Writer, bytes_of, value_of
 from training.diffusion import blend_known, ddim_step, expand
 from training.networks import NetworkDenoiser
 
@@ -32,6 +35,9 @@ MIN_COMPRESSED_ELEMENTS = 1024
 INT8_BLOCKS = (48, 23)
 """The sizes tried for blocks of weights that share a scale, from the largest down to above the last."""
 OPSET = 20
+LARGEST_GRAPH_BYTES = 1 << 30
+STORED_BYTES: Mapping[Weights, float] = {"fp32": 4, "fp16": 2, "int8": 1 + 2 / INT8_BLOCKS[1]}
+"""What a weight takes; of int8, with its share of a scale, at most."""
 
 
 class ExportError(Exception):
@@ -98,18 +104,25 @@ def export_graph(
 ) -> Parity:
     """Write `module` as an ONNX graph with the first storage of `weights` that stays within its tolerance.
 
-    Raises ExportError, and writes nothing, if none does.
+    Weights of more than `LARGEST_GRAPH_BYTES` go to files beside it (`engines.weights`). They pass through memory one
+    by one, so that there is no second copy of them. Raises ExportError, and writes nothing, if no storage will do.
     """
     check_finite(module, path.name)
-    exported = _trace(module, example)
     found = []
-    for storage in weights:
-        model = store_weights(exported, storage)
-        error = worst_error(module, example, _runner(model, example.output_name))
-        if error <= TOLERANCE[storage]:
-            onnx.save(model, path)
-            return Parity(path.name, storage, error)
-        found.append(f"{storage}: {error:.2g} > {TOLERANCE[storage]:.2g}")
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        traced = Path(scratch) / "traced.onnx"
+        _trace(module, example, traced)
+        for storage in weights:
+            folder = Path(scratch) / storage
+            folder.mkdir()
+            written = write_graph(traced, folder / path.name, storage)
+            error = worst_error(module, example, _runner(written, example.output_name))
+            if error <= TOLERANCE[storage]:
+                for file in folder.iterdir():
+                    file.replace(path.with_name(file.name))
+                return Parity(path.name, storage, error)
+            shutil.rmtree(folder)
+            found.append(f"{storage}: {error:.2g} > {TOLERANCE[storage]:.2g}")
     raise ExportError(f"{path.name} differs from torch: relative error {', '.join(found)}")
 
 
@@ -119,7 +132,8 @@ def check_finite(module: nn.Module, name: str) -> None:
         raise ExportError(f"{name}: its network has weights that are no finite numbers")
 
 
-def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
+def _trace(module: nn.Module, example: Example, path: Path) -> None:
+    """Write the module's graph, all weights in a file beside it."""
     batch = torch.export.Dim("batch", min=1, max=1024)
     inputs = example.at(3)
     shapes = tuple({0: batch} for _ in inputs)
@@ -135,7 +149,7 @@ def _trace(module: nn.Module, example: Example) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return _without_notes(program.model_proto)
+    program.save(path, external_data=True)
 
 
 def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -160,9 +174,9 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _runner(model: onnx.ModelProto, output_name: str) -> Runner:
-    """A model on ONNX Runtime."""
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+def _runner(graph: Path, output_name: str) -> Runner:
+    """A graph on ONNX Runtime."""
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         feeds = {name: value.numpy() for name, value in inputs.items()}
@@ -188,56 +202,70 @@ def worst_error(module: nn.Module, example: Example, run: Runner) -> float:
     return worst
 
 
-def store_weights(model: onnx.ModelProto, weights: Weights) -> onnx.ModelProto:
-    """A copy of a model whose large float32 weights are stored as fp16, or int8 with a scale per block.
+def write_graph(source: Path, target: Path, weights: Weights) -> Path:
+    """Write a graph anew with its large float32 weights as they are, as fp16, or as int8 with a scale per block.
 
-    The graph computes in float32: it casts (and scales) the weights back, which a runtime does once, when it loads.
+    It computes in float32: it casts (and scales) the weights back, which a runtime does once, when it loads. Returns
+    `target`.
     """
-    stored = onnx.ModelProto()
-    stored.CopyFrom(model)
-    if weights == "fp32":
-        return stored
-    graph = stored.graph
+    model = _without_notes(onnx.load(source, load_external_data=False))
+    writer = Writer(target, outside=bytes_of(model) * STORED_BYTES[weights] / 4 > LARGEST_GRAPH_BYTES)
+    graph = model.graph
     nodes, initializers = [], []
     for initializer in graph.initializer:
-        if initializer.data_type != TensorProto.FLOAT or np.prod(initializer.dims) < MIN_COMPRESSED_ELEMENTS:
-            initializers.append(initializer)
+        value = value_of(initializer, source.parent)
+        if initializer.data_type != TensorProto.FLOAT or value.size < MIN_COMPRESSED_ELEMENTS:
+            initializers.append(writer.add(initializer.name, value, initializer.data_type, initializer.dims))
             continue
-        made, restore = (_as_fp16 if weights == "fp16" else _as_int8)(
-            initializer.name, numpy_helper.to_array(initializer)
-        )
+        made, restore = _STORES[weights](initializer.name, value, writer)
         initializers += made
         nodes += restore
     rest = list(graph.node)
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes + rest)
     graph.initializer.extend(initializers)
-    onnx.checker.check_model(stored)
-    return stored
+    onnx.save(model, target)
+    onnx.checker.check_model(str(target))
+    return target
 
 
 Stored = tuple[list[TensorProto], list[onnx.NodeProto]]
 
 
-def _as_fp16(name: str, value: NDArray[np.float32]) -> Stored:
-    half = numpy_helper.from_array(value.astype(np.float16), f"{name}.fp16")
+def _as_fp32(name: str, value: NDArray[np.float32], writer: Writer) -> Stored:
+    return [writer.add(name, value, TensorProto.FLOAT, value.shape)], []
+
+
+def _as_fp16(name: str, value: NDArray[np.float32], writer: Writer) -> Stored:
+    half = writer.add(f"{name}.fp16", value.astype(np.float16), TensorProto.FLOAT16, value.shape)
     return [half], [helper.make_node("Cast", [half.name], [name], to=TensorProto.FLOAT)]
 
 
-def _as_int8(name: str, value: NDArray[np.float32]) -> Stored:
+def _as_int8(name: str, value: NDArray[np.float32], writer: Writer) -> Stored:
     """Symmetric, with a scale for each block of consecutive weights: a text encoder's outliers need small blocks."""
     block = next((size for size in range(*INT8_BLOCKS, -1) if value.size % size == 0), None)
     if block is None:
-        return _as_fp16(name, value)
+        return _as_fp16(name, value, writer)
     blocks = value.reshape(-1, block)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
     scale = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
     codes = np.clip(np.rint(blocks / scale.astype(np.float32)), -127, 127).astype(np.int8)
-    made = {"int8": codes, "scale": scale, "shape": np.array(value.shape, np.int64)}
     cast = TensorProto.FLOAT
-    return [numpy_helper.from_array(array, f"{name}.{part}") for part, array in made.items()], [
+    made = [
+        writer.add(f"{name}.int8", codes, TensorProto.INT8, codes.shape),
+        writer.add(f"{name}.scale", scale, TensorProto.FLOAT16, scale.shape),
+        numpy_helper.from_array(np.array(value.shape, np.int64), f"{name}.shape"),
+    ]
+    return made, [
         helper.make_node("Cast", [f"{name}.int8"], [f"{name}.codes"], to=cast),
         helper.make_node("Cast", [f"{name}.scale"], [f"{name}.scales"], to=cast),
         helper.make_node("Mul", [f"{name}.codes", f"{name}.scales"], [f"{name}.blocks"]),
         helper.make_node("Reshape", [f"{name}.blocks", f"{name}.shape"], [name]),
     ]
+
+
+_STORES: Mapping[Weights, Callable[[str, NDArray[np.float32], Writer], Stored]] = {
+    "fp32": _as_fp32,
+    "fp16": _as_fp16,
+    "int8": _as_int8,
+}

@@ -12,9 +12,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+import engines.weights
 from training import graphs
 from training.diffusion import Schedule, blend_known, ddim_step
-from training.graphs import Example, ExportError, StepGraph, export_graph, store_weights
+from training.graphs import Example, ExportError, StepGraph, export_graph, write_graph
 from training.networks import NetworkDenoiser, build_unet, student_from
 from training.recipe import NetworkRecipe
 
@@ -92,7 +93,7 @@ def test_large_weights_are_stored_small(tmp_path: Path, weights: graphs.Weights,
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(176, np.int8), (61, np.float16)])
-def test_blocks_divide_the_weights_or_they_are_stored_as_fp16(width: int, dtype: type) -> None:
+def test_blocks_divide_the_weights_or_they_are_stored_as_fp16(width: int, dtype: type, tmp_path: Path) -> None:
     value = np.random.default_rng(0).standard_normal((width, width)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("Identity", ["w"], ["y"])],
@@ -101,10 +102,11 @@ def test_blocks_divide_the_weights_or_they_are_stored_as_fp16(width: int, dtype:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, value.shape)],
         [numpy_helper.from_array(value, "w")],
     )
-    stored = store_weights(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), "int8")
-    large = max((numpy_helper.to_array(i) for i in stored.graph.initializer), key=lambda array: array.size)
-    assert large.dtype == dtype
-    session = onnxruntime.InferenceSession(stored.SerializeToString(), providers=["CPUExecutionProvider"])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "g.onnx")
+    stored = write_graph(tmp_path / "g.onnx", tmp_path / "stored.onnx", "int8")
+    weights = [numpy_helper.to_array(i) for i in onnx.load(stored).graph.initializer]
+    assert max(weights, key=lambda array: array.size).dtype == dtype
+    session = onnxruntime.InferenceSession(stored, providers=["CPUExecutionProvider"])
     assert np.abs(session.run(["y"], {})[0] - value).max() < 0.02
 
 
@@ -126,12 +128,38 @@ def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_stored_weights_leave_the_model_given_untouched(tmp_path: Path) -> None:
-    export_graph(Linear(), LINEAR, tmp_path / "y.onnx", ("fp32",))
-    model = onnx.load(tmp_path / "y.onnx")
-    before = model.SerializeToString()
-    store_weights(model, "int8")
-    assert model.SerializeToString() == before
+@pytest.mark.parametrize("weights", graphs.SMALLEST_FIRST)
+def test_large_graphs_have_their_weights_in_files_beside_them(
+    tmp_path: Path, weights: graphs.Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = export_graph(Linear(), LINEAR, tmp_path / "inside.onnx", (weights,))
+    monkeypatch.setattr(graphs, "LARGEST_GRAPH_BYTES", 1000)
+    monkeypatch.setattr(engines.weights, "SHARD_BYTES", 2000)
+    outside = export_graph(Linear(), LINEAR, tmp_path / "y.onnx", (weights,))
+    assert outside.error == pytest.approx(inside.error, rel=1e-6)
+    shards = sorted(tmp_path.glob("y.onnx.weights-*"))
+    assert [shard.name for shard in shards[:1]] == ["y.onnx.weights-00"]
+    assert (tmp_path / "y.onnx").stat().st_size < (tmp_path / "inside.onnx").stat().st_size / 2
+    a, b = (
+        {i.name: numpy_helper.to_array(i) for i in onnx.load(tmp_path / f"{name}.onnx").graph.initializer}
+        for name in ("inside", "y")
+    )
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_several_weights_fill_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.weights, "SHARD_BYTES", 20_000)
+    writer = engines.weights.Writer(tmp_path / "g.onnx", outside=True)
+    values = [np.full((k, 1000), k, np.float32) for k in (2, 3, 9, 1)]
+    tensors = [writer.add(f"w{k}", value, TensorProto.FLOAT, value.shape) for k, value in enumerate(values)]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(file.stat().st_size <= 36_000 for file in tmp_path.iterdir())
+    for tensor, value in zip(tensors, values, strict=True):
+        assert isinstance(found := engines.weights.value_of(tensor, tmp_path), np.memmap)
+        assert np.array_equal(found, value)
+    small = writer.add("small", np.arange(3), TensorProto.INT64, (3,))
+    assert engines.weights.value_of(small, tmp_path).tolist() == [0, 1, 2]
 
 
 def test_one_row_that_differs_is_enough(tmp_path: Path) -> None:
