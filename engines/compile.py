@@ -100,7 +100,10 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
 
     model = onnx.load(unpacked, load_external_data=False)
     emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
-    onnx.save(emulate(model, precision, folder, Writer(emulated, outside=True)), emulated)
+    try:
+        onnx.save(emulate(model, precision, folder, Writer(emulated, outside=True)), emulated)
+    except ValueError as error:
+        raise EngineError(f"{graph.path.name}: {error}") from error
     inputs = typical_inputs(graph, CHECKED_ROWS)
     fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), _run(unpacked, inputs))
     onnx.save(cast(model, precision, folder, Writer(lowered, outside=True)), lowered)

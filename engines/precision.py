@@ -1,11 +1,13 @@
 """Graphs in a lower precision: the casts are written into the graph, so that every runtime computes the same.
 
 Convolutions, matrix products and what lies between them compute in fp16 or bf16. Normalisations, softmax, the
-embeddings of time and guidance, and the sampler's arithmetic after the network stay in fp32.
+embeddings of time and guidance, and the sampler's arithmetic after the network stay in fp32. In int8 and fp8 (E4M3) it
+is the weights of products that have 8 bits and a scale for each output channel; the products themselves are fp16's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,18 @@ BETWEEN = PRODUCTS | {
 NORMS = frozenset({"InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"})
 BFLOAT16_OPSET = 22
 """The first opset whose convolutions take bfloat16; what it has of the operators here is otherwise that of opset 20."""
-_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+QUANTIZED_OPSET = 19
+"""The first opset that scales 8-bit weights back to fp16."""
+_TYPES = {
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "int8": TensorProto.FLOAT16,
+    "fp8": TensorProto.FLOAT16,
+}
+_STORED = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
+"""The type of 8-bit weights, and its largest value."""
+MIN_QUANTIZED = 1024
+"""Weights with fewer values stay in fp16."""
 
 
 def cast(model: ModelProto, precision: Precision, folder: Path = Path(), writer: Writer = INSIDE) -> ModelProto:
@@ -37,7 +50,8 @@ def cast(model: ModelProto, precision: Precision, folder: Path = Path(), writer:
     lowered = _copy(model)
     if precision == "fp32":
         return lowered
-    _Rewrite(lowered, _TYPES[precision], folder, writer).cast()
+    _check_opset(lowered, precision)
+    _Rewrite(lowered, precision, folder, writer).cast()
     for opset in lowered.opset_import:
         if precision == "bf16" and opset.domain == "":
             opset.version = max(opset.version, BFLOAT16_OPSET)
@@ -52,8 +66,15 @@ def emulate(model: ModelProto, precision: Precision, folder: Path = Path(), writ
     """
     rounded = _copy(model)
     if precision != "fp32":
-        _Rewrite(rounded, _TYPES[precision], folder, writer).round()
+        _check_opset(rounded, precision)
+        _Rewrite(rounded, precision, folder, writer).round()
     return rounded
+
+
+def _check_opset(model: ModelProto, precision: Precision) -> None:
+    version = next((opset.version for opset in model.opset_import if opset.domain == ""), 0)
+    if precision in _STORED and version < QUANTIZED_OPSET:
+        raise ValueError(f"a graph of opset {version} cannot have {precision} weights; opset {QUANTIZED_OPSET} can")
 
 
 def _copy(model: ModelProto) -> ModelProto:
@@ -65,8 +86,9 @@ def _copy(model: ModelProto) -> ModelProto:
 class _Rewrite:
     """The rewriting of one graph in place. `low` is the name of each tensor in the lower precision, once it is made."""
 
-    def __init__(self, model: ModelProto, dtype: int, folder: Path, writer: Writer) -> None:
-        self.graph, self.dtype, self.folder, self.writer = model.graph, dtype, folder, writer
+    def __init__(self, model: ModelProto, precision: Precision, folder: Path, writer: Writer) -> None:
+        self.graph, self.folder, self.writer = model.graph, folder, writer
+        self.dtype, self.stored = _TYPES[precision], _STORED.get(precision)
         self.floats = _float_tensors(model)
         self.weights = {initializer.name: initializer for initializer in self.graph.initializer}
         # A node is known by its first output: the wrappers of protobuf have no identity.
@@ -112,10 +134,13 @@ class _Rewrite:
         """Point the inputs of a node to their values in the lower precision, or to these as float32 again."""
         for i, name in enumerate(node.input):
             if name in self.floats and not (node.op_type == "Resize" and i > 0):  # the rest of them are sizes
-                node.input[i] = self._low(name, whole)
+                node.input[i] = self._low(name, whole, _output_channels(node, i))
 
-    def _low(self, name: str, whole: bool) -> str:
-        if name not in self.low:
+    def _low(self, name: str, whole: bool, channels: int | None = None) -> str:
+        if name not in self.low and self._is_quantized(name, channels):
+            assert channels is not None
+            self.low[name] = self._quantize(name, channels, whole)
+        elif name not in self.low:
             self.low[name] = f"{name}.low"
             if name in self.weights:
                 self.graph.initializer.append(self._lowered_weight(self.weights[name], self.low[name]))
@@ -127,6 +152,37 @@ class _Rewrite:
             else:
                 self._append("Cast", name, self.low[name], to=self.dtype)
         return self.low[name]
+
+    def _is_quantized(self, name: str, channels: int | None) -> bool:
+        """Whether this is a weight of a product, whose `channels` axis has a scale for each place."""
+        if self.stored is None or channels is None or name not in self.weights:
+            return False
+        shape = self.weights[name].dims
+        return len(shape) > channels and math.prod(shape) >= MIN_QUANTIZED
+
+    def _quantize(self, name: str, channels: int, whole: bool) -> str:
+        """Store a weight with 8 bits; its name scaled back, to fp16, or to what that is in fp32 for `whole`."""
+        assert self.stored is not None
+        dtype, largest = self.stored
+        value = value_of(self.weights[name], self.folder)
+        others = tuple(axis for axis in range(value.ndim) if axis != channels)
+        scale = np.maximum(np.abs(value).max(axis=others) / largest, np.finfo(np.float16).tiny).astype(np.float16)
+        shape = [-1 if axis == channels else 1 for axis in range(value.ndim)]
+        scaled = np.clip(value / scale.astype(np.float32).reshape(shape), -largest, largest)
+        whole_numbers = np.rint(scaled) if dtype == TensorProto.INT8 else scaled
+        codes = whole_numbers.astype(helper.tensor_dtype_to_np_dtype(dtype))
+        if whole:
+            back = codes.astype(np.float16) * scale.reshape(shape)
+            self.graph.initializer.append(
+                self.writer.add(f"{name}.rounded", back.astype(np.float32), TensorProto.FLOAT, value.shape)
+            )
+            return f"{name}.rounded"
+        self.graph.initializer.append(self.writer.add(f"{name}.codes", codes.tobytes(), dtype, value.shape))
+        self.graph.initializer.append(self.writer.add(f"{name}.scale", scale, TensorProto.FLOAT16, scale.shape))
+        self.nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}.codes", f"{name}.scale"], [f"{name}.low"], axis=channels)
+        )
+        return f"{name}.low"
 
     def _lowered_weight(self, weight: TensorProto, name: str) -> TensorProto:
         value = value_of(weight, self.folder)
@@ -205,6 +261,16 @@ def _ends(node: NodeProto, norm: set[str], graph: GraphProto) -> bool:
     if node.op_type == "Reshape":
         return node.input[0] in norm
     return all(name in norm or name in weights for name in node.input)
+
+
+def _output_channels(node: NodeProto, place: int) -> int | None:
+    """The axis of a product's weight, its second input, along which its output channels lie; None for all else."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute if attribute.name in ("transB", "group")}
+    grouped = node.op_type == "ConvTranspose" and attributes.get("group", 1) > 1
+    if node.op_type not in PRODUCTS or place != 1 or grouped:
+        return None
+    last = 0 if attributes.get("transB") else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1, "Gemm": last}[node.op_type]
 
 
 def _reads(node: NodeProto) -> Iterator[str]:

@@ -97,6 +97,8 @@ class PytorchEngine:
         Raises EngineError for what does not load, for a program that is not the graph's, and for one that comes out
         too far from fp32 in the precision of ``options``.
         """
+        if options.precision not in _DTYPES:
+            raise EngineError(f"the backends of PyTorch compute in {', '.join(_DTYPES)}, not in {options.precision}")
         self._graph, self._profile, self._device = graph, options.profile, device
         self._name = graph.path.name
         self._threads = options.threads or usable_cores()

@@ -93,6 +93,49 @@ def test_values_that_do_not_fit_are_found(tmp_path: Path) -> None:
     assert not np.isfinite(run(emulate(model, "fp16"), {"x": x}, tmp_path)).all()
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["text.onnx", "decode.onnx", "step-4.onnx"])
+def test_weights_of_8_bits_are_scaled_back_to_what_was_emulated(
+    graphs: dict[str, ModelProto], name: str, precision: Precision, tmp_path: Path
+) -> None:
+    inputs = typical_inputs(load_bundle(shipped_bundle()).graphs()[name], 2)
+    lowered = cast(graphs[name], precision)
+    onnx.checker.check_model(lowered)
+    typed = {initializer.name: initializer.data_type for initializer in lowered.graph.initializer}
+    stored = TensorProto.INT8 if precision == "int8" else TensorProto.FLOAT8E4M3FN
+    scaled = list(of_kind(lowered, {"DequantizeLinear"}))
+    assert len(scaled) > 5
+    assert {typed[node.input[0]] for node in scaled} == {stored}
+    assert {typed[node.input[1]] for node in scaled} == {TensorProto.FLOAT16}
+    assert lowered.ByteSize() < 0.65 * graphs[name].ByteSize()  # the words of a text encoder are no product
+    whole, made, emulated = (
+        run(model, inputs, tmp_path) for model in (graphs[name], lowered, emulate(graphs[name], precision))
+    )
+    error = np.linalg.norm(whole - made) / np.linalg.norm(whole)
+    assert 1e-4 < error < 0.15
+    assert np.linalg.norm(made - emulated) < 0.25 * error * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_every_output_channel_has_a_scale_of_its_own(transposed: int, tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).standard_normal((40, 50), np.float32) * np.logspace(-3, 3, 50, dtype=np.float32)
+    weight = numpy_helper.from_array(np.ascontiguousarray(matrix.T if transposed else matrix), "weight")
+    model = graph_of(
+        [helper.make_node("Gemm", ["x", "weight"], ["y"], transB=transposed)], [weight], ([40, 40], [40, 50])
+    )
+    x = np.eye(40, dtype=np.float32)
+    found = run(cast(model, "int8"), {"x": x}, tmp_path)
+    step = np.abs(matrix).max(axis=0) / 127
+    assert (np.abs(found - matrix) < 0.6 * step + 1e-3 * np.abs(matrix)).all()
+
+
+def test_an_old_graph_cannot_have_weights_of_8_bits() -> None:
+    model = graph_of([helper.make_node("Relu", ["x"], ["y"])])
+    model.opset_import[0].version = 17
+    with pytest.raises(ValueError, match="a graph of opset 17 cannot have fp8 weights"):
+        cast(model, "fp8")
+
+
 def run(model: ModelProto, inputs: dict[str, np.ndarray], folder: Path) -> np.ndarray:
     onnx.save(model, folder / "model.onnx")
     options = ort.SessionOptions()
@@ -128,8 +171,13 @@ def test_a_type_that_cannot_be_known_is_refused() -> None:
         cast(model, "fp16")
 
 
-def graph_of(nodes: list[NodeProto], weights: list[TensorProto] | None = None) -> ModelProto:
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in ("x", "y")]
+def graph_of(
+    nodes: list[NodeProto], weights: list[TensorProto] | None = None, shapes: tuple[list[int], ...] = ([4, 4], [4, 4])
+) -> ModelProto:
+    value = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in zip(("x", "y"), shapes, strict=True)
+    ]
     graph = helper.make_graph(nodes, "small", value[:1], value[1:], weights or [])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
