@@ -16,6 +16,8 @@ from service.settings import Settings
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on, 0 for any free one.")
 @click.option("--bundle", help="Folder of a bundle, or the name of one that ships.")
+@click.option("--role", type=click.Choice(["all", "api", "worker"]), help="What this process does.")
+@click.option("--queue", help="Where jobs wait: memory, or the URL of a Redis.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), help="What runs the graphs.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of plans that are compiled.")
 @click.option("--plans", type=click.Path(file_okay=False), help="Where compiled plans are kept.")

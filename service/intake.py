@@ -38,6 +38,7 @@ def make_job(
         output=Output(output_format, request.quality),
         submitted=began,
         deadline=deadline_of(request, settings, began),
+        model=pipeline.manifest.model,
     )
 
 
@@ -50,7 +51,7 @@ def deadline_of(request: GenerateRequest, settings: Settings, began: float) -> f
 def _check_options(
     request: GenerateRequest, output_format: ImageFormat, manifest: Manifest, settings: Settings
 ) -> None:
-    if request.model not in (None, manifest.name, f"{manifest.name}@{manifest.revision}"):
+    if request.model not in (None, manifest.name, manifest.model):
         raise ApiError(404, "model_not_found", f"the loaded model is {manifest.name}", param="model")
     if request.negative_prompt:
         raise _unsupported("negative_prompt", "the students of this bundle know no negative prompt")

@@ -22,7 +22,7 @@ class Job:
     """The images of one request: one task each, all made by the same student.
 
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
-    translates them.
+    translates them. ``model`` is the bundle that a worker must have, ``name@revision``.
     """
 
     id: str
@@ -31,6 +31,7 @@ class Job:
     output: Output
     submitted: float
     deadline: float
+    model: str = ""
 
     @property
     def cost(self) -> int:

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from engines.bundle import find_bundle
 from engines.pipeline import Pipeline
-from service.errors import ApiError, deadline_exceeded, from_failure, shutting_down
+from service.errors import ApiError, deadline_exceeded, from_failure, queue_unavailable, shutting_down
 from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
-from service.queue.base import JobQueue, QueueFull
+from service.queue.base import JobQueue, QueueFull, QueueUnavailable, Stage
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.worker import Worker
@@ -41,6 +41,7 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    QUEUE_UNAVAILABLE = "queue_unavailable"
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -61,7 +62,7 @@ def open_pipeline(settings: Settings) -> Pipeline:
 
 
 class Service:
-    """One queue, one pipeline, one worker, and the gate in front of them."""
+    """One queue, one pipeline, one worker unless the role is ``api``, and the gate in front of them."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, queue: JobQueue, opener: OpenPipeline = open_pipeline
@@ -85,9 +86,18 @@ class Service:
     @property
     def state(self) -> State:
         """Where in its life the service is; a worker that died is a failure."""
-        if self._state is State.READY and not (self._worker and self._worker.alive):
+        if self._state is State.READY and self._worker is not None and not self._worker.alive:
             return State.FAILED
         return self._state
+
+    async def health(self) -> State:
+        """The state, or that the queue cannot be reached by a service that is ready otherwise."""
+        if self.state is State.READY:
+            try:
+                await asyncio.to_thread(self._queue.stats)
+            except QueueUnavailable:
+                return State.QUEUE_UNAVAILABLE
+        return self.state
 
     @property
     def pipeline(self) -> Pipeline:
@@ -106,6 +116,18 @@ class Service:
             self._state = State.DRAINING
         logger.info("draining", extra={"inflight": self.inflight})
 
+    def drained(self) -> bool:
+        """Whether a draining service has nothing left to do.
+
+        Once no request is in flight its worker takes no more jobs, and what it holds is for other processes.
+        """
+        if self.inflight > 0:
+            return False
+        if self._worker is None:
+            return True
+        self._worker.drain()
+        return not self._worker.alive
+
     def abandon(self) -> None:
         """Answer every request that still waits with 503."""
         self._stopping.set()
@@ -115,6 +137,7 @@ class Service:
         self._state = State.STOPPED
         self.abandon()
         await asyncio.to_thread(self._close)
+        await self._queue.close()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[Pipeline]:
@@ -146,7 +169,7 @@ class Service:
         """Queue the job and wait for its images.
 
         ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
-        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped, 500.
+        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped or no queue, 500.
         """
         job = replace(job, submitted=self.clock())
         try:
@@ -154,6 +177,9 @@ class Service:
         except QueueFull as error:
             self.metrics.rejected.labels("queue_full").inc()
             raise ApiError(429, "queue_full", str(error), retry_after_s=error.retry_after_s) from error
+        except QueueUnavailable as error:
+            self.metrics.rejected.labels("queue_unavailable").inc()
+            raise queue_unavailable() from error
         outcome = await self._wait(job, client_gone)
         if isinstance(outcome, Finished):
             return outcome
@@ -171,7 +197,7 @@ class Service:
             raise
         finally:
             if not answered:
-                await self._queue.cancel(job.id)
+                await self._cancel(job)
 
     async def _first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
         """What is wanted, unless before it the client goes, the service stops, or the deadline passes."""
@@ -191,9 +217,15 @@ class Service:
                 future.cancel()
 
     async def _count_cancelled(self, job: Job) -> None:
-        stage = await self._queue.cancel(job.id)
+        stage = await self._cancel(job)
         if stage is not None:
             self.metrics.cancelled.labels(stage).inc()
+
+    async def _cancel(self, job: Job) -> Stage | None:
+        try:
+            return await self._queue.cancel(job.id)
+        except QueueUnavailable:
+            return None  # Its deadline will end it.
 
     def _count(self, change: int) -> None:
         self.inflight += change
@@ -216,10 +248,11 @@ class Service:
             self._state = State.FAILED
             return
         manifest = pipeline.manifest
-        worker = Worker(pipeline, self._queue, Scheduler(self.settings.max_batch), self.metrics)
         self.metrics.set_build(package_version(), manifest.name, manifest.revision)
-        self._pipeline, self._worker = pipeline, worker
-        worker.start()
+        self._pipeline = pipeline
+        if self.settings.role != "api":
+            self._worker = Worker(pipeline, self._queue, Scheduler(self.settings.max_batch), self.metrics)
+            self._worker.start()
         if self._state is State.LOADING:
             self._state = State.READY
             logger.info("ready", extra={"model": manifest.name, "revision": manifest.revision})

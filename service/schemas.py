@@ -207,4 +207,4 @@ class Capabilities(Body):
 class Health(Body):
     """Whether the service lives, and whether it is ready."""
 
-    status: Literal["ok", "loading", "ready", "draining", "failed", "stopped"]
+    status: Literal["ok", "loading", "ready", "queue_unavailable", "draining", "failed", "stopped"]

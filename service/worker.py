@@ -46,6 +46,8 @@ class Worker:
         self._clock = clock
         self._finisher = Finisher(pipeline, queue, metrics, clock)
         self._held: dict[str, Work] = {}
+        self._models = frozenset({pipeline.manifest.model})
+        self._draining = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -57,6 +59,10 @@ class Worker:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    def drain(self) -> None:
+        """Take no more jobs; the thread ends when the last one held has run its ticks."""
+        self._draining.set()
 
     def stop(self) -> None:
         """End the thread after the tick that runs. Jobs it holds fail as stopped, those that wait stay."""
@@ -80,7 +86,7 @@ class Worker:
     def _run(self) -> None:
         self._metrics.worker_up.set(1)
         try:
-            while not self._stopping.is_set():
+            while not self._over():
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:
@@ -90,6 +96,9 @@ class Worker:
         finally:
             self._metrics.worker_up.set(0)
 
+    def _over(self) -> bool:
+        return self._stopping.is_set() or (self._draining.is_set() and not self._held)
+
     def _units(self) -> Iterator[Unit]:
         """Every unit that still needs ticks."""
         for work in self._held.values():
@@ -98,8 +107,8 @@ class Worker:
     def _admit(self, wait_s: float) -> None:
         held = sum(1 for _ in self._units())
         room = 2 * self._scheduler.max_rows - held
-        if room > 0:
-            for job in self._queue.take(room, 0.0 if held else wait_s):
+        if room > 0 and not self._draining.is_set():
+            for job in self._queue.take(self._models, room, 0.0 if held else wait_s):
                 self._held[job.id] = Work(job)
 
     def _drop_failed(self) -> None:

@@ -1,4 +1,4 @@
-"""GET /livez, /readyz, /capabilities and /metrics."""
+"""GET /livez, /readyz and /metrics of every role; GET /capabilities beside the image endpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from service.runtime import Service, State
 from service.schemas import Capabilities, Health
 
 router = APIRouter(tags=["status"])
+about = APIRouter(tags=["status"])
 
 
 @router.head("/livez", include_in_schema=False)
@@ -23,17 +24,17 @@ async def livez() -> Health:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Requests for images are welcome", responses={503: {"model": Health}})
 async def readyz(request: Request, response: Response) -> Health:
-    """200 once the bundle is loaded and warm, until the service drains; else 503 with what it is doing."""
+    """200 once the bundle is loaded and warm and the queue answers, until the service drains; else 503."""
     service: Service = request.app.state.service
-    state = service.state
+    state = await service.health()
     if state is not State.READY:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     return Health(status=state.value)
 
 
-@router.head("/capabilities", include_in_schema=False)
-@router.get("/capabilities", summary="What the bundle can do", responses={503: error(503)})
+@about.head("/capabilities", include_in_schema=False)
+@about.get("/capabilities", summary="What the bundle can do", responses={503: error(503)})
 async def capabilities(request: Request) -> Capabilities:
     """Steps, guidance range, sizes, formats and limits."""
     service: Service = request.app.state.service
@@ -42,8 +43,8 @@ async def capabilities(request: Request) -> Capabilities:
 
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(request: Request) -> Response:
-    """In the text format that the Accept header names."""
+def metrics(request: Request) -> Response:
+    """In the text format that the Accept header names. In a thread, as the queue is asked what waits."""
     service: Service = request.app.state.service
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})

