@@ -7,8 +7,11 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 
 def redis_binary() -> str | None:
@@ -30,9 +33,11 @@ def free_port() -> int:
 class RedisServer:
     """One server; what it was given survives ``stop`` and ``start``."""
 
-    def __init__(self, binary: str, folder: Path, *options: str) -> None:
+    def __init__(self, binary: str, folder: Path, *options: str, password: str | None = None) -> None:
         self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.password = password
+        access = f":{quote(password)}@" if password else ""
+        self.url = f"redis://{access}127.0.0.1:{self.port}/0"
         self._command = [binary, "--port", f"{self.port}", "--dir", str(folder), "--save", "", *options]
         self._log = folder / "redis.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -54,10 +59,10 @@ class RedisServer:
 
     def answers(self) -> bool:
         try:
-            with redis.Redis(port=self.port, retry=None, socket_timeout=2) as client:
+            with self.client() as client:
                 return bool(client.ping())
         except redis.ConnectionError:
             return False
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port)
+        return redis.Redis(port=self.port, password=self.password, retry=Retry(NoBackoff(), 0), socket_timeout=5)
