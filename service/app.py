@@ -55,6 +55,7 @@ def create_app(
         description=_DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        openapi_url=None if settings.role == "worker" else "/openapi.json",
         docs_url=None,
         redoc_url=None,
     )

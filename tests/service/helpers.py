@@ -23,7 +23,7 @@ from PIL import Image
 from engines.pipeline import Pipeline, Row
 from service.app import create_app
 from service.queue.base import JobQueue
-from service.runtime import Service, State, open_pipeline
+from service.runtime import Service, State
 from service.settings import Settings
 
 SIZE = 16
@@ -58,7 +58,7 @@ class Running:
 async def running(
     settings: Settings,
     queue: JobQueue | None = None,
-    opener: Callable[[Settings], Pipeline] = open_pipeline,
+    opener: Callable[[Settings], Pipeline] | None = None,
     wait: bool = True,
 ) -> AsyncIterator[Running]:
     """The app, in this event loop."""
