@@ -84,6 +84,15 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
     return opened
 
 
+async def close_for_coroutines(client: redis.asyncio.Redis) -> None:
+    """Close the client, and with it its clients of sentinels, which redis-py leaves open."""
+    await client.aclose()
+    pool = getattr(client, "connection_pool", None)
+    manager = getattr(pool, "sentinel_manager", None)
+    for sentinel in manager.sentinels if manager else ():
+        await sentinel.aclose()
+
+
 def _check_one(url: str) -> None:
     from redis.connection import parse_url
 

@@ -10,7 +10,7 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisClusterException, RedisError
 
-from service.queue.addresses import open_for_coroutines, open_for_threads
+from service.queue.addresses import close_for_coroutines, open_for_coroutines, open_for_threads
 
 Arguments = Sequence[str | bytes | int]
 
@@ -63,4 +63,4 @@ class CoroutinesRedis:
     async def close(self) -> None:
         """Close the connections there are."""
         if "client" in self.__dict__:
-            await self.client.aclose()
+            await close_for_coroutines(self.client)

@@ -28,8 +28,8 @@ class RedisQueue:
     stream of dead letters. Redis must not evict keys (maxmemory-policy noeviction), and what it accepted outlives
     its own death only where it persists (appendonly). Connections are opened when they are needed.
 
-    Verified with one server, by its port and by its socket, with and without a password. Addresses with sentinels,
-    with a cluster and with TLS were **not** tried on such.
+    The tests run it on one server, by its port and by its socket, with a password, behind a sentinel through a
+    failover, and on a cluster of one node. TLS and clusters of more nodes are **not** verified.
     """
 
     def __init__(

