@@ -226,6 +226,11 @@ class Manifest(Description):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
     files: dict[FileName, FileRecord]
 
+    @property
+    def model(self) -> str:
+        """The name of this very bundle, ``name@revision``."""
+        return f"{self.name}@{self.revision}"
+
     @model_validator(mode="after")
     def _files_listed(self) -> Self:
         if missing := sorted(set(self.named_files()) - self.files.keys()):

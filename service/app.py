@@ -11,10 +11,10 @@ from service import errors
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
-from service.queue.memory import MemoryQueue
+from service.roles import open_queue, opener_of
 from service.routes import images, models, status
 from service.routes.page import page_router
-from service.runtime import OpenPipeline, Service, open_pipeline, package_version
+from service.runtime import OpenPipeline, Service, package_version
 from service.settings import Settings
 
 _DESCRIPTION = """
@@ -29,17 +29,18 @@ def create_app(
     settings: Settings | None = None,
     *,
     queue: JobQueue | None = None,
-    opener: OpenPipeline = open_pipeline,
+    opener: OpenPipeline | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; it loads its bundle in the background once it is started.
 
-    ``queue`` is where jobs wait, in memory by default; ``opener`` opens the pipeline of a folder, warm.
+    ``queue`` is where jobs wait, and ``opener`` opens the pipeline of a folder, warm; the settings say which by
+    default. A service whose role is ``worker`` has no endpoints but those that tell how it is.
     """
     settings = settings or Settings()
     metrics = Metrics()
-    queue = queue or MemoryQueue(settings.max_queue_cost)
+    queue = queue or open_queue(settings, metrics)
     metrics.watch_queue(queue.stats)
-    service = Service(settings, metrics, queue, opener)
+    service = Service(settings, metrics, queue, opener or opener_of(settings.role))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -54,6 +55,7 @@ def create_app(
         description=_DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        openapi_url=None if settings.role == "worker" else "/openapi.json",
         docs_url=None,
         redoc_url=None,
     )
@@ -66,8 +68,10 @@ def create_app(
         metrics=metrics,
     )
     app.add_middleware(RequestContext, metrics=metrics)
-    app.include_router(images.router)
-    app.include_router(models.router)
     app.include_router(status.router)
-    app.include_router(page_router())
+    if settings.role != "worker":
+        app.include_router(images.router)
+        app.include_router(models.router)
+        app.include_router(status.about)
+        app.include_router(page_router())
     return app

@@ -32,7 +32,7 @@ class Entry:
     @property
     def key(self) -> str:
         """`name@revision`."""
-        return model_key(self.manifest)
+        return self.manifest.model
 
     @property
     def memory_bytes(self) -> int:
@@ -102,11 +102,6 @@ class Catalogue:
             return sorted(path.parent.resolve() for path in self._folder.glob(f"*/{MANIFEST_NAME}"))
         except OSError as error:
             raise BundleError(f"{self._folder}: {error}") from error
-
-
-def model_key(manifest: Manifest) -> str:
-    """`name@revision`: what one job, one pipeline, and one batch are of."""
-    return f"{manifest.name}@{manifest.revision}"
 
 
 def _entry(path: Path) -> Entry:

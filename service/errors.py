@@ -34,6 +34,7 @@ _IMAGE_STATUS = {
 }
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
+_QUEUE_RETRY_S = 2.0
 
 
 class ApiError(Exception):
@@ -89,6 +90,11 @@ def internal_error() -> ApiError:
 def shutting_down() -> ApiError:
     """The answer to what will not be finished any more."""
     return ApiError(503, "shutting_down", "the service is shutting down", retry_after_s=1.0)
+
+
+def queue_unavailable() -> ApiError:
+    """The answer while the queue is away."""
+    return ApiError(503, "queue_unavailable", "the queue cannot be reached", retry_after_s=_QUEUE_RETRY_S)
 
 
 def deadline_exceeded() -> ApiError:

@@ -10,7 +10,6 @@ from engines.images import ImageFormat, ImageLimits
 from engines.manifest import Manifest
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError
 from service.capabilities import default_steps, default_strength
-from service.catalogue import model_key
 from service.errors import ApiError, from_task_error
 from service.jobs import Job, Output
 from service.pictures import read_image, read_mask
@@ -39,7 +38,7 @@ def make_job(
         output=Output(output_format, request.quality),
         submitted=began,
         deadline=deadline_of(request, settings, began),
-        model=model_key(pipeline.manifest),
+        model=pipeline.manifest.model,
     )
 
 

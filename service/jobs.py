@@ -22,7 +22,7 @@ class Job:
     """The images of one request: one task each, all made by the same student of ``model``, `name@revision`.
 
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
-    translates them.
+    translates them. ``model`` is the bundle that a worker must have, ``name@revision``.
     """
 
     id: str

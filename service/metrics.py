@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from service.queue.base import QueueStats
+from service.queue.base import QueueStats, QueueUnavailable
 
 PREFIX = "fewstep"
 
@@ -29,6 +29,8 @@ class Metrics:
         self.rejected = self._counter("rejected", "Requests turned away unserved", "reason")
         self.cancelled = self._counter("cancelled", "Jobs given up by their client", "stage")
         self.batch_failures = self._counter("batch_failures", "Batches that failed", "cause")
+        self.redeliveries = self._counter("redeliveries", "Jobs taken again after their worker died")
+        self.dead_letters = self._counter("dead_letter", "Jobs given up after too many tries, or unreadable")
         self.request_seconds = self._histogram(
             "request_duration_seconds", "From a request's first byte to its answer", "endpoint"
         )
@@ -68,7 +70,10 @@ class _QueueCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._stats()
+        try:
+            stats = self._stats()
+        except QueueUnavailable:
+            return  # What waits is not known: no sample is better than a wrong one.
         yield GaugeMetricFamily(f"{PREFIX}_queue_depth", "Jobs that wait", value=stats.depth)
         yield GaugeMetricFamily(f"{PREFIX}_queue_cost", "Row-ticks that wait", value=stats.cost)
         yield GaugeMetricFamily(

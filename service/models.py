@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from pathlib import Path
 
 from engines.bundle import BundleError
 from engines.pipeline import Pipeline
-from service.catalogue import Catalogue, Entry, ModelError, model_key
+from service.catalogue import Catalogue, Entry, ModelError
 from service.logs import describe
 
 logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
 
 OpenPath = Callable[[Path], Pipeline]
 Changed = Callable[[Pipeline, bool], None]
@@ -38,7 +41,7 @@ class _Loaded:
     gone: Future[None] = field(default_factory=Future)
 
     def answers_to(self, name: str) -> bool:
-        return name in (self.pipeline.manifest.name, model_key(self.pipeline.manifest))
+        return name in (self.pipeline.manifest.name, self.pipeline.manifest.model)
 
 
 class Lease:
@@ -98,6 +101,8 @@ class Models:
         self._loading: dict[str, Future[None]] = {}
         self._moved = threading.Condition()
         self._closed = False
+        self._known: frozenset[str] = frozenset()
+        self._look_again = -math.inf
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="closer")
 
@@ -167,6 +172,21 @@ class Models:
             for entry in entries
             if (entry.manifest.name, entry.manifest.revision) not in there
         ]
+
+    def takeable(self) -> frozenset[str]:
+        """The keys, name@revision, of the bundles that are loaded or could be: what a worker may take jobs for.
+
+        What could be loaded is looked up every second or so.
+        """
+        now = self._clock()
+        if now >= self._look_again:
+            try:
+                self._known = frozenset(entry.key for entry in self.catalogue.read()[0])
+            except BundleError as error:
+                logger.warning("the bundles cannot be listed", extra=describe(error))
+            self._look_again = now + _LOOK_EVERY_S
+        with self._moved:
+            return self._known | {loaded.pipeline.manifest.model for loaded in self._loaded}
 
     @property
     def memory_bytes(self) -> int:
@@ -255,7 +275,7 @@ class Models:
                 self._loaded.remove(loaded)
                 self._moved.notify_all()
             loaded.gone.set_result(None)
-        logger.info("unloaded", extra={"model": model_key(loaded.pipeline.manifest)})
+        logger.info("unloaded", extra={"model": loaded.pipeline.manifest.model})
 
     def _hold(self, loaded: _Loaded) -> Lease:
         with self._moved:

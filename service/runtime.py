@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -26,13 +27,14 @@ from service.errors import (
     from_failure,
     model_not_found,
     model_unavailable,
+    queue_unavailable,
     shutting_down,
 )
 from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
-from service.queue.base import JobQueue, QueueFull
+from service.queue.base import JobQueue, QueueFull, QueueUnavailable, Stage
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.worker import Worker
@@ -53,6 +55,7 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    QUEUE_UNAVAILABLE = "queue_unavailable"
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -72,7 +75,7 @@ def open_pipeline(settings: Settings, path: Path) -> Pipeline:
 
 
 class Service:
-    """One queue, the bundles that are loaded, one worker, and the gate in front of them."""
+    """One queue, the bundles that are loaded, one worker unless the role is ``api``, and the gate in front of them."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, queue: JobQueue, opener: OpenPipeline = open_pipeline
@@ -82,10 +85,13 @@ class Service:
         self.clock = time.monotonic
         self.inflight = 0
         self.failure: Exception | None = None
-        self.models = Models(Catalogue.of(settings), partial(opener, settings), settings.max_model_bytes, self._changed)
+        # Without engines a bundle takes next to nothing.
+        bound = sys.maxsize if settings.role == "api" else settings.max_model_bytes
+        self.models = Models(Catalogue.of(settings), partial(opener, settings), bound, self._changed)
         self._queue = queue
         self._state = State.LOADING
-        self._worker = Worker(self.models, queue, Scheduler(settings.max_batch), metrics)
+        scheduler = Scheduler(settings.max_batch)
+        self._worker = None if settings.role == "api" else Worker(self.models, queue, scheduler, metrics)
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
@@ -95,9 +101,18 @@ class Service:
     @property
     def state(self) -> State:
         """Where in its life the service is; a worker that died is a failure."""
-        if self._state is State.READY and not self._worker.alive:
+        if self._state is State.READY and self._worker is not None and not self._worker.alive:
             return State.FAILED
         return self._state
+
+    async def health(self) -> State:
+        """The state, or that the queue cannot be reached by a service that is ready otherwise."""
+        if self.state is State.READY:
+            try:
+                await asyncio.to_thread(self._queue.stats)
+            except QueueUnavailable:
+                return State.QUEUE_UNAVAILABLE
+        return self.state
 
     def start(self) -> None:
         """Load the default bundle in a thread, so that the service can say meanwhile that it lives."""
@@ -109,6 +124,18 @@ class Service:
             self._state = State.DRAINING
         logger.info("draining", extra={"inflight": self.inflight})
 
+    def drained(self) -> bool:
+        """Whether a draining service has nothing left to do.
+
+        Once no request is in flight its worker takes no more jobs, and what it holds is for other processes.
+        """
+        if self.inflight > 0:
+            return False
+        if self._worker is None:
+            return True
+        self._worker.drain()
+        return not self._worker.alive
+
     def abandon(self) -> None:
         """Answer every request that still waits with 503."""
         self._stopping.set()
@@ -118,6 +145,7 @@ class Service:
         self._state = State.STOPPED
         self.abandon()
         await asyncio.to_thread(self._close)
+        await self._queue.close()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -201,7 +229,7 @@ class Service:
         """Queue the job and wait for its images.
 
         ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
-        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped, 500.
+        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped or no queue, 500.
         """
         job = replace(job, submitted=self.clock())
         try:
@@ -209,6 +237,9 @@ class Service:
         except QueueFull as error:
             self.metrics.rejected.labels("queue_full").inc()
             raise ApiError(429, "queue_full", str(error), retry_after_s=error.retry_after_s) from error
+        except QueueUnavailable as error:
+            self.metrics.rejected.labels("queue_unavailable").inc()
+            raise queue_unavailable() from error
         outcome = await self._wait(job, client_gone)
         if isinstance(outcome, Finished):
             return outcome
@@ -226,7 +257,7 @@ class Service:
             raise
         finally:
             if not answered:
-                await self._queue.cancel(job.id)
+                await self._cancel(job)
 
     async def _first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
         """What is wanted, unless before it the client goes, the service stops, or the deadline passes."""
@@ -246,9 +277,15 @@ class Service:
                 future.cancel()
 
     async def _count_cancelled(self, job: Job) -> None:
-        stage = await self._queue.cancel(job.id)
+        stage = await self._cancel(job)
         if stage is not None:
             self.metrics.cancelled.labels(stage).inc()
+
+    async def _cancel(self, job: Job) -> Stage | None:
+        try:
+            return await self._queue.cancel(job.id)
+        except QueueUnavailable:
+            return None  # Its deadline will end it.
 
     def _count(self, change: int) -> None:
         self.inflight += change
@@ -270,7 +307,8 @@ class Service:
             self.failure = error
             self._state = State.FAILED
             return
-        self._worker.start()
+        if self._worker is not None:
+            self._worker.start()
         if self._state is State.LOADING:
             self._state = State.READY
             logger.info("ready", extra={"model": self.models.catalogue.default_name})
@@ -285,7 +323,8 @@ class Service:
         self.models.cancel_loads()
         if self._starter.ident is not None:
             self._starter.join()
-        self._worker.stop()
+        if self._worker is not None:
+            self._worker.stop()
         self.models.close()
 
 

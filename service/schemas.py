@@ -230,4 +230,4 @@ class ModelList(Body):
 class Health(Body):
     """Whether the service lives, and whether it is ready."""
 
-    status: Literal["ok", "loading", "ready", "draining", "failed", "stopped"]
+    status: Literal["ok", "loading", "ready", "queue_unavailable", "draining", "failed", "stopped"]

@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
         if self._drain_since is None:
             return False
         waited_s = time.monotonic() - self._drain_since
-        return self._service.inflight == 0 or waited_s > self._service.settings.drain_timeout_s
+        return self._service.drained() or waited_s > self._service.settings.drain_timeout_s
 
 
 def run(settings: Settings) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.bundle import SHIPPED
 from engines.plans import Precision
+from service.queue.addresses import check_address
 
 MIB = 1024 * 1024
+MEMORY = "memory"
+
+Role = Literal["all", "api", "worker"]
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -20,7 +24,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Settings(BaseSettings):
     """Settings of one process, from keyword arguments or from ``FEWSTEP_<NAME>`` in the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", frozen=True)
+    # The address of the queue may hold a password, which no error message may quote.
+    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", frozen=True, hide_input_in_errors=True)
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on, 0 for any free one")] = 8000
@@ -32,6 +37,12 @@ class Settings(BaseSettings):
     plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None
     threads: Annotated[int, Field(ge=0, description="threads of an engine, 0 leaves it to the backend")] = 0
     max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
+
+    role: Annotated[Role, Field(description="what this process does; api and worker meet in a Redis queue")] = "all"
+    queue: Annotated[str, Field(repr=False, description="where jobs wait: memory, or the URL of a Redis")] = MEMORY
+    reclaim_after_s: Annotated[
+        float, Field(ge=1, allow_inf_nan=False, description="silence after which a worker's jobs go to another")
+    ] = 15.0
 
     max_body_bytes: Annotated[Count, Field(description="largest request body")] = 12 * MIB
     max_image_bytes: Annotated[Count, Field(description="largest encoded image or mask")] = 8 * MIB
@@ -56,4 +67,17 @@ class Settings(BaseSettings):
             raise ValueError("timeout_ms must not exceed max_timeout_ms")
         if self.max_body_bytes > self.max_inflight_bytes:
             raise ValueError("max_body_bytes must not exceed max_inflight_bytes")
+        return self
+
+    @field_validator("queue")
+    @classmethod
+    def _known_queue(cls, queue: str) -> str:
+        if queue != MEMORY:
+            check_address(queue)
+        return queue
+
+    @model_validator(mode="after")
+    def _workers_reached(self) -> Self:
+        if self.role != "all" and self.queue == MEMORY:
+            raise ValueError(f"role {self.role} needs a queue outside the process: set queue to the URL of a Redis")
         return self

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engines.pipeline import Pipeline, Row, Task
-from service.jobs import Job, Timings
-from service.models import Lease
+from service.catalogue import ModelError, UnknownModel
+from service.jobs import Failed, Job, Timings
+from service.models import Lease, Models
 
 
 @dataclass(eq=False, slots=True)
@@ -17,6 +19,26 @@ class Unit:
     index: int
     task: Task
     row: Row | None = None
+
+
+@dataclass(slots=True)
+class Parked:
+    """A job that was taken and waits until its bundle is loaded."""
+
+    job: Job
+    loading: Future[None] | None = None
+
+    def failure(self, models: Models) -> Failed | None:
+        """Have the bundle loaded; why that failed, or None while it goes on or when it is there."""
+        try:
+            if self.loading is None:
+                self.loading = models.load(self.job.model)
+            if self.loading.done():
+                finished, self.loading = self.loading, None
+                finished.result()
+        except (ModelError, UnknownModel) as error:
+            return Failed("engine", str(error), retryable=True)
+        return None
 
 
 @dataclass(eq=False, slots=True)

@@ -11,13 +11,13 @@ from typing import Literal
 from engines.pipeline import Row
 from service.finisher import Finisher
 from service.isolate import BROKEN, failures, isolate
-from service.jobs import Failed
+from service.jobs import Failed, Job
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue
 from service.scheduler import Candidate, Plan, Scheduler
-from service.work import Unit, Work
+from service.work import Parked, Unit, Work
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Worker:
         self._clock = clock
         self._finisher = Finisher(queue, metrics, clock)
         self._held: dict[str, Work] = {}
+        self._parked: dict[str, Parked] = {}
+        self._draining = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -59,6 +61,10 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    def drain(self) -> None:
+        """Take no more jobs; the thread ends when the last one held has run its ticks."""
+        self._draining.set()
+
     def stop(self) -> None:
         """End the thread after the tick that runs. Jobs it holds fail as stopped, those that wait stay."""
         self._stopping.set()
@@ -66,6 +72,8 @@ class Worker:
             self._thread.join()
         self._finisher.close()
         self._end(list(self._held.values()), _STOPPED)
+        for parked in list(self._parked.values()):
+            self._refuse(parked.job, _STOPPED)
 
     def step(self, wait_s: float = 0.0) -> None:
         """Admit, drop what failed, is cancelled or expired, and run one tick. Waits only when there is nothing."""
@@ -81,7 +89,7 @@ class Worker:
     def _run(self) -> None:
         self._metrics.worker_up.set(1)
         try:
-            while not self._stopping.is_set():
+            while not self._over():
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:
@@ -91,20 +99,40 @@ class Worker:
         finally:
             self._metrics.worker_up.set(0)
 
+    def _over(self) -> bool:
+        return self._stopping.is_set() or (self._draining.is_set() and not self._held and not self._parked)
+
     def _units(self) -> Iterator[Unit]:
         """Every unit that still needs ticks."""
         for work in self._held.values():
             yield from work.units
 
     def _admit(self, wait_s: float) -> None:
-        held = sum(1 for _ in self._units())
-        room = 2 * self._scheduler.max_rows - held
-        if room > 0:
-            for job in self._queue.take(room, 0.0 if held else wait_s):
-                if (lease := self._models.lease(job.model, retiring=True)) is None:
-                    self._queue.settle(job.id, _UNLOADED)
-                else:
-                    self._held[job.id] = Work(job, lease)
+        wait_s = 0.0 if self._held else wait_s
+        rows = sum(1 for _ in self._units()) + sum(len(parked.job.tasks) for parked in self._parked.values())
+        room = 2 * self._scheduler.max_rows - rows
+        if room > 0 and not self._draining.is_set():
+            for job in self._queue.take(self._models.takeable(), room, wait_s):
+                self._parked[job.id] = Parked(job)
+        elif wait_s > 0:  # nothing to do until a bundle is loaded
+            self._stopping.wait(wait_s)
+        for parked in list(self._parked.values()):
+            self._begin(parked)
+
+    def _begin(self, parked: Parked) -> None:
+        """Hold a job whose bundle is loaded; else have it loaded, and look again at the next step."""
+        job = parked.job
+        if (lease := self._models.lease(job.model, retiring=True)) is not None:
+            del self._parked[job.id]
+            self._held[job.id] = Work(job, lease)
+        elif job.deadline <= self._clock():
+            self._refuse(job, _EXPIRED)
+        elif (failure := parked.failure(self._models)) is not None:
+            self._refuse(job, failure)
+
+    def _refuse(self, job: Job, failure: Failed) -> None:
+        del self._parked[job.id]
+        self._queue.settle(job.id, failure)
 
     def _drop_failed(self) -> None:
         # The finisher may fail a job whose other images still tick here; it is settled already.
@@ -112,8 +140,11 @@ class Worker:
             self._let_go(work)
 
     def _drop_cancelled(self) -> None:
-        cancelled = self._queue.cancelled(self._held)
-        self._end([self._held[job_id] for job_id in cancelled], _CANCELLED)
+        for job_id in self._queue.cancelled([*self._held, *self._parked]):
+            if job_id in self._parked:
+                self._refuse(self._parked[job_id].job, _CANCELLED)
+            else:
+                self._end([self._held[job_id]], _CANCELLED)
 
     def _candidates(self) -> list[Candidate]:
         # A bundle has one latent shape: the model and the number of steps tell groups apart.
@@ -208,5 +239,4 @@ def _encode(units: Sequence[Unit]) -> list[Row]:
 
 _EXPIRED = Failed("expired", "the time limit passed before the images were made")
 _CANCELLED = Failed("cancelled", "the job was cancelled")
-_UNLOADED = Failed("engine", "its bundle was unloaded before the job was begun", retryable=True)
 _STOPPED = Failed("stopped", "the service is shutting down")

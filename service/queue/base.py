@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from service.jobs import Job, Outcome
 
 Stage = Literal["queued", "running"]
+
+RATE_MEMORY_S = 10.0
+_RETRY_AFTER_S = (1.0, 60.0)
+
+
+def retry_after_s(waiting_cost: float, cost_per_s: float) -> float:
+    """When a full queue should have room, at the rate at which cost is taken off it (0: not known yet)."""
+    shortest, longest = _RETRY_AFTER_S
+    expected = waiting_cost / cost_per_s if cost_per_s > 0 else shortest
+    return min(max(expected, shortest), longest)
 
 
 class QueueFull(Exception):
@@ -17,6 +27,13 @@ class QueueFull(Exception):
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; room is expected in {retry_after_s:.0f} s")
         self.retry_after_s = retry_after_s
+
+
+class QueueUnavailable(Exception):
+    """The queue cannot be reached now. Whether it has what was being submitted is not known."""
+
+    def __init__(self) -> None:
+        super().__init__("the queue cannot be reached")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +48,11 @@ class QueueStats:
 class JobQueue(Protocol):
     """Jobs wait here, oldest first, bounded by their cost.
 
-    The API side (coroutines) submits, waits and cancels; the worker side (blocking calls from a thread of its
+    The API side (coroutines) submits, waits and cancels; the worker side (blocking calls from threads of its
     own) takes and settles. Taking may hand out a job again after its worker died, so settling is idempotent.
+
+    While the queue is away, ``submit``, ``cancel`` and ``stats`` raise QueueUnavailable and ``outcome`` goes on
+    waiting. The worker side never fails then: there is nothing to take, and outcomes are handed over later.
     """
 
     async def submit(self, job: Job) -> None:
@@ -47,11 +67,12 @@ class JobQueue(Protocol):
         """Give the job up and forget its outcome. Says how far it had come, None when it was over."""
         ...
 
-    def take(self, rows: int, wait_s: float) -> list[Job]:
-        """Take waiting jobs of at most ``rows`` images together, but at least one job where any waits.
+    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
+        """Take waiting jobs for ``models``: of at most ``rows`` images together, but at least one where any waits.
 
         Waits up to ``wait_s`` seconds for a first job and not at all for more. Every job taken must be
-        settled, also one that was cancelled meanwhile.
+        settled, also one that was cancelled meanwhile. A job that is handed out again comes alone, and nothing
+        comes beside it until it is settled: it may have been what its worker died of.
         """
         ...
 
@@ -65,4 +86,8 @@ class JobQueue(Protocol):
 
     def stats(self) -> QueueStats:
         """What waits now."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what the queue holds open. Nothing is called afterwards."""
         ...

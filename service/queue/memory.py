@@ -7,14 +7,11 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 
 from service.jobs import Failed, Job, Outcome
-from service.queue.base import QueueFull, QueueStats, Stage
-
-_RATE_MEMORY_S = 10.0
-_RETRY_AFTER_S = (1.0, 60.0)
+from service.queue.base import RATE_MEMORY_S, QueueFull, QueueStats, Stage, retry_after_s
 
 
 class DrainRate:
@@ -58,7 +55,7 @@ class MemoryQueue:
         self._waiting_cost = 0
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
-        self._rate = DrainRate(_RATE_MEMORY_S)
+        self._rate = DrainRate(RATE_MEMORY_S)
 
     async def submit(self, job: Job) -> None:
         """See JobQueue.submit."""
@@ -73,7 +70,7 @@ class MemoryQueue:
             # A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`.
             future.set_running_or_notify_cancel()
             self._outcomes[job.id] = future
-            self._changed.notify()
+            self._changed.notify_all()
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
@@ -99,15 +96,14 @@ class MemoryQueue:
             future.set_result(Failed("cancelled", "the job was cancelled"))
         return stage
 
-    def take(self, rows: int, wait_s: float) -> list[Job]:
+    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
         """See JobQueue.take."""
         with self._changed:
-            if not self._waiting and wait_s > 0:
-                self._changed.wait_for(lambda: bool(self._waiting), wait_s)
+            if wait_s > 0:
+                self._changed.wait_for(lambda: self._next(models) is not None, wait_s)
             taken: list[Job] = []
             room = rows
-            while self._waiting and room > 0:
-                job = next(iter(self._waiting.values()))
+            while room > 0 and (job := self._next(models)) is not None:
                 if taken and len(job.tasks) > room:
                     break
                 taken.append(self._waiting.pop(job.id))
@@ -140,8 +136,11 @@ class MemoryQueue:
             age = max(0.0, self._clock() - oldest.submitted) if oldest else 0.0
             return QueueStats(len(self._waiting), self._waiting_cost, age)
 
+    async def close(self) -> None:
+        """See JobQueue.close."""
+
+    def _next(self, models: Collection[str]) -> Job | None:
+        return next((job for job in self._waiting.values() if job.model in models), None)
+
     def _retry_after_s(self) -> float:
-        shortest, longest = _RETRY_AFTER_S
-        rate = self._rate.per_second
-        expected = self._waiting_cost / rate if rate > 0 else shortest
-        return min(max(expected, shortest), longest)
+        return retry_after_s(self._waiting_cost, self._rate.per_second)

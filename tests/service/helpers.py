@@ -24,7 +24,7 @@ from PIL import Image
 from engines.pipeline import Pipeline, Row
 from service.app import create_app
 from service.queue.base import JobQueue
-from service.runtime import Service, State, open_pipeline
+from service.runtime import Service, State
 from service.settings import Settings
 
 SIZE = 16
@@ -67,7 +67,7 @@ def pipeline_of(service: Service, name: str | None = None) -> Pipeline:
 async def running(
     settings: Settings,
     queue: JobQueue | None = None,
-    opener: Callable[[Settings, Path], Pipeline] = open_pipeline,
+    opener: Callable[[Settings, Path], Pipeline] | None = None,
     wait: bool = True,
 ) -> AsyncIterator[Running]:
     """The app, in this event loop."""

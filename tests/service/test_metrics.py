@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engines.backends.base import EngineError
 from service.metrics import Metrics
-from service.queue.base import QueueStats
+from service.queue.base import QueueStats, QueueUnavailable
 from tests.service.helpers import Running, b64, png, random_image
 
 pytestmark = pytest.mark.anyio
@@ -59,7 +59,7 @@ async def test_the_exposition_parses_and_has_every_metric(app: Running) -> None:
     answer = await app.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     names = {family.name for family in text_string_to_metric_families(answer.text)}
-    counters = ["requests", "images", "rejected", "cancelled", "batch_failures"]
+    counters = ["requests", "images", "rejected", "cancelled", "batch_failures", "redeliveries", "dead_letter"]
     seconds = ["request_duration", "queue_wait", "stage_duration", "tick_duration", "oldest_queued"]
     gauges = ["tick_rows", "queue_depth", "queue_cost", "inflight_requests", "worker_up", "build_info"]
     expected = [*counters, *gauges, *(f"{name}_seconds" for name in seconds)]
@@ -75,6 +75,16 @@ def test_the_queue_is_read_at_every_scrape() -> None:
     metrics.watch_queue(lambda: next(stats, QueueStats(3, 12, 2.5)))
     found = [metrics.registry.get_sample_value("fewstep_queue_cost") for _ in range(3)]
     assert found[-1] == 12.0
+
+
+def test_a_queue_that_is_away_leaves_its_gauges_out_and_no_scrape_fails() -> None:
+    def away() -> QueueStats:
+        raise QueueUnavailable
+
+    metrics = Metrics()
+    metrics.watch_queue(away)
+    assert metrics.registry.get_sample_value("fewstep_queue_depth") is None
+    assert metrics.registry.get_sample_value("fewstep_images_total") == 0
 
 
 def test_apps_do_not_share_counts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ import pytest
 
 from engines.pipeline import Generate, Pipeline
 from service.catalogue import Catalogue, ModelError, UnknownModel
+from service.jobs import Failed, Finished, Job, Outcome, Output
+from service.metrics import Metrics
 from service.models import Models
+from service.queue.memory import MemoryQueue
 from service.runtime import open_pipeline
+from service.scheduler import Scheduler
 from service.settings import Settings
+from service.worker import Worker
 from tests.bundles import make_tiny_bundle
 from tests.service.helpers import SIZE, Gate, Running, error, pipeline_of, pixels, running, until
 
@@ -249,3 +255,88 @@ def test_nothing_is_loaded_once_it_is_closed(models: Models) -> None:
     models.close()
     with pytest.raises(ModelError, match="shutting down"):
         models.load("amber")
+
+
+class Bench:
+    """A worker that the test steps, with jobs from elsewhere: nobody holds their bundles."""
+
+    def __init__(self, models: Models) -> None:
+        self.queue = MemoryQueue(1000)
+        self.models = models
+        self.worker = Worker(models, self.queue, Scheduler(4), Metrics())
+
+    async def submit(self, name: str, model: str, seconds: float = 30.0) -> None:
+        now = time.monotonic()
+        task = Generate("a red heart", 4, 2.0, 3)
+        await self.queue.submit(Job(name, name, (task,), Output("png"), now, now + seconds, model))
+
+    async def outcome(self, name: str) -> Outcome:
+        async def steps() -> None:
+            while True:
+                await asyncio.to_thread(self.worker.step, 0.01)
+
+        stepping = asyncio.create_task(steps())
+        try:
+            return await asyncio.wait_for(self.queue.outcome(name), 20)
+        finally:
+            stepping.cancel()
+
+
+@pytest.fixture
+def bench(models: Models) -> Iterator[Bench]:
+    bench = Bench(models)
+    yield bench
+    bench.worker.stop()
+
+
+async def test_a_worker_loads_what_a_job_needs(bench: Bench) -> None:
+    for name in NAMES:
+        await bench.submit(name, bench.models.catalogue.find(name).key)
+    outcomes = [await bench.outcome(name) for name in NAMES]
+    assert all(isinstance(outcome, Finished) for outcome in outcomes)
+    assert {state.name for state in bench.models.states() if state.loaded} == set(NAMES)
+
+
+async def test_a_job_whose_bundle_does_not_load_fails_and_may_be_tried_again(bench: Bench, folder: Path) -> None:
+    key = bench.models.catalogue.find("amber").key
+    (folder / "amber" / "step-4.onnx").write_bytes(b"")
+    await bench.submit("a", key)
+    outcome = await bench.outcome("a")
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.retryable) == ("engine", True)
+    assert "step-4.onnx" in outcome.message
+
+
+async def test_a_job_for_a_bundle_that_is_not_here_is_left_to_others(bench: Bench) -> None:
+    await bench.submit("a", "amber@000000000000")
+    await asyncio.to_thread(bench.worker.step)
+    assert bench.queue.stats().depth == 1
+
+
+async def test_a_job_that_waits_for_its_bundle_is_cancelled_expires_and_is_stopped(
+    several: Settings, folder: Path
+) -> None:
+    go = threading.Event()
+
+    def slow(path: Path) -> Pipeline:
+        assert go.wait(20)
+        return open_pipeline(several, path)
+
+    models = Models(Catalogue.of(several), slow, 2**30)
+    bench = Bench(models)
+    key = models.catalogue.find("blue").key
+    await bench.submit("late", key, seconds=0.05)
+    outcome = await bench.outcome("late")
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "expired"
+    await bench.submit("gone", key)
+    await asyncio.to_thread(bench.worker.step)
+    assert await bench.queue.cancel("gone") == "running"
+    await bench.submit("left", key)
+    await asyncio.to_thread(bench.worker.step)
+    bench.worker.stop()
+    stopped = await bench.queue.outcome("left")
+    assert isinstance(stopped, Failed)
+    assert stopped.reason == "stopped"
+    go.set()
+    models.close()

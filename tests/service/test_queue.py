@@ -5,51 +5,50 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.pipeline import Edit, Generate
+from engines.pipeline import MAX_SEED, Edit, Generate, Inpaint
 from service.jobs import Failed, Finished, Job, Output, Timings
 from service.queue.base import JobQueue, QueueFull, QueueStats
 from service.queue.memory import DrainRate, MemoryQueue
+from service.queue.redis import RedisQueue
 from tests.service.helpers import random_image
+from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
 
-Clock = Callable[[], float]
-IMPLEMENTATIONS: dict[str, Callable[[int, Clock], JobQueue]] = {"memory": MemoryQueue}
 FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
+MODEL = "tiny@000000000000"
 MAX_COST = 32
 
 
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
+def open_queue(kind: str, request: pytest.FixtureRequest) -> JobQueue:
+    if kind == "memory":
+        return MemoryQueue(MAX_COST)
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return RedisQueue(server.url, MAX_COST)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def queue(request: pytest.FixtureRequest, clock: FakeClock) -> JobQueue:
-    return IMPLEMENTATIONS[request.param](MAX_COST, clock)
+@pytest.fixture(params=["memory", "redis"])
+async def queue(anyio_backend: str, request: pytest.FixtureRequest) -> AsyncIterator[JobQueue]:
+    opened = open_queue(request.param, request)
+    yield opened
+    await opened.close()
 
 
-def job(name: str, images: int = 1, steps: int = 4, submitted: float = 0.0) -> Job:
+def job(name: str, images: int = 1, steps: int = 4, age_s: float = 0.0, model: str = MODEL) -> Job:
     tasks = tuple(Generate("a cat", steps, 0.0, seed) for seed in range(images))
-    return Job(name, name, tasks, Output("png"), submitted, deadline=1e9)
+    now = time.monotonic()
+    return Job(name, name, tasks, Output("png"), now - age_s, now + 60, model)
 
 
-def taken(queue: JobQueue, rows: int) -> list[str]:
-    return [job.id for job in queue.take(rows, 0.0)]
+def taken(queue: JobQueue, rows: int, model: str = MODEL) -> list[str]:
+    return [job.id for job in queue.take({model}, rows, 0.0)]
 
 
 async def test_jobs_are_taken_once_and_oldest_first(queue: JobQueue) -> None:
@@ -169,39 +168,76 @@ async def test_the_same_job_is_not_accepted_twice(queue: JobQueue) -> None:
         await queue.submit(job("a"))
 
 
-async def test_stats_tell_of_what_waits(queue: JobQueue, clock: FakeClock) -> None:
-    clock.now = 10.0
-    await queue.submit(job("a", images=2, steps=4, submitted=4.0))
-    await queue.submit(job("b", steps=1, submitted=9.0))
-    assert queue.stats() == QueueStats(depth=2, cost=9, oldest_s=6.0)
+async def test_stats_tell_of_what_waits(queue: JobQueue) -> None:
+    await queue.submit(job("a", images=2, steps=4, age_s=60))
+    await queue.submit(job("b", steps=1, age_s=30))
+    both = queue.stats()
+    assert (both.depth, both.cost) == (2, 9)
+    assert both.oldest_s == pytest.approx(60, abs=10)
     taken(queue, 2)
-    assert queue.stats() == QueueStats(depth=1, cost=1, oldest_s=1.0)
+    other = queue.stats()
+    assert (other.depth, other.cost) == (1, 1)
+    assert other.oldest_s == pytest.approx(30, abs=10)
 
 
-async def test_retry_after_follows_the_speed_at_which_jobs_were_taken(clock: FakeClock) -> None:
-    queue = MemoryQueue(MAX_COST, clock)
+async def test_retry_after_follows_the_speed_at_which_jobs_were_taken(queue: JobQueue) -> None:
     for k in range(8):
         await queue.submit(job(f"{k}"))
+    takes = []
     for _ in range(3):
-        clock.now += 2.0
+        await asyncio.sleep(0.3)
         taken(queue, 1)
+        takes.append(time.monotonic())
     for k in range(8, 11):
         await queue.submit(job(f"{k}"))
     with pytest.raises(QueueFull) as caught:
         await queue.submit(job("one more"))
-    # 4 row-ticks in 2 s, so 32 that wait need 16 s.
-    assert caught.value.retry_after_s == pytest.approx(16, rel=0.01)
+    # 8 row-ticks were taken since the first take, and 32 wait.
+    assert caught.value.retry_after_s == pytest.approx(32 / 8 * (takes[-1] - takes[0]), rel=0.1)
+
+
+async def test_a_job_comes_as_it_was_submitted(queue: JobQueue) -> None:
+    image, repaint = random_image(1), random_image(2)[..., 0] > 128
+    tasks = (
+        Edit("a red cat", 4, 2.5, MAX_SEED, image, strength=0.5),
+        Inpaint("\U0001f600 a 'dog'", 4, 0.1 + 0.2, 0, image, repaint, strength=0.3),
+    )
+    now = time.monotonic()
+    sent = Job("a", "request", tasks, Output("webp", 50), now - 5, now + 60, MODEL)
+    await queue.submit(sent)
+    [came] = queue.take({MODEL}, 9, 1.0)
+    assert (came.id, came.request_id, came.output, came.model) == ("a", "request", Output("webp", 50), MODEL)
+    assert (came.submitted, came.deadline) == pytest.approx((sent.submitted, sent.deadline), abs=5)
+    assert came.cost == sent.cost
+    for task, original in zip(came.tasks, tasks, strict=True):
+        assert isinstance(task, Edit | Inpaint)
+        assert (type(task), task.condition, task.guidance) == (type(original), original.condition, original.guidance)
+        assert (task.steps, task.seed, task.strength) == (original.steps, original.seed, original.strength)
+        assert np.array_equal(task.image, image)
+    assert isinstance(came.tasks[1], Inpaint)
+    assert np.array_equal(came.tasks[1].repaint, repaint)
+
+
+async def test_a_job_goes_to_who_has_its_model(queue: JobQueue) -> None:
+    await queue.submit(job("a", model="one@1"))
+    await queue.submit(job("b", model="two@2"))
+    await queue.submit(job("c", model="one@1"))
+    assert taken(queue, 9, "three@3") == []
+    assert taken(queue, 9, "two@2") == ["b"]
+    assert queue.stats().depth == 2
+    await queue.submit(job("d", model="two@2"))
+    assert [one.id for one in queue.take({"one@1", "two@2", "three@3"}, 9, 0.0)] == ["a", "c", "d"]
 
 
 async def test_take_waits_for_a_job_and_only_for_the_first(queue: JobQueue) -> None:
     found: list[list[str]] = []
-    thread = threading.Thread(target=lambda: found.append([job.id for job in queue.take(4, 10.0)]))
+    thread = threading.Thread(target=lambda: found.append([job.id for job in queue.take({MODEL}, 4, 10.0)]))
     thread.start()
     await queue.submit(job("a"))
     await asyncio.to_thread(thread.join)
     assert found == [["a"]]
     begin = time.monotonic()
-    assert queue.take(4, 0.02) == []
+    assert queue.take({MODEL}, 4, 0.02) == []
     assert time.monotonic() - begin < 5
 
 
@@ -211,7 +247,7 @@ async def test_many_workers_share_many_jobs_without_loss(queue: JobQueue) -> Non
 
     def work() -> None:
         while len(seen) < len(names):
-            for job in queue.take(3, 0.01):
+            for job in queue.take({MODEL}, 3, 0.01):
                 seen.append(job.id)
                 queue.settle(job.id, FINISHED)
 

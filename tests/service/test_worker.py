@@ -14,7 +14,7 @@ import pytest
 
 from engines.backends.base import EngineError
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Row, Task
-from service.catalogue import Catalogue, model_key
+from service.catalogue import Catalogue
 from service.jobs import Failed, Finished, Job, Outcome, Output
 from service.metrics import Metrics
 from service.models import Models
@@ -34,7 +34,7 @@ class Bench:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.metrics = Metrics()
-        self.model = model_key(pipeline.manifest)
+        self.model = pipeline.manifest.model
         self.queue = MemoryQueue(1000)
         self.models = Models(Catalogue(str(pipeline.bundle.path), None), lambda path: pipeline, 2**30)
         self.models.load(None).result(20)

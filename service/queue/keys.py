@@ -1,0 +1,56 @@
+"""The names of what the queue keeps in Redis. The Lua scripts make up the same names.
+
+Everything but the dead letters lasts only a little longer than the jobs it is for.
+"""
+
+from __future__ import annotations
+
+# One hash tag: all keys lie in one slot of a cluster, so that a script may touch any of them.
+PREFIX = "{fewstep}:"
+
+GRACE_S = 60.0
+"""How long after its deadline a job is forgotten, whatever became of it."""
+
+RESULT_TTL_S = 300.0
+"""How long an outcome is kept that nobody asks for."""
+
+MODELS = f"{PREFIX}models"
+"""Set: models that were asked for lately."""
+
+DEAD = f"{PREFIX}dead"
+"""Stream: jobs that were given up, with their message."""
+
+
+def jobs(model: str) -> str:
+    """Stream: an entry for each job of a model that is not settled. Its consumer group is the model's workers."""
+    return f"{PREFIX}jobs:{model}"
+
+
+def load(model: str) -> str:
+    """Hash: the cost that waits in a model's stream, and how fast it is taken."""
+    return f"{PREFIX}load:{model}"
+
+
+def record(job_id: str) -> str:
+    """Hash: a job's message, how far it has come, and who waits for it."""
+    return f"{PREFIX}job:{job_id}"
+
+
+def images(job_id: str) -> str:
+    """String: a job's images and masks, where it has any."""
+    return f"{PREFIX}images:{job_id}"
+
+
+def result(job_id: str) -> str:
+    """String: a job's outcome, until who waits has it."""
+    return f"{PREFIX}result:{job_id}"
+
+
+def replies(process: str) -> str:
+    """Stream: the jobs of an API process that have an outcome since."""
+    return f"{PREFIX}replies:{process}"
+
+
+def milliseconds(seconds: float) -> int:
+    """The unit of time in Redis."""
+    return round(seconds * 1000)

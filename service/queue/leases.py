@@ -1,0 +1,240 @@
+"""The worker's side of the Redis queue: what this process was given and has not settled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from service.jobs import Failed, Job, Outcome
+from service.queue import keys
+from service.queue.base import RATE_MEMORY_S
+from service.queue.clients import AWAY, Arguments, ThreadsRedis
+from service.queue.keys import RESULT_TTL_S, milliseconds
+from service.queue.wire import WireError, pack_outcome, unpack_job
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+MAX_TRIES = 3
+_DEAD_LETTER_TTL_S = 7 * 24 * 3600.0
+_FORGOTTEN_AFTER_S = 3600.0
+_BEATS_PER_SILENCE = 5
+_LONGEST_BEAT_S = 1.0
+_AFTER_ERROR_S = 0.5
+
+_TOO_MANY_TRIES = Failed("engine", f"the request was tried {MAX_TRIES} times, and its worker died each time")
+_UNREADABLE = Failed("engine", "the workers cannot read the request")
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A job that this process was given: its entry in the stream of its model, and at which try."""
+
+    job_id: str
+    model: str
+    entry: bytes
+    tries: int
+
+
+class Leases:
+    """Takes jobs, says with every beat of a thread of its own that it still has them, and settles them.
+
+    Where Redis is away its methods do nothing, and outcomes are kept until it is back.
+    """
+
+    def __init__(
+        self,
+        redis: ThreadsRedis,
+        reclaim_after_s: float,
+        on_redelivery: Callable[[], None],
+        on_dead_letter: Callable[[], None],
+    ) -> None:
+        self._redis = redis
+        self._reclaim_after_s = reclaim_after_s
+        self._on_redelivery = on_redelivery
+        self._on_dead_letter = on_dead_letter
+        self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._models: set[str] = set()
+        self._changed = threading.Condition()
+        self._held: dict[str, Lease] = {}
+        self._unsent: dict[str, bytes] = {}
+        self._away_until: float | None = None
+        self._closing = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
+
+    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
+        """See JobQueue.take."""
+        until = time.monotonic() + wait_s
+        self._begin(models)
+        while True:
+            taken: list[Job] = []
+            nothing_seen: dict[str, bytes] = {}
+            seen = self._reach(partial(self._take, sorted(models), rows, taken), nothing_seen)
+            left_s = until - time.monotonic()
+            if taken or left_s <= 0:
+                return taken
+            self._wait(seen, left_s)
+
+    def cancelled(self, job_ids: Iterable[str]) -> set[str]:
+        """See JobQueue.cancelled. Among them are jobs that another worker has settled meanwhile."""
+        with self._changed:
+            held = [job_id for job_id in job_ids if job_id in self._held and job_id not in self._unsent]
+        if not held:
+            return set()
+        unknown: list[bytes | None] = [b"running"] * len(held)
+        states = self._reach(partial(self._redis.run, "states", [keys.record(job_id) for job_id in held]), unknown)
+        return {job_id for job_id, state in zip(held, states, strict=True) if state != b"running"}
+
+    def settle(self, job_id: str, outcome: Outcome) -> bool:
+        """See JobQueue.settle."""
+        with self._changed:
+            lease = self._held.get(job_id)
+            if lease is None or job_id in self._unsent:
+                return False
+        payload = pack_outcome(outcome)
+        first: bool | None = self._reach(partial(self._settle, lease, payload), None)
+        if first is None:
+            with self._changed:
+                self._unsent[job_id] = payload
+        return first is not False
+
+    def close(self) -> None:
+        """Hand over what is left, and leave the groups of workers."""
+        self._closing.set()
+        if self._beating.ident is None:
+            return
+        self._beating.join()
+        self._away_until = None
+        self._reach(self._send, None)
+        self._reach(self._sweep, None)
+
+    def _begin(self, models: Collection[str]) -> None:
+        with self._changed:
+            self._models.update(models)
+            if self._beating.ident is None:
+                self._beating.start()
+
+    def _take(self, models: list[str], rows: int, taken: list[Job]) -> dict[str, bytes]:
+        """Append what there is to ``taken``. Returns the last entry given of each stream, none where to pause."""
+        with self._changed:
+            alone = any(lease.tries > 1 for lease in self._held.values())
+            holding = bool(self._held)
+        if alone or rows < 1:
+            return {}
+        streams = [keys.jobs(model) for model in models]
+        arguments: Arguments = [
+            self._consumer,
+            rows,
+            milliseconds(self._reclaim_after_s),
+            int(holding),
+            str(RATE_MEMORY_S),
+        ]
+        now, given, seen = self._redis.run("take", [*streams, *map(keys.load, models)], arguments)
+        # The times of a job are on Redis' clock; only durations are carried over to this host's own.
+        offset_s = time.monotonic() - now / 1000
+        for stream, entry, job_id, message, submitted, deadline, tries in given:
+            lease = Lease(job_id.decode(), models[stream - 1], entry, tries)
+            job = self._read(lease, message, offset_s + int(submitted) / 1000, offset_s + int(deadline) / 1000)
+            if job is not None:
+                taken.append(job)
+        return dict(zip(streams, seen, strict=False))
+
+    def _read(self, lease: Lease, message: bytes, submitted: float, deadline: float) -> Job | None:
+        """The job of a lease, held from now on; None where it was given up."""
+        if lease.tries > MAX_TRIES:
+            self._give_up(lease, _TOO_MANY_TRIES)
+            return None
+        try:
+            job = unpack_job(message, lambda: self._images(lease), submitted, deadline)
+        except WireError as error:
+            logger.error("a job cannot be read", extra={"job": lease.job_id, "detail": str(error)})
+            self._give_up(lease, _UNREADABLE)
+            return None
+        with self._changed:
+            self._held[lease.job_id] = lease
+        if lease.tries > 1:
+            logger.warning("a job is tried again", extra={"request": job.request_id, "tries": lease.tries})
+            self._on_redelivery()
+        return job
+
+    def _images(self, lease: Lease) -> bytes:
+        found: Any = self._redis.client.get(keys.images(lease.job_id))
+        return found or b""
+
+    def _give_up(self, lease: Lease, failure: Failed) -> None:
+        logger.error("a job is given up", extra={"job": lease.job_id, "tries": lease.tries, "reason": failure.message})
+        self._settle(lease, pack_outcome(failure), failure.message)
+        self._on_dead_letter()
+
+    def _settle(self, lease: Lease, payload: bytes, dead_because: str = "") -> bool:
+        job_id = lease.job_id
+        names = [keys.jobs(lease.model), keys.record(job_id), keys.result(job_id), keys.images(job_id), keys.DEAD]
+        keep = milliseconds(RESULT_TTL_S)
+        arguments: Arguments = [job_id, lease.entry, payload, keep, dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
+        first = self._redis.run("settle", names, arguments)
+        with self._changed:
+            self._held.pop(job_id, None)
+            self._unsent.pop(job_id, None)
+            self._changed.notify_all()
+        return bool(first)
+
+    def _wait(self, seen: dict[str, bytes], left_s: float) -> None:
+        """Wait until a job may be there: for a new entry, or where it may not have one, until something is settled."""
+        if seen:
+            streams: Any = seen
+            block = max(1, milliseconds(left_s))
+            self._reach(lambda: self._redis.client.xread(streams, count=1, block=block), None)
+        else:
+            with self._changed:
+                self._changed.wait(left_s)
+
+    def _beat(self) -> None:
+        beat_s = min(self._reclaim_after_s / _BEATS_PER_SILENCE, _LONGEST_BEAT_S)
+        self._reach(self._sweep, None)
+        while not self._closing.wait(beat_s):
+            self._reach(self._send, None)
+            self._reach(self._renew, None)
+
+    def _send(self) -> None:
+        with self._changed:
+            unsent = [(self._held[job_id], payload) for job_id, payload in self._unsent.items()]
+        for lease, payload in unsent:
+            self._settle(lease, payload)
+
+    def _renew(self) -> None:
+        with self._changed:
+            held = list(self._held.values())
+        for model in {lease.model for lease in held}:
+            entries = [lease.entry for lease in held if lease.model == model]
+            self._redis.run("renew", [keys.jobs(model)], [self._consumer, *entries])
+
+    def _sweep(self) -> None:
+        with self._changed:
+            models = list(self._models)
+        for model in models:
+            self._redis.run("sweep", [keys.jobs(model)], [self._consumer, milliseconds(_FORGOTTEN_AFTER_S)])
+
+    def _reach(self, call: Callable[[], Result], otherwise: Result) -> Result:
+        """What the call gives; ``otherwise`` where Redis is away, which is then left alone for a moment."""
+        if self._away_until is not None and time.monotonic() < self._away_until:
+            return otherwise
+        try:
+            result = call()
+        except AWAY as error:
+            if self._away_until is None:
+                logger.warning("the queue is away", extra={"error": type(error).__name__, "detail": str(error)})
+            self._away_until = time.monotonic() + _AFTER_ERROR_S
+            return otherwise
+        if self._away_until is not None:
+            logger.info("the queue is back")
+            self._away_until = None
+        return result

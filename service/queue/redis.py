@@ -1,0 +1,86 @@
+"""The job queue in Redis: any number of API processes and of workers, on any number of hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+from service.jobs import Job, Outcome
+from service.queue import keys
+from service.queue.base import QueueStats, QueueUnavailable, Stage
+from service.queue.clients import AWAY, CoroutinesRedis, ThreadsRedis
+from service.queue.leases import Leases
+from service.queue.submissions import Submissions
+
+logger = logging.getLogger(__name__)
+
+
+def _ignore() -> None:
+    pass
+
+
+class RedisQueue:
+    """A JobQueue in the Redis (6.2 or later) at ``url``, where at most ``max_cost`` row-ticks wait for each model.
+
+    Each model has a stream, which its workers read as one consumer group, at least once: the jobs of a worker
+    that was silent for ``reclaim_after_s`` go to another, alone, and what has been tried three times goes to the
+    stream of dead letters. Redis must not evict keys (maxmemory-policy noeviction), and what it accepted outlives
+    its own death only where it persists (appendonly). Connections are opened when they are needed.
+
+    The tests run it on one server, by its port and by its socket, with a password, behind a sentinel through a
+    failover, and on a cluster of one node. TLS and clusters of more nodes are **not** verified.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        max_cost: int,
+        *,
+        reclaim_after_s: float = 15.0,
+        on_redelivery: Callable[[], None] = _ignore,
+        on_dead_letter: Callable[[], None] = _ignore,
+    ) -> None:
+        self._threads = ThreadsRedis(url)
+        self._coroutines = CoroutinesRedis(url)
+        self._submissions = Submissions(self._coroutines, max_cost)
+        self._leases = Leases(self._threads, reclaim_after_s, on_redelivery, on_dead_letter)
+
+    async def submit(self, job: Job) -> None:
+        """See JobQueue.submit."""
+        await self._submissions.submit(job)
+
+    async def outcome(self, job_id: str) -> Outcome:
+        """See JobQueue.outcome."""
+        return await self._submissions.outcome(job_id)
+
+    async def cancel(self, job_id: str) -> Stage | None:
+        """See JobQueue.cancel."""
+        return await self._submissions.cancel(job_id)
+
+    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
+        """See JobQueue.take."""
+        return self._leases.take(models, rows, wait_s)
+
+    def cancelled(self, job_ids: Iterable[str]) -> set[str]:
+        """See JobQueue.cancelled."""
+        return self._leases.cancelled(job_ids)
+
+    def settle(self, job_id: str, outcome: Outcome) -> bool:
+        """See JobQueue.settle."""
+        return self._leases.settle(job_id, outcome)
+
+    def stats(self) -> QueueStats:
+        """See JobQueue.stats."""
+        try:
+            depth, cost, oldest_ms = self._threads.run("stats", [keys.MODELS])
+        except AWAY as error:
+            raise QueueUnavailable from error
+        return QueueStats(depth, cost, oldest_ms / 1000)
+
+    async def close(self) -> None:
+        """See JobQueue.close."""
+        await self._submissions.close()
+        await asyncio.to_thread(self._leases.close)
+        await self._coroutines.close()
+        await asyncio.to_thread(self._threads.close)

@@ -1,0 +1,18 @@
+-- What waits for all models together. KEYS: models. Returns {jobs, cost, ms that the oldest has waited}.
+local depth, cost, oldest = 0, 0, 0
+local now = now_ms()
+for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local jobs = PREFIX .. 'jobs:' .. model
+  local group = group_of(jobs)
+  if group then
+    depth = depth + redis.call('XLEN', jobs) - group.pending
+    cost = cost + (redis.call('HGET', PREFIX .. 'load:' .. model, 'cost') or 0)
+    local entry = oldest_waiting(jobs, group)
+    if entry then
+      oldest = math.max(oldest, now - by_name(entry[2]).submitted)
+    end
+  else
+    redis.call('SREM', KEYS[1], model)
+  end
+end
+return {depth, cost, oldest}

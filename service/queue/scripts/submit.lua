@@ -1,0 +1,36 @@
+-- Accepts a job, or says that there is no room for its cost.
+-- KEYS: stream of jobs, load, record of the job, models
+-- ARGV: id, model, message, cost, rows, bound on cost, age in ms, ms to the deadline, ms to keep it all, reply stream
+-- Returns {1}; or {0, cost that waits, row-ticks taken, in how many seconds}.
+local jobs, load, record, models = unpack(KEYS)
+local id, model, message, cost, rows, bound, age, left, keep, replies = unpack(ARGV)
+
+if redis.call('EXISTS', record) == 1 then
+  return {1} -- Accepted before; the answer was lost on its way.
+end
+if redis.call('EXISTS', jobs) == 0 then
+  redis.call('DEL', load)
+  redis.call('XGROUP', 'CREATE', jobs, GROUP, '0', 'MKSTREAM')
+end
+
+local waiting = tonumber(redis.call('HGET', load, 'cost') or 0)
+if waiting > 0 and waiting + cost > tonumber(bound) then
+  local drained, seconds = unpack(redis.call('HMGET', load, 'drained', 'seconds'))
+  return {0, waiting, drained or '0', seconds or '0'}
+end
+
+local now = now_ms()
+local entry = redis.call('XADD', jobs, '*', 'id', id, 'cost', cost, 'rows', rows,
+  'submitted', now - age, 'deadline', now + left)
+redis.call('HINCRBY', load, 'cost', cost)
+redis.call('HSET', record, 'state', 'queued', 'model', model, 'message', message, 'entry', entry, 'cost', cost,
+  'replies', replies)
+redis.call('PEXPIRE', record, keep)
+redis.call('SADD', models, model)
+-- A model that nobody asks for any more is forgotten with its last job.
+for _, key in ipairs({jobs, load, models}) do
+  if redis.call('PTTL', key) < tonumber(keep) then
+    redis.call('PEXPIRE', key, keep)
+  end
+end
+return {1}

@@ -1,0 +1,115 @@
+-- Gives jobs to a consumer: one whose worker fell silent, alone, else those that wait longest.
+-- KEYS: streams of jobs, then their loads
+-- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs, seconds that the rate remembers
+-- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
+-- deadline, tries}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
+local consumer, rows, silence, holding, memory_s = unpack(ARGV)
+local room = tonumber(rows)
+local now = now_ms()
+local groups, given = {}, {}
+
+-- The job of an entry that this consumer has now; nil, and the entry removed, where nobody wants it any more.
+local function job_of(stream, entry, wanted, tries)
+  local fields = by_name(entry[2])
+  local record = PREFIX .. 'job:' .. fields.id
+  local state, message = unpack(redis.call('HMGET', record, 'state', 'message'))
+  if state ~= wanted then
+    remove(KEYS[stream], entry[1])
+    redis.call('DEL', record, PREFIX .. 'images:' .. fields.id)
+    return nil
+  end
+  redis.call('HSET', record, 'state', 'running')
+  return {stream, entry[1], fields.id, message, fields.submitted, fields.deadline, tries}
+end
+
+local function reclaim(stream)
+  local jobs = KEYS[stream]
+  for _, entry in ipairs(redis.call('XAUTOCLAIM', jobs, GROUP, consumer, silence, '0-0', 'COUNT', 1)[2]) do
+    if entry then -- Redis 6 gives false for an entry that was deleted.
+      local tries = redis.call('XPENDING', jobs, GROUP, entry[1], entry[1], 1)[1][4]
+      given[1] = job_of(stream, entry, 'running', tries)
+    end
+  end
+end
+
+-- The drain rate of service/queue/memory.py, kept where the takes of every worker are seen.
+local function note_taken(load, cost, more_waiting)
+  local drained, seconds, since = unpack(redis.call('HMGET', load, 'drained', 'seconds', 'since'))
+  if since then
+    local elapsed = math.max(0, now - since) / 1000
+    local kept = math.exp(-elapsed / memory_s)
+    redis.call('HSET', load, 'drained', (drained or 0) * kept + cost, 'seconds', (seconds or 0) * kept + elapsed)
+  end
+  if more_waiting then
+    redis.call('HSET', load, 'since', now)
+  else
+    redis.call('HDEL', load, 'since')
+  end
+end
+
+local function older(entry, other)
+  local ms, count = entry[1]:match('(%d+)-(%d+)')
+  local other_ms, other_count = other[1]:match('(%d+)-(%d+)')
+  if ms ~= other_ms then
+    return tonumber(ms) < tonumber(other_ms)
+  end
+  return tonumber(count) < tonumber(other_count)
+end
+
+-- The stream whose oldest waiting entry is the oldest of all, and that entry.
+local function longest_waiting()
+  local stream, oldest
+  for k in pairs(groups) do
+    local entry = oldest_waiting(KEYS[k], group_of(KEYS[k]))
+    if entry and (not oldest or older(entry, oldest)) then
+      stream, oldest = k, entry
+    end
+  end
+  return stream, oldest
+end
+
+local streams = #KEYS / 2
+for stream = 1, streams do
+  groups[stream] = group_of(KEYS[stream])
+end
+for stream in pairs(groups) do
+  if #redis.call('XPENDING', KEYS[stream], GROUP, 'IDLE', silence, '-', '+', 1) > 0 then
+    if holding == '1' then
+      return {now, {}, {}} -- Comes back for that one with empty hands.
+    end
+    reclaim(stream)
+    if given[1] then
+      return {now, given, {}}
+    end
+  end
+end
+
+local taken = {}
+while room > 0 do
+  local stream, entry = longest_waiting()
+  if not entry then
+    break
+  end
+  local fields = by_name(entry[2])
+  if #given > 0 and tonumber(fields.rows) > room then
+    break
+  end
+  redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', KEYS[stream], '>')
+  redis.call('HINCRBY', KEYS[streams + stream], 'cost', -fields.cost)
+  taken[stream] = (taken[stream] or 0) + fields.cost
+  local job = job_of(stream, entry, 'queued', 1)
+  if job then
+    given[#given + 1] = job
+    room = room - fields.rows
+  end
+end
+
+local seen = {}
+for stream = 1, streams do
+  local group = groups[stream] and group_of(KEYS[stream])
+  seen[stream] = group and group['last-delivered-id'] or '0-0'
+  if taken[stream] then
+    note_taken(KEYS[streams + stream], taken[stream], oldest_waiting(KEYS[stream], group) ~= nil)
+  end
+end
+return {now, given, seen}

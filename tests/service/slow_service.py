@@ -1,0 +1,46 @@
+"""The service whose ticks take their time, and which one prompt kills. For tests that stop it in the middle.
+
+python -m tests.service.slow_service TICK_S     with the settings in the environment
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines.pipeline import Pipeline, Row
+from service import logs, roles, server
+from service.runtime import open_pipeline
+from service.settings import Settings
+
+DEADLY = "the moon"
+
+
+def main() -> int:
+    tick_s = float(sys.argv[1])
+
+    def open_slow(settings: Settings, path: Path) -> Pipeline:
+        pipeline = open_pipeline(settings, path)
+        tick = pipeline.tick
+
+        def slow_tick(rows: Sequence[Row]) -> None:
+            if any(row.task.condition == DEADLY for row in rows):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(tick_s)
+            tick(rows)
+
+        pipeline.tick = slow_tick  # type: ignore[method-assign]
+        return pipeline
+
+    roles.open_pipeline = open_slow
+    settings = Settings()
+    logs.configure("json", "info")
+    return server.run(settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""The addresses of a Redis: what they lead to, and that a wrong one is refused without being quoted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from service.commands import serve
+from service.queue.addresses import check_address, open_for_coroutines, open_for_threads
+from service.settings import Settings
+
+SECRET = "hunter2"
+GOOD = [
+    "redis://localhost",
+    f"redis://:{SECRET}@redis.example:6380/3",
+    f"rediss://user:{SECRET}@redis.example/0",
+    f"unix://user:{SECRET}@/run/redis.sock?db=2",
+    f"redis+sentinel://user:{SECRET}@one,two:26380/main/1",
+    "redis+sentinel://one/main",
+    "rediss+cluster://one:7000,two:7001",
+]
+BAD = [
+    "Memory",
+    "amqp://localhost",
+    f"redis://:{SECRET}@localhost:port/0",
+    f"redis://:{SECRET}@localhost/zero",
+    f"redis://:{SECRET}@localhost/0?socket_timeout=soon",
+    f"unix://:{SECRET}@",
+    f"redis+sentinel://:{SECRET}@one,two",
+    f"redis+sentinel://:{SECRET}@one/main/zero",
+    f"redis+sentinel://:{SECRET}@one:port/main",
+    f"redis+cluster://:{SECRET}@one,,two",
+    f"redis+cluster://:{SECRET}@one/0",
+    f"redis+cluster://:{SECRET}@one?db=1",
+]
+
+
+@pytest.mark.parametrize("url", GOOD)
+def test_good_addresses_are_taken(url: str) -> None:
+    check_address(url)
+    assert SECRET not in repr(Settings(queue=url))
+
+
+@pytest.mark.parametrize("url", BAD)
+def test_bad_addresses_end_at_once_and_are_not_quoted(url: str) -> None:
+    result = CliRunner().invoke(serve, ["--queue", url])
+    assert result.exit_code == 2
+    assert "queue" in result.output
+    assert SECRET not in result.output
+    with pytest.raises(ValidationError) as caught:
+        Settings(queue=url)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["api", "worker"])
+def test_roles_that_are_apart_need_a_queue_between_them(role: str) -> None:
+    result = CliRunner().invoke(serve, ["--role", role])
+    assert result.exit_code == 2
+    assert "Redis" in result.output
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[dict[str, Any]]:
+    """What a client of one server, or of sentinels, connects with."""
+    with open_for_threads(url) as client:
+        settings = dict(client.connection_pool.connection_kwargs)
+        assert settings.items() >= {"socket_timeout": 5.0}.items()
+        yield settings
+
+
+def test_one_server() -> None:
+    with opened(f"redis://user:{SECRET}@redis.example:6380/3") as found:
+        assert (found["host"], found["port"], found["db"]) == ("redis.example", 6380, 3)
+        assert (found["username"], found["password"]) == ("user", SECRET)
+
+
+def test_tls() -> None:
+    with open_for_threads("rediss://redis.example") as client:
+        assert client.connection_pool.connection_class is redis.SSLConnection
+
+
+def test_a_socket() -> None:
+    with opened("unix:///run/redis.sock?db=2") as found:
+        assert (found["path"], found["db"]) == ("/run/redis.sock", 2)
+
+
+def test_sentinels() -> None:
+    with open_for_threads("redis+sentinel://user:p%40ss@one,two:26380/main/1") as client:
+        pool: Any = client.connection_pool
+        hosts = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
+        assert [(host["host"], host["port"]) for host in hosts] == [("one", 26379), ("two", 26380)]
+        found = pool.connection_kwargs
+        assert (pool.service_name, found["db"], found["username"], found["password"]) == ("main", 1, "user", "p@ss")
+
+
+def test_a_cluster() -> None:
+    client: Any = open_for_coroutines("redis+cluster://:secret@10.0.0.1:7000,10.0.0.2")
+    assert set(client.nodes_manager.startup_nodes) == {"10.0.0.1:7000", "10.0.0.2:6379"}
+    assert client.connection_kwargs["password"] == "secret"

@@ -1,0 +1,274 @@
+"""API processes, workers and a Redis as in production: each a process of its own, some of them killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.queue import keys
+from service.runtime import State
+from service.settings import Settings
+from tests.service.helpers import b64, error, pixels, png, random_image, running, until, wait_until
+from tests.service.redis_server import RedisServer
+from tests.service.slow_service import DEADLY
+
+pytestmark = pytest.mark.anyio
+
+
+class Process:
+    """One process of the service."""
+
+    def __init__(self, role: str, bundle: Path, redis: RedisServer, tick_s: float = 0.0, **settings: Any) -> None:
+        values = {
+            "role": role,
+            "queue": redis.url,
+            "bundle": bundle,
+            "backend": "fake",
+            "port": 0,
+            "reclaim_after_s": 1,
+        }
+        environment = {f"FEWSTEP_{name.upper()}": f"{value}" for name, value in (values | settings).items()}
+        self.lines: list[dict[str, Any]] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.service.slow_service", f"{tick_s}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        self.lines.extend(json.loads(line) for line in self._process.stderr)
+
+    @property
+    def url(self) -> str:
+        found = [re.search(r"running on (http://\S+)", line["event"], re.I) for line in self.lines]
+        return next((match.group(1) for match in found if match), "")
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=10)
+
+    def ready(self) -> bool:
+        assert self._process.poll() is None, self.lines
+        return bool(self.url) and self.get("/readyz").status_code == 200
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^{name} (\S+)$", self.get("/metrics").text, re.M)
+        return float(found.group(1)) if found else 0.0
+
+    def send(self, sig: signal.Signals) -> None:
+        self._process.send_signal(sig)
+
+    def wait(self) -> int:
+        """The exit code."""
+        code = self._process.wait(20)
+        self._reader.join()
+        return code
+
+    def close(self) -> None:
+        self._process.kill()
+        self.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+@contextlib.contextmanager
+def processes(*started: Process) -> Iterator[tuple[Process, ...]]:
+    """The processes, once all are ready; none is left behind."""
+    try:
+        for process in started:
+            wait_until(process.ready, 60)
+        yield started
+    finally:
+        for process in started:
+            process.close()
+
+
+@pytest.fixture
+def api_settings(settings: Settings, redis_server: RedisServer) -> Settings:
+    return settings.model_copy(update={"role": "api", "queue": redis_server.url})
+
+
+async def test_an_api_that_opens_no_engine_and_a_worker_without_endpoints_make_the_same_image(
+    anyio_backend: str, settings: Settings, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    fields = {"prompt": "a cat", "seed": 5, "image": b64(png(random_image())), "strength": 0.5}
+    async with running(settings) as alone:
+        expected = pixels(await alone.post("/edit", **fields))
+    async with running(api_settings.model_copy(update={"backend": "no engine is opened"})) as api:
+        with processes(Process("worker", bundle_path, redis_server)) as [worker]:
+            answer = await api.post("/edit", **fields)
+            assert (pixels(answer) == expected).all()
+            assert answer.json()["batch"]["ticks"] == [1, 1]
+            assert (await api.client.get("/capabilities")).json()["model"] == "tiny"
+            error(await api.post("/generate", prompt="the", steps=3), 422, "unsupported_steps", "steps")
+            for path in ("/capabilities", "/", "/openapi.json"):
+                assert worker.get(path).status_code == 404
+            assert httpx.post(f"{worker.url}/generate", json={"prompt": "a cat"}).status_code == 404
+            assert worker.get("/livez").status_code == 200
+            assert worker.metric("fewstep_images_total") == 1
+            assert api.metric("fewstep_images_total") == 0
+            assert api.metric("fewstep_requests_total", endpoint="edit", outcome="ok") == 1
+
+
+async def test_a_worker_that_is_killed_in_the_middle_leaves_its_job_to_another(
+    anyio_backend: str, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    async with running(api_settings) as api:
+        with processes(Process("worker", bundle_path, redis_server, tick_s=0.3)) as [victim]:
+            request = asyncio.create_task(api.post("/generate", prompt="a cat", seed=1))
+            await until(lambda: victim.metric("fewstep_tick_rows_count") > 0)
+            victim.send(signal.SIGKILL)
+            assert victim.wait() == -signal.SIGKILL
+        async with running(api_settings.model_copy(update={"role": "worker", "reclaim_after_s": 1.0})) as other:
+            assert (await request).status_code == 200
+            assert other.metric("fewstep_redeliveries_total") == 1
+            assert other.metric("fewstep_images_total") == 1
+        assert api.metric("fewstep_queue_depth") == 0
+        with redis_server.client() as client:
+            assert client.xlen(keys.jobs(api.pipeline.manifest.model)) == 0
+
+
+@pytest.mark.slow
+async def test_a_request_that_kills_workers_is_given_up_after_three(
+    anyio_backend: str, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    async with running(api_settings) as api:
+        request = asyncio.create_task(api.post("/generate", prompt=DEADLY, timeout_ms=120_000))
+        for _ in range(3):
+            with contextlib.closing(Process("worker", bundle_path, redis_server)) as victim:
+                assert await asyncio.to_thread(victim.wait) == -signal.SIGKILL
+        assert not request.done()
+        last = Process("worker", bundle_path, redis_server)
+        with processes(last):
+            found = error(await request, 500, "generation_failed")
+            assert not found["retryable"]
+            assert last.metric("fewstep_dead_letter_total") == 1
+            assert (await api.post("/generate", prompt="a cat")).status_code == 200
+    with redis_server.client() as client:
+        assert client.xlen(keys.DEAD) == 1
+
+
+async def test_two_apis_and_two_workers_answer_every_request_once(
+    anyio_backend: str, api_settings: Settings, redis_server: RedisServer
+) -> None:
+    worker_settings = api_settings.model_copy(update={"role": "worker", "max_batch": 2})
+    async with (
+        running(api_settings) as first,
+        running(api_settings) as second,
+        running(worker_settings) as one,
+        running(worker_settings) as other,
+    ):
+        apis = (first, second)
+        answers = await asyncio.gather(
+            *(apis[seed % 2].post("/generate", prompt="a cat", seed=seed) for seed in range(60))
+        )
+        assert [answer.json()["images"][0]["seed"] for answer in answers] == list(range(60))
+        made = [worker.metric("fewstep_images_total") for worker in (one, other)]
+        assert sum(made) == 60
+        assert min(made) > 0
+
+
+@pytest.mark.slow
+async def test_two_apis_and_two_workers_that_are_processes_answer_every_request_once(
+    anyio_backend: str, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    apis = [Process("api", bundle_path, redis_server) for _ in range(2)]
+    workers = [Process("worker", bundle_path, redis_server, tick_s=0.01, max_batch=4) for _ in range(2)]
+    with processes(*apis, *workers):
+        async with httpx.AsyncClient(timeout=60) as client:
+
+            async def ask(seed: int) -> httpx.Response:
+                url = apis[seed % 2].url
+                return await client.post(f"{url}/generate", json={"prompt": "a cat", "seed": seed, "n": 1 + seed % 3})
+
+            answers = await asyncio.gather(*map(ask, range(40)))
+        assert [answer.status_code for answer in answers] == [200] * 40
+        seeds = [[image["seed"] for image in answer.json()["images"]] for answer in answers]
+        assert seeds == [list(range(seed, seed + 1 + seed % 3)) for seed in range(40)]
+        made = [worker.metric("fewstep_images_total") for worker in workers]
+        assert sum(made) == sum(map(len, seeds))
+        assert min(made) > 0
+        again = httpx.post(f"{apis[1].url}/generate", json={"prompt": "a cat", "seed": 0}).json()
+        assert again["images"] == answers[0].json()["images"]
+
+
+async def test_a_client_that_leaves_cancels_in_the_worker(
+    anyio_backend: str, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    async with running(api_settings) as api:
+        with processes(Process("worker", bundle_path, redis_server, tick_s=0.5)) as [worker]:
+            late = await api.post("/generate", prompt="a cat", timeout_ms=700)
+            error(late, 504, "deadline_exceeded")
+            answer = await api.post("/generate", prompt="a cat", steps=1)
+            assert answer.json()["batch"]["ticks"] == [1]
+            assert worker.metric("fewstep_tick_rows_count") < 1 + 4
+            assert worker.metric("fewstep_images_total") == 1
+
+
+async def test_a_worker_that_is_told_to_stop_finishes_what_it_holds_and_leaves_the_rest(
+    anyio_backend: str, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    async with running(api_settings) as api:
+        worker = Process("worker", bundle_path, redis_server, tick_s=0.2, max_batch=1)
+        with processes(worker):
+            requests = [asyncio.create_task(api.post("/generate", prompt="a cat")) for _ in range(4)]
+            await until(lambda: worker.metric("fewstep_tick_rows_count") > 0)
+            worker.send(signal.SIGTERM)
+            assert await asyncio.to_thread(worker.wait) == 0
+        done, waiting = [task for task in requests if task.done()], [task for task in requests if not task.done()]
+        assert [task.result().status_code for task in done] == [200, 200]
+        assert api.metric("fewstep_queue_depth") == 2
+        async with running(api_settings.model_copy(update={"role": "worker"})) as other:
+            assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
+            assert other.metric("fewstep_redeliveries_total") == 0
+
+
+async def test_while_redis_is_away_requests_are_turned_away_and_nothing_accepted_is_lost(
+    anyio_backend: str, settings: Settings, redis_path: str, tmp_path: Path
+) -> None:
+    with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        shared = settings.model_copy(update={"queue": server.url, "max_queue_cost": 8})
+        async with running(shared.model_copy(update={"role": "api"})) as api:
+            accepted = asyncio.create_task(api.post("/generate", prompt="a cat"))
+            await until(lambda: api.metric("fewstep_queue_depth") == 1)
+            server.stop()
+            refused = await api.post("/generate", prompt="a cat")
+            found = error(refused, 503, "queue_unavailable")
+            assert (found["type"], found["retryable"]) == ("unavailable_error", True)
+            assert int(refused.headers["retry-after"]) >= 1
+            assert api.metric("fewstep_rejected_total", reason="queue_unavailable") == 1
+            ready = await api.client.get("/readyz")
+            assert (ready.status_code, ready.json()) == (503, {"status": "queue_unavailable"})
+            assert "fewstep_queue_depth" not in (await api.client.get("/metrics")).text
+            assert (await api.client.get("/livez")).status_code == 200
+            async with running(shared.model_copy(update={"role": "worker"})) as worker:
+                await asyncio.sleep(1.0)
+                assert not accepted.done()
+                assert worker.service.state is State.READY
+                server.start()
+                assert (await accepted).status_code == 200
+                assert (await api.post("/generate", prompt="a cat")).status_code == 200
+                assert (await worker.client.get("/readyz")).status_code == 200
+
+
+async def test_one_process_can_be_both(anyio_backend: str, settings: Settings, redis_server: RedisServer) -> None:
+    async with running(settings.model_copy(update={"queue": redis_server.url})) as both:
+        answers = await asyncio.gather(*(both.post("/generate", prompt="a cat", seed=k) for k in range(8)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert both.metric("fewstep_images_total") == 8

@@ -1,0 +1,384 @@
+"""What the queue in Redis promises beyond the contract: workers that die, a server that is away, several hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from engines.pipeline import Generate
+from service.jobs import Failed, Finished, Job, Output, Timings
+from service.queue import keys
+from service.queue.base import QueueFull, QueueStats, QueueUnavailable
+from service.queue.leases import MAX_TRIES, Leases
+from service.queue.redis import RedisQueue
+from tests.service.helpers import wait_until
+from tests.service.redis_server import RedisServer, Sentinel
+
+pytestmark = pytest.mark.anyio
+
+MODEL = "tiny@000000000000"
+SILENCE_S = 0.4
+FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
+OTHER = Finished((b"other",), Timings(0, 0, 0, 0), (1,))
+
+OpenQueue = Callable[[], RedisQueue]
+
+
+class Counts:
+    """What the queues of a test reported."""
+
+    redeliveries = 0
+    dead_letters = 0
+
+    def redelivery(self) -> None:
+        self.redeliveries += 1
+
+    def dead_letter(self) -> None:
+        self.dead_letters += 1
+
+
+@pytest.fixture
+def counts() -> Counts:
+    return Counts()
+
+
+@pytest.fixture
+async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Counts) -> AsyncIterator[OpenQueue]:
+    """Opens queues as processes of their own would have them."""
+    async with AsyncExitStack() as closing:
+
+        def open_queue() -> RedisQueue:
+            queue = RedisQueue(
+                redis_server.url,
+                32,
+                reclaim_after_s=SILENCE_S,
+                on_redelivery=counts.redelivery,
+                on_dead_letter=counts.dead_letter,
+            )
+            closing.push_async_callback(queue.close)
+            return queue
+
+        yield open_queue
+
+
+def job(name: str, images: int = 1, seconds: float = 60.0) -> Job:
+    tasks = tuple(Generate("a cat", 4, 0.0, seed) for seed in range(images))
+    now = time.monotonic()
+    return Job(name, f"request-{name}", tasks, Output("png"), now, now + seconds, MODEL)
+
+
+def taken(queue: RedisQueue, rows: int = 9, wait_s: float = 0.0) -> list[str]:
+    return [job.id for job in queue.take({MODEL}, rows, wait_s)]
+
+
+async def soon(queue: RedisQueue, job_id: str) -> Finished | Failed:
+    return await asyncio.wait_for(queue.outcome(job_id), 10)
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on nobody renews what it holds, as if its process stood still."""
+    return lambda: monkeypatch.setattr(Leases, "_renew", lambda _: None)
+
+
+async def test_what_a_silent_worker_held_goes_to_another_and_runs_alone(
+    open_queue: OpenQueue, counts: Counts, mute: Callable[[], None]
+) -> None:
+    api, silent, other = open_queue(), open_queue(), open_queue()
+    mute()
+    for name in "abcd":
+        await api.submit(job(name))
+    assert taken(silent, 2) == ["a", "b"]
+    assert taken(other, 1) == ["c"]
+    await asyncio.sleep(1.5 * SILENCE_S)
+    # The other holds a job; it gets no more before it comes with empty hands.
+    assert taken(other) == []
+    assert other.settle("c", FINISHED)
+    first = taken(other)
+    assert first in (["a"], ["b"])
+    assert taken(other) == []
+    assert other.settle(first[0], FINISHED)
+    second = taken(other)
+    assert {*first, *second} == {"a", "b"}
+    assert other.settle(second[0], FINISHED)
+    assert taken(other) == ["d"]
+    assert counts.redeliveries == 2
+    for name in "abc":
+        assert await soon(api, name) == FINISHED
+
+
+async def test_who_wakes_up_too_late_is_told_and_changes_nothing(
+    open_queue: OpenQueue, mute: Callable[[], None]
+) -> None:
+    api, silent, other = open_queue(), open_queue(), open_queue()
+    mute()
+    await api.submit(job("a"))
+    assert taken(silent) == ["a"]
+    await asyncio.sleep(1.5 * SILENCE_S)
+    assert taken(other) == ["a"]
+    assert silent.cancelled(["a"]) == set()
+    assert other.settle("a", FINISHED)
+    assert silent.cancelled(["a"]) == {"a"}
+    assert not silent.settle("a", OTHER)
+    assert await soon(api, "a") == FINISHED
+
+
+async def test_the_first_of_two_workers_counts_whoever_holds_the_job(
+    open_queue: OpenQueue, mute: Callable[[], None]
+) -> None:
+    api, silent, other = open_queue(), open_queue(), open_queue()
+    mute()
+    await api.submit(job("a"))
+    assert taken(silent) == ["a"]
+    await asyncio.sleep(1.5 * SILENCE_S)
+    assert taken(other) == ["a"]
+    assert silent.settle("a", FINISHED)
+    assert not other.settle("a", OTHER)
+    assert await soon(api, "a") == FINISHED
+    assert taken(open_queue(), wait_s=1.5 * SILENCE_S) == []
+
+
+async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, counts: Counts) -> None:
+    api, slow, other = open_queue(), open_queue(), open_queue()
+    await api.submit(job("a"))
+    assert taken(slow) == ["a"]
+    assert await asyncio.to_thread(taken, other, 9, 4 * SILENCE_S) == []
+    assert slow.settle("a", FINISHED)
+    assert counts.redeliveries == 0
+
+
+async def test_a_job_that_brings_down_every_worker_is_given_up(
+    open_queue: OpenQueue, redis_server: RedisServer, counts: Counts, mute: Callable[[], None]
+) -> None:
+    api = open_queue()
+    mute()
+    await api.submit(job("poison"))
+    for _ in range(MAX_TRIES):
+        victim = open_queue()
+        assert taken(victim) == ["poison"]
+        await asyncio.sleep(1.5 * SILENCE_S)
+    assert taken(open_queue()) == []
+    failed = await soon(api, "poison")
+    assert isinstance(failed, Failed)
+    assert (failed.reason, failed.retryable) == ("engine", False)
+    assert f"{MAX_TRIES} times" in failed.message
+    assert (counts.redeliveries, counts.dead_letters) == (MAX_TRIES - 1, 1)
+    with redis_server.client() as client:
+        [(_, letter)] = client.xrange(keys.DEAD)
+        assert (letter[b"id"], letter[b"model"]) == (b"poison", MODEL.encode())
+        assert b"request-poison" in letter[b"message"]
+        assert client.xlen(keys.jobs(MODEL)) == 0
+
+
+async def test_a_job_that_no_worker_can_read_is_given_up_and_the_next_is_taken(
+    open_queue: OpenQueue, redis_server: RedisServer, counts: Counts
+) -> None:
+    queue = open_queue()
+    await queue.submit(job("a"))
+    await queue.submit(job("b"))
+    with redis_server.client() as client:
+        client.hset(keys.record("a"), "message", '{"version": 9}')
+    assert taken(queue) == ["b"]
+    failed = await soon(queue, "a")
+    assert isinstance(failed, Failed)
+    assert "read" in failed.message
+    assert counts.dead_letters == 1
+
+
+async def test_a_job_is_cancelled_from_another_host(open_queue: OpenQueue) -> None:
+    api, other_api, worker = open_queue(), open_queue(), open_queue()
+    await api.submit(job("running"))
+    assert taken(worker) == ["running"]
+    await api.submit(job("queued"))
+    assert await other_api.cancel("running") == "running"
+    assert await other_api.cancel("queued") == "queued"
+    assert worker.cancelled(["running"]) == {"running"}
+    assert taken(worker) == []
+    for name in ("running", "queued"):
+        outcome = await soon(api, name)
+        assert isinstance(outcome, Failed)
+        assert outcome.reason == "cancelled"
+    assert not worker.settle("running", FINISHED)
+    assert await other_api.cancel("running") is None
+
+
+async def test_a_cancelled_job_of_a_dead_worker_is_not_run_again(
+    open_queue: OpenQueue, counts: Counts, mute: Callable[[], None]
+) -> None:
+    api, silent, other = open_queue(), open_queue(), open_queue()
+    mute()
+    await api.submit(job("a"))
+    assert taken(silent) == ["a"]
+    assert await api.cancel("a") == "running"
+    await asyncio.sleep(1.5 * SILENCE_S)
+    assert taken(other) == []
+    assert counts.redeliveries == 0
+
+
+async def test_the_bound_holds_for_all_processes_together(open_queue: OpenQueue) -> None:
+    first, second = open_queue(), open_queue()
+    for k in range(4):
+        await first.submit(job(f"first-{k}"))
+        await second.submit(job(f"second-{k}"))
+    for queue in (first, second):
+        with pytest.raises(QueueFull):
+            await queue.submit(job("one more"))
+        stats = queue.stats()
+        assert (stats.depth, stats.cost) == (8, 32)
+
+
+async def test_nothing_is_left_for_ever(open_queue: OpenQueue, redis_server: RedisServer) -> None:
+    queue = open_queue()
+    for name in "abc":
+        await queue.submit(job(name, seconds=1.0))
+    taken(queue, 2)
+    queue.settle("a", FINISHED)
+    await soon(queue, "a")
+    with redis_server.client() as client:
+        left = {name: client.pttl(name) for name in client.scan_iter()}
+        assert left
+        assert all(0 < ttl_ms <= 1000 * max(keys.GRACE_S + 1, keys.RESULT_TTL_S) for ttl_ms in left.values()), left
+        assert keys.record("a").encode() not in left
+        assert keys.result("a").encode() not in left
+        assert client.xlen(keys.jobs(MODEL)) == 2
+        queue.settle("b", FINISHED)
+        taken(queue)
+        queue.settle("c", FINISHED)
+        await queue.close()
+        assert client.xlen(keys.jobs(MODEL)) == 0
+        assert client.xinfo_consumers(keys.jobs(MODEL), "workers") == []
+
+
+async def test_an_outcome_whose_reply_was_lost_is_found(open_queue: OpenQueue, redis_server: RedisServer) -> None:
+    queue = open_queue()
+    await queue.submit(job("a"))
+    assert taken(queue) == ["a"]
+    with redis_server.client() as client:
+        # As if the worker's reply had gone to a server that failed over just then.
+        client.hset(keys.record("a"), "replies", keys.replies("lost"))
+        queue.settle("a", FINISHED)
+        assert await soon(queue, "a") == FINISHED
+        assert client.xlen(keys.replies("lost")) == 1
+
+
+async def test_who_waits_for_a_job_that_redis_lost_is_told(open_queue: OpenQueue, redis_server: RedisServer) -> None:
+    queue = open_queue()
+    await queue.submit(job("a"))
+    with redis_server.client() as client:
+        client.flushall()
+    failed = await soon(queue, "a")
+    assert isinstance(failed, Failed)
+    assert failed.retryable
+    await queue.submit(job("b"))
+    assert taken(queue) == ["b"]
+
+
+@pytest.fixture
+def durable(redis_path: str, tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that keeps what it was given through its own death."""
+    with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
+
+
+async def test_nothing_is_lost_while_the_server_is_away(anyio_backend: str, durable: RedisServer) -> None:
+    queue = RedisQueue(durable.url, 32, reclaim_after_s=60)
+    await queue.submit(job("done"))
+    await queue.submit(job("waits"))
+    assert taken(queue, 1) == ["done"]
+    durable.stop()
+    with pytest.raises(QueueUnavailable):
+        await queue.submit(job("refused"))
+    with pytest.raises(QueueUnavailable):
+        await queue.cancel("refused")
+    with pytest.raises(QueueUnavailable):
+        queue.stats()
+    begin = time.monotonic()
+    assert taken(queue, wait_s=0.2) == []
+    assert time.monotonic() - begin >= 0.2
+    assert queue.cancelled(["done"]) == set()
+    assert queue.settle("done", FINISHED)
+    assert not queue.settle("done", OTHER)
+    outcomes = [asyncio.create_task(soon(queue, name)) for name in ("done", "waits")]
+    await asyncio.sleep(0.1)
+    durable.start()
+    assert await outcomes[0] == FINISHED
+    wait_until(lambda: taken(queue, wait_s=0.1) == ["waits"])
+    assert queue.settle("waits", OTHER)
+    assert await outcomes[1] == OTHER
+    assert queue.stats() == QueueStats(0, 0, 0.0)
+    await queue.close()
+
+
+async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:
+    queue = RedisQueue("redis://127.0.0.1:1/0", 32)
+    with pytest.raises(QueueUnavailable):
+        await queue.submit(job("a"))
+    with pytest.raises(KeyError):
+        await queue.outcome("a")
+    assert taken(queue) == []
+    await queue.close()
+
+
+async def works(url: str, name: str) -> None:
+    """Take a job through the queue at this address."""
+    queue = RedisQueue(url, 32)
+    await queue.submit(job(name))
+    assert taken(queue, wait_s=0.1) == [name]
+    assert queue.cancelled([name]) == set()
+    assert queue.settle(name, FINISHED)
+    assert await soon(queue, name) == FINISHED
+    assert queue.stats() == QueueStats(0, 0, 0.0)
+    await queue.close()
+
+
+async def test_a_cluster(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    with RedisServer(redis_path, tmp_path, "--cluster-enabled", "yes") as server:
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+            wait_until(lambda: client.cluster("info")["cluster_state"] == "ok")
+        await works(f"redis+cluster://127.0.0.1:{server.port}", "a")
+
+
+async def test_a_sentinel(anyio_backend: str, redis_path: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    with Sentinel(redis_path, tmp_path, redis_server) as sentinel:
+        await works(sentinel.url, "a")
+
+
+@pytest.mark.slow
+async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    master = RedisServer(redis_path, tmp_path)
+    replica = RedisServer(redis_path, tmp_path, "--replicaof", "127.0.0.1", f"{master.port}")
+    sentinel = Sentinel(redis_path, tmp_path, master)
+    with master, replica, sentinel, replica.client() as client:
+        wait_until(lambda: client.info("replication")["master_link_status"] == "up")
+        queue = RedisQueue(sentinel.url, 32)
+        await queue.submit(job("a"))
+        wait_until(lambda: client.exists(keys.record("a")) == 1)
+        # A sentinel asks a master for its replicas every ten seconds.
+        with sentinel.client() as asking:
+            wait_until(lambda: asking.execute_command("SENTINEL", "REPLICAS", "main") != [], 30)
+        master.stop()
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        wait_until(lambda: taken(queue, wait_s=0.2) == ["a"], 30)
+        assert queue.settle("a", FINISHED)
+        assert await soon(queue, "a") == FINISHED
+        await works(sentinel.url, "b")
+        await queue.close()
+
+
+async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    socket = tmp_path / "redis.sock"
+    options = ("--requirepass", "p@ss", "--unixsocket", str(socket))
+    with RedisServer(redis_path, tmp_path, *options, password="p@ss") as server:
+        wrong = RedisQueue(server.url.replace("p%40ss", "guess"), 32)
+        with pytest.raises(QueueUnavailable):
+            await wrong.submit(job("a"))
+        await wrong.close()
+        await works(server.url, "b")
+        await works(f"unix://:p%40ss@{socket}", "c")
