@@ -22,9 +22,12 @@ _ONE = ("redis", "rediss", "unix")
 _MANY = ("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS = {"sentinel": 26379, "cluster": 6379}
 # The first is longer than any command blocks, so that only a silent server runs into it.
-_SOCKETS: dict[str, Any] = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0, "protocol": 2}
+_SOCKETS: dict[str, Any] = {"socket_timeout": 3.0, "socket_connect_timeout": 2.0, "protocol": 2}
 # A connection that the server closed meanwhile is opened anew; more patience is the callers' affair.
 _RETRIES = 1
+
+LONGEST_BLOCK_S = 1.0
+"""The longest that one command may wait for something to happen."""
 
 
 def check_address(url: str) -> None:
@@ -46,7 +49,7 @@ def open_for_threads(url: str) -> redis.Redis:
     import redis.sentinel
     from redis.backoff import NoBackoff
 
-    options = _SOCKETS | {"retry": redis.retry.Retry(NoBackoff(), _RETRIES)}
+    options = _SOCKETS | {"retry": redis.retry.Retry(NoBackoff(), _RETRIES, (redis.ConnectionError,))}
     if url.partition("://")[0] in _ONE:
         return redis.Redis.from_url(url, **options)
     many = _Many.of(url)
@@ -69,7 +72,7 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
     import redis.asyncio.sentinel
     from redis.backoff import NoBackoff
 
-    options = _SOCKETS | {"retry": redis.asyncio.retry.Retry(NoBackoff(), _RETRIES)}
+    options = _SOCKETS | {"retry": redis.asyncio.retry.Retry(NoBackoff(), _RETRIES, (redis.ConnectionError,))}
     if url.partition("://")[0] in _ONE:
         return redis.asyncio.Redis.from_url(url, **options)
     many = _Many.of(url)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
+from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import RATE_MEMORY_S
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
@@ -68,6 +69,7 @@ class Leases:
         self._held: dict[str, Lease] = {}
         self._unsent: dict[str, bytes] = {}
         self._away_until: float | None = None
+        self._reclaims_from = 0.0
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -131,13 +133,10 @@ class Leases:
         if alone or rows < 1:
             return {}
         streams = [keys.jobs(model) for model in models]
-        arguments: Arguments = [
-            self._consumer,
-            rows,
-            milliseconds(self._reclaim_after_s),
-            int(holding),
-            str(RATE_MEMORY_S),
-        ]
+        # After an outage everybody seems silent, so those that live get the time to say so.
+        patience_s = 0.0 if time.monotonic() >= self._reclaims_from else _FORGOTTEN_AFTER_S
+        silence = milliseconds(self._reclaim_after_s + patience_s)
+        arguments: Arguments = [self._consumer, rows, silence, int(holding), str(RATE_MEMORY_S)]
         now, given, seen = self._redis.run("take", [*streams, *map(keys.load, models)], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
@@ -191,7 +190,7 @@ class Leases:
         """Wait until a job may be there: for a new entry, or where it may not have one, until something is settled."""
         if seen:
             streams: Any = seen
-            block = max(1, milliseconds(left_s))
+            block = max(1, milliseconds(min(left_s, LONGEST_BLOCK_S)))
             self._reach(lambda: self._redis.client.xread(streams, count=1, block=block), None)
         else:
             with self._changed:
@@ -237,4 +236,5 @@ class Leases:
         if self._away_until is not None:
             logger.info("the queue is back")
             self._away_until = None
+            self._reclaims_from = time.monotonic() + self._reclaim_after_s
         return result

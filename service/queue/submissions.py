@@ -12,6 +12,7 @@ from typing import Any
 
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
+from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import QueueFull, QueueUnavailable, Stage, retry_after_s
 from service.queue.clients import AWAY, CoroutinesRedis
 from service.queue.keys import GRACE_S, RESULT_TTL_S, milliseconds
@@ -20,7 +21,7 @@ from service.queue.wire import WireError, pack_job, pack_outcome, unpack_outcome
 logger = logging.getLogger(__name__)
 
 # How often results are looked for without a reply: it may be lost where a Redis fails over to another.
-_POLL_S = 1.0
+_POLL_S = LONGEST_BLOCK_S
 _AFTER_ERROR_S = 0.5
 _CANCELLED_WITHIN_S = 0.05
 
@@ -49,6 +50,7 @@ class Submissions:
         self._replies = keys.replies(uuid.uuid4().hex)
         self._waiting: dict[str, _Wait] = {}
         self._listening: asyncio.Task[None] | None = None
+        self._away = False
 
     async def submit(self, job: Job) -> None:
         """See JobQueue.submit."""
@@ -60,7 +62,8 @@ class Submissions:
             await self._submit(job)
             wait.accepted = True
         except AWAY as error:
-            raise _unavailable(error) from error
+            self._note_away(error)
+            raise QueueUnavailable from error
         finally:
             if not wait.accepted:
                 del self._waiting[job.id]
@@ -83,7 +86,8 @@ class Submissions:
         try:
             stage = await self._redis.run("cancel", names, [job_id, told, milliseconds(RESULT_TTL_S)])
         except AWAY as error:
-            raise _unavailable(error) from error
+            self._note_away(error)
+            raise QueueUnavailable from error
         return _STAGES.get(stage)
 
     async def close(self) -> None:
@@ -121,6 +125,7 @@ class Submissions:
         while True:
             try:
                 replies = await self._read(last)
+                self._note_back()
                 if replies:
                     last = replies[-1][0]
                     await self._collect(reply[b"id"].decode() for _, reply in replies)
@@ -129,8 +134,18 @@ class Submissions:
                     polled = time.monotonic()
                     await self._collect(job_id for job_id, wait in self._waiting.items() if wait.accepted)
             except Exception as error:  # whatever it is: without this task nobody would have an answer
-                logger.warning("no replies from the queue", extra=_detail(error))
+                self._note_away(error)
                 await asyncio.sleep(_AFTER_ERROR_S)
+
+    def _note_away(self, error: Exception) -> None:
+        if not self._away:
+            logger.warning("the queue is away", extra={"error": type(error).__name__, "detail": str(error)})
+        self._away = True
+
+    def _note_back(self) -> None:
+        if self._away:
+            logger.info("the queue is back")
+        self._away = False
 
     async def _read(self, last: bytes) -> list[tuple[bytes, dict[bytes, bytes]]]:
         found: Any = await self._redis.client.xread({self._replies: last}, block=milliseconds(_POLL_S))
@@ -166,12 +181,3 @@ def _outcome(state: bytes | int) -> Outcome | None:
     except WireError as error:
         logger.error("an outcome cannot be read", extra={"detail": str(error)})
         return _UNREADABLE
-
-
-def _unavailable(error: BaseException) -> QueueUnavailable:
-    logger.warning("the queue is away", extra=_detail(error))
-    return QueueUnavailable()
-
-
-def _detail(error: BaseException) -> dict[str, str]:
-    return {"error": type(error).__name__, "detail": str(error)}

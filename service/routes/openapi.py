@@ -28,7 +28,12 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
     ),
     429: ("Too much waits; see Retry-After", "queue_full", "the queue is full; ...", None),
     500: ("The service failed", "internal_error", "the service failed; the log has the details", None),
-    503: ("Not ready, or shutting down; see Retry-After", "not_ready", "the bundle is loading", None),
+    503: (
+        "Not ready, shutting down, or without its queue; see Retry-After",
+        "not_ready",
+        "the bundle is loading",
+        None,
+    ),
     504: ("The time limit passed", "deadline_exceeded", "the time limit passed before ...", None),
 }
 

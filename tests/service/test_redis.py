@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from engines.pipeline import Generate
 from service.jobs import Failed, Finished, Job, Output, Timings
 from service.queue import keys
 from service.queue.base import QueueFull, QueueStats, QueueUnavailable
-from service.queue.leases import MAX_TRIES, Leases
+from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
 from tests.service.redis_server import RedisServer, Sentinel
@@ -47,6 +47,16 @@ def counts() -> Counts:
     return Counts()
 
 
+@asynccontextmanager
+async def opened(url: str, reclaim_after_s: float = 60.0) -> AsyncIterator[RedisQueue]:
+    """The queue at an address, closed whatever happens."""
+    queue = RedisQueue(url, 32, reclaim_after_s=reclaim_after_s)
+    try:
+        yield queue
+    finally:
+        await queue.close()
+
+
 @pytest.fixture
 async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Counts) -> AsyncIterator[OpenQueue]:
     """Opens queues as processes of their own would have them."""
@@ -66,8 +76,8 @@ async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Coun
         yield open_queue
 
 
-def job(name: str, images: int = 1, seconds: float = 60.0) -> Job:
-    tasks = tuple(Generate("a cat", 4, 0.0, seed) for seed in range(images))
+def job(name: str, steps: int = 4, seconds: float = 60.0) -> Job:
+    tasks = (Generate("a cat", steps, 0.0, 0),)
     now = time.monotonic()
     return Job(name, f"request-{name}", tasks, Output("png"), now, now + seconds, MODEL)
 
@@ -80,17 +90,16 @@ async def soon(queue: RedisQueue, job_id: str) -> Finished | Failed:
     return await asyncio.wait_for(queue.outcome(job_id), 10)
 
 
-@pytest.fixture
-def mute(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From the call on nobody renews what it holds, as if its process stood still."""
-    return lambda: monkeypatch.setattr(Leases, "_renew", lambda _: None)
+def mute(queue: RedisQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on it renews nothing, as if its process stood still."""
+    monkeypatch.setattr(queue._leases, "_renew", lambda: None)
 
 
 async def test_what_a_silent_worker_held_goes_to_another_and_runs_alone(
-    open_queue: OpenQueue, counts: Counts, mute: Callable[[], None]
+    open_queue: OpenQueue, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api, silent, other = open_queue(), open_queue(), open_queue()
-    mute()
+    mute(silent, monkeypatch)
     for name in "abcd":
         await api.submit(job(name))
     assert taken(silent, 2) == ["a", "b"]
@@ -105,6 +114,7 @@ async def test_what_a_silent_worker_held_goes_to_another_and_runs_alone(
     assert other.settle(first[0], FINISHED)
     second = taken(other)
     assert {*first, *second} == {"a", "b"}
+    assert taken(other) == []
     assert other.settle(second[0], FINISHED)
     assert taken(other) == ["d"]
     assert counts.redeliveries == 2
@@ -113,12 +123,13 @@ async def test_what_a_silent_worker_held_goes_to_another_and_runs_alone(
 
 
 async def test_who_wakes_up_too_late_is_told_and_changes_nothing(
-    open_queue: OpenQueue, mute: Callable[[], None]
+    open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api, silent, other = open_queue(), open_queue(), open_queue()
-    mute()
     await api.submit(job("a"))
     assert taken(silent) == ["a"]
+    await asyncio.sleep(2 * SILENCE_S)
+    mute(silent, monkeypatch)
     await asyncio.sleep(1.5 * SILENCE_S)
     assert taken(other) == ["a"]
     assert silent.cancelled(["a"]) == set()
@@ -129,10 +140,10 @@ async def test_who_wakes_up_too_late_is_told_and_changes_nothing(
 
 
 async def test_the_first_of_two_workers_counts_whoever_holds_the_job(
-    open_queue: OpenQueue, mute: Callable[[], None]
+    open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api, silent, other = open_queue(), open_queue(), open_queue()
-    mute()
+    mute(silent, monkeypatch)
     await api.submit(job("a"))
     assert taken(silent) == ["a"]
     await asyncio.sleep(1.5 * SILENCE_S)
@@ -152,14 +163,26 @@ async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, cou
     assert counts.redeliveries == 0
 
 
+async def test_the_jobs_of_a_silent_worker_are_found_among_those_of_many_others(
+    open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, living, silent, other = open_queue(), open_queue(), open_queue(), open_queue()
+    mute(silent, monkeypatch)
+    for k in range(25):
+        await api.submit(job(f"{k}", steps=1))
+    assert len(taken(living, 24)) == 24
+    assert taken(silent) == ["24"]
+    assert await asyncio.to_thread(taken, other, 9, 10.0) == ["24"]
+
+
 async def test_a_job_that_brings_down_every_worker_is_given_up(
-    open_queue: OpenQueue, redis_server: RedisServer, counts: Counts, mute: Callable[[], None]
+    open_queue: OpenQueue, redis_server: RedisServer, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = open_queue()
-    mute()
     await api.submit(job("poison"))
     for _ in range(MAX_TRIES):
         victim = open_queue()
+        mute(victim, monkeypatch)
         assert taken(victim) == ["poison"]
         await asyncio.sleep(1.5 * SILENCE_S)
     assert taken(open_queue()) == []
@@ -208,10 +231,10 @@ async def test_a_job_is_cancelled_from_another_host(open_queue: OpenQueue) -> No
 
 
 async def test_a_cancelled_job_of_a_dead_worker_is_not_run_again(
-    open_queue: OpenQueue, counts: Counts, mute: Callable[[], None]
+    open_queue: OpenQueue, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api, silent, other = open_queue(), open_queue(), open_queue()
-    mute()
+    mute(silent, monkeypatch)
     await api.submit(job("a"))
     assert taken(silent) == ["a"]
     assert await api.cancel("a") == "running"
@@ -286,54 +309,67 @@ def durable(redis_path: str, tmp_path: Path) -> Iterator[RedisServer]:
 
 
 async def test_nothing_is_lost_while_the_server_is_away(anyio_backend: str, durable: RedisServer) -> None:
-    queue = RedisQueue(durable.url, 32, reclaim_after_s=60)
-    await queue.submit(job("done"))
-    await queue.submit(job("waits"))
-    assert taken(queue, 1) == ["done"]
-    durable.stop()
-    with pytest.raises(QueueUnavailable):
-        await queue.submit(job("refused"))
-    with pytest.raises(QueueUnavailable):
-        await queue.cancel("refused")
-    with pytest.raises(QueueUnavailable):
-        queue.stats()
-    begin = time.monotonic()
-    assert taken(queue, wait_s=0.2) == []
-    assert time.monotonic() - begin >= 0.2
-    assert queue.cancelled(["done"]) == set()
-    assert queue.settle("done", FINISHED)
-    assert not queue.settle("done", OTHER)
-    outcomes = [asyncio.create_task(soon(queue, name)) for name in ("done", "waits")]
-    await asyncio.sleep(0.1)
-    durable.start()
-    assert await outcomes[0] == FINISHED
-    wait_until(lambda: taken(queue, wait_s=0.1) == ["waits"])
-    assert queue.settle("waits", OTHER)
-    assert await outcomes[1] == OTHER
-    assert queue.stats() == QueueStats(0, 0, 0.0)
-    await queue.close()
+    async with opened(durable.url) as queue:
+        await queue.submit(job("done"))
+        await queue.submit(job("waits"))
+        assert taken(queue, 1) == ["done"]
+        durable.stop()
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        with pytest.raises(QueueUnavailable):
+            await queue.cancel("refused")
+        with pytest.raises(QueueUnavailable):
+            queue.stats()
+        begin = time.monotonic()
+        assert taken(queue, wait_s=0.2) == []
+        assert time.monotonic() - begin >= 0.2
+        assert queue.cancelled(["done"]) == set()
+        assert queue.settle("done", FINISHED)
+        assert not queue.settle("done", OTHER)
+        outcomes = [asyncio.create_task(soon(queue, name)) for name in ("done", "waits")]
+        await asyncio.sleep(0.1)
+        durable.start()
+        assert await outcomes[0] == FINISHED
+        wait_until(lambda: taken(queue, wait_s=0.1) == ["waits"])
+        assert queue.settle("waits", OTHER)
+        assert await outcomes[1] == OTHER
+        assert queue.stats() == QueueStats(0, 0, 0.0)
+
+
+async def test_an_outage_is_no_silence(
+    anyio_backend: str, durable: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(durable.url, 1.5) as holder, opened(durable.url, 1.5) as other:
+        await holder.submit(job("a"))
+        assert taken(holder) == ["a"]
+        assert taken(other) == []
+        mute(holder, monkeypatch)
+        durable.stop()
+        assert taken(other, wait_s=1.6) == []
+        durable.start()
+        # Who could say nothing gets his time anew, and then was silent indeed.
+        assert taken(other, wait_s=1.0) == []
+        assert taken(other, wait_s=10.0) == ["a"]
 
 
 async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:
-    queue = RedisQueue("redis://127.0.0.1:1/0", 32)
-    with pytest.raises(QueueUnavailable):
-        await queue.submit(job("a"))
-    with pytest.raises(KeyError):
-        await queue.outcome("a")
-    assert taken(queue) == []
-    await queue.close()
+    async with opened("redis://127.0.0.1:1/0") as queue:
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("a"))
+        with pytest.raises(KeyError):
+            await queue.outcome("a")
+        assert taken(queue) == []
 
 
 async def works(url: str, name: str) -> None:
     """Take a job through the queue at this address."""
-    queue = RedisQueue(url, 32)
-    await queue.submit(job(name))
-    assert taken(queue, wait_s=0.1) == [name]
-    assert queue.cancelled([name]) == set()
-    assert queue.settle(name, FINISHED)
-    assert await soon(queue, name) == FINISHED
-    assert queue.stats() == QueueStats(0, 0, 0.0)
-    await queue.close()
+    async with opened(url) as queue:
+        await queue.submit(job(name))
+        assert taken(queue, wait_s=0.1) == [name]
+        assert queue.cancelled([name]) == set()
+        assert queue.settle(name, FINISHED)
+        assert await soon(queue, name) == FINISHED
+        assert queue.stats() == QueueStats(0, 0, 0.0)
 
 
 async def test_a_cluster(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
@@ -356,29 +392,27 @@ async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -
     sentinel = Sentinel(redis_path, tmp_path, master)
     with master, replica, sentinel, replica.client() as client:
         wait_until(lambda: client.info("replication")["master_link_status"] == "up")
-        queue = RedisQueue(sentinel.url, 32)
-        await queue.submit(job("a"))
-        wait_until(lambda: client.exists(keys.record("a")) == 1)
-        # A sentinel asks a master for its replicas every ten seconds.
-        with sentinel.client() as asking:
-            wait_until(lambda: asking.execute_command("SENTINEL", "REPLICAS", "main") != [], 30)
-        master.stop()
-        with pytest.raises(QueueUnavailable):
-            await queue.submit(job("refused"))
-        wait_until(lambda: taken(queue, wait_s=0.2) == ["a"], 30)
-        assert queue.settle("a", FINISHED)
-        assert await soon(queue, "a") == FINISHED
-        await works(sentinel.url, "b")
-        await queue.close()
+        async with opened(sentinel.url) as queue:
+            await queue.submit(job("a"))
+            wait_until(lambda: client.exists(keys.record("a")) == 1)
+            # A sentinel asks a master for its replicas every ten seconds.
+            with sentinel.client() as asking:
+                wait_until(lambda: asking.execute_command("SENTINEL", "REPLICAS", "main") != [], 30)
+            master.stop()
+            with pytest.raises(QueueUnavailable):
+                await queue.submit(job("refused"))
+            wait_until(lambda: taken(queue, wait_s=0.2) == ["a"], 30)
+            assert queue.settle("a", FINISHED)
+            assert await soon(queue, "a") == FINISHED
+            await works(sentinel.url, "b")
 
 
 async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
     socket = tmp_path / "redis.sock"
     options = ("--requirepass", "p@ss", "--unixsocket", str(socket))
     with RedisServer(redis_path, tmp_path, *options, password="p@ss") as server:
-        wrong = RedisQueue(server.url.replace("p%40ss", "guess"), 32)
-        with pytest.raises(QueueUnavailable):
-            await wrong.submit(job("a"))
-        await wrong.close()
+        async with opened(server.url.replace("p%40ss", "guess")) as wrong:
+            with pytest.raises(QueueUnavailable):
+                await wrong.submit(job("a"))
         await works(server.url, "b")
         await works(f"unix://:p%40ss@{socket}", "c")

@@ -1,10 +1,10 @@
--- Says that a consumer still works on entries. One that went to another meanwhile stays there.
+-- Says that a consumer still works on entries.
 -- KEYS: stream of jobs. ARGV: consumer, entries
-local jobs, consumer = KEYS[1], ARGV[1]
-if group_of(jobs) then
+if group_of(KEYS[1]) then
+  local claim = {'XCLAIM', KEYS[1], GROUP, ARGV[1], 0}
   for k = 2, #ARGV do
-    if #redis.call('XPENDING', jobs, GROUP, ARGV[k], ARGV[k], 1, consumer) > 0 then
-      redis.call('XCLAIM', jobs, GROUP, consumer, 0, ARGV[k], 'JUSTID') -- JUSTID: no further try.
-    end
+    claim[#claim + 1] = ARGV[k]
   end
+  claim[#claim + 1] = 'JUSTID' -- So that it counts as no further try.
+  redis.call(unpack(claim))
 end

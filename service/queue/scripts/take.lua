@@ -22,13 +22,19 @@ local function job_of(stream, entry, wanted, tries)
   return {stream, entry[1], fields.id, message, fields.submitted, fields.deadline, tries}
 end
 
-local function reclaim(stream)
+-- The first entry that a consumer was silent about for too long.
+local function abandoned(stream)
+  local pending = redis.call('XPENDING', KEYS[stream], GROUP, 'IDLE', silence, '-', '+', 1)[1]
+  return pending and pending[1]
+end
+
+local function reclaim(stream, id)
   local jobs = KEYS[stream]
-  for _, entry in ipairs(redis.call('XAUTOCLAIM', jobs, GROUP, consumer, silence, '0-0', 'COUNT', 1)[2]) do
-    if entry then -- Redis 6 gives false for an entry that was deleted.
-      local tries = redis.call('XPENDING', jobs, GROUP, entry[1], entry[1], 1)[1][4]
-      given[1] = job_of(stream, entry, 'running', tries)
-    end
+  -- From that entry on: the command looks at a few entries only.
+  local entry = redis.call('XAUTOCLAIM', jobs, GROUP, consumer, silence, id, 'COUNT', 1)[2][1]
+  if entry then -- Redis 6 gives false for an entry that was deleted.
+    local tries = redis.call('XPENDING', jobs, GROUP, id, id, 1)[1][4]
+    return job_of(stream, entry, 'running', tries)
   end
 end
 
@@ -73,14 +79,13 @@ for stream = 1, streams do
   groups[stream] = group_of(KEYS[stream])
 end
 for stream in pairs(groups) do
-  if #redis.call('XPENDING', KEYS[stream], GROUP, 'IDLE', silence, '-', '+', 1) > 0 then
-    if holding == '1' then
-      return {now, {}, {}} -- Comes back for that one with empty hands.
-    end
-    reclaim(stream)
-    if given[1] then
-      return {now, given, {}}
-    end
+  local id = abandoned(stream)
+  if id and holding == '1' then
+    return {now, {}, {}} -- Comes back for that one with empty hands.
+  end
+  local job = id and reclaim(stream, id)
+  if job then
+    return {now, {job}, {}}
   end
 end
 
