@@ -1,4 +1,4 @@
-# The service as an image; no torch in it. `docker build .` makes the target `cpu`, `docker build --target gpu .` the other.
+# The service as an image, without torch: `docker build .` for CPUs, `docker build --target gpu .` for GPUs.
 # The versions of base images are to be bumped; Python packages come in the versions of requirements.lock.
 
 FROM python:3.11-slim-bookworm AS wheel
@@ -34,7 +34,8 @@ ENV PATH=/opt/fewstep/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml requirements.lock README.md LICENSE fewstep.py ./
 # onnxruntime and onnxruntime-gpu are one folder of two wheels; the one for CPUs must not have the last word.
-RUN pip install --no-cache-dir -c requirements.lock '.[gpu,tensorrt-rtx]' onnxruntime-gpu==1.31.1 cuda-bindings==13.5.0 \
+RUN pip install --no-cache-dir -c requirements.lock '.[gpu,tensorrt-rtx]' \
+        onnxruntime-gpu==1.31.1 cuda-bindings==13.5.0 \
     && pip uninstall -y onnxruntime onnxruntime-gpu \
     && pip install --no-cache-dir --no-deps onnxruntime-gpu==1.31.1
 
@@ -49,7 +50,7 @@ ENV PATH=/opt/fewstep/bin:$PATH \
     FEWSTEP_LOG_FORMAT=json \
     FEWSTEP_BACKEND=auto
 RUN groupadd --gid 10001 fewstep \
-    && useradd --uid 10001 --gid fewstep --no-create-home --home-dir /var/lib/fewstep --shell /usr/sbin/nologin fewstep \
+    && useradd --uid 10001 --gid fewstep --no-create-home --home-dir /var/lib/fewstep fewstep \
     && install -d -o fewstep -g fewstep /var/lib/fewstep /var/lib/fewstep/plans
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps --force-reinstall /wheels/*.whl
@@ -73,7 +74,7 @@ ENV PATH=/opt/fewstep/bin:$PATH \
     FEWSTEP_PLANS=/var/lib/fewstep/plans \
     FEWSTEP_LOG_FORMAT=json
 RUN groupadd --gid 10001 fewstep \
-    && useradd --uid 10001 --gid fewstep --no-create-home --home-dir /var/lib/fewstep --shell /usr/sbin/nologin fewstep \
+    && useradd --uid 10001 --gid fewstep --no-create-home --home-dir /var/lib/fewstep fewstep \
     && install -d -o fewstep -g fewstep /var/lib/fewstep /var/lib/fewstep/plans
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps --force-reinstall /wheels/*.whl
