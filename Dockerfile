@@ -21,6 +21,8 @@ COPY pyproject.toml requirements.lock README.md LICENSE fewstep.py ./
 RUN pip install --no-cache-dir -c requirements.lock .
 
 
+# The official builds of ONNX Runtime report to Microsoft unless ORT_DISABLE_TELEMETRY is set before they are loaded.
+
 # The target gpu was never built and never run: its packages resolve for Python 3.12, and that is all that is known.
 FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 AS gpu-base
 # hadolint ignore=DL3008
@@ -44,6 +46,7 @@ COPY --from=gpu-dependencies /opt/fewstep /opt/fewstep
 ENV PATH=/opt/fewstep/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     FEWSTEP_HOST=0.0.0.0 \
     FEWSTEP_PORT=8000 \
     FEWSTEP_PLANS=/var/lib/fewstep/plans \
@@ -69,6 +72,7 @@ COPY --from=cpu-dependencies /opt/fewstep /opt/fewstep
 ENV PATH=/opt/fewstep/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     FEWSTEP_HOST=0.0.0.0 \
     FEWSTEP_PORT=8000 \
     FEWSTEP_PLANS=/var/lib/fewstep/plans \

@@ -69,6 +69,12 @@ def test_every_variable_has_a_default(root: Path) -> None:
     assert re.findall(r"\$\{\w+(?!:-)\W", text) == []
 
 
+def test_every_variable_is_explained(root: Path) -> None:
+    used = set(re.findall(r"\$\{(\w+)", (root / "docker-compose.yml").read_text()))
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", (root / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == used
+
+
 def test_variables_of_the_environment_are_settings(own: ComposeService) -> None:
     names = {name.removeprefix("FEWSTEP_").lower() for name in own["environment"] if name.startswith("FEWSTEP_")}
     assert names <= Settings.model_fields.keys()

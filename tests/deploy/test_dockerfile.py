@@ -109,9 +109,12 @@ def test_both_images_end_alike(stages: dict[str, list[Instruction]]) -> None:
     assert cpu == [(name, [word for word in words if word != "FEWSTEP_BACKEND=auto"]) for name, words in gpu]
 
 
+def test_nothing_is_reported_to_others(image: list[Instruction]) -> None:
+    assert _environment(image)["ORT_DISABLE_TELEMETRY"] == "1"
+
+
 def test_settings_of_the_image_are_settings(image: list[Instruction], monkeypatch: pytest.MonkeyPatch) -> None:
-    [variables] = [value for name, value in image if name == "ENV"]
-    environment = dict(word.split("=", 1) for word in variables.split())
+    environment = _environment(image)
     own = {name: value for name, value in environment.items() if name.startswith("FEWSTEP_")}
     assert {name.removeprefix("FEWSTEP_").lower() for name in own} <= Settings.model_fields.keys()
     for name, value in own.items():
@@ -131,3 +134,8 @@ def test_the_process_is_no_root_and_hears_the_signal(image: list[Instruction]) -
     assert last["STOPSIGNAL"] == "SIGTERM"
     assert json.loads(last["ENTRYPOINT"]) == ["fewstep"]
     assert json.loads(last["CMD"]) == ["serve"]
+
+
+def _environment(image: list[Instruction]) -> dict[str, str]:
+    [variables] = [value for name, value in image if name == "ENV"]
+    return dict(word.split("=", 1) for word in variables.split())
