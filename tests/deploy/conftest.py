@@ -1,0 +1,50 @@
+"""What the tests of the deployment share: its files, the metrics that there are, and the tools that judge files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+
+from service.metrics import Metrics
+from service.queue.base import QueueStats
+
+RunTool = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def exported() -> dict[str, frozenset[str]]:
+    """The labels of every sample that the service exports, by the sample's name."""
+    metrics = Metrics()
+    metrics.watch_queue(lambda: QueueStats(0, 0, 0.0))
+    for metric in vars(metrics).values():
+        # A metric with labels exports nothing until it was counted once.
+        if isinstance(metric, MetricWrapperBase) and metric._labelnames:
+            metric.labels(*metric._labelnames)
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    return {sample.name: frozenset(sample.labels) for sample in samples}
+
+
+@pytest.fixture(scope="session")
+def run_tool(root: Path) -> RunTool:
+    """Runs a tool in the repository, and fails with what it printed; skips where there is no such tool."""
+
+    def run(name: str, *arguments: str) -> None:
+        beside = Path(sys.executable).with_name(name)
+        found = str(beside) if beside.exists() else shutil.which(name)
+        if found is None:
+            pytest.skip(f"{name} is not installed")
+        ended = subprocess.run([found, *arguments], cwd=root, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    return run
