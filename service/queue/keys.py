@@ -1,6 +1,6 @@
 """The names of what the queue keeps in Redis. The Lua scripts make up the same names.
 
-Everything but the dead letters lasts only a little longer than the jobs it is for.
+Everything but the dead letters lasts only a little longer than the jobs it is for, or than their outcomes are kept.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ async def job(request: Request, job_id: JobId) -> Response:
 
 
 @router.delete("/jobs/{job_id}", summary="Give a job up", response_model=JobResponse, responses=_ERRORS)
-async def cancel(request: Request, job_id: JobId) -> Response:
+async def cancel_job(request: Request, job_id: JobId) -> Response:
     """Answers with what became of it: `cancelled`, or what it was already when it is over. Again is no error."""
     return _json(job_id, await _tracker(request).cancel(job_id))
 
@@ -73,7 +73,7 @@ async def cancel(request: Request, job_id: JobId) -> Response:
     response_model=None,
     responses={200: _EVENTS, 429: error(429), **_ERRORS},
 )
-async def events(request: Request, job_id: JobId) -> StreamingResponse:
+async def job_events(request: Request, job_id: JobId) -> StreamingResponse:
     """Ends by itself when the job is over, after an event that carries its images or its error.
 
     Ticks that follow one another faster than can be told are told together. Comments keep a silent line open.
