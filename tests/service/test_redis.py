@@ -352,6 +352,24 @@ async def test_an_outage_is_no_silence(
         assert taken(other, wait_s=10.0) == ["a"]
 
 
+@pytest.mark.slow
+async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: RedisServer) -> None:
+    async with opened(durable.url) as queue:
+        await queue.submit(job("a"))
+        assert taken(queue) == ["a"]
+        hanging = asyncio.create_task(asyncio.to_thread(durable.pause, 6.0))
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        assert await asyncio.to_thread(queue.cancelled, ["a"]) == set()
+        assert queue.settle("a", FINISHED)
+        assert not hanging.done()
+        await hanging
+        assert await soon(queue, "a") == FINISHED
+        await queue.submit(job("b"))
+        wait_until(lambda: "b" in taken(queue, wait_s=0.1))
+
+
 async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:
     async with opened("redis://127.0.0.1:1/0") as queue:
         with pytest.raises(QueueUnavailable):
