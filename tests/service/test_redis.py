@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +19,7 @@ from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
 from tests.service.redis_server import RedisServer, Sentinel
+from tests.service.tls import make_certificate, tls_door
 
 pytestmark = pytest.mark.anyio
 
@@ -423,6 +425,18 @@ async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -
             assert queue.settle("a", FINISHED)
             assert await soon(queue, "a") == FINISHED
             await works(sentinel.url, "b")
+
+
+async def test_tls(anyio_backend: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    certificate, key = make_certificate(openssl, tmp_path)
+    with tls_door(redis_server.port, certificate, key) as port:
+        await works(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}", "a")
+        async with opened(f"rediss://127.0.0.1:{port}/0") as distrustful:
+            with pytest.raises(QueueUnavailable):
+                await distrustful.submit(job("b"))
 
 
 async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
