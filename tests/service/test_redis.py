@@ -7,13 +7,15 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engines.pipeline import Generate
 from service.jobs import Failed, Finished, Job, Output, Timings
-from service.queue import keys
+from service.queue import keys, leases
 from service.queue.base import QueueFull, QueueStats, QueueUnavailable
 from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
@@ -154,6 +156,19 @@ async def test_the_first_of_two_workers_counts_whoever_holds_the_job(
     assert not other.settle("a", OTHER)
     assert await soon(api, "a") == FINISHED
     assert taken(open_queue(), wait_s=1.5 * SILENCE_S) == []
+
+
+async def test_times_cross_hosts_whose_clocks_differ(open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, worker = open_queue(), open_queue()
+    sent = replace(job("a"), submitted=time.monotonic() - 5)
+    await api.submit(sent)
+    ahead_s = 1e6
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s)
+    with monkeypatch.context() as there:
+        there.setattr(leases, "time", clock)
+        [came] = worker.take({MODEL}, 9, 0.0)
+    assert came.submitted - ahead_s == pytest.approx(sent.submitted, abs=1)
+    assert came.deadline - ahead_s == pytest.approx(sent.deadline, abs=1)
 
 
 async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, counts: Counts) -> None:
