@@ -12,6 +12,7 @@ import { Source } from "./source.js";
 const RETRY_MS = 1000;
 const WAITING = {
   loading: "Loading the model…",
+  queue_unavailable: "Waiting for the queue…",
   failed: "The model did not load",
   draining: "Shutting down…",
   stopped: "Stopped",
