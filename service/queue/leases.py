@@ -144,9 +144,9 @@ class Leases:
         if alone or rows < 1:
             return {}
         streams = [keys.jobs(model) for model in models]
-        # After an outage everybody seems silent, so those that live get the time to say so.
-        patience_s = 0.0 if time.monotonic() >= self._reclaims_from else _FORGOTTEN_AFTER_S
-        silence = milliseconds(self._reclaim_after_s + patience_s)
+        # After an outage everybody seems silent; those that live get the time to say so.
+        patient = time.monotonic() < self._reclaims_from
+        silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         arguments: Arguments = [self._consumer, rows, silence, int(holding), str(RATE_MEMORY_S)]
         now, given, seen = self._redis.run("take", [*streams, *map(keys.load, models)], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
@@ -182,8 +182,8 @@ class Leases:
 
     def _give_up(self, lease: Lease, failure: Failed) -> None:
         logger.error("a job is given up", extra={"job": lease.job_id, "tries": lease.tries, "reason": failure.message})
-        self._settle(lease, failure, failure.message)
-        self._on_dead_letter()
+        if self._settle(lease, failure, failure.message):
+            self._on_dead_letter()
 
     def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> bool:
         job_id = lease.job_id

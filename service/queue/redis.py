@@ -29,8 +29,9 @@ class RedisQueue:
     stream of dead letters. Redis must not evict keys (maxmemory-policy noeviction), and what it accepted outlives
     its own death only where it persists (appendonly). Connections are opened when they are needed.
 
-    The tests run it on one server, by its port and by its socket, with a password, behind a sentinel through a
-    failover, and on a cluster of one node. TLS and clusters of more nodes are **not** verified.
+    The tests run it on one server, by its port and by its socket, with a password and with TLS, behind a sentinel
+    through a failover, and on a cluster of one node. Clusters of more nodes are **not** verified, nor are sentinels
+    and clusters with TLS or a password.
     """
 
     durable: ClassVar[bool] = True

@@ -75,6 +75,19 @@ def test_a_request_with_a_key_outlives_the_process_that_it_was_sent_to(
         assert worker.metric("fewstep_images_total") == 1
 
 
+def test_a_process_whose_queue_dies_with_it_finishes_its_jobs_on_sigterm_and_tells_who_follows(
+    bundle_path: Path, redis_server: RedisServer
+) -> None:
+    alone = Process("all", bundle_path, redis_server, tick_s=0.2, queue="memory", max_batch=1)
+    with processes(alone):
+        jobs = [post(alone, {"Prefer": "respond-async"}).json()["id"] for _ in range(3)]
+        with httpx.stream("GET", f"{alone.url}/jobs/{jobs[-1]}/events", timeout=30) as stream:
+            alone.send(signal.SIGTERM)
+            events = events_of(stream.read().decode())
+        assert events[-1][0] == "done"
+        assert alone.wait() == 0
+
+
 async def test_a_worker_that_must_stop_leaves_its_job_to_another(
     anyio_backend: str, settings: Settings, bundle_path: Path, redis_server: RedisServer
 ) -> None:
