@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -61,9 +60,9 @@ async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
             raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
         fields, typed = await read_fields(request, service)
         body = check_fields(model, fields, typed)
+        if _prefers_async(request):
+            body = body.model_copy(update={"asynchronous": True})
         key = key_of(request)
-        preferred = _prefers_async(request)
-        body = body.model_copy(update={"asynchronous": body.asynchronous or preferred})
         rendering = choose(", ".join(request.headers.getlist("accept")), body)
         deadline = deadline_of(body, service.settings, began)
         gone = partial(_disconnected, request)
@@ -82,23 +81,23 @@ async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
             if not body.asynchronous and key is None:
                 finished = await service.complete(job, gone)
                 return render_images(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
-        keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key)
+        digest = ""
         if key is not None:
-            digest = partial(digest_of, request.url.path, body, rendering.format)
-            keep = replace(keep, digest=await service.parsed(digest, deadline))
+            digest = await service.parsed(partial(digest_of, request.url.path, body, rendering.format), deadline)
+        keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, digest)
         job_id = await service.accept(job, keep)
         if body.asynchronous:
-            return await _accepted(service, job, job_id, keep, preferred)
+            return await _accepted(request, job, job_id, keep)
         status, finished = await service.completed(job_id, deadline, gone)
-        return render_images(
-            job_id, Ticket.model_validate_json(status.note), finished, rendering.raw, time.monotonic() - began
-        )
+        ticket = Ticket.model_validate_json(status.note)
+        return render_images(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
 
 
-async def _accepted(service: Service, job: Job, job_id: str, keep: Keep, preferred: bool) -> Response:
-    """202: where the job is, and how far. ``preferred``: because a header asked for it."""
+async def _accepted(request: Request, job: Job, job_id: str, keep: Keep) -> Response:
+    """202: where the job is, and how far."""
+    service: Service = request.app.state.service
     headers = {"Location": f"/jobs/{job_id}"}
-    if preferred:
+    if _prefers_async(request):
         headers["Preference-Applied"] = _RESPOND_ASYNC
     # A job of this moment is not asked about: without a queue to ask it would seem refused.
     fresh = Status("queued", 0, job.cost, job.deadline - time.monotonic(), keep.note)
