@@ -348,7 +348,7 @@ async def test_jobs_have_a_time_limit_of_their_own(app: Running, gate: Gate) -> 
     fields["timeout_ms"] = limits["job_timeout_ms"] + 1
     error(await app.client.post("/generate", json=fields, headers=ASYNC), 422, "invalid_value", "timeout_ms")
     short = await ask(app, timeout_ms=300)
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(1.0)
     gate.opened.set()
     assert (await over(app, short))["error"]["code"] == "deadline_exceeded"
 
