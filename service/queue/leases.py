@@ -67,7 +67,7 @@ class Leases:
         self._models: set[str] = set()
         self._changed = threading.Condition()
         self._held: dict[str, Lease] = {}
-        self._unsent: dict[str, bytes] = {}
+        self._unsent: dict[str, tuple[Lease, bytes]] = {}
         self._away_until: float | None = None
         self._reclaims_from = 0.0
         self._closing = threading.Event()
@@ -106,7 +106,7 @@ class Leases:
         first: bool | None = self._reach(partial(self._settle, lease, payload), None)
         if first is None:
             with self._changed:
-                self._unsent[job_id] = payload
+                self._unsent[job_id] = lease, payload
         return first is not False
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class Leases:
 
     def _send(self) -> None:
         with self._changed:
-            unsent = [(self._held[job_id], payload) for job_id, payload in self._unsent.items()]
+            unsent = list(self._unsent.values())
         for lease, payload in unsent:
             self._settle(lease, payload)
 
