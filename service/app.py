@@ -12,7 +12,7 @@ from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
-from service.routes import images, models, status
+from service.routes import images, jobs, models, status
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service, package_version
 from service.settings import Settings
@@ -71,6 +71,7 @@ def create_app(
     app.include_router(status.router)
     if settings.role != "worker":
         app.include_router(images.router)
+        app.include_router(jobs.router)
         app.include_router(models.router)
         app.include_router(status.about)
         app.include_router(page_router())
