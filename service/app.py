@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from engines.provenance import package_version
 from service import errors
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
@@ -14,7 +15,7 @@ from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
 from service.routes import images, jobs, models, status
 from service.routes.page import page_router
-from service.runtime import OpenPipeline, Service, package_version
+from service.runtime import OpenPipeline, Service
 from service.settings import Settings
 
 _DESCRIPTION = """

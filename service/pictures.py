@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from engines.images import ImageError, ImageLimits, MaskMode, decode_image, decode_mask, fit, fit_mask
+from engines.provenance import ImageSettings, settings_of
 from engines.tasks import Mask, Pixels
 from service.errors import ApiError, from_image_error
 
@@ -24,6 +25,15 @@ def read_image(value: str | bytes, size: Size, limits: ImageLimits) -> tuple[Pix
     original = _decoded(lambda: decode_image(data, limits), "image")
     height, width, _ = original.shape
     return fit(original, size), (width, height)
+
+
+def read_settings(value: str | bytes, limits: ImageLimits) -> ImageSettings:
+    """What the image's file says of how it was made. Raises ApiError, also where it says nothing."""
+    data = _file_bytes(value, "image", limits)
+    found = _decoded(lambda: settings_of(data, limits), "image")
+    if found is None:
+        raise ApiError(422, "no_metadata", "the image's file does not say how it was made", param="reuse")
+    return found
 
 
 def read_mask(

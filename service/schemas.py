@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from engines.images import ImageFormat, MaskMode
+from engines.provenance import Metadata
 from service.queue.base import JobState
 
 # JSON and JavaScript carry integers exactly up to here.
@@ -69,6 +70,12 @@ class GenerateRequest(Body):
         Literal["b64_json"] | None,
         Field(description="JSON with base64 images; for one image as raw bytes send Accept: image/*."),
     ] = None
+    metadata: Annotated[
+        Metadata,
+        Field(
+            description="What each file says of how it was made: settings, full (with the prompt or class), or none."
+        ),
+    ] = "settings"
     timeout_ms: Annotated[
         int | None, Field(ge=1, description="Time limit from the arrival of the request; then 504.")
     ] = None
@@ -86,6 +93,13 @@ class EditRequest(GenerateRequest):
         Finite | None,
         Field(gt=0, le=1, description="Share of the steps that run; low keeps more of the image."),
     ] = None
+    reuse: Annotated[
+        bool,
+        Field(
+            description="Take steps, guidance_scale and seed, where they are absent, from what the image's file says "
+            "of how it was made (see metadata). Refused where it says nothing."
+        ),
+    ] = False
 
 
 class InpaintRequest(EditRequest):
