@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from engines.tasks import Floats, Mask, Pixels
@@ -102,10 +103,15 @@ def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 def _touched(mask: Mask, size: int) -> Mask:
     """The rows of a mask as ``size`` rows, each the union of those that it overlaps."""
     rows, out = len(mask), np.arange(size)
-    first, last = out * rows // size, -((out + 1) * rows // -size)
-    marked = np.concatenate([np.zeros((1, mask.shape[1]), np.int64), mask.cumsum(0)])
-    touched: Mask = marked[last] > marked[first]
-    return touched
+    return union_of_rows(mask, out * rows // size, -((out + 1) * rows // -size))
+
+
+def union_of_rows(mask: Mask, first: NDArray[np.int64], last: NDArray[np.int64]) -> Mask:
+    """A mask whose row i is the union of the rows of ``mask`` (H, W) from ``first[i]`` up to, not with, ``last[i]``."""
+    above = np.zeros((1, mask.shape[1]), np.int32)
+    marked = np.concatenate([above, mask.cumsum(0, dtype=np.int32)])
+    union: Mask = marked[last] > marked[first]
+    return union
 
 
 def encode_image(

@@ -12,7 +12,7 @@ from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError
 from service.capabilities import default_steps, default_strength
 from service.errors import ApiError, from_task_error
 from service.jobs import Job, Output
-from service.pictures import read_image, read_mask, read_settings
+from service.pictures import MaskEdge, read_image, read_mask, read_settings
 from service.schemas import MAX_SEED, EditRequest, GenerateRequest, InpaintRequest
 from service.settings import Settings
 
@@ -146,8 +146,9 @@ def _with_images(first: Generate, request: GenerateRequest, manifest: Manifest, 
     image, image_size = read_image(request.image, size, limits)
     shared = (first.condition, first.steps, first.guidance, first.seed, image)
     if isinstance(request, InpaintRequest):
-        repaint = read_mask(request.mask, request.mask_mode, image_size, size, limits)
-        return Inpaint(*shared, repaint, 1.0 if request.strength is None else request.strength)
+        edge = MaskEdge(request.grow_mask, request.mask_blur)
+        repaint, blend = read_mask(request.mask, request.mask_mode, edge, image_size, size, limits)
+        return Inpaint(*shared, repaint, 1.0 if request.strength is None else request.strength, blend)
     return Edit(*shared, default_strength(first.steps) if request.strength is None else request.strength)
 
 
