@@ -1,4 +1,4 @@
-"""The client that is awaited, on asyncio or trio."""
+"""The client that is awaited."""
 
 from __future__ import annotations
 

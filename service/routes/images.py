@@ -67,7 +67,8 @@ async def inpaint(request: Request) -> Response:
     The mask has the image's own size. The result has the bundle's size: an image of another size is resized,
     and a pixel of the result is repainted when any pixel under it is marked. The other pixels come back exactly
     as they went in (for an image that was resized, or laid on white where it was transparent: as they were after
-    it), in png always, in jpeg and webp as far as those formats are exact.
+    it), in png always, in jpeg and webp as far as those formats are exact. With mask_blur this holds where the blurred
+    mask is 0, and elsewhere the old and the new pixels are mixed by its value.
     """
     return await make_images(request, partial(_read, InpaintRequest))
 

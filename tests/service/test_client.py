@@ -20,11 +20,22 @@ from service.client import AsyncClient, Client, MadeImage, Retries, ServiceError
 from service.client.calls import EditOptions, GenerateOptions, InpaintOptions
 from service.schemas import EditRequest, GenerateRequest, InpaintRequest
 from service.settings import Settings
-from tests.service.helpers import SIZE, Gate, box_mask, listening, pipeline_of, png, random_image, read_pixels
+from tests.service.helpers import (
+    SIZE,
+    Gate,
+    box_mask,
+    listening,
+    pipeline_of,
+    png,
+    random_image,
+    read_pixels,
+    wait_until,
+)
 
 IMAGE = random_image(1)
 MASK = box_mask()
-CONDITIONS = {"prompt", "image", "mask", "response_format"}
+# What the client gives otherwise, or has no use for: it waits, and takes JSON.
+NO_OPTIONS = {"prompt", "image", "mask", "response_format", "asynchronous"}
 
 Ask = Callable[..., Any]
 
@@ -177,6 +188,26 @@ def test_a_full_service_is_asked_again_when_it_says(
         assert first.result(20).images
 
 
+def test_a_call_that_is_cancelled_is_dropped_by_the_service(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(Settings(bundle=str(bundle_path), backend="fake"))
+    service = app.state.service
+    with listening(app) as port:
+        gate = Gate(pipeline_of(service), monkeypatch)
+
+        async def ask_and_leave() -> None:
+            async with AsyncClient(f"http://127.0.0.1:{port}") as client, anyio.create_task_group() as group:
+                group.start_soon(client.generate, "a cat")
+                assert await anyio.to_thread.run_sync(gate.reached.wait, 20)
+                assert service.inflight == 1
+                group.cancel_scope.cancel()
+
+        try:
+            anyio.run(ask_and_leave)
+            wait_until(lambda: service.inflight == 0)
+        finally:
+            gate.opened.set()
+
+
 def test_jpeg_comes_out_as_it_was_made(served: Served, ask: Ask) -> None:
     made = ask(served.url, "generate", "a cat", seed=5, output_format="jpeg", quality=50).images[0]
     assert made.data[:3] == b"\xff\xd8\xff"
@@ -189,4 +220,4 @@ def test_jpeg_comes_out_as_it_was_made(served: Served, ask: Ask) -> None:
     ids=["generate", "edit", "inpaint"],
 )
 def test_the_options_are_those_of_the_service(options: Any, model: type[GenerateRequest]) -> None:
-    assert options.__optional_keys__ == model.model_fields.keys() - CONDITIONS
+    assert options.__optional_keys__ == model.model_fields.keys() - NO_OPTIONS

@@ -161,6 +161,16 @@ def test_metadata_and_reuse(served: Served) -> None:
     assert edited.data[0].seed == 5  # type: ignore[attr-defined]
 
 
+def test_a_request_with_a_key_runs_once(served: Served) -> None:
+    headers = {"Idempotency-Key": "once", "Prefer": "respond-async"}
+    seeds = []
+    for _ in range(2):
+        answer = served.client.images.generate(prompt="a cat", extra_headers=headers)
+        assert answer.data is not None
+        seeds.append(answer.data[0].seed)  # type: ignore[attr-defined]
+    assert seeds[0] == seeds[1]
+
+
 def test_edits_in_json_too(served: Served) -> None:
     fields = {"prompt": "a star", "seed": 3, "image": b64(png(IMAGE)), "mask": b64(png(CLEAR))}
     answer = httpx.post(f"{served.root}/v1/images/edits", json=fields)
