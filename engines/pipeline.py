@@ -16,6 +16,7 @@ from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, Engin
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
+from engines.masks import joined
 from engines.plans import Precision, Profile
 from engines.rows import Group, Row, TickInputs, initial_noise, start_row
 from engines.tasks import (
@@ -248,9 +249,11 @@ class Pipeline:
 
 
 def _paste(task: Task, image: Pixels) -> Pixels:
-    if isinstance(task, Inpaint):
-        return np.where(task.repaint[..., None], image, task.image)
-    return image
+    if not isinstance(task, Inpaint):
+        return image
+    if task.blend is not None:
+        return joined(task.image, image, task.blend)
+    return np.where(task.repaint[..., None], image, task.image)
 
 
 def _open_tokenizer(bundle: Bundle) -> Tokenizer | None:

@@ -7,14 +7,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from engines.provenance import package_version
 from service import errors
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
-from service.routes import images, jobs, models, status
+from service.routes import images, jobs, models, openai, status
 from service.routes.page import page_router
-from service.runtime import OpenPipeline, Service, package_version
+from service.runtime import OpenPipeline, Service
 from service.settings import Settings
 
 _DESCRIPTION = """
@@ -73,6 +74,7 @@ def create_app(
         app.include_router(images.router)
         app.include_router(jobs.router)
         app.include_router(models.router)
+        app.include_router(openai.router)
         app.include_router(status.about)
         app.include_router(page_router())
     return app

@@ -11,6 +11,7 @@ from functools import partial
 
 from engines.images import encode_image
 from engines.pipeline import Pipeline
+from engines.provenance import describe_image
 from engines.tasks import Pixels
 from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed, Finished
@@ -70,7 +71,8 @@ class Finisher:
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work
         output = work.job.output
-        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality)
+        text = describe_image(unit.task, work.pipeline.manifest, output.metadata)
+        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality, text=text)
         self._metrics.images.inc()
         if work.complete and not work.over:
             self._settle(work)

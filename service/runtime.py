@@ -13,13 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
+from engines.provenance import package_version
 from service.catalogue import Catalogue, ModelError, UnknownModel
 from service.errors import (
     ApiError,
@@ -369,11 +369,3 @@ def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyn
 
 async def _never() -> None:
     await asyncio.Event().wait()
-
-
-def package_version() -> str:
-    """The version of the installed distribution."""
-    try:
-        return version("fewstep")
-    except PackageNotFoundError:
-        return "unknown"
