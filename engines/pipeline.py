@@ -183,15 +183,19 @@ class Pipeline:
         """Decode rows that are done (else ValueError) to uint8 (H, W, 3). Kept pixels come back exactly."""
         if not all(row.done for row in rows):
             raise ValueError("a row is not done yet")
-        latents = [row.z for row in rows]
+        decoded = self.decode([row.z for row in rows])
+        return [_paste(row.task, image) for row, image in zip(rows, decoded, strict=True)]
+
+    def decode(self, latents: Sequence[Floats]) -> list[Pixels]:
+        """Latents (c, h, w) as images, uint8 (H, W, 3)."""
         if self.manifest.decode is None:
-            decoded = latents
-        else:
-            engine = self._engines[self.manifest.decode]
-            decoded = [
-                image for batch in self._batches(latents) for image in engine.run({"latent": np.stack(batch)})["image"]
-            ]
-        return [_paste(row.task, to_pixels(image)) for row, image in zip(rows, decoded, strict=True)]
+            return [to_pixels(latent) for latent in latents]
+        engine = self._engines[self.manifest.decode]
+        return [
+            to_pixels(image)
+            for batch in self._batches(latents)
+            for image in engine.run({"latent": np.stack(batch)})["image"]
+        ]
 
     def run(self, tasks: Sequence[Task], progress: Callable[[int], None] | None = None) -> list[Pixels]:
         """Make the images of ``tasks``, batching what can share ticks.

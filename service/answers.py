@@ -76,6 +76,7 @@ def job_document(job_id: str, status: Status) -> JobResponse:
         revision=ticket.revision,
         progress=Progress(done=status.done, total=status.total),
         position=status.position,
+        preview=base64.b64encode(status.preview).decode() if status.preview else None,
         result=_images(job_id, ticket, outcome, None) if isinstance(outcome, Finished) else None,
         error=_error(outcome, ticket.request_id) if isinstance(outcome, Failed) else None,
     )

@@ -206,6 +206,10 @@ class JobResponse(Body):
         int | None,
         Field(description="Jobs of this model that wait before it; null when it does not wait, or far behind."),
     ]
+    preview: Annotated[
+        str | None,
+        Field(description="In events with `preview=true`: the first image in the making, a small WebP, base64."),
+    ]
     result: ImagesResponse | None
     error: ErrorBody | None
 
