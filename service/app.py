@@ -8,11 +8,15 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from service import errors
+from service.access import Access
+from service.api_keys import KeyFile
+from service.cross_origin import allow_origins
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
 from service.routes import images, models, status
+from service.routes.openapi import guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service, package_version
 from service.settings import Settings
@@ -67,11 +71,17 @@ def create_app(
         max_total_bytes=settings.max_inflight_bytes,
         metrics=metrics,
     )
+    if settings.api_keys_file is not None:
+        keys = KeyFile(settings.api_keys_file)
+        app.add_middleware(Access, keys=keys, open_metrics=settings.open_metrics, metrics=metrics)
+    if settings.cors_origins:
+        allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=metrics)
     app.include_router(status.router)
     if settings.role != "worker":
-        app.include_router(images.router)
-        app.include_router(models.router)
-        app.include_router(status.about)
+        by_keys = guarded(settings.api_keys_file is not None)
+        app.include_router(images.router, **by_keys)
+        app.include_router(models.router, **by_keys)
+        app.include_router(status.about, **by_keys)
         app.include_router(page_router())
     return app

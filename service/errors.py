@@ -18,6 +18,8 @@ from service.jobs import Failed
 from service.logs import request_id_var
 
 _TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
     429: "overloaded_error",
     500: "internal_error",
     503: "unavailable_error",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+
 from service.bodies import FILE_FIELDS
 from service.errors import ApiError
 from service.schemas import ErrorResponse, GenerateRequest, ImagesResponse
@@ -38,6 +41,27 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
 }
 
 
+# The same, of what not every endpoint or not every service answers.
+_ACCESS: dict[int, tuple[str, str, str, str | None]] = {
+    401: ("No API key, or none that is known", "unauthorized", "an API key is needed, and this is none", None),
+    403: ("Only for admins, or off", "not_an_admin", "this needs the key of an admin", None),
+}
+
+
+def guarded(by_keys: bool) -> dict[str, Any]:
+    """Keyword arguments for including a router: what the document says of keys, where any are asked for.
+
+    It is the middleware of access.py that asks for them, also of endpoints that are not documented.
+    """
+    if not by_keys:
+        return {}
+    bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-Api-Key", auto_error=False)
+    return {
+        "dependencies": [Security(bearer), Security(header)],
+        "responses": {status: error(status) for status in (401, 429)},
+    }
+
+
 def documented(model: type[GenerateRequest]) -> dict[str, Any]:
     """Keyword arguments for a route whose body is ``model``, as JSON or as multipart."""
     schema = model.model_json_schema()
@@ -53,7 +77,7 @@ def documented(model: type[GenerateRequest]) -> dict[str, Any]:
 
 def error(status: int) -> dict[str, Any]:
     """One error answer with an example."""
-    text, code, message, param = ERRORS[status]
+    text, code, message, param = (ERRORS | _ACCESS)[status]
     example = ApiError(status, code, message, param=param).body("5f0c5a2e9b6c4d0f8a6f3c1d2e4b7a90")
     answer: dict[str, Any] = {
         "model": ErrorResponse,
