@@ -130,7 +130,7 @@ def from_failure(failure: Failed) -> ApiError:
         "invalid": (422, failure.code or "invalid_request"),
         "expired": (504, "deadline_exceeded"),
         "cancelled": (503, "cancelled"),
-        "engine": (500, "generation_failed"),
+        "engine": (500, failure.code or "generation_failed"),
         "stopped": (503, "shutting_down"),
     }[failure.reason]
     retryable = failure.retryable if failure.reason == "engine" else None

@@ -18,6 +18,7 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Lease
 from service.queue.base import JobQueue
+from service.safety import Safety
 from service.work import Unit, Work
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,17 @@ _BACKLOG = 2
 
 
 class Finisher:
-    """Decodes, encodes and settles. `submit` blocks while the backlog is full."""
+    """Decodes, checks, encodes and settles. `submit` blocks while the backlog is full."""
 
     def __init__(
         self,
         queue: JobQueue,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        safety: Safety | None = None,
     ) -> None:
         self._queue = queue
+        self._safety = safety
         self._metrics = metrics
         self._clock = clock
         self._slots = threading.BoundedSemaphore(_BACKLOG)
@@ -57,7 +60,7 @@ class Finisher:
             for unit, pixels, failure in zip(wanted, results, failures(results), strict=True):
                 if failure is not None:
                     self._fail(unit.work, failure)
-                elif not isinstance(pixels, Exception):
+                elif not isinstance(pixels, Exception) and not unit.work.over:
                     self._encode(unit, pixels)
         except Exception as error:
             logger.error("finishing failed", extra=describe(error))
@@ -69,6 +72,11 @@ class Finisher:
 
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work
+        if self._safety is not None:
+            refusal = self._safety.refuse_image(work.job, unit.task.condition, pixels)
+            if refusal is not None:
+                self._fail(work, refusal)
+                return
         output = work.job.output
         work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality)
         self._metrics.images.inc()

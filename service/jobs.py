@@ -67,7 +67,7 @@ FailureReason = Literal["invalid", "expired", "cancelled", "engine", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Why there are no images. ``code`` and ``param`` say more where the reason is ``invalid``."""
+    """Why there are no images. ``code`` and ``param`` say more, mostly where the reason is ``invalid``."""
 
     reason: FailureReason
     message: str

@@ -35,6 +35,7 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue, QueueFull, QueueUnavailable, Stage
+from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.worker import Worker
@@ -91,12 +92,16 @@ class Service:
         self._queue = queue
         self._state = State.LOADING
         scheduler = Scheduler(settings.max_batch)
-        self._worker = None if settings.role == "api" else Worker(self.models, queue, scheduler, metrics)
+        self._safety = open_safety(settings.safety, metrics)
+        self._worker = (
+            None if settings.role == "api" else Worker(self.models, queue, scheduler, metrics, safety=self._safety)
+        )
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        self._screener = ThreadPoolExecutor(1, thread_name_prefix="screener")
 
     @property
     def state(self) -> State:
@@ -229,8 +234,10 @@ class Service:
         """Queue the job and wait for its images.
 
         ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
-        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped or no queue, 500.
+        raised. Raises ApiError where there are no images: 422 refused by the safety check, 429 queue full,
+        504 deadline, 503 stopped or no queue, 500.
         """
+        await self._screen(job, client_gone)
         job = replace(job, submitted=self.clock())
         try:
             await self._queue.submit(job)
@@ -244,6 +251,14 @@ class Service:
         if isinstance(outcome, Finished):
             return outcome
         raise from_failure(outcome)
+
+    async def _screen(self, job: Job, client_gone: ClientIsGone) -> None:
+        """Ask the safety check, where there is one, in a thread."""
+        if self._safety is None:
+            return
+        asked = _in_thread(self._screener, partial(self._safety.refuse_prompt, job))
+        if (refusal := await self._first(asked, job.deadline, client_gone)) is not None:
+            raise from_failure(refusal)
 
     async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
         outcome = asyncio.ensure_future(self._queue.outcome(job.id))
@@ -318,7 +333,7 @@ class Service:
         self.metrics.set_model(package_version(), manifest.name, manifest.revision, loaded)
 
     def _close(self) -> None:
-        for executor in (self._decoder, self._parser):
+        for executor in (self._decoder, self._parser, self._screener):
             executor.shutdown(cancel_futures=True)
         self.models.cancel_loads()
         if self._starter.ident is not None:

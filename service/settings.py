@@ -63,6 +63,10 @@ class Settings(BaseSettings):
         tuple[str, ...], NoDecode, Field(description="origins whose pages may call the API, with commas between them")
     ] = ()
 
+    safety: Annotated[str | None, Field(description="a check of prompts and images, module:callable; None: none")] = (
+        None
+    )
+
     timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
     max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000
     body_timeout_s: Annotated[Seconds, Field(description="time a client has to send its body")] = 30.0
@@ -92,6 +96,16 @@ class Settings(BaseSettings):
         if path is not None:
             read_keys(path)
         return path
+
+    @field_validator("safety")
+    @classmethod
+    def _known_check(cls, name: str | None) -> str | None:
+        if name is not None:
+            # Imported late: it knows of more than settings do.
+            from service.safety import find_check
+
+            find_check(name)
+        return name
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue
+from service.safety import Safety
 from service.scheduler import Candidate, Plan, Scheduler
 from service.work import Parked, Unit, Work
 
@@ -39,13 +40,15 @@ class Worker:
         scheduler: Scheduler,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        safety: Safety | None = None,
     ) -> None:
         self._models = models
         self._queue = queue
         self._scheduler = scheduler
         self._metrics = metrics
         self._clock = clock
-        self._finisher = Finisher(queue, metrics, clock)
+        self._finisher = Finisher(queue, metrics, clock, safety)
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
         self._draining = threading.Event()
