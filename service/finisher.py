@@ -19,7 +19,7 @@ from service.metrics import Metrics
 from service.models import Lease
 from service.queue.base import JobQueue
 from service.safety import Safety
-from service.work import Unit, Work
+from service.work import Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Finisher:
                 elif not isinstance(pixels, Exception) and not unit.work.over:
                     self._encode(unit, pixels)
         except Exception as error:
-            logger.error("finishing failed", extra=describe(error))
+            logger.error("finishing failed", extra={"requests": requests_of(units), **describe(error)})
             for unit in units:
                 self._fail(unit.work, BROKEN)
         finally:
@@ -93,8 +93,8 @@ class Finisher:
 
     def _failed(self, error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": "decode", "requests": requests, **describe(error)})
+        fields = {"stage": "decode", "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _fail(self, work: Work, failure: Failed) -> None:
         work.over = True

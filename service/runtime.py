@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -353,7 +354,9 @@ def _result(done: asyncio.Future[Result]) -> Result:
 def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyncio.Future[Result]:
     """The call's result. Where it is given up while it waits, what it holds (a whole body) is let go at once."""
     calls = [call]
-    running = asyncio.get_running_loop().run_in_executor(executor, lambda: calls.pop()())
+    # In the context of the request, whose id its log lines have there too.
+    within = copy_context().run
+    running = asyncio.get_running_loop().run_in_executor(executor, lambda: within(calls.pop()))
     running.add_done_callback(lambda _: calls.clear())
     return running
 

@@ -18,7 +18,7 @@ from service.models import Models
 from service.queue.base import JobQueue
 from service.safety import Safety
 from service.scheduler import Candidate, Plan, Scheduler
-from service.work import Parked, Unit, Work
+from service.work import Parked, Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ class Worker:
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:
-                    logger.error("the worker's loop failed", extra=describe(error))
+                    fields = {"requests": requests_of(self._units()), **describe(error)}
+                    logger.error("the worker's loop failed", extra=fields)
                     self._end(list(self._held.values()), BROKEN)
                     self._stopping.wait(_AFTER_ERROR_S)
         finally:
@@ -217,8 +218,8 @@ class Worker:
 
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": stage, "requests": requests, **describe(error)})
+        fields = {"stage": stage, "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
         for unit, failure in zip(units, failures(results), strict=True):

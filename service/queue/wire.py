@@ -67,6 +67,14 @@ def unpack_job(message: bytes, fetch_images: Callable[[], bytes], submitted: flo
         raise WireError("the job has other fields than this version's") from error
 
 
+def request_of(message: bytes) -> list[str]:
+    """The id of a job's request, for a log line about a job that is not unpacked; none where it cannot be read."""
+    try:
+        return [str(_read_json(message)["request_id"])]
+    except (WireError, KeyError):
+        return []
+
+
 def pack_outcome(outcome: Outcome) -> bytes:
     """The length of a header, the header in JSON, and the encoded images one after the other."""
     images: tuple[bytes, ...] = ()
