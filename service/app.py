@@ -20,6 +20,7 @@ from service.routes.openapi import guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service, package_version
 from service.settings import Settings
+from service.tracing import Tracing, open_tracing
 
 _DESCRIPTION = """
 Images from few-step students: text to image, editing and inpainting, batched together.
@@ -34,17 +35,20 @@ def create_app(
     *,
     queue: JobQueue | None = None,
     opener: OpenPipeline | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; it loads its bundle in the background once it is started.
 
-    ``queue`` is where jobs wait, and ``opener`` opens the pipeline of a folder, warm; the settings say which by
-    default. A service whose role is ``worker`` has no endpoints but those that tell how it is.
+    ``queue`` is where jobs wait, ``opener`` opens the pipeline of a folder, warm, and ``tracing`` is where spans go;
+    the settings say which by default. A service whose role is ``worker`` has no endpoints but those that tell how it
+    is.
     """
     settings = settings or Settings()
     metrics = Metrics()
     queue = queue or open_queue(settings, metrics)
     metrics.watch_queue(queue.stats)
-    service = Service(settings, metrics, queue, opener or opener_of(settings.role))
+    tracing = tracing or open_tracing(settings.tracing)
+    service = Service(settings, metrics, queue, opener or opener_of(settings.role), tracing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -76,6 +80,7 @@ def create_app(
         app.add_middleware(Access, keys=keys, open_metrics=settings.open_metrics, metrics=metrics)
     if settings.cors_origins:
         allow_origins(app, settings.cors_origins)
+    tracing.watch(app)
     app.add_middleware(RequestContext, metrics=metrics)
     app.include_router(status.router)
     if settings.role != "worker":

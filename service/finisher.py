@@ -19,6 +19,7 @@ from service.metrics import Metrics
 from service.models import Lease
 from service.queue.base import JobQueue
 from service.safety import Safety
+from service.tracing import Tracing, Untraced
 from service.work import Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,11 @@ class Finisher:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._queue = queue
         self._safety = safety
+        self._tracing = tracing or Untraced()
         self._metrics = metrics
         self._clock = clock
         self._slots = threading.BoundedSemaphore(_BACKLOG)
@@ -85,7 +88,10 @@ class Finisher:
 
     def _settle(self, work: Work) -> None:
         work.over = True
-        timings = work.timings(self._clock())
+        now = self._clock()
+        timings = work.timings(now)
+        # Before the answer can be given, so that a request's span is over after those beneath it.
+        self._tracing.stage("decode", [work.job], work.denoised, now, len(work.images))
         images = tuple(work.images[index] for index in sorted(work.images))
         self._queue.settle(work.job.id, Finished(images, timings, tuple(work.ticks)))
         for stage in ("encode", "denoise", "decode"):

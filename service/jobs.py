@@ -21,6 +21,7 @@ class Output:
 class Job:
     """The images of one request: one task each, all made by the same student of ``model``, `name@revision`.
 
+    ``trace`` is the W3C `traceparent` of the request, "" where it is not traced.
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
     translates them. ``model`` is the bundle that a worker must have, ``name@revision``.
     """
@@ -32,6 +33,7 @@ class Job:
     submitted: float
     deadline: float
     model: str = ""
+    trace: str = ""
 
     @property
     def cost(self) -> int:

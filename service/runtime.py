@@ -39,6 +39,7 @@ from service.queue.base import JobQueue, QueueFull, QueueUnavailable, Stage
 from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.tracing import Tracing, Untraced
 from service.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,12 @@ class Service:
     """One queue, the bundles that are loaded, one worker unless the role is ``api``, and the gate in front of them."""
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, queue: JobQueue, opener: OpenPipeline = open_pipeline
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        queue: JobQueue,
+        opener: OpenPipeline = open_pipeline,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics
@@ -94,8 +100,11 @@ class Service:
         self._state = State.LOADING
         scheduler = Scheduler(settings.max_batch)
         self._safety = open_safety(settings.safety, metrics)
+        self._tracing = tracing or Untraced()
         self._worker = (
-            None if settings.role == "api" else Worker(self.models, queue, scheduler, metrics, safety=self._safety)
+            None
+            if settings.role == "api"
+            else Worker(self.models, queue, scheduler, metrics, safety=self._safety, tracing=self._tracing)
         )
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
@@ -239,7 +248,7 @@ class Service:
         504 deadline, 503 stopped or no queue, 500.
         """
         await self._screen(job, client_gone)
-        job = replace(job, submitted=self.clock())
+        job = replace(job, submitted=self.clock(), trace=self._tracing.current())
         try:
             await self._queue.submit(job)
         except QueueFull as error:
@@ -342,6 +351,7 @@ class Service:
         if self._worker is not None:
             self._worker.stop()
         self.models.close()
+        self._tracing.close()
 
 
 def _result(done: asyncio.Future[Result]) -> Result:

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from engines.bundle import SHIPPED
 from engines.plans import Precision
 from service.api_keys import read_keys
+from service.collector import check_collector
 from service.cross_origin import read_origins
 from service.queue.addresses import check_address
 
@@ -72,6 +73,9 @@ class Settings(BaseSettings):
     body_timeout_s: Annotated[Seconds, Field(description="time a client has to send its body")] = 30.0
     drain_timeout_s: Annotated[Seconds, Field(description="time for requests in flight on SIGTERM")] = 30.0
 
+    tracing: Annotated[str | None, Field(repr=False, description="URL of an OTLP collector of traces; None: none")] = (
+        None
+    )
     log_format: Annotated[Literal["text", "json"], Field(description="form of a log line")] = "text"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level")] = "info"
 
@@ -106,6 +110,13 @@ class Settings(BaseSettings):
 
             find_check(name)
         return name
+
+    @field_validator("tracing")
+    @classmethod
+    def _collector(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            check_collector(endpoint)
+        return endpoint
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from service.models import Models
 from service.queue.base import JobQueue
 from service.safety import Safety
 from service.scheduler import Candidate, Plan, Scheduler
+from service.tracing import Tracing, Untraced
 from service.work import Parked, Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
@@ -42,13 +43,15 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         *,
         safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._models = models
         self._queue = queue
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracing = tracing or Untraced()
         self._clock = clock
-        self._finisher = Finisher(queue, metrics, clock, safety)
+        self._finisher = Finisher(queue, metrics, clock, safety, tracing)
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
         self._draining = threading.Event()
@@ -179,8 +182,10 @@ class Worker:
             if work.started is None:
                 work.started = begin
                 self._metrics.queue_seconds.observe(max(0.0, begin - work.job.submitted))
+                self._tracing.stage("queue", [work.job], work.job.submitted, begin, len(work.job.tasks))
         results = isolate(_encode, fresh, lambda error, units: self._failed("encode", error, units))
         elapsed = self._clock() - begin
+        self._tracing.stage("encode", [work.job for work in works], begin, begin + elapsed, len(fresh))
         for work in works:
             work.encode_s += elapsed
         for unit, row in zip(fresh, results, strict=True):
@@ -199,9 +204,12 @@ class Worker:
         rows = [unit.row for unit in units if unit.row is not None]
         begin = self._clock()
         units[0].work.pipeline.tick(rows)
-        self._metrics.tick_seconds.observe(self._clock() - begin)
+        end = self._clock()
+        self._metrics.tick_seconds.observe(end - begin)
         self._metrics.tick_rows.observe(len(rows))
-        for work in dict.fromkeys(unit.work for unit in units):
+        works = list(dict.fromkeys(unit.work for unit in units))
+        self._tracing.stage("tick", [work.job for work in works], begin, end, len(rows))
+        for work in works:
             work.ticks.append(len(rows))
         return rows
 
