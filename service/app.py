@@ -15,7 +15,7 @@ from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
-from service.routes import images, models, status
+from service.routes import images, jobs, models, status
 from service.routes.openapi import guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service, package_version
@@ -86,6 +86,7 @@ def create_app(
     if settings.role != "worker":
         by_keys = guarded(settings.api_keys_file is not None)
         app.include_router(images.router, **by_keys)
+        app.include_router(jobs.router, **by_keys)
         app.include_router(models.router, **by_keys)
         app.include_router(status.about, **by_keys)
         app.include_router(page_router())

@@ -71,5 +71,9 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
             body_timeout_ms=round(settings.body_timeout_s * 1000),
             timeout_ms=settings.timeout_ms,
             max_timeout_ms=settings.max_timeout_ms,
+            job_timeout_ms=settings.job_timeout_ms,
+            keep_results_ms=round(settings.keep_results_s * 1000),
+            max_results=settings.max_results,
+            max_result_bytes=settings.max_result_bytes,
         ),
     )

@@ -37,6 +37,7 @@ _IMAGE_STATUS = {
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
+_BUSY_RETRY_S = 1.0
 
 
 class ApiError(Exception):
@@ -77,11 +78,14 @@ class ApiError(Exception):
         }
         return {"error": error}
 
-    def response(self) -> Response:
-        """The answer, with the id of the request that is being served."""
+    def text(self) -> str:
+        """The one shape in JSON, with the id of the request that is being served."""
         # ASCII, because a message may quote a field name that no encoding of the answer could carry.
-        body = json.dumps(self.body(request_id_var.get()), ensure_ascii=True).encode()
-        return Response(body, self.status, self.headers, media_type="application/json")
+        return json.dumps(self.body(request_id_var.get()), ensure_ascii=True)
+
+    def response(self) -> Response:
+        """The answer."""
+        return Response(self.text().encode(), self.status, self.headers, media_type="application/json")
 
 
 def internal_error() -> ApiError:
@@ -97,6 +101,27 @@ def shutting_down() -> ApiError:
 def queue_unavailable() -> ApiError:
     """The answer while the queue is away."""
     return ApiError(503, "queue_unavailable", "the queue cannot be reached", retry_after_s=_QUEUE_RETRY_S)
+
+
+def too_many_requests() -> ApiError:
+    """The answer where too many are served already."""
+    return ApiError(429, "too_many_requests", "too many requests at once", retry_after_s=_BUSY_RETRY_S)
+
+
+def job_not_found(job_id: str) -> ApiError:
+    """The answer to a job that is not known, or no longer."""
+    message = f"no job {shown(job_id)!r}, or its result is kept no longer"
+    return ApiError(404, "job_not_found", message, param="job_id")
+
+
+def idempotency_conflict(error: Exception) -> ApiError:
+    """The answer to a key that names a job for another request."""
+    return ApiError(422, "idempotency_conflict", str(error), param="idempotency-key")
+
+
+def job_lost() -> ApiError:
+    """The answer where the job that was waited for is known no longer."""
+    return ApiError(500, "generation_failed", "the queue lost the job", retryable=True)
 
 
 def deadline_exceeded() -> ApiError:

@@ -44,8 +44,11 @@ def make_job(
 
 def deadline_of(request: GenerateRequest, settings: Settings, began: float) -> float:
     """When the time limit of a request that arrived at ``began`` passes, on the same clock."""
-    timeout_ms = settings.timeout_ms if request.timeout_ms is None else request.timeout_ms
-    return began + min(timeout_ms, settings.max_timeout_ms) / 1000
+    default_ms, longest_ms = settings.timeout_ms, settings.max_timeout_ms
+    if request.asynchronous:
+        default_ms = longest_ms = settings.job_timeout_ms
+    timeout_ms = default_ms if request.timeout_ms is None else request.timeout_ms
+    return began + min(timeout_ms, longest_ms) / 1000
 
 
 def _check_options(
@@ -61,8 +64,9 @@ def _check_options(
         raise _unsupported("quality", "png is lossless and has no quality; ask for jpeg or webp")
     if request.n > settings.max_images:
         raise ApiError(422, "too_many_images", f"at most {settings.max_images} images a request", param="n")
-    if request.timeout_ms is not None and request.timeout_ms > settings.max_timeout_ms:
-        message = f"timeout_ms may be at most {settings.max_timeout_ms}"
+    longest_ms = settings.job_timeout_ms if request.asynchronous else settings.max_timeout_ms
+    if request.timeout_ms is not None and request.timeout_ms > longest_ms:
+        message = f"timeout_ms may be at most {longest_ms}"
         raise ApiError(422, "invalid_value", message, param="timeout_ms")
 
 

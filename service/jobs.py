@@ -38,10 +38,11 @@ class Job:
     @property
     def cost(self) -> int:
         """The job's work in row-ticks: the steps that its images run, together."""
-        return sum(_ticks(task) for task in self.tasks)
+        return sum(ticks(task) for task in self.tasks)
 
 
-def _ticks(task: Task) -> int:
+def ticks(task: Task) -> int:
+    """The steps that an image runs."""
     return kept_steps(task.steps, task.strength) if isinstance(task, Edit | Inpaint) else task.steps
 
 

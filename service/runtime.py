@@ -26,20 +26,24 @@ from service.errors import (
     ApiError,
     deadline_exceeded,
     from_failure,
+    idempotency_conflict,
+    job_lost,
     model_not_found,
     model_unavailable,
     queue_unavailable,
     shutting_down,
+    too_many_requests,
 )
 from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
-from service.queue.base import JobQueue, QueueFull, QueueUnavailable, Stage
+from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Stage, Status
 from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.tracing import Tracing, Untraced
+from service.tracker import Tracker
 from service.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,6 @@ OpenPipeline = Callable[[Settings, Path], Pipeline]
 ClientIsGone = Callable[[], Awaitable[None]]
 
 _LOADING_RETRY_S = 2.0
-_BUSY_RETRY_S = 1.0
 
 
 class State(StrEnum):
@@ -108,6 +111,7 @@ class Service:
         )
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
+        self.tracker = Tracker(queue, metrics, self._stopping)
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
@@ -142,9 +146,10 @@ class Service:
     def drained(self) -> bool:
         """Whether a draining service has nothing left to do.
 
-        Once no request is in flight its worker takes no more jobs, and what it holds is for other processes.
+        Once no request is in flight its worker takes no more jobs, and what waits is for other processes. Where there
+        are none, it does what waits, and those who follow a job hear of its end.
         """
-        if self.inflight > 0:
+        if self.inflight > 0 or (not self._queue.durable and self._owes_answers()):
             return False
         if self._worker is None:
             return True
@@ -170,7 +175,7 @@ class Service:
             raise self._unavailable()
         if self.inflight >= self.settings.max_inflight:
             self.metrics.rejected.labels("too_many_requests").inc()
-            raise ApiError(429, "too_many_requests", "too many requests at once", retry_after_s=_BUSY_RETRY_S)
+            raise too_many_requests()
         self._count(+1)
         try:
             yield
@@ -247,27 +252,46 @@ class Service:
         raised. Raises ApiError where there are no images: 422 refused by the safety check, 429 queue full,
         504 deadline, 503 stopped or no queue, 500.
         """
-        await self._screen(job, client_gone)
+        await self.accept(job)
+        outcome = await self._wait(job, client_gone)
+        if isinstance(outcome, Finished):
+            return outcome
+        raise from_failure(outcome)
+
+    async def completed(self, job_id: str, deadline: float, client_gone: ClientIsGone) -> tuple[Status, Finished]:
+        """Wait for the images of a job that is kept, which goes on when its client is gone. Raises as `complete`."""
+        try:
+            status = await self._first(asyncio.ensure_future(self.tracker.over(job_id)), deadline, client_gone)
+        except KeyError:
+            raise job_lost() from None
+        if isinstance(status.outcome, Finished):
+            return status, status.outcome
+        raise from_failure(status.outcome) if status.outcome else shutting_down()
+
+    async def accept(self, job: Job, keep: Keep | None = None) -> str:
+        """Queue the job, unless the safety check refuses it.
+
+        Returns its id, or that of the job which has its key. Raises ApiError 422, 429, 500, 503 or 504.
+        """
+        await self._screen(job)
         job = replace(job, submitted=self.clock(), trace=self._tracing.current())
         try:
-            await self._queue.submit(job)
+            return await self._queue.submit(job, keep)
+        except KeyConflict as error:
+            raise idempotency_conflict(error) from error
         except QueueFull as error:
             self.metrics.rejected.labels("queue_full").inc()
             raise ApiError(429, "queue_full", str(error), retry_after_s=error.retry_after_s) from error
         except QueueUnavailable as error:
             self.metrics.rejected.labels("queue_unavailable").inc()
             raise queue_unavailable() from error
-        outcome = await self._wait(job, client_gone)
-        if isinstance(outcome, Finished):
-            return outcome
-        raise from_failure(outcome)
 
-    async def _screen(self, job: Job, client_gone: ClientIsGone) -> None:
+    async def _screen(self, job: Job) -> None:
         """Ask the safety check, where there is one, in a thread."""
         if self._safety is None:
             return
         asked = _in_thread(self._screener, partial(self._safety.refuse_prompt, job))
-        if (refusal := await self._first(asked, job.deadline, client_gone)) is not None:
+        if (refusal := await self._first(asked, job.deadline, _never)) is not None:
             raise from_failure(refusal)
 
     async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
@@ -311,6 +335,9 @@ class Service:
             return await self._queue.cancel(job.id)
         except QueueUnavailable:
             return None  # Its deadline will end it.
+
+    def _owes_answers(self) -> bool:
+        return self.tracker.following > 0 or self._queue.stats().depth > 0
 
     def _count(self, change: int) -> None:
         self.inflight += change

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from engines.images import ImageFormat, MaskMode
+from service.queue.base import JobState
 
 # JSON and JavaScript carry integers exactly up to here.
 MAX_SEED = 2**53 - 1
@@ -71,6 +72,10 @@ class GenerateRequest(Body):
     timeout_ms: Annotated[
         int | None, Field(ge=1, description="Time limit from the arrival of the request; then 504.")
     ] = None
+    asynchronous: Annotated[
+        bool,
+        Field(alias="async", description="Answer at once with 202 and a job, like the header Prefer: respond-async."),
+    ] = False
 
 
 class EditRequest(GenerateRequest):
@@ -107,7 +112,10 @@ class Image(Body):
 
 
 class TimingsMs(Body):
-    """Milliseconds in each stage; ``total_ms`` is from the arrival of the request to its answer."""
+    """Milliseconds in each stage; ``total_ms`` is from the arrival of the request to its answer.
+
+    In a job that nobody waited for it is the sum of the stages.
+    """
 
     queue_ms: float
     encode_ms: float
@@ -143,6 +151,30 @@ class ErrorBody(Body):
     param: Annotated[str | None, Field(examples=["steps"])]
     request_id: Annotated[str | None, Field(examples=["5f0c5a2e"])]
     retryable: bool
+
+
+class Progress(Body):
+    """The steps that have run, of those of all images together."""
+
+    done: int
+    total: int
+
+
+class JobResponse(Body):
+    """How far a job is. It has a ``result`` when it is done, an ``error`` when it failed or was cancelled."""
+
+    id: str
+    status: JobState
+    created: Annotated[int, Field(description="Unix time in seconds, of its acceptance.")]
+    model: str
+    revision: str
+    progress: Progress
+    position: Annotated[
+        int | None,
+        Field(description="Jobs of this model that wait before it; null when it does not wait, or far behind."),
+    ]
+    result: ImagesResponse | None
+    error: ErrorBody | None
 
 
 class ErrorResponse(Body):
@@ -182,6 +214,12 @@ class Limits(Body):
     body_timeout_ms: int
     timeout_ms: int
     max_timeout_ms: int
+    job_timeout_ms: Annotated[
+        int, Field(description="Time limit of asynchronous jobs, and the longest they may ask for.")
+    ]
+    keep_results_ms: Annotated[int, Field(description="For how long the results of jobs are kept.")]
+    max_results: Annotated[int, Field(description="Of all clients, kept at once; the oldest go first.")]
+    max_result_bytes: Annotated[int, Field(description="Of their images together.")]
 
 
 class Capabilities(Body):

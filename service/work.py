@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from engines.pipeline import Pipeline, Row, Task
 from service.catalogue import ModelError, UnknownModel
-from service.jobs import Failed, Job, Timings
+from service.jobs import Failed, Job, Timings, ticks
 from service.models import Lease, Models
 
 
@@ -20,6 +20,11 @@ class Unit:
     index: int
     task: Task
     row: Row | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Its steps still to run."""
+        return ticks(self.task) if self.row is None else self.row.remaining
 
 
 @dataclass(slots=True)
@@ -67,6 +72,11 @@ class Work:
     def pipeline(self) -> Pipeline:
         """What makes its images; open for as long as the worker holds the job."""
         return self.lease.pipeline
+
+    @property
+    def progress(self) -> int:
+        """The row-ticks of the job that have run."""
+        return self.job.cost - sum(unit.remaining for unit in self.units)
 
     @property
     def complete(self) -> bool:

@@ -72,11 +72,15 @@ class Worker:
         self._draining.set()
 
     def stop(self) -> None:
-        """End the thread after the tick that runs. Jobs it holds fail as stopped, those that wait stay."""
+        """End the thread after the tick that runs. What it holds is for others, or fails where there are none."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
         self._finisher.close()
+        if self._queue.durable:
+            for work in list(self._held.values()):
+                self._let_go(work)
+            return
         self._end(list(self._held.values()), _STOPPED)
         for parked in list(self._parked.values()):
             self._refuse(parked.job, _STOPPED)
@@ -196,6 +200,7 @@ class Worker:
     def _tick(self, units: Sequence[Unit]) -> None:
         results = isolate(self._denoise, units, lambda error, batch: self._failed("denoise", error, batch))
         self._end_failed(units, results)
+        self._queue.progress({unit.work.job.id: unit.work.progress for unit in units})
         done = [unit for unit in units if unit.row is not None and unit.row.done and not unit.work.over]
         if done:
             self._hand_over(done)

@@ -7,11 +7,27 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
+from itertools import takewhile
+from typing import ClassVar
 
-from service.jobs import Failed, Job, Outcome
-from service.queue.base import RATE_MEMORY_S, QueueFull, QueueStats, Stage, retry_after_s
+from service.jobs import Job, Outcome
+from service.queue.base import (
+    CANCELLED,
+    DEFAULT_BOUNDS,
+    FARTHEST_POSITION,
+    RATE_MEMORY_S,
+    Bounds,
+    Keep,
+    QueueFull,
+    QueueStats,
+    Stage,
+    Status,
+    retry_after_s,
+)
+from service.queue.shelf import Shelf
 
 
 class DrainRate:
@@ -47,7 +63,11 @@ class MemoryQueue:
     A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run.
     """
 
-    def __init__(self, max_cost: int, clock: Callable[[], float] = time.monotonic) -> None:
+    durable: ClassVar[bool] = False
+
+    def __init__(
+        self, max_cost: int, clock: Callable[[], float] = time.monotonic, bounds: Bounds = DEFAULT_BOUNDS
+    ) -> None:
         self._max_cost = max_cost
         self._clock = clock
         self._changed = threading.Condition()
@@ -56,21 +76,25 @@ class MemoryQueue:
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
         self._rate = DrainRate(RATE_MEMORY_S)
+        self._shelf = Shelf(bounds, clock)
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
         with self._changed:
-            if job.id in self._outcomes:
+            if keep is not None and (holder := self._shelf.holder(keep)) is not None:
+                return holder
+            if job.id in self._outcomes or job.id in self._shelf:
                 raise ValueError(f"job {job.id} was submitted before")
             if self._waiting and self._waiting_cost + job.cost > self._max_cost:
                 raise QueueFull(self._retry_after_s())
             self._waiting[job.id] = job
             self._waiting_cost += job.cost
-            future: Future[Outcome] = Future()
-            # A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`.
-            future.set_running_or_notify_cancel()
-            self._outcomes[job.id] = future
+            if keep is None:
+                self._outcomes[job.id] = _uncancellable()
+            else:
+                self._shelf.begin(job, keep)
             self._changed.notify_all()
+            return job.id
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
@@ -81,20 +105,23 @@ class MemoryQueue:
             self._outcomes.pop(job_id, None)
         return outcome
 
+    async def status(self, job_id: str) -> Status:
+        """See JobQueue.status."""
+        with self._changed:
+            return replace(self._shelf.status(job_id), position=self._position(job_id))
+
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
         with self._changed:
-            future = self._outcomes.pop(job_id, None)
-            if future is None or future.done():
+            goes_on = self._end(job_id, CANCELLED)
+            self._outcomes.pop(job_id, None)
+            if not goes_on:
                 return None
-            stage: Stage = "running"
             if (job := self._waiting.pop(job_id, None)) is not None:
                 self._waiting_cost -= job.cost
-                stage = "queued"
-            else:
-                self._cancelled.add(job_id)
-            future.set_result(Failed("cancelled", "the job was cancelled"))
-        return stage
+                return "queued"
+            self._cancelled.add(job_id)
+            return "running"
 
     def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
         """See JobQueue.take."""
@@ -107,6 +134,7 @@ class MemoryQueue:
                 if taken and len(job.tasks) > room:
                     break
                 taken.append(self._waiting.pop(job.id))
+                self._shelf.taken(job.id)
                 room -= len(job.tasks)
             cost = sum(job.cost for job in taken)
             self._waiting_cost -= cost
@@ -119,15 +147,17 @@ class MemoryQueue:
         with self._changed:
             return self._cancelled.intersection(job_ids)
 
+    def progress(self, done: Mapping[str, int]) -> None:
+        """See JobQueue.progress."""
+        with self._changed:
+            for job_id, ticks in done.items():
+                self._shelf.progress(job_id, ticks)
+
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""
         with self._changed:
             self._cancelled.discard(job_id)
-            future = self._outcomes.get(job_id)
-            if future is None or future.done():
-                return False
-            future.set_result(outcome)
-            return True
+            return self._end(job_id, outcome)
 
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
@@ -139,8 +169,33 @@ class MemoryQueue:
     async def close(self) -> None:
         """See JobQueue.close."""
 
+    def _end(self, job_id: str, outcome: Outcome) -> bool:
+        """Hand the outcome over. True for the first of a job."""
+        if job_id in self._shelf:
+            return self._shelf.end(job_id, outcome)
+        future = self._outcomes.get(job_id)
+        if future is None or future.done():
+            return False
+        future.set_result(outcome)
+        return True
+
+    def _position(self, job_id: str) -> int | None:
+        wanted = self._waiting.get(job_id)
+        if wanted is None:
+            return None
+        before = takewhile(lambda job: job is not wanted, self._waiting.values())
+        position = sum(job.model == wanted.model for job in before)
+        return position if position <= FARTHEST_POSITION else None
+
     def _next(self, models: Collection[str]) -> Job | None:
         return next((job for job in self._waiting.values() if job.model in models), None)
 
     def _retry_after_s(self) -> float:
         return retry_after_s(self._waiting_cost, self._rate.per_second)
+
+
+def _uncancellable() -> Future[Outcome]:
+    """A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`."""
+    future: Future[Outcome] = Future()
+    future.set_running_or_notify_cancel()
+    return future

@@ -30,7 +30,8 @@ def document(settings: Settings) -> dict[str, Any]:
 def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
     status = {"/livez", "/readyz", "/capabilities", "/metrics"}
     models = {"/models", "/models/{name}/load", "/models/{name}/unload"}
-    assert set(document["paths"]) == {*MODELS, *status, *models}
+    jobs = {"/jobs/{job_id}", "/jobs/{job_id}/events"}
+    assert set(document["paths"]) == {*MODELS, *status, *models, *jobs}
 
 
 @pytest.mark.parametrize("path", MODELS)
@@ -49,7 +50,7 @@ def test_bodies_have_every_field_in_both_forms(document: dict[str, Any], path: s
 @pytest.mark.parametrize("path", MODELS)
 def test_every_error_is_documented_with_an_example_of_the_one_shape(document: dict[str, Any], path: str) -> None:
     responses = document["paths"][path]["post"]["responses"]
-    assert {int(status) for status in responses} == {200, *ERRORS}
+    assert {int(status) for status in responses} == {200, 202, *ERRORS}
     assert {"image/png", "image/jpeg", "image/webp", "application/json"} == set(responses["200"]["content"])
     for status in map(str, ERRORS):
         media = responses[status]["content"]["application/json"]
