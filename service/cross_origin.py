@@ -21,7 +21,7 @@ _REQUEST_HEADERS = (
     "X-Api-Key",
     "X-Request-ID",
 )
-_ANSWER_HEADERS = ("Location", "Retry-After", "Server-Timing", "X-Request-ID", "X-Seed")
+_ANSWER_HEADERS = ("Location", "Preference-Applied", "Retry-After", "Server-Timing", "X-Request-ID", "X-Seed")
 _REMEMBERED_S = 600
 
 

@@ -75,6 +75,7 @@ async def test_without_a_key_nothing_is_served(app: Running, headers: dict[str, 
         ("GET", "/models"),
         ("GET", "/capabilities"),
         ("GET", "/openapi.json"),
+        ("GET", "/jobs/x"),
         ("GET", "/nowhere"),
         ("GET", "/livez/"),
     ]:
@@ -82,7 +83,7 @@ async def test_without_a_key_nothing_is_served(app: Running, headers: dict[str, 
         found = error(answer, 401, "unauthorized")
         assert (found["type"], found["retryable"]) == ("authentication_error", False)
         assert answer.headers["www-authenticate"].startswith("Bearer")
-    assert app.metric("fewstep_rejected_total", reason="unauthorized") == 7
+    assert app.metric("fewstep_rejected_total", reason="unauthorized") == 8
 
 
 async def test_the_orchestrator_and_the_page_need_no_key(app: Running) -> None:
@@ -151,7 +152,7 @@ def test_the_document_tells_of_keys_where_there_are_any(settings: Settings, lock
     with_keys, without = create_app(locked).openapi(), create_app(settings).openapi()
     assert set(with_keys["components"]["securitySchemes"]) == {"HTTPBearer", "APIKeyHeader"}
     assert "securitySchemes" not in without["components"]
-    for path in ("/generate", "/models", "/capabilities", "/models/{name}/load"):
+    for path in ("/generate", "/models", "/capabilities", "/models/{name}/load", "/jobs/{job_id}/events"):
         [operation] = with_keys["paths"][path].values()
         assert {"401", "429"} <= operation["responses"].keys()
         assert operation["security"]

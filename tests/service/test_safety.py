@@ -126,6 +126,18 @@ async def test_across_a_redis_the_api_checks_prompts_and_the_worker_images(
         assert "no images" in found["message"]
 
 
+async def test_jobs_that_nobody_waits_for_are_checked_too(anyio_backend: str, settings: Settings) -> None:
+    async with running(checked(settings, "refuse_dogs")) as app:
+        error(await app.post("/generate", prompt="a dog", **{"async": True}), 422, "content_refused")
+    async with running(checked(settings, "refuse_images")) as app:
+        accepted = await app.post("/generate", prompt="a cat", **{"async": True})
+        assert accepted.status_code == 202
+        place = accepted.headers["location"]
+        while (job := (await app.client.get(place)).json())["status"] in ("queued", "running"):
+            await asyncio.sleep(0.01)
+        assert (job["status"], job["error"]["code"]) == ("failed", "content_refused")
+
+
 @pytest.mark.parametrize("name", ["nowhere:check", "tests.service.checks", "tests.service.checks:NOT_A_CHECK", ":", ""])
 def test_a_check_that_is_not_there_ends_the_start(name: str) -> None:
     with pytest.raises(ValidationError, match="no safety check"):
