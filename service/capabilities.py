@@ -57,6 +57,7 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
         mask_modes=MASK_MODES,
         output_formats=FORMATS,
         negative_prompt=False,
+        safety=settings.safety,
         limits=Limits(
             max_body_bytes=settings.max_body_bytes,
             max_image_bytes=settings.max_image_bytes,

@@ -18,6 +18,8 @@ from service.jobs import Failed
 from service.logs import request_id_var
 
 _TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
     429: "overloaded_error",
     500: "internal_error",
     503: "unavailable_error",
@@ -158,7 +160,7 @@ def from_failure(failure: Failed) -> ApiError:
         "invalid": (422, failure.code or "invalid_request"),
         "expired": (504, "deadline_exceeded"),
         "cancelled": (503, "cancelled"),
-        "engine": (500, "generation_failed"),
+        "engine": (500, failure.code or "generation_failed"),
         "stopped": (503, "shutting_down"),
     }[failure.reason]
     retryable = failure.retryable if failure.reason == "engine" else None

@@ -26,6 +26,7 @@ class Output:
 class Job:
     """The images of one request: one task each, all made by the same student of ``model``, `name@revision`.
 
+    ``trace`` is the W3C `traceparent` of the request, "" where it is not traced.
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
     translates them. ``model`` is the bundle that a worker must have, ``name@revision``.
     """
@@ -37,6 +38,7 @@ class Job:
     submitted: float
     deadline: float
     model: str = ""
+    trace: str = ""
 
     @property
     def cost(self) -> int:
@@ -73,7 +75,7 @@ FailureReason = Literal["invalid", "expired", "cancelled", "engine", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Why there are no images. ``code`` and ``param`` say more where the reason is ``invalid``."""
+    """Why there are no images. ``code`` and ``param`` say more, mostly where the reason is ``invalid``."""
 
     reason: FailureReason
     message: str

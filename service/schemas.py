@@ -282,6 +282,9 @@ class Capabilities(Body):
     mask_modes: tuple[str, ...]
     output_formats: tuple[str, ...]
     negative_prompt: bool
+    safety: Annotated[
+        str | None, Field(description="The operator's check of prompts and images; null: nothing is checked.")
+    ]
     limits: Limits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -97,3 +98,8 @@ class Work:
             denoise_s=max(0.0, self.denoised - started - self.encode_s),
             decode_s=max(0.0, now - self.denoised),
         )
+
+
+def requests_of(units: Iterable[Unit]) -> list[str]:
+    """The ids of the requests that the units belong to, for a log line."""
+    return sorted({unit.work.job.request_id for unit in units})

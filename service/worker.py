@@ -16,8 +16,10 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue
+from service.safety import Safety
 from service.scheduler import Candidate, Plan, Scheduler
-from service.work import Parked, Unit, Work
+from service.tracing import Tracing, Untraced
+from service.work import Parked, Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,17 @@ class Worker:
         scheduler: Scheduler,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._models = models
         self._queue = queue
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracing = tracing or Untraced()
         self._clock = clock
-        self._finisher = Finisher(queue, metrics, clock)
+        self._finisher = Finisher(queue, metrics, clock, safety, tracing)
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
         self._draining = threading.Event()
@@ -97,7 +103,8 @@ class Worker:
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:
-                    logger.error("the worker's loop failed", extra=describe(error))
+                    fields = {"requests": requests_of(self._units()), **describe(error)}
+                    logger.error("the worker's loop failed", extra=fields)
                     self._end(list(self._held.values()), BROKEN)
                     self._stopping.wait(_AFTER_ERROR_S)
         finally:
@@ -179,8 +186,10 @@ class Worker:
             if work.started is None:
                 work.started = begin
                 self._metrics.queue_seconds.observe(max(0.0, begin - work.job.submitted))
+                self._tracing.stage("queue", [work.job], work.job.submitted, begin, len(work.job.tasks))
         results = isolate(_encode, fresh, lambda error, units: self._failed("encode", error, units))
         elapsed = self._clock() - begin
+        self._tracing.stage("encode", [work.job for work in works], begin, begin + elapsed, len(fresh))
         for work in works:
             work.encode_s += elapsed
         for unit, row in zip(fresh, results, strict=True):
@@ -201,9 +210,12 @@ class Worker:
         rows = [unit.row for unit in units if unit.row is not None]
         begin = self._clock()
         units[0].work.pipeline.tick(rows)
-        self._metrics.tick_seconds.observe(self._clock() - begin)
+        end = self._clock()
+        self._metrics.tick_seconds.observe(end - begin)
         self._metrics.tick_rows.observe(len(rows))
-        for work in dict.fromkeys(unit.work for unit in units):
+        works = list(dict.fromkeys(unit.work for unit in units))
+        self._tracing.stage("tick", [work.job for work in works], begin, end, len(rows))
+        for work in works:
             work.ticks.append(len(rows))
         return rows
 
@@ -220,8 +232,8 @@ class Worker:
 
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": stage, "requests": requests, **describe(error)})
+        fields = {"stage": stage, "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
         for unit, failure in zip(units, failures(results), strict=True):

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +92,8 @@ class Submissions:
             if not wait.accepted:
                 del self._waiting[job.id]
         if self._listening is None:
-            self._listening = asyncio.create_task(self._listen())
+            # In a context of its own: its log lines are not those of the request that happened to be the first.
+            self._listening = asyncio.get_running_loop().create_task(self._listen(), context=Context())
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""

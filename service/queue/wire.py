@@ -45,6 +45,7 @@ def pack_job(job: Job) -> Packed:
         "id": job.id,
         "request_id": job.request_id,
         "model": job.model,
+        "trace": job.trace,
         "output": asdict(job.output),
         "tasks": [_pack_task(task, arrays) for task in job.tasks],
         "arrays": len(arrays),
@@ -62,9 +63,18 @@ def unpack_job(message: bytes, fetch_images: Callable[[], bytes], submitted: flo
         arrays = _read_arrays(fetch_images(), fields["arrays"]) if fields["arrays"] else []
         tasks = tuple(_unpack_task(task, arrays) for task in fields["tasks"])
         output = Output(**fields["output"])
-        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, fields["model"])
+        model, trace = fields["model"], fields.get("trace", "")
+        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, model, trace)
     except (LookupError, TypeError, ValueError) as error:
         raise WireError("the job has other fields than this version's") from error
+
+
+def request_of(message: bytes) -> list[str]:
+    """The id of a job's request, for a log line about a job that is not unpacked; none where it cannot be read."""
+    try:
+        return [str(_read_json(message)["request_id"])]
+    except (WireError, KeyError):
+        return []
 
 
 def pack_outcome(outcome: Outcome) -> bytes:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+
 from service.bodies import FILE_FIELDS
 from service.errors import ApiError
 from service.idempotency import HEADER
@@ -39,6 +42,12 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
 }
 
 
+# The same, of what not every endpoint or not every service answers.
+_ACCESS: dict[int, tuple[str, str, str, str | None]] = {
+    401: ("No API key, or none that is known", "unauthorized", "an API key is needed, and this is none", None),
+    403: ("Only for admins, or off", "not_an_admin", "this needs the key of an admin", None),
+}
+
 IMAGE_CONTENT: dict[str, Any] = {
     f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
 }
@@ -64,6 +73,20 @@ _KEY: dict[str, Any] = {
 }
 
 
+def guarded(by_keys: bool) -> dict[str, Any]:
+    """Keyword arguments for including a router: what the document says of keys, where any are asked for.
+
+    It is the middleware of access.py that asks for them, also of endpoints that are not documented.
+    """
+    if not by_keys:
+        return {}
+    bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-Api-Key", auto_error=False)
+    return {
+        "dependencies": [Security(bearer), Security(header)],
+        "responses": {status: error(status) for status in (401, 429)},
+    }
+
+
 def documented(model: type[Body], answer: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments for a route whose body is ``model``, as JSON or as multipart.
 
@@ -85,7 +108,7 @@ def documented(model: type[Body], answer: dict[str, Any] | None = None) -> dict[
 
 def error(status: int) -> dict[str, Any]:
     """One error answer with an example."""
-    return example(status, *ERRORS[status])
+    return example(status, *(ERRORS | _ACCESS)[status])
 
 
 def example(status: int, text: str, code: str, message: str, param: str | None) -> dict[str, Any]:

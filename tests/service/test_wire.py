@@ -44,6 +44,7 @@ jobs = st.builds(
     submitted=numbers,
     deadline=numbers,
     model=st.text(),
+    trace=st.text(),
 )
 finished = st.builds(
     Finished,
@@ -75,7 +76,7 @@ def fields(task: Task) -> dict[str, Any]:
 def test_a_job_comes_back_whole(job: Job) -> None:
     packed = pack_job(job)
     back = unpack_job(packed.message, lambda: packed.images, job.submitted, job.deadline)
-    for name in ("id", "request_id", "model", "output", "submitted", "deadline", "cost"):
+    for name in ("id", "request_id", "model", "trace", "output", "submitted", "deadline", "cost"):
         assert getattr(back, name) == getattr(job, name)
     assert [type(task) for task in back.tasks] == [type(task) for task in job.tasks]
     assert [fields(task) for task in back.tasks] == [fields(task) for task in job.tasks]
