@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from engines.provenance import package_version
 from service import errors
 from service.access import Access
 from service.api_keys import KeyFile
@@ -15,10 +16,10 @@ from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
-from service.routes import images, jobs, models, status
+from service.routes import images, jobs, models, openai, status
 from service.routes.openapi import guarded
 from service.routes.page import page_router
-from service.runtime import OpenPipeline, Service, package_version
+from service.runtime import OpenPipeline, Service
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
@@ -88,6 +89,7 @@ def create_app(
         app.include_router(images.router, **by_keys)
         app.include_router(jobs.router, **by_keys)
         app.include_router(models.router, **by_keys)
+        app.include_router(openai.router, **by_keys)
         app.include_router(status.about, **by_keys)
         app.include_router(page_router())
     return app

@@ -34,6 +34,11 @@ _IMAGE_STATUS = {
     "mask_size": 422,
     "mask_without_alpha": 422,
 }
+_PROBLEM_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "unsupported_option": "unsupported_option",
+}
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
@@ -181,7 +186,7 @@ def from_validation(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     if len(listed) > _LISTED_PROBLEMS:
         message += f"; and {len(listed) - _LISTED_PROBLEMS} more"
     place, kind, _ = listed[0]
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
+    code = _PROBLEM_CODES.get(kind, "invalid_value")
     return ApiError(422, code, message, param=place or None)
 
 

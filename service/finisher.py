@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from engines.images import encode_image
+from engines.images import encode_image, fit
 from engines.pipeline import Pipeline
-from engines.tasks import Pixels
+from engines.provenance import describe_image
+from engines.tasks import Floats, Pixels
 from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed, Finished
 from service.logs import describe
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Batches that may wait here. More would only be memory: ticks then wait for the slower decoder.
 _BACKLOG = 2
+_PREVIEW_PX = 128
+_PREVIEW_QUALITY = 70
 
 
 class Finisher:
@@ -52,6 +55,14 @@ class Finisher:
         self._slots.acquire()
         self._executor.submit(self._finish, units, units[0].work.lease.again())
 
+    def preview(self, units: Sequence[Unit]) -> None:
+        """Show how far the images of units of one tick are, unless finished ones wait."""
+        if not units or not self._slots.acquire(blocking=False):
+            return
+        # Now, as the next tick moves the rows.
+        latents = [unit.row.estimate for unit in units if unit.row is not None]
+        self._executor.submit(self._preview, units, latents, units[0].work.lease.again())
+
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
         self._executor.shutdown(wait=True)
@@ -73,6 +84,16 @@ class Finisher:
             lease.release()
             self._slots.release()
 
+    def _preview(self, units: Sequence[Unit], latents: Sequence[Floats], lease: Lease) -> None:
+        try:
+            for unit, pixels in zip(units, lease.pipeline.decode(latents), strict=True):
+                self._queue.show(unit.work.job.id, encode_preview(pixels))
+        except Exception as error:
+            logger.warning("a preview failed", extra=describe(error))
+        finally:
+            lease.release()
+            self._slots.release()
+
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work
         if self._safety is not None:
@@ -81,7 +102,8 @@ class Finisher:
                 self._fail(work, refusal)
                 return
         output = work.job.output
-        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality)
+        text = describe_image(unit.task, work.pipeline.manifest, output.metadata)
+        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality, text=text)
         self._metrics.images.inc()
         if work.complete and not work.over:
             self._settle(work)
@@ -109,3 +131,11 @@ class Finisher:
 
 def _decode(pipeline: Pipeline, units: Sequence[Unit]) -> Sequence[Pixels]:
     return pipeline.finish([unit.row for unit in units if unit.row is not None])
+
+
+def encode_preview(pixels: Pixels) -> bytes:
+    """A small WebP, at most 128 pixels on a side."""
+    height, width, _ = pixels.shape
+    scale = min(1.0, _PREVIEW_PX / max(height, width))
+    small = fit(pixels, (max(1, round(width * scale)), max(1, round(height * scale))))
+    return encode_image(small, "webp", quality=_PREVIEW_QUALITY)

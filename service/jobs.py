@@ -7,14 +7,19 @@ from typing import Literal
 
 from engines.images import ImageFormat
 from engines.pipeline import Edit, Inpaint, Task, kept_steps
+from engines.provenance import Metadata
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """How finished images are encoded; ``quality`` is 1 to 100, None for lossless formats."""
+    """How finished images are encoded; ``quality`` is 1 to 100, None for lossless formats.
+
+    ``metadata`` is how much each file says of how it was made.
+    """
 
     format: ImageFormat
     quality: int | None = None
+    metadata: Metadata = "settings"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,13 +14,13 @@ from contextvars import copy_context
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
+from engines.provenance import package_version
 from service.catalogue import Catalogue, ModelError, UnknownModel
 from service.errors import (
     ApiError,
@@ -400,11 +400,3 @@ def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyn
 
 async def _never() -> None:
     await asyncio.Event().wait()
-
-
-def package_version() -> str:
-    """The version of the installed distribution."""
-    try:
-        return version("fewstep")
-    except PackageNotFoundError:
-        return "unknown"

@@ -59,7 +59,7 @@ class Tracker:
             self._metrics.cancelled.labels(stage).inc()
         return await self.status(job_id)
 
-    async def follow(self, job_id: str) -> AsyncGenerator[Status | None, None]:
+    async def follow(self, job_id: str, preview: bool = False) -> AsyncGenerator[Status | None, None]:
         """The status whenever it has changed, until the job is over or the service stops; None for a heartbeat.
 
         While the queue is away nothing changes. Raises KeyError for a job that is not known (any more).
@@ -71,7 +71,7 @@ class Tracker:
         try:
             while True:
                 stopping = self._stopping.is_set()
-                status = await self._look_if_there(job_id)
+                status = await self._look_if_there(job_id, preview)
                 if status is not None and (last is None or _differ(status, last)):
                     yield status
                     last, wait_s, told = status, shortest, self._clock()
@@ -94,15 +94,15 @@ class Tracker:
             raise KeyError(job_id)
         return found
 
-    async def _look(self, job_id: str) -> Status:
-        status = await self._queue.status(job_id)
+    async def _look(self, job_id: str, preview: bool = False) -> Status:
+        status = await self._queue.status(job_id, preview)
         if status.outcome is None and status.left_s < -_LATE_S:
             return replace(status, state="failed", position=None, outcome=_EXPIRED)
         return status
 
-    async def _look_if_there(self, job_id: str) -> Status | None:
+    async def _look_if_there(self, job_id: str, preview: bool) -> Status | None:
         try:
-            return await self._look(job_id)
+            return await self._look(job_id, preview)
         except QueueUnavailable:
             return None
 
@@ -115,4 +115,4 @@ class Tracker:
 
 
 def _differ(status: Status, other: Status) -> bool:
-    return (status.state, status.done, status.position) != (other.state, other.done, other.position)
+    return any(getattr(status, name) != getattr(other, name) for name in ("state", "done", "position", "preview"))

@@ -22,6 +22,12 @@ class Unit:
     row: Row | None = None
 
     @property
+    def shown(self) -> bool:
+        """Whether it is what a preview of its job shows: the first image, in the making."""
+        begun = self.row is not None and self.row.z_before is not None and not self.row.done
+        return self.index == 0 and begun and not self.work.over
+
+    @property
     def remaining(self) -> int:
         """Its steps still to run."""
         return ticks(self.task) if self.row is None else self.row.remaining

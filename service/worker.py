@@ -200,7 +200,8 @@ class Worker:
     def _tick(self, units: Sequence[Unit]) -> None:
         results = isolate(self._denoise, units, lambda error, batch: self._failed("denoise", error, batch))
         self._end_failed(units, results)
-        self._queue.progress({unit.work.job.id: unit.work.progress for unit in units})
+        watched = self._queue.progress({unit.work.job.id: unit.work.progress for unit in units})
+        self._finisher.preview([unit for unit in units if unit.shown and unit.work.job.id in watched])
         done = [unit for unit in units if unit.row is not None and unit.row.done and not unit.work.over]
         if done:
             self._hand_over(done)

@@ -11,6 +11,9 @@ from service.jobs import Failed, Finished, Job, Outcome
 Stage = Literal["queued", "running"]
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
+WATCHED_S = 10.0
+"""How long previews are made after somebody asked for one."""
+
 FARTHEST_POSITION = 100
 """Jobs that wait behind more than so many others are told no position."""
 
@@ -86,7 +89,8 @@ class Status:
     """How far a job has come whose outcome is kept.
 
     ``done`` of ``total`` row-ticks have run, ``left_s`` seconds are left to its deadline. ``position`` is how many
-    jobs for its model wait before it, None where it does not wait or more than FARTHEST_POSITION do.
+    jobs for its model wait before it, None where it does not wait or more than FARTHEST_POSITION do. ``preview`` is
+    the last one that its worker has shown, of a running job and only for who asked for it.
     """
 
     state: JobState
@@ -96,6 +100,7 @@ class Status:
     note: str
     position: int | None = None
     outcome: Outcome | None = None
+    preview: bytes | None = None
 
 
 def state_after(outcome: Outcome) -> JobState:
@@ -136,8 +141,11 @@ class JobQueue(Protocol):
         """Wait for the outcome of a submitted job. It can be had once; KeyError for an unknown job."""
         ...
 
-    async def status(self, job_id: str) -> Status:
-        """How far a job has come whose outcome is kept. KeyError for one that is unknown, or no longer kept."""
+    async def status(self, job_id: str, preview: bool = False) -> Status:
+        """How far a job has come whose outcome is kept. KeyError for one that is unknown, or no longer kept.
+
+        ``preview`` asks for one: the worker learns of that with its next `progress`.
+        """
         ...
 
     async def cancel(self, job_id: str) -> Stage | None:
@@ -157,8 +165,12 @@ class JobQueue(Protocol):
         """Which of these taken jobs were cancelled since."""
         ...
 
-    def progress(self, done: Mapping[str, int]) -> None:
-        """Note how many row-ticks of these taken jobs have run."""
+    def progress(self, done: Mapping[str, int]) -> set[str]:
+        """Note how many row-ticks of these taken jobs have run. Returns those of which previews are wanted."""
+        ...
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """Hand over a preview of a taken job."""
         ...
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:

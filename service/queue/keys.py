@@ -57,6 +57,11 @@ def claim(key: str) -> str:
     return f"{PREFIX}claim:{key}"
 
 
+def preview(job_id: str) -> str:
+    """String: a small image of how far a running job is, where somebody wants to see that."""
+    return f"{PREFIX}preview:{job_id}"
+
+
 def replies(process: str) -> str:
     """Stream: the jobs of an API process that have an outcome since."""
     return f"{PREFIX}replies:{process}"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.base import RATE_MEMORY_S, Bounds, state_after
+from service.queue.base import RATE_MEMORY_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
 from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
@@ -99,14 +99,25 @@ class Leases:
         states = self._reach(partial(self._redis.run, "states", [keys.record(job_id) for job_id in held]), unknown)
         return {job_id for job_id, state in zip(held, states, strict=True) if state != b"running"}
 
-    def progress(self, done: Mapping[str, int]) -> None:
+    def progress(self, done: Mapping[str, int]) -> set[str]:
         """See JobQueue.progress."""
         with self._changed:
             held = {job_id: self._held[job_id] for job_id in done if job_id in self._held}
         kept = [job_id for job_id, lease in held.items() if lease.kept]
-        if kept:
-            names = [keys.record(job_id) for job_id in kept]
-            self._reach(partial(self._redis.run, "progress", names, [done[job_id] for job_id in kept]), None)
+        if not kept:
+            return set()
+        names = [keys.record(job_id) for job_id in kept]
+        unknown = [0] * len(kept)
+        watched = self._reach(partial(self._redis.run, "progress", names, [done[job_id] for job_id in kept]), unknown)
+        return {job_id for job_id, wanted in zip(kept, watched, strict=True) if wanted}
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """See JobQueue.show."""
+        with self._changed:
+            held = job_id in self._held
+        if held:
+            keep = milliseconds(WATCHED_S)
+            self._reach(lambda: self._redis.client.set(keys.preview(job_id), preview, px=keep), None)
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""

@@ -105,10 +105,10 @@ class MemoryQueue:
             self._outcomes.pop(job_id, None)
         return outcome
 
-    async def status(self, job_id: str) -> Status:
+    async def status(self, job_id: str, preview: bool = False) -> Status:
         """See JobQueue.status."""
         with self._changed:
-            return replace(self._shelf.status(job_id), position=self._position(job_id))
+            return replace(self._shelf.status(job_id, preview), position=self._position(job_id))
 
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
@@ -147,11 +147,15 @@ class MemoryQueue:
         with self._changed:
             return self._cancelled.intersection(job_ids)
 
-    def progress(self, done: Mapping[str, int]) -> None:
+    def progress(self, done: Mapping[str, int]) -> set[str]:
         """See JobQueue.progress."""
         with self._changed:
-            for job_id, ticks in done.items():
-                self._shelf.progress(job_id, ticks)
+            return {job_id for job_id, ticks in done.items() if self._shelf.progress(job_id, ticks)}
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """See JobQueue.show."""
+        with self._changed:
+            self._shelf.show(job_id, preview)
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""

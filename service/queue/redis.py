@@ -59,9 +59,9 @@ class RedisQueue:
         """See JobQueue.outcome."""
         return await self._submissions.outcome(job_id)
 
-    async def status(self, job_id: str) -> Status:
+    async def status(self, job_id: str, preview: bool = False) -> Status:
         """See JobQueue.status."""
-        return await self._submissions.status(job_id)
+        return await self._submissions.status(job_id, preview)
 
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
@@ -75,9 +75,13 @@ class RedisQueue:
         """See JobQueue.cancelled."""
         return self._leases.cancelled(job_ids)
 
-    def progress(self, done: Mapping[str, int]) -> None:
+    def progress(self, done: Mapping[str, int]) -> set[str]:
         """See JobQueue.progress."""
-        self._leases.progress(done)
+        return self._leases.progress(done)
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """See JobQueue.show."""
+        self._leases.show(job_id, preview)
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.jobs import Finished, Job, Outcome
-from service.queue.base import Bounds, JobState, Keep, KeyConflict, Status, state_after
+from service.queue.base import WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
 
 
 @dataclass(eq=False, slots=True)
@@ -20,6 +20,8 @@ class _Entry:
     done: int = 0
     outcome: Outcome | None = None
     expires: float = math.inf
+    watched_until: float = -math.inf
+    preview: bytes | None = None
 
     @property
     def size(self) -> int:
@@ -62,18 +64,26 @@ class Shelf:
         if (entry := self._entries.get(job_id)) is not None:
             entry.state = "running"
 
-    def progress(self, job_id: str, done: int) -> None:
-        """So many of its row-ticks have run, if it is one of these and not over."""
+    def progress(self, job_id: str, done: int) -> bool:
+        """So many of its row-ticks have run, if it is one of these and not over. Says whether previews are wanted."""
+        entry = self._entries.get(job_id)
+        if entry is None or entry.outcome is not None:
+            return False
+        entry.done = done
+        return entry.watched_until > self._clock()
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """There is a preview of it, if it is one of these and not over."""
         entry = self._entries.get(job_id)
         if entry is not None and entry.outcome is None:
-            entry.done = done
+            entry.preview = preview
 
     def end(self, job_id: str, outcome: Outcome) -> bool:
         """It has an outcome. The first one counts and gives True."""
         entry = self._entries[job_id]
         if entry.outcome is not None:
             return False
-        entry.outcome = outcome
+        entry.outcome, entry.preview = outcome, None
         entry.state = state_after(outcome)
         entry.expires = self._clock() + entry.keep.seconds
         self._over[job_id] = entry
@@ -81,12 +91,22 @@ class Shelf:
         self._drop_old()
         return True
 
-    def status(self, job_id: str) -> Status:
+    def status(self, job_id: str, preview: bool) -> Status:
         """How far it has come; its position is the queue's to say. KeyError where it is not here."""
         self._drop_old()
         entry = self._entries[job_id]
-        left_s = entry.deadline - self._clock()
-        return Status(entry.state, entry.done, entry.total, left_s, entry.keep.note, outcome=entry.outcome)
+        now = self._clock()
+        if preview:
+            entry.watched_until = now + WATCHED_S
+        return Status(
+            state=entry.state,
+            done=entry.done,
+            total=entry.total,
+            left_s=entry.deadline - now,
+            note=entry.keep.note,
+            outcome=entry.outcome,
+            preview=entry.preview if preview else None,
+        )
 
     def _drop_old(self) -> None:
         while self._over and self._has_too_much():

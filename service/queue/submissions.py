@@ -17,6 +17,7 @@ from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import (
     CANCELLED,
     FARTHEST_POSITION,
+    WATCHED_S,
     Bounds,
     Keep,
     KeyConflict,
@@ -100,10 +101,11 @@ class Submissions:
         self._waiting.pop(job_id, None)
         return outcome
 
-    async def status(self, job_id: str) -> Status:
+    async def status(self, job_id: str, preview: bool) -> Status:
         """See JobQueue.status."""
+        names = [keys.record(job_id), keys.result(job_id)] + ([keys.preview(job_id)] if preview else [])
         try:
-            found = await self._redis.run("status", [keys.record(job_id), keys.result(job_id)], [FARTHEST_POSITION])
+            found = await self._redis.run("status", names, [FARTHEST_POSITION, milliseconds(WATCHED_S)])
         except AWAY as error:
             self._note_away(error)
             raise QueueUnavailable from error
@@ -231,7 +233,7 @@ def _outcome(state: bytes | int) -> Outcome | None:
 
 def _status(found: Sequence[Any]) -> Status:
     """What the script `status` says."""
-    state, done, total, left_ms, note, position, outcome = found
+    state, done, total, left_ms, note, position, outcome, preview = found
     return Status(
         state=state.decode(),
         done=int(done),
@@ -240,4 +242,5 @@ def _status(found: Sequence[Any]) -> Status:
         note=note.decode(),
         position=position if position >= 0 else None,
         outcome=None if outcome is None else _outcome(outcome),
+        preview=preview,
     )

@@ -21,7 +21,7 @@ VERSION = 1
 
 _KINDS: dict[str, type[Task]] = {"generate": Generate, "edit": Edit, "inpaint": Inpaint}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-_ARRAYS = frozenset({"image", "repaint"})
+_ARRAYS = frozenset({"image", "repaint", "blend"})
 _SIZE_BYTES = 4
 
 
@@ -110,7 +110,8 @@ def unpack_outcome(data: bytes) -> Outcome:
 def _pack_task(task: Task, arrays: list[NDArray[Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": _NAMES[type(task)], **vars(task)}
     for name in _ARRAYS & fields.keys():
-        fields[name] = _place(fields[name], arrays)
+        if fields[name] is not None:
+            fields[name] = _place(fields[name], arrays)
     return fields
 
 
@@ -124,7 +125,8 @@ def _place(array: NDArray[Any], arrays: list[NDArray[Any]]) -> int:
 
 
 def _unpack_task(fields: dict[str, Any], arrays: list[NDArray[Any]]) -> Task:
-    values = {name: arrays[value] if name in _ARRAYS else value for name, value in fields.items() if name != "kind"}
+    values = {name: value for name, value in fields.items() if name != "kind"}
+    values |= {name: arrays[fields[name]] for name in _ARRAYS & fields.keys() if fields[name] is not None}
     return _KINDS[fields["kind"]](**values)
 
 

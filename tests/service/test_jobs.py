@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 
 from engines.backends.base import EngineError
-from engines.pipeline import Generate
+from engines.pipeline import Generate, Row
 from service import tracker
 from service.app import create_app
-from service.queue.base import QueueUnavailable
+from service.finisher import encode_preview
+from service.queue.base import QueueUnavailable, Status
 from service.queue.memory import MemoryQueue
 from service.runtime import State
 from service.schemas import JobResponse
@@ -184,7 +187,7 @@ async def test_unknown_jobs_and_options_are_refused(app: Running) -> None:
             error(await app.client.request(method, f"/jobs/{job_id}{tail}"), 404, "job_not_found", "job_id")
     known = await ask(app)
     for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
-        answer = await app.client.request(method, f"/jobs/{known}{tail}?preview=true")
+        answer = await app.client.request(method, f"/jobs/{known}{tail}?{'x' if tail else 'preview'}=true")
         error(answer, 422, "unknown_field", "query")
 
 
@@ -239,6 +242,33 @@ async def test_events_tell_of_every_tick_and_end_by_themselves(app: Running, mon
     assert names[-1] == "done"
     assert events[-1][1] == (await app.client.get(f"/jobs/{job_id}")).json()
     assert app.service.tracker.following == 0
+
+
+async def test_who_follows_may_see_the_image_in_the_making(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = app.pipeline.tick
+    moved: list[Row] = []
+
+    def slow(rows: Sequence[Row]) -> None:
+        time.sleep(0.5)
+        tick(rows)
+        moved.extend(copy.copy(row) for row in rows)
+
+    monkeypatch.setattr(app.pipeline, "tick", slow)
+    job_id = await ask(app, n=2)
+    events = events_of((await app.client.get(f"/jobs/{job_id}/events?preview=true")).text)
+    shown = dict.fromkeys(data["preview"] for _, data in events if data["preview"])
+    firsts = [row.estimate for row in moved if not row.done and row.task.seed == moved[0].task.seed]
+    # One that comes late may be followed by the next before it is told.
+    expected = list(map(encode_preview, app.pipeline.decode(firsts)))
+    assert shown
+    assert {base64.b64decode(text) for text in shown} <= set(expected)
+    assert len(set(expected)) == 3
+    assert events[-1][0] == "done"
+    assert events[-1][1]["preview"] is None
+    plain = await ask(app)
+    events = events_of((await app.client.get(f"/jobs/{plain}/events?preview=false")).text)
+    assert all(data["preview"] is None for _, data in events)
+    error(await app.client.get(f"/jobs/{plain}/events?preview=perhaps"), 422, "invalid_value", "query")
 
 
 async def test_events_of_a_job_that_is_over_are_one(app: Running) -> None:
@@ -367,10 +397,10 @@ async def test_while_the_queue_is_away_jobs_are_asked_about_in_vain(
     class Away(MemoryQueue):
         away = False
 
-        async def status(self, job_id: str) -> Any:
+        async def status(self, job_id: str, preview: bool = False) -> Status:
             if self.away:
                 raise QueueUnavailable
-            return await super().status(job_id)
+            return await super().status(job_id, preview)
 
     queue = Away(100)
     async with running(settings, queue=queue) as app:

@@ -388,6 +388,23 @@ async def test_a_key_of_a_job_that_was_refused_stays_free(queue: JobQueue) -> No
     assert await queue.submit(job("b"), keep) == "b"
 
 
+async def test_previews_are_made_for_who_asks_while_the_job_runs(queue: JobQueue) -> None:
+    await queue.submit(job("a"), KEEP)
+    await queue.submit(job("unseen"), KEEP)
+    taken(queue, 2)
+    assert queue.progress({"a": 1, "unseen": 1}) == set()
+    assert (await queue.status("a", preview=True)).preview is None
+    assert queue.progress({"a": 2, "unseen": 2, "never seen": 1}) == {"a"}
+    queue.show("a", b"small")
+    queue.show("never seen", b"small")
+    assert (await queue.status("a", preview=True)).preview == b"small"
+    assert (await queue.status("a")).preview is None
+    queue.settle("a", FINISHED)
+    queue.show("a", b"too late")
+    assert (await queue.status("a", preview=True)).preview is None
+    assert queue.progress({"a": 3}) == set()
+
+
 async def test_far_behind_there_is_no_position(queue: JobQueue) -> None:
     for k in range(FARTHEST_POSITION + 2):
         # Without cost, so that all fit.

@@ -44,7 +44,7 @@ end
 -- What is left of a job that nobody works on any more: nothing, but for one whose outcome is kept.
 local function forget(id)
   local record = PREFIX .. 'job:' .. id
-  redis.call('DEL', PREFIX .. 'images:' .. id)
+  redis.call('DEL', PREFIX .. 'images:' .. id, PREFIX .. 'preview:' .. id)
   if redis.call('HEXISTS', record, 'kept') == 1 then
     redis.call('HDEL', record, 'message')
   else
