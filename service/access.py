@@ -52,10 +52,12 @@ class Access:
 
     def _admitted(self, headers: Headers) -> ApiKey:
         """The key of a request that may go on. Raises ApiError."""
-        key = self._keys.find(_offered(headers))
+        offered = _offered(headers)
+        key = self._keys.find(offered)
         if key is None:
             self._metrics.rejected.labels("unauthorized").inc()
-            raise ApiError(401, "unauthorized", "an API key is needed, and this is none", headers=_CHALLENGE)
+            message = "this API key is not known" if offered else "an API key is needed"
+            raise ApiError(401, "unauthorized", message, headers=_CHALLENGE)
         wait_s = self._buckets.wait_s(key)
         if wait_s > 0:
             self._metrics.rejected.labels("rate_limited").inc()

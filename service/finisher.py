@@ -87,12 +87,18 @@ class Finisher:
     def _preview(self, units: Sequence[Unit], latents: Sequence[Floats], lease: Lease) -> None:
         try:
             for unit, pixels in zip(units, lease.pipeline.decode(latents), strict=True):
-                self._queue.show(unit.work.job.id, encode_preview(pixels))
+                if self._may_be_shown(unit, pixels):
+                    self._queue.show(unit.work.job.id, encode_preview(pixels))
         except Exception as error:
-            logger.warning("a preview failed", extra=describe(error))
+            logger.warning("a preview failed", extra={"requests": requests_of(units), **describe(error)})
         finally:
             lease.release()
             self._slots.release()
+
+    def _may_be_shown(self, unit: Unit, pixels: Pixels) -> bool:
+        if self._safety is None:
+            return True
+        return self._safety.refuse_preview(unit.work.job, unit.task.condition, pixels) is None
 
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work

@@ -97,6 +97,8 @@ class RequestContext:
             "status": status,
             "duration_ms": round(seconds * 1000, 1),
         }
+        if (key := scope["state"].get("api_key")) is not None:
+            fields["key"] = key.name
         logger.log(level, "request", extra=fields)
 
 

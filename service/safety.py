@@ -2,9 +2,9 @@
 
 ``FEWSTEP_SAFETY=module:callable`` names a callable of a prompt (or class) and an image, which returns None or the
 reason for a refusal, which the client is told. It is asked about each prompt before its job is queued, with None for
-the image, by the process that takes the request; and about each finished image, before it is encoded, by the process
-that made it. Prompts have a thread of their own and images another: neither holds up requests or ticks, and a process
-that does both may ask about a prompt and an image at once.
+the image, by the process that takes the request; and about each finished image and each preview, before it is encoded,
+by the process that made it. Prompts have a thread of their own and images another: neither holds up requests or ticks,
+and a process that does both may ask about a prompt and an image at once.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Safety:
     def refuse_image(self, job: Job, condition: str, image: Pixels) -> Failed | None:
         """Why an image of a job is refused, uint8 with shape (H, W, 3); None where it is not."""
         return self._refusal("image", job, condition, image)
+
+    def refuse_preview(self, job: Job, condition: str, image: Pixels) -> Failed | None:
+        """The same of an image in the making. It is only not shown: the finished one is judged for itself."""
+        return self._refusal("preview", job, condition, image)
 
     def _refusal(self, stage: str, job: Job, condition: str, image: Pixels | None) -> Failed | None:
         try:

@@ -44,7 +44,7 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
 
 # The same, of what not every endpoint or not every service answers.
 _ACCESS: dict[int, tuple[str, str, str, str | None]] = {
-    401: ("No API key, or none that is known", "unauthorized", "an API key is needed, and this is none", None),
+    401: ("No API key, or none that is known", "unauthorized", "an API key is needed", None),
     403: ("Only for admins, or off", "not_an_admin", "this needs the key of an admin", None),
 }
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.api_keys import ApiKey, digest_of
@@ -84,6 +87,19 @@ async def test_without_a_key_nothing_is_served(app: Running, headers: dict[str, 
         assert (found["type"], found["retryable"]) == ("authentication_error", False)
         assert answer.headers["www-authenticate"].startswith("Bearer")
     assert app.metric("fewstep_rejected_total", reason="unauthorized") == 8
+
+
+@settings_of_hypothesis(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.sampled_from(["Authorization", "X-Api-Key", "Traceparent", "Origin", "X-Request-ID", "Content-Length"]),
+        st.binary().map(lambda value: value.replace(b"\r", b"").replace(b"\n", b"")),
+    ),
+    st.sampled_from(["/generate", "/models", "/readyz", "/", "/jobs/%00", "/generate/", "/%2e%2e/models"]),
+)
+async def test_no_header_opens_anything_or_is_a_fault(app: Running, headers: dict[str, bytes], path: str) -> None:
+    answer = await app.client.get(path, headers=headers)
+    assert answer.status_code == (200 if path in ("/readyz", "/") else 401)
 
 
 async def test_the_orchestrator_and_the_page_need_no_key(app: Running) -> None:

@@ -119,6 +119,8 @@ async def test_no_line_at_any_level_holds_a_secret(
             server.stop()
             assert await post("/generate") == 503
             server.start()
+    served = [line for line in lines.of("request") if line["status"] != 401]
+    assert {line["key"] for line in served} == {"ann"}, "the name of a key says whose request it was"
     assert "batch failed" in lines.text
     assert "the queue is away" in lines.text
     assert "the keys stay as they were" in lines.text

@@ -42,7 +42,7 @@ class Tally:
         self.answers: Counter[str] = Counter()
 
     def add(self, answer: httpx.Response, seed: str) -> None:
-        code = "image" if answer.status_code == 200 else answer.json()["error"]["code"]
+        code = {200: "image", 202: "job"}.get(answer.status_code) or answer.json()["error"]["code"]
         self.answers[code] += 1
         assert answer.status_code < 500, (seed, answer.text)
         if self.answers.total() == WARM:

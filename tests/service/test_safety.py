@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from engines.pipeline import Row
 from service.settings import Settings
 from tests.service import checks
 from tests.service.helpers import SIZE, Running, error, pixels, running, until
@@ -136,6 +139,30 @@ async def test_jobs_that_nobody_waits_for_are_checked_too(anyio_backend: str, se
         while (job := (await app.client.get(place)).json())["status"] in ("queued", "running"):
             await asyncio.sleep(0.01)
         assert (job["status"], job["error"]["code"]) == ("failed", "content_refused")
+
+
+async def test_a_preview_that_is_refused_is_not_shown(
+    anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(checked(settings, "refuse_images")) as app:
+        tick = app.pipeline.tick
+
+        def slow(rows: Sequence[Row]) -> None:
+            time.sleep(0.2)
+            tick(rows)
+
+        monkeypatch.setattr(app.pipeline, "tick", slow)
+        accepted = await app.post("/generate", prompt="a cat", **{"async": True})
+        events = (await app.client.get(f"{accepted.headers['location']}/events?preview=true")).text
+        assert app.metric("fewstep_content_refused_total", stage="preview") >= 1
+        told = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+        assert {job["preview"] for job in told} == {None}
+        assert told[-1]["error"]["code"] == "content_refused"
+
+
+async def test_openais_endpoints_are_checked_too(anyio_backend: str, settings: Settings) -> None:
+    async with running(checked(settings, "refuse_dogs")) as app:
+        error(await app.post("/v1/images/generations", prompt="a dog"), 422, "content_refused")
 
 
 @pytest.mark.parametrize("name", ["nowhere:check", "tests.service.checks", "tests.service.checks:NOT_A_CHECK", ":", ""])
