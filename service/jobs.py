@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 from engines.images import ImageFormat
@@ -15,6 +16,14 @@ class Output:
 
     format: ImageFormat
     quality: int | None = None
+
+
+class Priority(IntEnum):
+    """How much a job is in a hurry beside others."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +41,7 @@ class Job:
     submitted: float
     deadline: float
     model: str = ""
+    priority: Priority = Priority.NORMAL
 
     @property
     def cost(self) -> int:

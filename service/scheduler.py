@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from service.latency import Latency
+from service.queue.base import HEAD_START_S
 from service.shares import Shares
 
 # A nominal speed, until a tick of a group was measured. Only its proportion between groups matters.
@@ -55,7 +56,7 @@ class Scheduler:
     before all; what can no longer meet its own is given up at once. A lone row never waits for company.
     """
 
-    def __init__(self, max_rows: int, head_start_s: float = 10.0) -> None:
+    def __init__(self, max_rows: int, head_start_s: float = HEAD_START_S) -> None:
         """Plan ticks of at most ``max_rows`` rows."""
         if max_rows < 1:
             raise ValueError(f"a tick needs room for a row, got {max_rows}")

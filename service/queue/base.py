@@ -11,6 +11,8 @@ from service.jobs import Job, Outcome
 Stage = Literal["queued", "running"]
 
 RATE_MEMORY_S = 10.0
+# A step of priority counts as so much age: so nothing is overtaken for ever.
+HEAD_START_S = 10.0
 _RETRY_AFTER_S = (1.0, 60.0)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 
 from service.jobs import Failed, Job, Outcome
-from service.queue.base import RATE_MEMORY_S, QueueFull, QueueStats, Stage, retry_after_s
+from service.queue.base import HEAD_START_S, RATE_MEMORY_S, QueueFull, QueueStats, Stage, retry_after_s
 
 
 class DrainRate:
@@ -39,6 +39,11 @@ class DrainRate:
     def per_second(self) -> float:
         """Row-ticks a second, 0 while nothing is known."""
         return self._cost / self._seconds if self._seconds > 0 else 0.0
+
+
+def _rank(job: Job) -> float:
+    """When the job was submitted, or would have been with no priority, to be where it is in the line."""
+    return job.submitted - HEAD_START_S * job.priority
 
 
 class MemoryQueue:
@@ -103,8 +108,9 @@ class MemoryQueue:
                 self._changed.wait_for(lambda: self._next(models) is not None, wait_s)
             taken: list[Job] = []
             room = rows
-            while room > 0 and (job := self._next(models)) is not None:
-                if taken and len(job.tasks) > room:
+            # The sort is stable: without priorities the order is that of submission.
+            for job in sorted((job for job in self._waiting.values() if job.model in models), key=_rank):
+                if room <= 0 or (taken and len(job.tasks) > room):
                     break
                 taken.append(self._waiting.pop(job.id))
                 room -= len(job.tasks)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.pipeline import Edit, Generate, Inpaint, Task
-from service.jobs import Failed, Finished, Job, Outcome, Output, Timings
+from service.jobs import Failed, Finished, Job, Outcome, Output, Priority, Timings
 
 VERSION = 1
 
@@ -45,6 +45,7 @@ def pack_job(job: Job) -> Packed:
         "id": job.id,
         "request_id": job.request_id,
         "model": job.model,
+        "priority": job.priority,
         "output": asdict(job.output),
         "tasks": [_pack_task(task, arrays) for task in job.tasks],
         "arrays": len(arrays),
@@ -62,7 +63,8 @@ def unpack_job(message: bytes, fetch_images: Callable[[], bytes], submitted: flo
         arrays = _read_arrays(fetch_images(), fields["arrays"]) if fields["arrays"] else []
         tasks = tuple(_unpack_task(task, arrays) for task in fields["tasks"])
         output = Output(**fields["output"])
-        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, fields["model"])
+        priority = Priority(fields.get("priority", Priority.NORMAL))
+        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, fields["model"], priority)
     except (LookupError, TypeError, ValueError) as error:
         raise WireError("the job has other fields than this version's") from error
 
