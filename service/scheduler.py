@@ -14,7 +14,7 @@ from service.shares import Shares
 # A nominal speed, until a tick of a group was measured. Only its proportion between groups matters.
 _S_PER_PIXEL = 1e-6
 # Splitting a tick must gain at least this, for a measured time is never exact.
-_GAIN = 0.95
+_GAIN = 0.9
 # How long a cap that memory forced is kept: what else took the memory may be gone.
 _CAP_S = 60.0
 _MOST_GROUPS = 256
@@ -169,12 +169,14 @@ class Scheduler:
     def _rows_that_pay(self, group: Hashable, waiting: int, now: float) -> int:
         """How many rows to run at once: all that may, or fewer where two ticks take less than the one.
 
-        An engine of fixed shapes pads: 17 rows may take as long as 32, and 16 and then 1 less than that.
+        An engine of fixed shapes pads: 17 rows may take as long as 32, and 16 and then 1 less than that. That is
+        decided by what was measured, never by the line.
         """
         latency = self._latencies[group]
         best = most = min(waiting, self.cap(group, now))
         best_s = _GAIN * latency.seconds(most)
-        for rows in latency.sizes:
+        measured = latency.sizes
+        for rows in measured if most in measured else ():
             if rows < most and (split_s := latency.seconds(rows) + latency.seconds(most - rows)) < best_s:
                 best, best_s = max(rows, most - rows), split_s
         return best
