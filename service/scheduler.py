@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -99,15 +100,15 @@ class Scheduler:
         live, expired, hopeless = self._sift(candidates, now)
         if not live:
             return Plan((), expired, hopeless)
-        done_by = now + self._backlog_s(live, now)
-        ordered = sorted(live, key=partial(self._urgency, done_by))
+        ordered = self._in_line(live, now)
         groups: dict[Hashable, list[Candidate]] = {}
         for candidate in ordered:
             groups.setdefault(candidate.group, []).append(candidate)
         batches = {group: rows[: self._rows_that_pay(group, len(rows), now)] for group, rows in groups.items()}
         costs = {group: self.expected_s(group, len(batch)) for group, batch in batches.items()}
         first = ordered[0]
-        urgent = first.deadline < done_by or self._rank(first) + self.head_start_s < now
+        at_risk = first.deadline < now + self._backlog_s(live, now)
+        urgent = at_risk or self._rank(first) + self.head_start_s < now
         chosen = self._shares.next(costs, first.group if urgent else None)
         return Plan(tuple(batches[chosen]), expired, hopeless)
 
@@ -120,30 +121,43 @@ class Scheduler:
             self.introduce(candidate.group, candidate.pixels, {})
         expired = frozenset(candidate.job_id for candidate in known if candidate.deadline <= now)
         left = [candidate for candidate in known if candidate.job_id not in expired]
-        groups: dict[Hashable, list[Candidate]] = {}
-        for candidate in left:
-            groups.setdefault(candidate.group, []).append(candidate)
-        hopeless = frozenset(one.job_id for group, rows in groups.items() for one in self._lost(group, rows, now))
+        hopeless = frozenset(candidate.job_id for candidate in self._lost(left, now))
         return [candidate for candidate in left if candidate.job_id not in hopeless], expired, hopeless
 
-    def _lost(self, group: Hashable, rows: Sequence[Candidate], now: float) -> list[Candidate]:
-        """Those that miss their deadline even if every tick is theirs.
+    def _lost(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        """Those that miss their deadline though only what goes before them in the line is done before them.
 
-        Those with the least time a step go first, for each that goes makes the ticks of the others shorter.
+        Rows that fill a tick start together, once the work before them is done; each that is lost makes the ticks of
+        the others shorter.
         """
+        company = Counter(candidate.group for candidate in candidates)
+        kept: Counter[Hashable] = Counter()
+        starts: dict[Hashable, float] = {}
         lost: list[Candidate] = []
-        for candidate in sorted(rows, key=lambda one: (one.deadline - now) / one.remaining):
-            if now + candidate.remaining * self._step_s(group, len(rows) - len(lost), now) <= candidate.deadline:
-                break
-            lost.append(candidate)
-        if lost:
+        busy_until = now
+        for candidate in self._in_line(candidates, now):
+            group, rows = candidate.group, self._fit(candidate.group, company[candidate.group], now)
+            if kept[group] % rows == 0:
+                starts[group] = busy_until
+            own_s = candidate.remaining * self._step_s(group, rows)
+            if starts[group] + own_s > candidate.deadline:
+                lost.append(candidate)
+                company[group] -= 1
+            else:
+                kept[group] += 1
+                busy_until += own_s / rows
+        for group in {candidate.group for candidate in lost}:
             self._latencies[group].doubt()
         return lost
 
-    def _step_s(self, group: Hashable, waiting: int, now: float) -> float:
-        """What a step takes in the company that waits, as far as that is known."""
+    def _step_s(self, group: Hashable, rows: int) -> float:
+        """What a tick of so many rows takes, 0 where nothing was measured."""
         latency = self._latencies[group]
-        return latency.seconds(min(waiting, self.cap(group, now))) if latency.known else 0.0
+        return latency.seconds(rows) if latency.known else 0.0
+
+    def _fit(self, group: Hashable, waiting: int, now: float) -> int:
+        """As many of the rows that wait as a tick may have."""
+        return min(waiting, self.cap(group, now))
 
     def _backlog_s(self, candidates: Sequence[Candidate], now: float) -> float:
         """Seconds until all of this is done."""
@@ -153,8 +167,11 @@ class Scheduler:
         return sum(self._seconds_of(group, remaining, now) for group, remaining in steps.items())
 
     def _seconds_of(self, group: Hashable, remaining: Sequence[int], now: float) -> float:
-        rows = min(len(remaining), self.cap(group, now))
+        rows = self._fit(group, len(remaining), now)
         return max(max(remaining), math.ceil(sum(remaining) / rows)) * self.expected_s(group, rows)
+
+    def _in_line(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        return sorted(candidates, key=partial(self._urgency, now + self._backlog_s(candidates, now)))
 
     def _urgency(self, done_by: float, candidate: Candidate) -> tuple[bool, float, float, str, int]:
         """The place in the line: those at risk by priority and deadline, then the others by priority and age."""
@@ -173,7 +190,7 @@ class Scheduler:
         decided by what was measured, never by the line.
         """
         latency = self._latencies[group]
-        best = most = min(waiting, self.cap(group, now))
+        best = most = self._fit(group, waiting, now)
         best_s = _GAIN * latency.seconds(most)
         measured = latency.sizes
         for rows in measured if most in measured else ():

@@ -58,7 +58,10 @@ class JobQueue(Protocol):
     """
 
     async def submit(self, job: Job) -> None:
-        """Accept the job or raise QueueFull. An accepted job is settled or cancelled, never lost."""
+        """Accept the job, or raise QueueFull, also where it would come too late behind the others.
+
+        An accepted job is settled or cancelled, never lost.
+        """
         ...
 
     async def outcome(self, job_id: str) -> Outcome:

@@ -10,8 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 
-from service.jobs import Failed, Job, Outcome
+from service.jobs import Failed, Finished, Job, Outcome
 from service.queue.base import HEAD_START_S, RATE_MEMORY_S, QueueFull, QueueStats, Stage, retry_after_s
+
+_SMOOTHING = 0.1
 
 
 class DrainRate:
@@ -49,7 +51,8 @@ def _rank(job: Job) -> float:
 class MemoryQueue:
     """A JobQueue in memory that holds jobs of at most ``max_cost`` row-ticks.
 
-    A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run.
+    A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run. One that would
+    come too late behind the others, as fast as they are taken, is refused: better now than when its time is over.
     """
 
     def __init__(self, max_cost: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,6 +63,8 @@ class MemoryQueue:
         self._waiting_cost = 0
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
+        self._taken: dict[str, float] = {}
+        self._making_s = 0.0
         self._rate = DrainRate(RATE_MEMORY_S)
 
     async def submit(self, job: Job) -> None:
@@ -67,7 +72,7 @@ class MemoryQueue:
         with self._changed:
             if job.id in self._outcomes:
                 raise ValueError(f"job {job.id} was submitted before")
-            if self._waiting and self._waiting_cost + job.cost > self._max_cost:
+            if self._waiting and (self._waiting_cost + job.cost > self._max_cost or self._too_late(job)):
                 raise QueueFull(self._retry_after_s())
             self._waiting[job.id] = job
             self._waiting_cost += job.cost
@@ -114,6 +119,7 @@ class MemoryQueue:
                     break
                 taken.append(self._waiting.pop(job.id))
                 room -= len(job.tasks)
+            self._taken |= dict.fromkeys((job.id for job in taken), self._clock())
             cost = sum(job.cost for job in taken)
             self._waiting_cost -= cost
             if taken:
@@ -129,6 +135,8 @@ class MemoryQueue:
         """See JobQueue.settle."""
         with self._changed:
             self._cancelled.discard(job_id)
+            if (taken := self._taken.pop(job_id, None)) is not None and isinstance(outcome, Finished):
+                self._making_s += _SMOOTHING * (self._clock() - taken - self._making_s)
             future = self._outcomes.get(job_id)
             if future is None or future.done():
                 return False
@@ -147,6 +155,13 @@ class MemoryQueue:
 
     def _next(self, models: Collection[str]) -> Job | None:
         return next((job for job in self._waiting.values() if job.model in models), None)
+
+    def _too_late(self, job: Job) -> bool:
+        """Whether the job would be done after its deadline, as fast as others were taken and then made."""
+        if self._rate.per_second == 0:
+            return False
+        waits_s = (self._waiting_cost + job.cost) / self._rate.per_second
+        return self._clock() + waits_s + self._making_s > job.deadline
 
     def _retry_after_s(self) -> float:
         return retry_after_s(self._waiting_cost, self._rate.per_second)
