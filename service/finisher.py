@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from engines.backends.base import DeviceLostError
 from engines.images import encode_image, fit
 from engines.pipeline import Pipeline
 from engines.provenance import describe_image
@@ -32,7 +33,10 @@ _PREVIEW_QUALITY = 70
 
 
 class Finisher:
-    """Decodes, checks, encodes and settles. `submit` blocks while the backlog is full."""
+    """Decodes, checks, encodes and settles. `submit` blocks while the backlog is full.
+
+    ``device_lost`` turns true where decoding finds that the device runs nothing any more.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Finisher:
         self._tracing = tracing or Untraced()
         self._metrics = metrics
         self._clock = clock
+        self.device_lost = False
         self._slots = threading.BoundedSemaphore(_BACKLOG)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
 
@@ -73,6 +78,7 @@ class Finisher:
             results = isolate(partial(_decode, lease.pipeline), wanted, self._failed)
             for unit, pixels, failure in zip(wanted, results, failures(results), strict=True):
                 if failure is not None:
+                    self.device_lost = self.device_lost or isinstance(pixels, DeviceLostError)
                     self._fail(unit.work, failure)
                 elif not isinstance(pixels, Exception) and not unit.work.over:
                     self._encode(unit, pixels)

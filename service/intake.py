@@ -11,7 +11,7 @@ from engines.manifest import Manifest
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError
 from service.capabilities import default_steps, default_strength
 from service.errors import ApiError, from_task_error
-from service.jobs import Job, Output
+from service.jobs import Job, Output, Priority
 from service.pictures import MaskEdge, read_image, read_mask, read_settings
 from service.schemas import MAX_SEED, EditRequest, GenerateRequest, InpaintRequest
 from service.settings import Settings
@@ -41,6 +41,7 @@ def make_job(
         submitted=began,
         deadline=deadline_of(request, settings, began),
         model=pipeline.manifest.model,
+        priority=Priority[request.priority.upper()],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 from engines.images import ImageFormat
@@ -22,6 +23,14 @@ class Output:
     metadata: Metadata = "settings"
 
 
+class Priority(IntEnum):
+    """How much a job is in a hurry beside others."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """The images of one request: one task each, all made by the same student of ``model``, `name@revision`.
@@ -39,6 +48,7 @@ class Job:
     deadline: float
     model: str = ""
     trace: str = ""
+    priority: Priority = Priority.NORMAL
 
     @property
     def cost(self) -> int:

@@ -77,6 +77,10 @@ class GenerateRequest(Body):
             description="What each file says of how it was made: settings, full (with the prompt or class), or none."
         ),
     ] = "settings"
+    priority: Annotated[
+        Literal["low", "normal", "high"],
+        Field(description="Others go before low and after high, but none waits for ever."),
+    ] = "normal"
     timeout_ms: Annotated[
         int | None, Field(ge=1, description="Time limit from the arrival of the request; then 504.")
     ] = None

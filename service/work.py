@@ -14,12 +14,13 @@ from service.models import Lease, Models
 
 @dataclass(eq=False, slots=True)
 class Unit:
-    """One image in the making. It has a row from its first tick on."""
+    """One image in the making. It has a row once its prompt and its image are encoded."""
 
     work: Work
     index: int
     task: Task
     row: Row | None = None
+    encoding: bool = False
 
     @property
     def shown(self) -> bool:

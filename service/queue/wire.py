@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.pipeline import Edit, Generate, Inpaint, Task
-from service.jobs import Failed, Finished, Job, Outcome, Output, Timings
+from service.jobs import Failed, Finished, Job, Outcome, Output, Priority, Timings
 
 VERSION = 1
 
@@ -46,6 +46,7 @@ def pack_job(job: Job) -> Packed:
         "request_id": job.request_id,
         "model": job.model,
         "trace": job.trace,
+        "priority": job.priority,
         "output": asdict(job.output),
         "tasks": [_pack_task(task, arrays) for task in job.tasks],
         "arrays": len(arrays),
@@ -64,7 +65,8 @@ def unpack_job(message: bytes, fetch_images: Callable[[], bytes], submitted: flo
         tasks = tuple(_unpack_task(task, arrays) for task in fields["tasks"])
         output = Output(**fields["output"])
         model, trace = fields["model"], fields.get("trace", "")
-        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, model, trace)
+        priority = Priority(fields.get("priority", Priority.NORMAL))
+        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, model, trace, priority)
     except (LookupError, TypeError, ValueError) as error:
         raise WireError("the job has other fields than this version's") from error
 
