@@ -17,6 +17,7 @@ from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
+from engines.masks import joined
 from engines.plans import Precision, Profile
 from engines.rows import Group, Row, TickInputs, initial_noise, start_row
 from engines.tasks import (
@@ -191,15 +192,19 @@ class Pipeline:
         """Decode rows that are done (else ValueError) to uint8 (H, W, 3). Kept pixels come back exactly."""
         if not all(row.done for row in rows):
             raise ValueError("a row is not done yet")
-        latents = [row.z for row in rows]
+        decoded = self.decode([row.z for row in rows])
+        return [_paste(row.task, image) for row, image in zip(rows, decoded, strict=True)]
+
+    def decode(self, latents: Sequence[Floats]) -> list[Pixels]:
+        """Latents (c, h, w) as images, uint8 (H, W, 3)."""
         if self.manifest.decode is None:
-            decoded = latents
-        else:
-            engine = self._engines[self.manifest.decode]
-            decoded = [
-                image for batch in self._batches(latents) for image in engine.run({"latent": np.stack(batch)})["image"]
-            ]
-        return [_paste(row.task, to_pixels(image)) for row, image in zip(rows, decoded, strict=True)]
+            return [to_pixels(latent) for latent in latents]
+        engine = self._engines[self.manifest.decode]
+        return [
+            to_pixels(image)
+            for batch in self._batches(latents)
+            for image in engine.run({"latent": np.stack(batch)})["image"]
+        ]
 
     def run(self, tasks: Sequence[Task], progress: Callable[[int], None] | None = None) -> list[Pixels]:
         """Make the images of ``tasks``, batching what can share ticks.
@@ -267,9 +272,11 @@ def _seconds_of_run(engine: Engine, batch: int) -> float:
 
 
 def _paste(task: Task, image: Pixels) -> Pixels:
-    if isinstance(task, Inpaint):
-        return np.where(task.repaint[..., None], image, task.image)
-    return image
+    if not isinstance(task, Inpaint):
+        return image
+    if task.blend is not None:
+        return joined(task.image, image, task.blend)
+    return np.where(task.repaint[..., None], image, task.image)
 
 
 def _open_tokenizer(bundle: Bundle) -> Tokenizer | None:

@@ -23,7 +23,10 @@ class Group(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """One image being made. Arrays have no batch dimension; ``z``, ``known`` and ``noise`` are (c, h, w)."""
+    """One image being made. Arrays have no batch dimension; ``z``, ``known`` and ``noise`` are (c, h, w).
+
+    ``z_before`` is what its last step started from, None before the first.
+    """
 
     task: Task
     revision: str
@@ -34,6 +37,7 @@ class Row:
     keep: Floats
     noise: Floats
     condition: dict[str, Array]
+    z_before: Floats | None = None
 
     @property
     def remaining(self) -> int:
@@ -44,6 +48,22 @@ class Row:
     def done(self) -> bool:
         """Whether the row reached the end of its grid."""
         return self.remaining == 0
+
+    @property
+    def estimate(self) -> Floats:
+        """The clean latent (c, h, w) that the last step went towards. Raises ValueError before the first.
+
+        A deterministic step keeps x and eps of z = alpha x + sigma eps, so its two ends give both.
+        """
+        if self.z_before is None:
+            raise ValueError("no step has run yet")
+        grid, k = self.student.grid, self.step_index
+        return implied_x(
+            self.z_before,
+            self.z,
+            alphas=(grid.alphas[k - 1], grid.alphas[k]),
+            sigmas=(grid.sigmas[k - 1], grid.sigmas[k]),
+        )
 
     @property
     def group(self) -> Group:
@@ -87,6 +107,13 @@ def start_row(
     return row
 
 
+def implied_x(z: Floats, z_next: Floats, *, alphas: tuple[float, float], sigmas: tuple[float, float]) -> Floats:
+    """The x that is the same in z = alpha x + sigma eps and z_next = alpha_next x + sigma_next eps."""
+    (alpha, alpha_next), (sigma, sigma_next) = alphas, sigmas
+    x: Floats = np.float32(sigma) * z_next - np.float32(sigma_next) * z
+    return x / np.float32(sigma * alpha_next - sigma_next * alpha)
+
+
 def initial_noise(seed: int, shape: Sequence[int]) -> Floats:
     """Standard normal float32 noise of ``shape``, from ``seed`` (0 to MAX_SEED) alone."""
     return np.random.Generator(np.random.Philox(key=seed)).standard_normal(tuple(shape), dtype=np.float32)
@@ -113,7 +140,7 @@ class TickInputs:
         """Move the rows to `z_next`, which a tick with `inputs` gave."""
         z_next.flags.writeable = False
         for row, z in zip(rows, z_next, strict=True):
-            row.z = z
+            row.z_before, row.z = row.z, z
             row.step_index += 1
         kept = {name: array for name, array in inputs.items() if name not in SCALARS}
         self._last = tuple(row.z for row in rows), {**kept, "z": z_next}

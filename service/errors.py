@@ -18,6 +18,8 @@ from service.jobs import Failed
 from service.logs import request_id_var
 
 _TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
     429: "overloaded_error",
     500: "internal_error",
     503: "unavailable_error",
@@ -32,9 +34,15 @@ _IMAGE_STATUS = {
     "mask_size": 422,
     "mask_without_alpha": 422,
 }
+_PROBLEM_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "unsupported_option": "unsupported_option",
+}
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
+_BUSY_RETRY_S = 1.0
 
 
 class ApiError(Exception):
@@ -75,11 +83,14 @@ class ApiError(Exception):
         }
         return {"error": error}
 
-    def response(self) -> Response:
-        """The answer, with the id of the request that is being served."""
+    def text(self) -> str:
+        """The one shape in JSON, with the id of the request that is being served."""
         # ASCII, because a message may quote a field name that no encoding of the answer could carry.
-        body = json.dumps(self.body(request_id_var.get()), ensure_ascii=True).encode()
-        return Response(body, self.status, self.headers, media_type="application/json")
+        return json.dumps(self.body(request_id_var.get()), ensure_ascii=True)
+
+    def response(self) -> Response:
+        """The answer."""
+        return Response(self.text().encode(), self.status, self.headers, media_type="application/json")
 
 
 def internal_error() -> ApiError:
@@ -95,6 +106,27 @@ def shutting_down() -> ApiError:
 def queue_unavailable() -> ApiError:
     """The answer while the queue is away."""
     return ApiError(503, "queue_unavailable", "the queue cannot be reached", retry_after_s=_QUEUE_RETRY_S)
+
+
+def too_many_requests() -> ApiError:
+    """The answer where too many are served already."""
+    return ApiError(429, "too_many_requests", "too many requests at once", retry_after_s=_BUSY_RETRY_S)
+
+
+def job_not_found(job_id: str) -> ApiError:
+    """The answer to a job that is not known, or no longer."""
+    message = f"no job {shown(job_id)!r}, or its result is kept no longer"
+    return ApiError(404, "job_not_found", message, param="job_id")
+
+
+def idempotency_conflict(error: Exception) -> ApiError:
+    """The answer to a key that names a job for another request."""
+    return ApiError(422, "idempotency_conflict", str(error), param="idempotency-key")
+
+
+def job_lost() -> ApiError:
+    """The answer where the job that was waited for is known no longer."""
+    return ApiError(500, "generation_failed", "the queue lost the job", retryable=True)
 
 
 def deadline_exceeded() -> ApiError:
@@ -128,7 +160,7 @@ def from_failure(failure: Failed) -> ApiError:
         "invalid": (422, failure.code or "invalid_request"),
         "expired": (504, "deadline_exceeded"),
         "cancelled": (503, "cancelled"),
-        "engine": (500, "generation_failed"),
+        "engine": (500, failure.code or "generation_failed"),
         "stopped": (503, "shutting_down"),
     }[failure.reason]
     retryable = failure.retryable if failure.reason == "engine" else None
@@ -154,7 +186,7 @@ def from_validation(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     if len(listed) > _LISTED_PROBLEMS:
         message += f"; and {len(listed) - _LISTED_PROBLEMS} more"
     place, kind, _ = listed[0]
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
+    code = _PROBLEM_CODES.get(kind, "invalid_value")
     return ApiError(422, code, message, param=place or None)
 
 

@@ -10,25 +10,30 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from engines.backends.base import DeviceLostError
-from engines.images import encode_image
+from engines.images import encode_image, fit
 from engines.pipeline import Pipeline
-from engines.tasks import Pixels
+from engines.provenance import describe_image
+from engines.tasks import Floats, Pixels
 from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed, Finished
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Lease
 from service.queue.base import JobQueue
-from service.work import Unit, Work
+from service.safety import Safety
+from service.tracing import Tracing, Untraced
+from service.work import Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
 # Batches that may wait here. More would only be memory: ticks then wait for the slower decoder.
 _BACKLOG = 2
+_PREVIEW_PX = 128
+_PREVIEW_QUALITY = 70
 
 
 class Finisher:
-    """Decodes, encodes and settles. `submit` blocks while the backlog is full.
+    """Decodes, checks, encodes and settles. `submit` blocks while the backlog is full.
 
     ``device_lost`` turns true where decoding finds that the device runs nothing any more.
     """
@@ -38,8 +43,12 @@ class Finisher:
         queue: JobQueue,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._queue = queue
+        self._safety = safety
+        self._tracing = tracing or Untraced()
         self._metrics = metrics
         self._clock = clock
         self.device_lost = False
@@ -50,6 +59,14 @@ class Finisher:
         """Take units of one tick, whose rows are done. Their pipeline stays open until they are finished."""
         self._slots.acquire()
         self._executor.submit(self._finish, units, units[0].work.lease.again())
+
+    def preview(self, units: Sequence[Unit]) -> None:
+        """Show how far the images of units of one tick are, unless finished ones wait."""
+        if not units or not self._slots.acquire(blocking=False):
+            return
+        # Now, as the next tick moves the rows.
+        latents = [unit.row.estimate for unit in units if unit.row is not None]
+        self._executor.submit(self._preview, units, latents, units[0].work.lease.again())
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
@@ -63,27 +80,52 @@ class Finisher:
                 if failure is not None:
                     self.device_lost = self.device_lost or isinstance(pixels, DeviceLostError)
                     self._fail(unit.work, failure)
-                elif not isinstance(pixels, Exception):
+                elif not isinstance(pixels, Exception) and not unit.work.over:
                     self._encode(unit, pixels)
         except Exception as error:
-            logger.error("finishing failed", extra=describe(error))
+            logger.error("finishing failed", extra={"requests": requests_of(units), **describe(error)})
             for unit in units:
                 self._fail(unit.work, BROKEN)
         finally:
             lease.release()
             self._slots.release()
 
+    def _preview(self, units: Sequence[Unit], latents: Sequence[Floats], lease: Lease) -> None:
+        try:
+            for unit, pixels in zip(units, lease.pipeline.decode(latents), strict=True):
+                if self._may_be_shown(unit, pixels):
+                    self._queue.show(unit.work.job.id, encode_preview(pixels))
+        except Exception as error:
+            logger.warning("a preview failed", extra={"requests": requests_of(units), **describe(error)})
+        finally:
+            lease.release()
+            self._slots.release()
+
+    def _may_be_shown(self, unit: Unit, pixels: Pixels) -> bool:
+        if self._safety is None:
+            return True
+        return self._safety.refuse_preview(unit.work.job, unit.task.condition, pixels) is None
+
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work
+        if self._safety is not None:
+            refusal = self._safety.refuse_image(work.job, unit.task.condition, pixels)
+            if refusal is not None:
+                self._fail(work, refusal)
+                return
         output = work.job.output
-        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality)
+        text = describe_image(unit.task, work.pipeline.manifest, output.metadata)
+        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality, text=text)
         self._metrics.images.inc()
         if work.complete and not work.over:
             self._settle(work)
 
     def _settle(self, work: Work) -> None:
         work.over = True
-        timings = work.timings(self._clock())
+        now = self._clock()
+        timings = work.timings(now)
+        # Before the answer can be given, so that a request's span is over after those beneath it.
+        self._tracing.stage("decode", [work.job], work.denoised, now, len(work.images))
         images = tuple(work.images[index] for index in sorted(work.images))
         self._queue.settle(work.job.id, Finished(images, timings, tuple(work.ticks)))
         for stage in ("encode", "denoise", "decode"):
@@ -91,8 +133,8 @@ class Finisher:
 
     def _failed(self, error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": "decode", "requests": requests, **describe(error)})
+        fields = {"stage": "decode", "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _fail(self, work: Work, failure: Failed) -> None:
         work.over = True
@@ -101,3 +143,11 @@ class Finisher:
 
 def _decode(pipeline: Pipeline, units: Sequence[Unit]) -> Sequence[Pixels]:
     return pipeline.finish([unit.row for unit in units if unit.row is not None])
+
+
+def encode_preview(pixels: Pixels) -> bytes:
+    """A small WebP, at most 128 pixels on a side."""
+    height, width, _ = pixels.shape
+    scale = min(1.0, _PREVIEW_PX / max(height, width))
+    small = fit(pixels, (max(1, round(width * scale)), max(1, round(height * scale))))
+    return encode_image(small, "webp", quality=_PREVIEW_QUALITY)

@@ -15,6 +15,7 @@ from engines.bundle import BundleError
 from engines.pipeline import Pipeline
 from service.catalogue import Catalogue, Entry, ModelError
 from service.logs import describe
+from service.memory import trim
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +271,7 @@ class Models:
         try:
             self._changed_hook(loaded.pipeline, False)
             loaded.pipeline.close()
+            trim()
         finally:
             with self._moved:
                 self._loaded.remove(loaded)

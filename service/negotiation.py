@@ -27,6 +27,18 @@ def choose(accept: str | None, request: GenerateRequest) -> Rendering:
     offers: dict[str, Rendering] = {_JSON: Rendering(False, formats[0])}
     if request.n == 1 and request.response_format is None:
         offers |= {f"image/{name}": Rendering(True, name) for name in formats}
+    return _best(accept, offers)
+
+
+def choose_kept(accept: str | None, image_format: ImageFormat, images: int) -> Rendering:
+    """The same for images that are encoded already. Raises ApiError 406."""
+    offers = {_JSON: Rendering(False, image_format)}
+    if images == 1:
+        offers[f"image/{image_format}"] = Rendering(True, image_format)
+    return _best(accept, offers)
+
+
+def _best(accept: str | None, offers: dict[str, Rendering]) -> Rendering:
     if accept is None or not accept.strip():
         return offers[_JSON]
     ranges = [_parse(part) for part in accept.split(",")]

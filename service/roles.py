@@ -7,7 +7,7 @@ from pathlib import Path
 from engines.bundle import load_bundle
 from engines.pipeline import Pipeline
 from service.metrics import Metrics
-from service.queue.base import JobQueue
+from service.queue.base import Bounds, JobQueue
 from service.queue.memory import MemoryQueue
 from service.runtime import OpenPipeline, open_pipeline
 from service.settings import MEMORY, Role, Settings
@@ -15,14 +15,16 @@ from service.settings import MEMORY, Role, Settings
 
 def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
     """The queue that the settings name. A Redis is not called yet, so one that is away is no error here."""
+    bounds = Bounds(settings.max_results, settings.max_result_bytes)
     if settings.queue == MEMORY:
-        return MemoryQueue(settings.max_queue_cost)
+        return MemoryQueue(settings.max_queue_cost, bounds=bounds)
     # Imported late: a service with its queue in memory needs no Redis client.
     from service.queue.redis import RedisQueue
 
     return RedisQueue(
         settings.queue,
         settings.max_queue_cost,
+        bounds=bounds,
         reclaim_after_s=settings.reclaim_after_s,
         on_redelivery=metrics.redeliveries.inc,
         on_dead_letter=metrics.dead_letters.inc,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engines.pipeline import Pipeline, Row, Task
 from service.catalogue import ModelError, UnknownModel
-from service.jobs import Failed, Job, Timings
+from service.jobs import Failed, Job, Timings, ticks
 from service.models import Lease, Models
 
 
@@ -20,6 +21,17 @@ class Unit:
     task: Task
     row: Row | None = None
     encoding: bool = False
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is what a preview of its job shows: the first image, in the making."""
+        begun = self.row is not None and self.row.z_before is not None and not self.row.done
+        return self.index == 0 and begun and not self.work.over
+
+    @property
+    def remaining(self) -> int:
+        """Its steps still to run."""
+        return ticks(self.task) if self.row is None else self.row.remaining
 
 
 @dataclass(slots=True)
@@ -69,6 +81,11 @@ class Work:
         return self.lease.pipeline
 
     @property
+    def progress(self) -> int:
+        """The row-ticks of the job that have run."""
+        return self.job.cost - sum(unit.remaining for unit in self.units)
+
+    @property
     def complete(self) -> bool:
         """Whether every image is encoded."""
         return len(self.images) == len(self.job.tasks)
@@ -82,3 +99,8 @@ class Work:
             denoise_s=max(0.0, self.denoised - started - self.encode_s),
             decode_s=max(0.0, now - self.denoised),
         )
+
+
+def requests_of(units: Iterable[Unit]) -> list[str]:
+    """The ids of the requests that the units belong to, for a log line."""
+    return sorted({unit.work.job.request_id for unit in units})

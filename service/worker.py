@@ -19,8 +19,10 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue
+from service.safety import Safety
 from service.scheduler import Candidate, Plan, Scheduler
-from service.work import Parked, Unit, Work
+from service.tracing import Tracing, Untraced
+from service.work import Parked, Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +48,17 @@ class Worker:
         scheduler: Scheduler,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._models = models
         self._queue = queue
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracing = tracing or Untraced()
         self._clock = clock
-        self._finisher = Finisher(queue, metrics, clock)
+        self._finisher = Finisher(queue, metrics, clock, safety, tracing)
         self._encoder = Encoder(partial(self._failed, "encode"), clock)
         self._device_lost = False
         self._held: dict[str, Work] = {}
@@ -75,12 +81,16 @@ class Worker:
         self._draining.set()
 
     def stop(self) -> None:
-        """End the thread after the tick that runs. Jobs it holds fail as stopped, those that wait stay."""
+        """End the thread after the tick that runs. What it holds is for others, or fails where there are none."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
         self._encoder.close()
         self._finisher.close()
+        if self._queue.durable:
+            for work in list(self._held.values()):
+                self._let_go(work)
+            return
         self._end(list(self._held.values()), _STOPPED)
         for parked in list(self._parked.values()):
             self._refuse(parked.job, _STOPPED)
@@ -105,7 +115,8 @@ class Worker:
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:
-                    logger.error("the worker's loop failed", extra=describe(error))
+                    fields = {"requests": requests_of(self._units()), **describe(error)}
+                    logger.error("the worker's loop failed", extra=fields)
                     self._end(list(self._held.values()), BROKEN)
                     self._stopping.wait(_AFTER_ERROR_S)
             if self._lost:
@@ -240,7 +251,10 @@ class Worker:
             if work.started is None:
                 work.started = encoded.began
                 self._metrics.queue_seconds.observe(max(0.0, encoded.began - work.job.submitted))
+                self._tracing.stage("queue", [work.job], work.job.submitted, encoded.began, len(work.job.tasks))
             work.encode_s += encoded.seconds
+        jobs = list(dict.fromkeys(unit.work.job for unit in encoded.units))
+        self._tracing.stage("encode", jobs, encoded.began, encoded.began + encoded.seconds, len(encoded.units))
         for unit, row in zip(encoded.units, encoded.rows, strict=True):
             unit.encoding = False
             if isinstance(row, Row):
@@ -250,6 +264,8 @@ class Worker:
     def _tick(self, units: Sequence[Unit]) -> None:
         results = isolate(self._denoise, units, self._failed_tick)
         self._end_failed(units, results)
+        watched = self._queue.progress({unit.work.job.id: unit.work.progress for unit in units})
+        self._finisher.preview([unit for unit in units if unit.shown and unit.work.job.id in watched])
         done = [unit for unit in units if unit.row is not None and unit.row.done and not unit.work.over]
         if done:
             self._hand_over(done)
@@ -258,11 +274,13 @@ class Worker:
         rows = [unit.row for unit in units if unit.row is not None]
         begin = self._clock()
         units[0].work.pipeline.tick(rows)
-        seconds = self._clock() - begin
-        self._scheduler.ticked(_group(units[0]), len(rows), seconds)
-        self._metrics.tick_seconds.observe(seconds)
+        end = self._clock()
+        self._scheduler.ticked(_group(units[0]), len(rows), end - begin)
+        self._metrics.tick_seconds.observe(end - begin)
         self._metrics.tick_rows.observe(len(rows))
-        for work in dict.fromkeys(unit.work for unit in units):
+        works = list(dict.fromkeys(unit.work for unit in units))
+        self._tracing.stage("tick", [work.job for work in works], begin, end, len(rows))
+        for work in works:
             work.ticks.append(len(rows))
         return rows
 
@@ -284,8 +302,8 @@ class Worker:
 
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": stage, "requests": requests, **describe(error)})
+        fields = {"stage": stage, "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
         self._device_lost = self._device_lost or any(isinstance(result, DeviceLostError) for result in results)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.backends.pytorch import trace
+from engines.backends.pytorch import runnable, trace
 from training.graphs import TOLERANCE, Example, ExportError, Parity, check_finite, quiet, worst_error
 
 PROGRAM_SUFFIX = ".pt2"
@@ -35,7 +35,7 @@ def export_program(module: nn.Module, example: Example, path: Path) -> Parity:
     with quiet():
         inputs = dict(zip(example.input_names, example.at(3), strict=True))
         torch.export.save(trace(_Named(module.eval(), example), inputs), path)
-        program = torch.export.load(path).module()
+        program = runnable(torch.export.load(path))
     error = worst_error(module, example, lambda inputs: program(inputs)[example.output_name])
     if error > TOLERANCE["fp32"]:
         path.unlink()

@@ -1,4 +1,7 @@
-"""The backends of PyTorch by name. torch is imported for a graph that has a program, and for no other."""
+"""The backends of PyTorch by name. torch is imported for a graph that has a program, and for no other.
+
+A program is code, as torch reads it: open only those of people whom you would run code of.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,8 @@ _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.fl
 _one_at_a_time = Lock()
 """torch.export keeps what it is doing in global variables, and packages are compiled in a thread of their own."""
 
+_log = logging.getLogger(__name__)
+
 
 def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> Engine:
     """Open the AOTInductor package of ``graph``; where there is none, its program answers until it is compiled.
@@ -74,9 +77,14 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
 
     def build() -> Engine:
         made = compile_program(load_program(graph, device), options, device)
-        cache.save(key, made)
         engine = PytorchEngine(graph, options, device, made)
+        with PytorchEngine(graph, options, device) as program:
+            for rows in (1, CHECKED_ROWS):
+                inputs = typical_inputs(graph, rows)
+                found = [list(either.run(inputs).values()) for either in (engine, program)]
+                check_fidelity(graph.path.name, options.precision, *found)
         engine.warmup(options.profile.batch_sizes)
+        cache.save(key, made)
         return engine
 
     return StandIn(PytorchEngine(graph, options, device), build, graph.path.name)
@@ -161,7 +169,7 @@ class PytorchEngine:
 
     def _lowered(self, program: ExportedProgram, precision: Precision) -> Call:
         """The program in a precision, checked against itself in fp32."""
-        whole = program.module()
+        whole = runnable(program)
         if precision == "fp32":
             return whole
         lowered = _Autocast(whole, self._device, _DTYPES[precision])
@@ -223,8 +231,15 @@ class _FixedPlace:
             self._resident.put(_STEP_INPUT, arrays[_STEP_OUTPUT], batch)
         self._runs += 1
         if self._runs == 1:  # a plain run first: it sets up what cannot be captured
-            self._launch = capture(lambda: self._call(self._inputs))
+            self._launch = self._captured()
         return arrays
+
+    def _captured(self) -> Callable[[], Tensors]:
+        try:
+            return capture(lambda: self._call(self._inputs))
+        except RuntimeError as error:
+            _log.warning("%s: its launches are not captured: %s", self._graph.path.name, error)
+            return self._launch
 
     def _fill(self, name: str, array: Array) -> int:
         """Copy an array to its place; the rows that are too many keep what they had."""
@@ -269,6 +284,14 @@ def trace(module: nn.Module, inputs: Tensors) -> ExportedProgram:
     # Without the patch a batch of one is taken for a case of its own.
     with _one_at_a_time, torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(module, (inputs,), dynamic_shapes=(shapes,))
+
+
+def runnable(program: ExportedProgram) -> nn.Module:
+    """The module of a program, without torch's guards: of a memory layout they conclude that a batch is not of one.
+
+    Names and shapes are checked by the engine, and the results at each size by the export.
+    """
+    return program.module(check_guards=False)
 
 
 def load_program(graph: GraphSpec, device: Device) -> ExportedProgram:
@@ -330,6 +353,7 @@ def compile_program(program: ExportedProgram, options: EngineOptions, device: De
             program = _traced_again(program, device, _DTYPES[options.precision])
         settings = {
             "aot_inductor.metadata": {_LARGEST: str(largest)},
+            "aot_inductor.use_runtime_constant_folding": options.precision != "fp32",  # weights are cast once, at load
             "compile_threads": options.threads or usable_cores(),
             "cpp.dynamic_threads": True,
         }
@@ -340,7 +364,7 @@ def compile_program(program: ExportedProgram, options: EngineOptions, device: De
 def _traced_again(program: ExportedProgram, device: Device, dtype: torch.dtype) -> ExportedProgram:
     """The program with autocast inside."""
     (inputs,), _ = program.example_inputs
-    return trace(_Autocast(program.module(), device, dtype), inputs)
+    return trace(_Autocast(runnable(program), device, dtype), inputs)
 
 
 def _load_package(name: str, package: bytes) -> tuple[Call, int]:
@@ -349,7 +373,7 @@ def _load_package(name: str, package: bytes) -> tuple[Call, int]:
         with _quiet():
             from torch._inductor import aoti_load_package
 
-            loaded = aoti_load_package(io.BytesIO(package))
+            loaded = aoti_load_package(io.BytesIO(package), run_single_threaded=True)  # runs take turns
         return loaded, int(loaded.get_metadata()[_LARGEST])
     except Exception as error:  # the library's errors share no base class
         raise EngineError(f"{name}: torch cannot load its package ({error})") from error

@@ -3,6 +3,8 @@
 import { ApiError, capabilities, create, readiness } from "./api.js";
 import { announce, byId, choose, chosen, element, formatMs } from "./dom.js";
 import { clearError, clearErrors, showError } from "./errors.js";
+import "./key.js";
+import { Models } from "./models.js";
 import { Painter } from "./painter.js";
 import { Result } from "./result.js";
 import { Settings } from "./settings.js";
@@ -11,12 +13,14 @@ import { Source } from "./source.js";
 const RETRY_MS = 1000;
 const WAITING = {
   loading: "Loading the model…",
+  queue_unavailable: "Waiting for the queue…",
   failed: "The model did not load",
   draining: "Shutting down…",
   stopped: "Stopped",
 };
 const CANCEL_SHOWN_AFTER_S = 0.3;
 
+const models = new Models();
 const settings = new Settings();
 const source = new Source();
 const painter = new Painter();
@@ -43,12 +47,21 @@ async function connect() {
     await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
   }
   try {
-    configure(await capabilities());
-    setState("ready", "Ready");
+    await models.offer();
+    await useModel();
   } catch (error) {
-    setState("down", "Not usable");
-    showError(error.message, null, error.requestId);
+    unusable(error);
   }
+}
+
+function unusable(error) {
+  setState("down", "Not usable");
+  showError(error.message, null, error.requestId);
+}
+
+async function useModel() {
+  configure(await capabilities(models.chosen));
+  setState("ready", "Ready");
 }
 
 function configure(bundle) {
@@ -107,7 +120,7 @@ async function takeImage(blob, name) {
 
 /** The request as the API takes it, or null after saying what is missing. */
 function request(task) {
-  const body = { steps: settings.steps, guidance_scale: settings.guidanceScale };
+  const body = { model: models.chosen, n: settings.count, steps: settings.steps, guidance_scale: settings.guidanceScale };
   body[conditioning === "text" ? "prompt" : "class"] = byId(conditioning === "text" ? "prompt" : "class").value;
   if (task !== "generate" && source.isEmpty) return missing("Choose an image first.", "image");
   if (task === "inpaint" && painter.isEmpty) return missing("Paint over what should change first.", "mask");
@@ -135,10 +148,12 @@ async function submit() {
   running = new AbortController();
   showRunning(true);
   try {
-    const answer = await create(task, body, running.signal);
+    const answers = await create(task, body, running.signal);
     const label = byId(conditioning === "text" ? "prompt" : "class").value;
-    const entry = result.add(answer, { ...body, seed: answer.seed, label, subject: subject() });
-    announce(`Image ready in ${formatMs(entry.roundTripMs)}, seed ${entry.seed}.`);
+    const before = task === "generate" ? null : await source.toBlob();
+    const entry = result.add(answers, { task, body, label, subject: subject() }, before);
+    const what = answers.length > 1 ? `${answers.length} images` : "Image";
+    announce(`${what} ready in ${formatMs(entry.roundTripMs)}, seed ${entry.seed}.`);
     reveal();
   } catch (error) {
     fail(error);
@@ -193,6 +208,11 @@ function reveal() {
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   submit();
+});
+models.addEventListener("change", () => {
+  clearErrors();
+  setState("loading", WAITING.loading);
+  useModel().catch(unusable);
 });
 byId("cancel").addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {

@@ -1,8 +1,10 @@
 // The image that came back, its facts and timings, and the ones before it.
 
-import { byId, element, formatMs } from "./dom.js";
+import { addressOf, hasKey, waiting } from "./api.js";
+import { announce, byId, element, formatMs } from "./dom.js";
 
 const HISTORY_LENGTH = 12;
+const QUEUE_SHOWN_EVERY_MS = 1000;
 const STAGES = [
   ["queue_ms", "Queue"],
   ["encode_ms", "Encode"],
@@ -14,6 +16,7 @@ export class Result extends EventTarget {
   #entries = [];
   #shown = null;
   #clock = null;
+  #queue = null;
 
   constructor() {
     super();
@@ -21,6 +24,8 @@ export class Result extends EventTarget {
       for (const id of ["stage", "frame"]) byId(id).classList.toggle("crisp", !event.target.checked);
     });
     byId("use-as-input").addEventListener("click", () => this.#tell("use-as-input", this.#shown));
+    byId("compare").addEventListener("input", () => this.#compare());
+    byId("copy-curl").addEventListener("click", () => this.#copyCommand());
   }
 
   /** Sets the frame's size before there is an image, so that nothing moves when it comes. */
@@ -29,19 +34,28 @@ export class Result extends EventTarget {
     document.documentElement.style.setProperty("--image-ratio", `${width} / ${height}`);
   }
 
-  /** Adds one answer of the service together with what was asked for, and shows it. */
-  add(answer, request) {
-    const entry = { ...answer, ...request, url: URL.createObjectURL(answer.blob) };
-    this.#entries.unshift(entry);
-    for (const old of this.#entries.splice(HISTORY_LENGTH)) URL.revokeObjectURL(old.url);
-    this.#show(entry);
-    return entry;
+  /** Adds the images of one answer together with what was asked for, and the image that they came from; shows one. */
+  add(answers, request, before) {
+    const entries = answers.map((answer) => ({
+      ...answer,
+      ...request,
+      url: URL.createObjectURL(answer.blob),
+      beforeUrl: before && URL.createObjectURL(before),
+    }));
+    this.#entries.unshift(...entries);
+    for (const old of this.#entries.splice(HISTORY_LENGTH)) {
+      URL.revokeObjectURL(old.url);
+      if (old.beforeUrl) URL.revokeObjectURL(old.beforeUrl);
+    }
+    this.#show(entries[0]);
+    return entries[0];
   }
 
   /** Shows that a request runs; calls `tick(seconds)` meanwhile. */
   start(tick) {
     const begin = performance.now();
     byId("progress").hidden = false;
+    this.#queue = setInterval(showQueue, QUEUE_SHOWN_EVERY_MS);
     byId("stage").classList.add("busy");
     byId("empty").textContent = "Making the image…";
     this.#clock = setInterval(() => tick((performance.now() - begin) / 1000), 100);
@@ -49,6 +63,8 @@ export class Result extends EventTarget {
 
   stop() {
     clearInterval(this.#clock);
+    clearInterval(this.#queue);
+    byId("waiting").hidden = true;
     byId("progress").hidden = true;
     byId("stage").classList.remove("busy");
     byId("empty").textContent = "The image appears here.";
@@ -63,10 +79,34 @@ export class Result extends EventTarget {
     byId("empty").hidden = true;
     byId("details").hidden = false;
     Object.assign(byId("image"), { src: entry.url, alt: `${entry.label}, seed ${entry.seed}`, hidden: false });
+    byId("before").hidden = byId("field-compare").hidden = !entry.beforeUrl;
+    if (entry.beforeUrl) Object.assign(byId("before"), { src: entry.beforeUrl, alt: "The input image" });
+    byId("compare").value = 0;
+    this.#compare();
     Object.assign(byId("download"), { href: entry.url, download: fileName(entry) });
     this.#showFacts(entry);
     showTimings(entry);
     this.#showHistory();
+  }
+
+  /** Uncovers the input image from the left. */
+  #compare() {
+    const share = Number(byId("compare").value);
+    byId("stage").style.setProperty("--uncovered", `${share}%`);
+    byId("compare").setAttribute("aria-valuetext", share ? `${share}% of the input image` : "the result alone");
+    byId("compare").style.setProperty("--filled", `${share}%`);
+  }
+
+  async #copyCommand() {
+    const button = byId("copy-curl");
+    try {
+      await navigator.clipboard.writeText(commandOf(this.#shown));
+      announce("Copied.");
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "Not allowed to copy";
+    }
+    setTimeout(() => (button.textContent = "Copy as curl"), 2000);
   }
 
   #showFacts(entry) {
@@ -76,9 +116,9 @@ export class Result extends EventTarget {
     const rows = [
       [entry.subject, [entry.label]],
       ["Seed", [String(entry.seed), " ", keep]],
-      ["Steps", [String(entry.steps)]],
-      ["Guidance", [String(entry.guidance_scale)]],
-      ...(entry.strength === undefined ? [] : [["Strength", [String(Number(entry.strength.toFixed(4)))]]]),
+      ["Steps", [String(entry.body.steps)]],
+      ["Guidance", [String(entry.body.guidance_scale)]],
+      ...(entry.body.strength === undefined ? [] : [["Strength", [String(Number(entry.body.strength.toFixed(4)))]]]),
       ["Size", [`${entry.width} × ${entry.height}`]],
     ];
     byId("facts").replaceChildren(...rows.map(([term, details]) => pair(term, ...details)));
@@ -99,6 +139,22 @@ export class Result extends EventTarget {
       }),
     );
   }
+}
+
+/** Says how many jobs wait, while the one of this page runs. */
+async function showQueue() {
+  const jobs = await waiting().catch(() => null);
+  byId("waiting").hidden = !jobs || byId("progress").hidden;
+  byId("waiting").textContent = jobs ? `${jobs} ${jobs === 1 ? "job waits" : "jobs wait"} in the queue.` : "";
+}
+
+/** The command that makes this very image. A here-document needs no quoting, whatever is in the prompt. */
+function commandOf(entry) {
+  const body = JSON.stringify({ ...entry.body, n: 1, seed: entry.seed });
+  // The key itself is left out: what is copied is soon pasted where others read.
+  const key = hasKey() ? ' -H "Authorization: Bearer $FEWSTEP_KEY"' : "";
+  const types = `-H 'Content-Type: application/json' -H 'Accept: image/png'${key}`;
+  return `curl -s ${addressOf(entry.task)} ${types} -o ${fileName(entry)} -d @- <<'END'\n${body}\nEND\n`;
 }
 
 function pair(term, ...details) {

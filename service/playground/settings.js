@@ -4,6 +4,7 @@ import { clearError } from "./errors.js";
 import { byId, choose, chosen, element } from "./dom.js";
 
 const SEEDS = 2 ** 32;
+const COUNTS = [1, 2, 4, 8];
 
 export class Settings {
   #strengths = {};
@@ -47,25 +48,17 @@ export class Settings {
   configure(capabilities) {
     this.#strengths = capabilities.strengths;
     this.#defaultStrength = capabilities.default_strength;
-    const before = chosen("steps");
-    byId("steps-choices").replaceChildren(
-      ...capabilities.students.map((steps) =>
-        element(
-          "label",
-          {},
-          element("input", { type: "radio", name: "steps", value: steps }),
-          element("span", { textContent: steps }),
-        ),
-      ),
-    );
-    const known = capabilities.students.some((steps) => String(steps) === before);
-    choose("steps", known ? before : capabilities.default_steps);
+    offer("steps", capabilities.students, capabilities.default_steps);
+    const counts = COUNTS.filter((count) => count <= capabilities.limits.max_images);
+    offer("count", counts, 1);
+    byId("count").hidden = counts.length < 2;
     const { minimum, maximum, default: initial } = capabilities.guidance_scale;
     Object.assign(byId("guidance"), { min: minimum, max: maximum, step: sliderStep(maximum - minimum) });
     Object.assign(byId("guidance-value"), { min: minimum, max: maximum });
     byId("guidance").disabled = minimum === maximum;
     byId("steps").hidden = byId("field-guidance").hidden = false;
-    if (byId("guidance-value").value === "") this.#setGuidance(initial);
+    const shown = byId("guidance-value").value;
+    if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(initial);
     this.#offerStrengths();
   }
 
@@ -78,6 +71,10 @@ export class Settings {
 
   get steps() {
     return Number(chosen("steps"));
+  }
+
+  get count() {
+    return Number(chosen("count"));
   }
 
   get guidanceScale() {
@@ -161,6 +158,22 @@ export class Settings {
     const span = slider.max - slider.min;
     slider.style.setProperty("--filled", `${span > 0 ? (100 * (slider.value - slider.min)) / span : 100}%`);
   }
+}
+
+/** Radio buttons of numbers; what was chosen before stays, if it is still there. */
+function offer(name, numbers, initial) {
+  const before = chosen(name);
+  byId(`${name}-choices`).replaceChildren(
+    ...numbers.map((number) =>
+      element(
+        "label",
+        {},
+        element("input", { type: "radio", name, value: number }),
+        element("span", { textContent: number }),
+      ),
+    ),
+  );
+  choose(name, numbers.some((number) => String(number) === before) ? before : initial);
 }
 
 // Tenths, unless the slider could then not reach its end.

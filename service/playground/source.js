@@ -45,6 +45,10 @@ export class Source extends EventTarget {
     return canvasToBase64(this.#canvas);
   }
 
+  toBlob() {
+    return new Promise((resolve) => this.#canvas.toBlob(resolve));
+  }
+
   /** Takes an image file or blob. Throws ImageError when the browser cannot read it. */
   async load(blob, name) {
     const image = new Image();

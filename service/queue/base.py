@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from service.jobs import Job, Outcome
+from service.jobs import Failed, Finished, Job, Outcome
 
 Stage = Literal["queued", "running"]
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+
+WATCHED_S = 10.0
+"""How long previews are made after somebody asked for one."""
+
+FARTHEST_POSITION = 100
+"""Jobs that wait behind more than so many others are told no position."""
 
 RATE_MEMORY_S = 10.0
 # A step of priority counts as so much age: so nothing is overtaken for ever.
@@ -47,20 +54,90 @@ class QueueStats:
     oldest_s: float
 
 
+class KeyConflict(Exception):
+    """The key that was given with a job names one that asks for something else."""
+
+    def __init__(self) -> None:
+        super().__init__("this key was used for another request")
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """That a job's outcome is kept for ``seconds``, for whoever asks and as often as they ask.
+
+    ``note`` is the submitter's own and comes back in every status. A ``key`` names the job: as long as that is
+    known and has not failed, submitting with the same key and ``digest`` gives this job and no other.
+    """
+
+    seconds: float
+    note: str = ""
+    key: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much is kept at once: outcomes, and the bytes of their images. The oldest go first, the newest stays."""
+
+    outcomes: int = 1024
+    bytes: int = 256 * 1024 * 1024
+
+
+DEFAULT_BOUNDS = Bounds()
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a job has come whose outcome is kept.
+
+    ``done`` of ``total`` row-ticks have run, ``left_s`` seconds are left to its deadline. ``position`` is how many
+    jobs for its model wait before it, None where it does not wait or more than FARTHEST_POSITION do. ``preview`` is
+    the last one that its worker has shown, of a running job and only for who asked for it.
+    """
+
+    state: JobState
+    done: int
+    total: int
+    left_s: float
+    note: str
+    position: int | None = None
+    outcome: Outcome | None = None
+    preview: bytes | None = None
+
+
+def state_after(outcome: Outcome) -> JobState:
+    """The state of a job that has this outcome."""
+    if isinstance(outcome, Finished):
+        return "done"
+    return "cancelled" if outcome.reason == "cancelled" else "failed"
+
+
+CANCELLED = Failed("cancelled", "the job was cancelled")
+
+
 class JobQueue(Protocol):
     """Jobs wait here, oldest first, bounded by their cost.
 
     The API side (coroutines) submits, waits and cancels; the worker side (blocking calls from threads of its
     own) takes and settles. Taking may hand out a job again after its worker died, so settling is idempotent.
 
-    While the queue is away, ``submit``, ``cancel`` and ``stats`` raise QueueUnavailable and ``outcome`` goes on
-    waiting. The worker side never fails then: there is nothing to take, and outcomes are handed over later.
+    While the queue is away, ``submit``, ``status``, ``cancel`` and ``stats`` raise QueueUnavailable and ``outcome``
+    goes on waiting. The worker side never fails then: there is nothing to take, and outcomes are handed over later.
     """
 
-    async def submit(self, job: Job) -> None:
+    @property
+    def durable(self) -> bool:
+        """Whether what it accepted outlives this process, for others to go on with."""
+        ...
+
+    async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """Accept the job, or raise QueueFull, also where it would come too late behind the others.
 
         An accepted job is settled or cancelled, never lost.
+
+        Without ``keep`` the submitter waits for its ``outcome``; with it anybody asks for its ``status``. Returns the
+        id of the job: that of an older one where its key names one. Raises KeyConflict where that asks for another
+        thing.
         """
         ...
 
@@ -68,8 +145,15 @@ class JobQueue(Protocol):
         """Wait for the outcome of a submitted job. It can be had once; KeyError for an unknown job."""
         ...
 
+    async def status(self, job_id: str, preview: bool = False) -> Status:
+        """How far a job has come whose outcome is kept. KeyError for one that is unknown, or no longer kept.
+
+        ``preview`` asks for one: the worker learns of that with its next `progress`.
+        """
+        ...
+
     async def cancel(self, job_id: str) -> Stage | None:
-        """Give the job up and forget its outcome. Says how far it had come, None when it was over."""
+        """Give the job up. Says how far it had come, None when it was over. Its outcome is forgotten, unless kept."""
         ...
 
     def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
@@ -83,6 +167,14 @@ class JobQueue(Protocol):
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """Which of these taken jobs were cancelled since."""
+        ...
+
+    def progress(self, done: Mapping[str, int]) -> set[str]:
+        """Note how many row-ticks of these taken jobs have run. Returns those of which previews are wanted."""
+        ...
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """Hand over a preview of a taken job."""
         ...
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:

@@ -1,6 +1,6 @@
 """The names of what the queue keeps in Redis. The Lua scripts make up the same names.
 
-Everything but the dead letters lasts only a little longer than the jobs it is for.
+Everything but the dead letters lasts only a little longer than the jobs it is for, or than their outcomes are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ RESULT_TTL_S = 300.0
 
 MODELS = f"{PREFIX}models"
 """Set: models that were asked for lately."""
+
+KEPT = f"{PREFIX}kept"
+"""List: outcomes that are kept, the oldest first, as `when they expire in ms:bytes:id`."""
+
+KEPT_BYTES = f"{PREFIX}kept-bytes"
+"""Number: the bytes of those outcomes."""
 
 DEAD = f"{PREFIX}dead"
 """Stream: jobs that were given up, with their message."""
@@ -42,8 +48,18 @@ def images(job_id: str) -> str:
 
 
 def result(job_id: str) -> str:
-    """String: a job's outcome, until who waits has it."""
+    """String: a job's outcome, until who waits has it, or for as long as it is kept."""
     return f"{PREFIX}result:{job_id}"
+
+
+def claim(key: str) -> str:
+    """Hash: the job that a client's key names, and the digest of what it asks for."""
+    return f"{PREFIX}claim:{key}"
+
+
+def preview(job_id: str) -> str:
+    """String: a small image of how far a running job is, where somebody wants to see that."""
+    return f"{PREFIX}preview:{job_id}"
 
 
 def replies(process: str) -> str:

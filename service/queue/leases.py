@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.base import RATE_MEMORY_S
+from service.queue.base import RATE_MEMORY_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
-from service.queue.wire import WireError, pack_outcome, unpack_job
+from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,13 @@ _UNREADABLE = Failed("engine", "the workers cannot read the request")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A job that this process was given: its entry in the stream of its model, and at which try."""
+    """A job that this process was given: its entry in the stream of its model, at which try, if it is kept."""
 
     job_id: str
     model: str
     entry: bytes
     tries: int
+    kept: bool
 
 
 class Leases:
@@ -56,18 +57,20 @@ class Leases:
         self,
         redis: ThreadsRedis,
         reclaim_after_s: float,
+        bounds: Bounds,
         on_redelivery: Callable[[], None],
         on_dead_letter: Callable[[], None],
     ) -> None:
         self._redis = redis
         self._reclaim_after_s = reclaim_after_s
+        self._bounds = bounds
         self._on_redelivery = on_redelivery
         self._on_dead_letter = on_dead_letter
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._models: set[str] = set()
         self._changed = threading.Condition()
         self._held: dict[str, Lease] = {}
-        self._unsent: dict[str, bytes] = {}
+        self._unsent: dict[str, tuple[Lease, Outcome]] = {}
         self._away_until: float | None = None
         self._reclaims_from = 0.0
         self._closing = threading.Event()
@@ -96,17 +99,36 @@ class Leases:
         states = self._reach(partial(self._redis.run, "states", [keys.record(job_id) for job_id in held]), unknown)
         return {job_id for job_id, state in zip(held, states, strict=True) if state != b"running"}
 
+    def progress(self, done: Mapping[str, int]) -> set[str]:
+        """See JobQueue.progress."""
+        with self._changed:
+            held = {job_id: self._held[job_id] for job_id in done if job_id in self._held}
+        kept = [job_id for job_id, lease in held.items() if lease.kept]
+        if not kept:
+            return set()
+        names = [keys.record(job_id) for job_id in kept]
+        unknown = [0] * len(kept)
+        watched = self._reach(partial(self._redis.run, "progress", names, [done[job_id] for job_id in kept]), unknown)
+        return {job_id for job_id, wanted in zip(kept, watched, strict=True) if wanted}
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """See JobQueue.show."""
+        with self._changed:
+            held = job_id in self._held
+        if held:
+            keep = milliseconds(WATCHED_S)
+            self._reach(lambda: self._redis.client.set(keys.preview(job_id), preview, px=keep), None)
+
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""
         with self._changed:
             lease = self._held.get(job_id)
             if lease is None or job_id in self._unsent:
                 return False
-        payload = pack_outcome(outcome)
-        first: bool | None = self._reach(partial(self._settle, lease, payload), None)
+        first: bool | None = self._reach(partial(self._settle, lease, outcome), None)
         if first is None:
             with self._changed:
-                self._unsent[job_id] = payload
+                self._unsent[job_id] = lease, outcome
         return first is not False
 
     def close(self) -> None:
@@ -133,15 +155,15 @@ class Leases:
         if alone or rows < 1:
             return {}
         streams = [keys.jobs(model) for model in models]
-        # After an outage everybody seems silent, so those that live get the time to say so.
-        patience_s = 0.0 if time.monotonic() >= self._reclaims_from else _FORGOTTEN_AFTER_S
-        silence = milliseconds(self._reclaim_after_s + patience_s)
+        # After an outage everybody seems silent; those that live get the time to say so.
+        patient = time.monotonic() < self._reclaims_from
+        silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         arguments: Arguments = [self._consumer, rows, silence, int(holding), str(RATE_MEMORY_S)]
         now, given, seen = self._redis.run("take", [*streams, *map(keys.load, models)], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
-        for stream, entry, job_id, message, submitted, deadline, tries in given:
-            lease = Lease(job_id.decode(), models[stream - 1], entry, tries)
+        for stream, entry, job_id, message, submitted, deadline, tries, kept in given:
+            lease = Lease(job_id.decode(), models[stream - 1], entry, tries, bool(kept))
             job = self._read(lease, message, offset_s + int(submitted) / 1000, offset_s + int(deadline) / 1000)
             if job is not None:
                 taken.append(job)
@@ -150,18 +172,18 @@ class Leases:
     def _read(self, lease: Lease, message: bytes, submitted: float, deadline: float) -> Job | None:
         """The job of a lease, held from now on; None where it was given up."""
         if lease.tries > MAX_TRIES:
-            self._give_up(lease, _TOO_MANY_TRIES)
+            self._give_up(lease, _TOO_MANY_TRIES, request_of(message))
             return None
         try:
             job = unpack_job(message, lambda: self._images(lease), submitted, deadline)
         except WireError as error:
             logger.error("a job cannot be read", extra={"job": lease.job_id, "detail": str(error)})
-            self._give_up(lease, _UNREADABLE)
+            self._give_up(lease, _UNREADABLE, request_of(message))
             return None
         with self._changed:
             self._held[lease.job_id] = lease
         if lease.tries > 1:
-            logger.warning("a job is tried again", extra={"request": job.request_id, "tries": lease.tries})
+            logger.warning("a job is tried again", extra={"requests": [job.request_id], "tries": lease.tries})
             self._on_redelivery()
         return job
 
@@ -169,17 +191,18 @@ class Leases:
         found: Any = self._redis.client.get(keys.images(lease.job_id))
         return found or b""
 
-    def _give_up(self, lease: Lease, failure: Failed) -> None:
-        logger.error("a job is given up", extra={"job": lease.job_id, "tries": lease.tries, "reason": failure.message})
-        self._settle(lease, pack_outcome(failure), failure.message)
-        self._on_dead_letter()
+    def _give_up(self, lease: Lease, failure: Failed, requests: list[str]) -> None:
+        fields = {"job": lease.job_id, "requests": requests, "tries": lease.tries, "reason": failure.message}
+        logger.error("a job is given up", extra=fields)
+        if self._settle(lease, failure, failure.message):
+            self._on_dead_letter()
 
-    def _settle(self, lease: Lease, payload: bytes, dead_because: str = "") -> bool:
+    def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> bool:
         job_id = lease.job_id
-        names = [keys.jobs(lease.model), keys.record(job_id), keys.result(job_id), keys.images(job_id), keys.DEAD]
-        keep = milliseconds(RESULT_TTL_S)
-        arguments: Arguments = [job_id, lease.entry, payload, keep, dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
-        first = self._redis.run("settle", names, arguments)
+        names = [keys.jobs(lease.model), keys.record(job_id), keys.result(job_id), keys.DEAD]
+        over: Arguments = [job_id, lease.entry, state_after(outcome), pack_outcome(outcome), milliseconds(RESULT_TTL_S)]
+        dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
+        first = self._redis.run("settle", names, [*over, *dead, self._bounds.outcomes, self._bounds.bytes])
         with self._changed:
             self._held.pop(job_id, None)
             self._unsent.pop(job_id, None)
@@ -205,9 +228,9 @@ class Leases:
 
     def _send(self) -> None:
         with self._changed:
-            unsent = [(self._held[job_id], payload) for job_id, payload in self._unsent.items()]
-        for lease, payload in unsent:
-            self._settle(lease, payload)
+            unsent = list(self._unsent.values())
+        for lease, outcome in unsent:
+            self._settle(lease, outcome)
 
     def _renew(self) -> None:
         with self._changed:

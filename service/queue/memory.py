@@ -7,13 +7,32 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
+from itertools import takewhile
+from typing import ClassVar
 
-from service.jobs import Failed, Finished, Job, Outcome
-from service.queue.base import HEAD_START_S, RATE_MEMORY_S, QueueFull, QueueStats, Stage, retry_after_s
+from service.jobs import Finished, Job, Outcome
+from service.queue.base import (
+    CANCELLED,
+    DEFAULT_BOUNDS,
+    FARTHEST_POSITION,
+    HEAD_START_S,
+    RATE_MEMORY_S,
+    Bounds,
+    Keep,
+    QueueFull,
+    QueueStats,
+    Stage,
+    Status,
+    retry_after_s,
+)
+from service.queue.shelf import Shelf
 
 _SMOOTHING = 0.1
+# Jobs that were taken and then given up make the queue look faster than it is.
+_MARGIN = 1.25
 
 
 class DrainRate:
@@ -55,7 +74,11 @@ class MemoryQueue:
     come too late behind the others, as fast as they are taken, is refused: better now than when its time is over.
     """
 
-    def __init__(self, max_cost: int, clock: Callable[[], float] = time.monotonic) -> None:
+    durable: ClassVar[bool] = False
+
+    def __init__(
+        self, max_cost: int, clock: Callable[[], float] = time.monotonic, bounds: Bounds = DEFAULT_BOUNDS
+    ) -> None:
         self._max_cost = max_cost
         self._clock = clock
         self._changed = threading.Condition()
@@ -66,21 +89,25 @@ class MemoryQueue:
         self._taken: dict[str, float] = {}
         self._making_s = 0.0
         self._rate = DrainRate(RATE_MEMORY_S)
+        self._shelf = Shelf(bounds, clock)
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
         with self._changed:
-            if job.id in self._outcomes:
+            if keep is not None and (holder := self._shelf.holder(keep)) is not None:
+                return holder
+            if job.id in self._outcomes or job.id in self._shelf:
                 raise ValueError(f"job {job.id} was submitted before")
             if self._waiting and (self._waiting_cost + job.cost > self._max_cost or self._too_late(job)):
                 raise QueueFull(self._retry_after_s())
             self._waiting[job.id] = job
             self._waiting_cost += job.cost
-            future: Future[Outcome] = Future()
-            # A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`.
-            future.set_running_or_notify_cancel()
-            self._outcomes[job.id] = future
+            if keep is None:
+                self._outcomes[job.id] = _uncancellable()
+            else:
+                self._shelf.begin(job, keep)
             self._changed.notify_all()
+            return job.id
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
@@ -91,20 +118,23 @@ class MemoryQueue:
             self._outcomes.pop(job_id, None)
         return outcome
 
+    async def status(self, job_id: str, preview: bool = False) -> Status:
+        """See JobQueue.status."""
+        with self._changed:
+            return replace(self._shelf.status(job_id, preview), position=self._position(job_id))
+
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
         with self._changed:
-            future = self._outcomes.pop(job_id, None)
-            if future is None or future.done():
+            goes_on = self._end(job_id, CANCELLED)
+            self._outcomes.pop(job_id, None)
+            if not goes_on:
                 return None
-            stage: Stage = "running"
             if (job := self._waiting.pop(job_id, None)) is not None:
                 self._waiting_cost -= job.cost
-                stage = "queued"
-            else:
-                self._cancelled.add(job_id)
-            future.set_result(Failed("cancelled", "the job was cancelled"))
-        return stage
+                return "queued"
+            self._cancelled.add(job_id)
+            return "running"
 
     def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
         """See JobQueue.take."""
@@ -118,6 +148,7 @@ class MemoryQueue:
                 if room <= 0 or (taken and len(job.tasks) > room):
                     break
                 taken.append(self._waiting.pop(job.id))
+                self._shelf.taken(job.id)
                 room -= len(job.tasks)
             self._taken |= dict.fromkeys((job.id for job in taken), self._clock())
             cost = sum(job.cost for job in taken)
@@ -131,17 +162,23 @@ class MemoryQueue:
         with self._changed:
             return self._cancelled.intersection(job_ids)
 
+    def progress(self, done: Mapping[str, int]) -> set[str]:
+        """See JobQueue.progress."""
+        with self._changed:
+            return {job_id for job_id, ticks in done.items() if self._shelf.progress(job_id, ticks)}
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """See JobQueue.show."""
+        with self._changed:
+            self._shelf.show(job_id, preview)
+
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""
         with self._changed:
             self._cancelled.discard(job_id)
             if (taken := self._taken.pop(job_id, None)) is not None and isinstance(outcome, Finished):
                 self._making_s += _SMOOTHING * (self._clock() - taken - self._making_s)
-            future = self._outcomes.get(job_id)
-            if future is None or future.done():
-                return False
-            future.set_result(outcome)
-            return True
+            return self._end(job_id, outcome)
 
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
@@ -153,6 +190,24 @@ class MemoryQueue:
     async def close(self) -> None:
         """See JobQueue.close."""
 
+    def _end(self, job_id: str, outcome: Outcome) -> bool:
+        """Hand the outcome over. True for the first of a job."""
+        if job_id in self._shelf:
+            return self._shelf.end(job_id, outcome)
+        future = self._outcomes.get(job_id)
+        if future is None or future.done():
+            return False
+        future.set_result(outcome)
+        return True
+
+    def _position(self, job_id: str) -> int | None:
+        wanted = self._waiting.get(job_id)
+        if wanted is None:
+            return None
+        before = takewhile(lambda job: job is not wanted, self._waiting.values())
+        position = sum(job.model == wanted.model for job in before)
+        return position if position <= FARTHEST_POSITION else None
+
     def _next(self, models: Collection[str]) -> Job | None:
         return next((job for job in self._waiting.values() if job.model in models), None)
 
@@ -161,7 +216,14 @@ class MemoryQueue:
         if self._rate.per_second == 0:
             return False
         waits_s = (self._waiting_cost + job.cost) / self._rate.per_second
-        return self._clock() + waits_s + self._making_s > job.deadline
+        return self._clock() + _MARGIN * (waits_s + self._making_s) > job.deadline
 
     def _retry_after_s(self) -> float:
         return retry_after_s(self._waiting_cost, self._rate.per_second)
+
+
+def _uncancellable() -> Future[Outcome]:
+    """A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`."""
+    future: Future[Outcome] = Future()
+    future.set_running_or_notify_cancel()
+    return future

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import ClassVar
 
 from service.jobs import Job, Outcome
 from service.queue import keys
-from service.queue.base import QueueStats, QueueUnavailable, Stage
+from service.queue.base import DEFAULT_BOUNDS, Bounds, Keep, QueueStats, QueueUnavailable, Stage, Status
 from service.queue.clients import AWAY, CoroutinesRedis, ThreadsRedis
 from service.queue.leases import Leases
 from service.queue.submissions import Submissions
@@ -28,31 +29,39 @@ class RedisQueue:
     stream of dead letters. Redis must not evict keys (maxmemory-policy noeviction), and what it accepted outlives
     its own death only where it persists (appendonly). Connections are opened when they are needed.
 
-    The tests run it on one server, by its port and by its socket, with a password, behind a sentinel through a
-    failover, and on a cluster of one node. TLS and clusters of more nodes are **not** verified.
+    The tests run it on one server, by its port and by its socket, with a password and with TLS, behind a sentinel
+    through a failover, and on a cluster of one node. Clusters of more nodes are **not** verified, nor are sentinels
+    and clusters with TLS or a password.
     """
+
+    durable: ClassVar[bool] = True
 
     def __init__(
         self,
         url: str,
         max_cost: int,
         *,
+        bounds: Bounds = DEFAULT_BOUNDS,
         reclaim_after_s: float = 15.0,
         on_redelivery: Callable[[], None] = _ignore,
         on_dead_letter: Callable[[], None] = _ignore,
     ) -> None:
         self._threads = ThreadsRedis(url)
         self._coroutines = CoroutinesRedis(url)
-        self._submissions = Submissions(self._coroutines, max_cost)
-        self._leases = Leases(self._threads, reclaim_after_s, on_redelivery, on_dead_letter)
+        self._submissions = Submissions(self._coroutines, max_cost, bounds)
+        self._leases = Leases(self._threads, reclaim_after_s, bounds, on_redelivery, on_dead_letter)
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
-        await self._submissions.submit(job)
+        return await self._submissions.submit(job, keep)
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
         return await self._submissions.outcome(job_id)
+
+    async def status(self, job_id: str, preview: bool = False) -> Status:
+        """See JobQueue.status."""
+        return await self._submissions.status(job_id, preview)
 
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
@@ -65,6 +74,14 @@ class RedisQueue:
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """See JobQueue.cancelled."""
         return self._leases.cancelled(job_ids)
+
+    def progress(self, done: Mapping[str, int]) -> set[str]:
+        """See JobQueue.progress."""
+        return self._leases.progress(done)
+
+    def show(self, job_id: str, preview: bytes) -> None:
+        """See JobQueue.show."""
+        self._leases.show(job_id, preview)
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""

@@ -6,14 +6,27 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.base import QueueFull, QueueUnavailable, Stage, retry_after_s
+from service.queue.base import (
+    CANCELLED,
+    FARTHEST_POSITION,
+    WATCHED_S,
+    Bounds,
+    Keep,
+    KeyConflict,
+    QueueFull,
+    QueueUnavailable,
+    Stage,
+    Status,
+    retry_after_s,
+)
 from service.queue.clients import AWAY, CoroutinesRedis
 from service.queue.keys import GRACE_S, RESULT_TTL_S, milliseconds
 from service.queue.wire import WireError, pack_job, pack_outcome, unpack_outcome
@@ -25,7 +38,6 @@ _POLL_S = LONGEST_BLOCK_S
 _AFTER_ERROR_S = 0.5
 _CANCELLED_WITHIN_S = 0.05
 
-_CANCELLED = Failed("cancelled", "the job was cancelled")
 _LOST = Failed("engine", "the queue lost the job", retryable=True)
 _UNREADABLE = Failed("engine", "the answer of the worker cannot be read")
 
@@ -44,16 +56,28 @@ class Submissions:
     Its methods belong to one event loop.
     """
 
-    def __init__(self, redis: CoroutinesRedis, max_cost: int) -> None:
+    def __init__(self, redis: CoroutinesRedis, max_cost: int, bounds: Bounds) -> None:
         self._redis = redis
         self._max_cost = max_cost
+        self._bounds = bounds
         self._replies = keys.replies(uuid.uuid4().hex)
         self._waiting: dict[str, _Wait] = {}
         self._listening: asyncio.Task[None] | None = None
         self._away = False
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
+        if keep is None:
+            await self._submit_and_wait(job)
+            return job.id
+        try:
+            return await self._submit(job, keep)
+        except AWAY as error:
+            self._note_away(error)
+            raise QueueUnavailable from error
+
+    async def _submit_and_wait(self, job: Job) -> None:
+        """Have the job accepted, and its outcome from then on waited for."""
         if job.id in self._waiting:
             raise ValueError(f"job {job.id} was submitted before")
         # Before the queue has it, because the reply may come faster than the queue's answer.
@@ -68,7 +92,8 @@ class Submissions:
             if not wait.accepted:
                 del self._waiting[job.id]
         if self._listening is None:
-            self._listening = asyncio.create_task(self._listen())
+            # In a context of its own: its log lines are not those of the request that happened to be the first.
+            self._listening = asyncio.get_running_loop().create_task(self._listen(), context=Context())
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
@@ -76,15 +101,28 @@ class Submissions:
         self._waiting.pop(job_id, None)
         return outcome
 
+    async def status(self, job_id: str, preview: bool) -> Status:
+        """See JobQueue.status."""
+        names = [keys.record(job_id), keys.result(job_id)] + ([keys.preview(job_id)] if preview else [])
+        try:
+            found = await self._redis.run("status", names, [FARTHEST_POSITION, milliseconds(WATCHED_S)])
+        except AWAY as error:
+            self._note_away(error)
+            raise QueueUnavailable from error
+        if found is None:
+            raise KeyError(job_id)
+        return _status(found)
+
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel. Any process may cancel: who waits elsewhere learns of it by a reply."""
         wait = self._waiting.pop(job_id, None)
         if wait is not None and not wait.outcome.done():
-            wait.outcome.set_result(_CANCELLED)
-        names = [keys.record(job_id), keys.result(job_id), keys.images(job_id)]
-        told = pack_outcome(_CANCELLED) if wait is None else b""
+            wait.outcome.set_result(CANCELLED)
+        names = [keys.record(job_id), keys.result(job_id)]
+        told = pack_outcome(CANCELLED) if wait is None else b""
+        kept = [milliseconds(RESULT_TTL_S), self._bounds.outcomes, self._bounds.bytes]
         try:
-            stage = await self._redis.run("cancel", names, [job_id, told, milliseconds(RESULT_TTL_S)])
+            stage = await self._redis.run("cancel", names, [job_id, told, *kept])
         except AWAY as error:
             self._note_away(error)
             raise QueueUnavailable from error
@@ -97,26 +135,35 @@ class Submissions:
             self._listening.cancel()
             await asyncio.wait({self._listening}, timeout=_CANCELLED_WITHIN_S)
 
-    async def _submit(self, job: Job) -> None:
-        """Have the job accepted. Raises QueueFull."""
+    async def _submit(self, job: Job, keep: Keep | None = None) -> str:
+        """Have the job accepted. Returns its id, or that of the job which has its key."""
         packed = pack_job(job)
         # Clocks of hosts differ, and a monotonic one means nothing elsewhere: only durations leave this process.
         now = time.monotonic()
         left = milliseconds(job.deadline - now)
-        keep = max(0, left) + milliseconds(GRACE_S)
+        ttl = max(0, left) + milliseconds(GRACE_S)
         if packed.images:
-            await self._redis.client.set(keys.images(job.id), packed.images, px=keep)
+            await self._redis.client.set(keys.images(job.id), packed.images, px=ttl)
         names = [keys.jobs(job.model), keys.load(job.model), keys.record(job.id), keys.MODELS]
         costs = [job.cost, len(job.tasks), self._max_cost]
-        times = [milliseconds(now - job.submitted), left, keep]
-        answer = await self._redis.run(
-            "submit", names, [job.id, job.model, packed.message, *costs, *times, self._replies]
-        )
-        if answer[0] == 0:
-            if packed.images:
-                await self._redis.client.unlink(keys.images(job.id))
-            _, waiting, drained, seconds = answer
-            raise QueueFull(retry_after_s(waiting, float(drained) / float(seconds) if float(seconds) else 0.0))
+        times = [milliseconds(now - job.submitted), left, ttl]
+        kept: list[str | int] = []
+        if keep is not None:
+            kept = [milliseconds(keep.seconds), keep.note, keep.digest]
+            names += [keys.claim(keep.key)] if keep.key is not None else []
+        arguments = [job.id, job.model, packed.message, *costs, *times, self._replies, *kept]
+        code, *answer = await self._redis.run("submit", names, arguments)
+        if code == _ACCEPTED:
+            return job.id
+        if packed.images:
+            await self._redis.client.unlink(keys.images(job.id))
+        if code == _SAME:
+            holder: bytes = answer[0]
+            return holder.decode()
+        if code == _CONFLICT:
+            raise KeyConflict
+        waiting, drained, seconds = answer
+        raise QueueFull(retry_after_s(waiting, float(drained) / float(seconds) if float(seconds) else 0.0))
 
     async def _listen(self) -> None:
         """Hand outcomes to those who wait, as replies tell of them, and now and then without a reply."""
@@ -168,6 +215,7 @@ class Submissions:
             await self._redis.client.unlink(*over)
 
 
+_ACCEPTED, _SAME, _CONFLICT = 1, 2, 3
 _STAGES: dict[bytes | None, Stage] = {b"queued": "queued", b"running": "running"}
 _GOES_ON = 1
 
@@ -181,3 +229,18 @@ def _outcome(state: bytes | int) -> Outcome | None:
     except WireError as error:
         logger.error("an outcome cannot be read", extra={"detail": str(error)})
         return _UNREADABLE
+
+
+def _status(found: Sequence[Any]) -> Status:
+    """What the script `status` says."""
+    state, done, total, left_ms, note, position, outcome, preview = found
+    return Status(
+        state=state.decode(),
+        done=int(done),
+        total=int(total),
+        left_s=int(left_ms) / 1000,
+        note=note.decode(),
+        position=position if position >= 0 else None,
+        outcome=None if outcome is None else _outcome(outcome),
+        preview=preview,
+    )

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import base64
 import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from engines.manifest import Manifest
+from service.answers import Ticket, job_document, render_images
 from service.bodies import check_fields, read_fields
 from service.errors import ApiError
+from service.idempotency import digest_of, key_of
 from service.intake import deadline_of, make_job
 from service.jobs import Finished, Job
-from service.negotiation import Rendering, choose
+from service.negotiation import choose
+from service.queue.base import Keep, Status
 from service.routes.openapi import documented
 from service.runtime import Service
-from service.schemas import (
-    Batch,
-    EditRequest,
-    GenerateRequest,
-    Image,
-    ImagesResponse,
-    InpaintRequest,
-    TimingsMs,
-)
+from service.schemas import EditRequest, GenerateRequest, InpaintRequest
 
 router = APIRouter(tags=["images"])
+
+_RESPOND_ASYNC = "respond-async"
+
+ReadBody = Callable[[Request, Service], Awaitable[GenerateRequest]]
+Render = Callable[[str, Ticket, Finished, bool, float], Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an endpoint answers: in which form, by which names of fields, and whether with a job where one is asked for.
+
+    ``names`` has what its clients call a field of ours, where that is not the same.
+    """
+
+    render: Render
+    names: Mapping[str, str]
+    gives_jobs: bool
+
+
+_OURS = Dialect(render_images, {}, gives_jobs=True)
 
 
 @router.post("/generate", summary="Text to images", **documented(GenerateRequest))
 async def generate(request: Request) -> Response:
     """Make images from a prompt."""
-    return await _serve(request, GenerateRequest)
+    return await make_images(request, partial(_read, GenerateRequest))
 
 
 @router.post("/edit", summary="Image and text to images", **documented(EditRequest))
@@ -43,7 +57,7 @@ async def edit(request: Request) -> Response:
     An image of another size is resized to the bundle's first, and stretched where its proportions are others;
     transparent parts are laid on white.
     """
-    return await _serve(request, EditRequest)
+    return await make_images(request, partial(_read, EditRequest))
 
 
 @router.post("/inpaint", summary="Repaint part of an image", **documented(InpaintRequest))
@@ -53,72 +67,82 @@ async def inpaint(request: Request) -> Response:
     The mask has the image's own size. The result has the bundle's size: an image of another size is resized,
     and a pixel of the result is repainted when any pixel under it is marked. The other pixels come back exactly
     as they went in (for an image that was resized, or laid on white where it was transparent: as they were after
-    it), in png always, in jpeg and webp as far as those formats are exact.
+    it), in png always, in jpeg and webp as far as those formats are exact. With mask_blur this holds where the blurred
+    mask is 0, and elsewhere the old and the new pixels are mixed by its value.
     """
-    return await _serve(request, InpaintRequest)
+    return await make_images(request, partial(_read, InpaintRequest))
 
 
-async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
+async def make_images(request: Request, read: ReadBody, dialect: Dialect = _OURS) -> Response:
+    """Make what the request asks for in the body that ``read`` gives, and answer. Raises ApiError, and ClientGone."""
     service: Service = request.app.state.service
-    began: float = request.state.began
     with service.admitted():
         if request.url.query:
             raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
-        fields, typed = await read_fields(request, service)
-        body = check_fields(model, fields, typed)
-        rendering = choose(", ".join(request.headers.getlist("accept")), body)
-        deadline = deadline_of(body, service.settings, began)
-        gone = partial(_disconnected, request)
-        async with service.leased(body.model, deadline, gone) as pipeline:
-            make = partial(
-                make_job,
-                body,
-                rendering.format,
-                pipeline,
-                service.settings,
-                request_id=request.state.request_id,
-                began=began,
-            )
-            job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
+        body = await read(request, service)
+        try:
+            return await _make(request, service, body, dialect)
+        except ApiError as refusal:
+            refusal.param = dialect.names.get(refusal.param or "", refusal.param)
+            raise
+
+
+async def _make(request: Request, service: Service, body: GenerateRequest, dialect: Dialect) -> Response:
+    began: float = request.state.began
+    key = key_of(request)
+    preferred = dialect.gives_jobs and _prefers_async(request)
+    body = body.model_copy(update={"asynchronous": body.asynchronous or preferred})
+    rendering = choose(", ".join(request.headers.getlist("accept")), body)
+    deadline = deadline_of(body, service.settings, began)
+    gone = partial(_disconnected, request)
+    async with service.leased(body.model, deadline, gone) as pipeline:
+        make = partial(
+            make_job,
+            body,
+            rendering.format,
+            pipeline,
+            service.settings,
+            request_id=request.state.request_id,
+            began=began,
+        )
+        job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
+        ticket = Ticket.of(job, pipeline.manifest)
+        if not body.asynchronous and key is None:
             finished = await service.complete(job, gone)
-    return _render(job, finished, rendering, pipeline.manifest, time.monotonic() - began)
+            return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
+    keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key)
+    if key is not None:
+        digest = partial(digest_of, request.url.path, body, rendering.format)
+        keep = replace(keep, digest=await service.parsed(digest, deadline))
+    job_id = await service.accept(job, keep)
+    if body.asynchronous:
+        return await _accepted(service, job, job_id, keep, preferred)
+    status, finished = await service.completed(job_id, deadline, gone)
+    ticket = Ticket.model_validate_json(status.note)
+    return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
+
+
+async def _read(model: type[GenerateRequest], request: Request, service: Service) -> GenerateRequest:
+    fields, typed = await read_fields(request, service)
+    return check_fields(model, fields, typed)
+
+
+async def _accepted(service: Service, job: Job, job_id: str, keep: Keep, preferred: bool) -> Response:
+    """202: where the job is, and how far. ``preferred``: because a header asked for it."""
+    headers = {"Location": f"/jobs/{job_id}"}
+    if preferred:
+        headers["Preference-Applied"] = _RESPOND_ASYNC
+    # A job of this moment is not asked about: without a queue to ask it would seem refused.
+    fresh = Status("queued", 0, job.cost, job.deadline - time.monotonic(), keep.note)
+    status = fresh if job_id == job.id else await service.tracker.status(job_id)
+    return Response(job_document(job_id, status).model_dump_json(), 202, headers, media_type="application/json")
+
+
+def _prefers_async(request: Request) -> bool:
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return any(preference.partition(";")[0].strip().lower() == _RESPOND_ASYNC for preference in preferences)
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _render(job: Job, finished: Finished, rendering: Rendering, manifest: Manifest, total_s: float) -> Response:
-    timings = _timings_ms(finished, total_s)
-    stages = ", ".join(f"{stage[:-3]};dur={value:g}" for stage, value in timings.model_dump().items())
-    headers = {"Server-Timing": stages}
-    if rendering.raw:
-        headers["X-Seed"] = str(job.tasks[0].seed)
-        return Response(finished.images[0], headers=headers, media_type=f"image/{rendering.format}")
-    _, height, width = manifest.image_shape
-    images = [
-        Image(b64_json=base64.b64encode(data).decode(), seed=task.seed, width=width, height=height)
-        for task, data in zip(job.tasks, finished.images, strict=True)
-    ]
-    answer = ImagesResponse(
-        id=job.id,
-        created=int(time.time()),
-        model=manifest.name,
-        revision=manifest.revision,
-        images=tuple(images),
-        timings=timings,
-        batch=Batch(ticks=finished.ticks),
-    )
-    return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
-
-
-def _timings_ms(finished: Finished, total_s: float) -> TimingsMs:
-    seconds: dict[str, Any] = {
-        "queue_ms": finished.timings.queue_s,
-        "encode_ms": finished.timings.encode_s,
-        "denoise_ms": finished.timings.denoise_s,
-        "decode_ms": finished.timings.decode_s,
-        "total_ms": total_s,
-    }
-    return TimingsMs(**{name: round(value * 1000, 3) for name, value in seconds.items()})

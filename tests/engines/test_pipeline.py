@@ -28,7 +28,7 @@ from engines.pipeline import (
     kept_steps,
     lowest_strength,
 )
-from engines.rows import keep_cells, start_row
+from engines.rows import implied_x, keep_cells, start_row
 from tests.bundles import MAX_TOKENS, tiny_description
 
 SIZE = 16
@@ -321,3 +321,28 @@ def test_a_cell_is_kept_only_if_every_pixel_in_it_is() -> None:
 def test_editing_rows_need_an_encoded_image(text_bundle: Bundle) -> None:
     with pytest.raises(ValueError, match="encoded image"):
         start_row(EDIT, revision="", student=text_bundle.student(4), condition={}, shape=(4, 8, 8), latent=None)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_two_ends_of_a_step_imply_the_image(before: float, after: float) -> None:
+    # Angles: alpha is the cosine, sigma the sine. A step goes to less noise.
+    high, low = sorted((before, after), reverse=True)
+    if high - low < 0.05:
+        high, low = 1.0, 0.0
+    x, eps = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
+    alphas, sigmas = np.cos([high * np.pi / 2, low * np.pi / 2]), np.sin([high * np.pi / 2, low * np.pi / 2])
+    z, z_next = (np.float32(alpha) * x + np.float32(sigma) * eps for alpha, sigma in zip(alphas, sigmas, strict=True))
+    found = implied_x(z, z_next, alphas=(alphas[0], alphas[1]), sigmas=(sigmas[0], sigmas[1]))
+    assert np.abs(found - x).max() < 1e-4
+
+
+def test_an_estimate_ends_at_the_image_and_keeps_what_is_kept(pipeline: Pipeline) -> None:
+    [row] = pipeline.prepare([Inpaint(conditions(pipeline)[0], 4, 1.0, 3, IMAGE, REPAINT)])
+    with pytest.raises(ValueError, match="no step"):
+        _ = row.estimate
+    while not row.done:
+        pipeline.tick([row])
+        assert row.estimate.dtype == np.float32
+        kept = np.broadcast_to(row.keep == 1, row.z.shape)
+        assert np.abs(row.estimate - row.known)[kept].max() < 1e-4
+    assert np.abs(row.estimate - row.z).max() < 1e-4

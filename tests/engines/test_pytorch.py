@@ -186,6 +186,21 @@ def test_images_are_those_of_onnx_runtime(programmed: Bundle, monkeypatch: pytes
     assert len(captures) == (2 * len(programmed.graphs()) if captured else 0)
 
 
+def test_launches_that_cannot_be_captured_go_on_as_they_come(
+    halving: GraphSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(launch: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(pytorch, "captures", lambda device: True)
+    monkeypatch.setattr(pytorch, "capture", fail)
+    with open_engine("pytorch", halving, ONE) as engine:
+        inputs = random_inputs(engine, 3)
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run(inputs)["latent"], inputs["image"] / 2)
+    assert caplog.text.count("not permitted") == 1
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_lies_on_the_device_is_not_sent_again(
     programmed: Bundle, monkeypatch: pytest.MonkeyPatch, captured: bool

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -249,6 +251,33 @@ def test_two_bundles_of_one_name_are_refused(models: Models, folder: Path, tmp_p
         models.load("amber")
     with pytest.raises(UnknownModel, match="azure"):
         models.load("azure")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_what_is_unloaded_gives_its_memory_back() -> None:
+    code = """
+from pathlib import Path
+from service.catalogue import Catalogue
+from service.models import Models
+from service.runtime import open_pipeline
+from service.settings import Settings
+
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+settings = Settings(threads=1, max_batch=1)
+models = Models(Catalogue.of(settings), lambda path: open_pipeline(settings, path), 2**40)
+before = megabytes()
+models.load(None).result(60)
+loaded = megabytes()
+models.unload("emoji").result(60)
+print(before, loaded, megabytes())
+models.close()
+"""
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    before, loaded, after = map(float, printed.split())
+    assert loaded > before + 150
+    assert after < before + 0.4 * (loaded - before)
 
 
 def test_nothing_is_loaded_once_it_is_closed(models: Models) -> None:

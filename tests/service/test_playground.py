@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +14,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 import service
+from engines.bundle import load_bundle, write_bundle
+from service.api_keys import ApiKey, digest_of, new_key
 from service.app import create_app
 from service.schemas import InpaintRequest
 from service.settings import Settings
 from tests.service import webdriver
-from tests.service.helpers import Pixels, listening, png, random_image
+from tests.service.helpers import Pixels, listening, png, random_image, read_pixels
 
 FOLDER = Path(service.__file__).parent / "playground"
 FILES = sorted(FOLDER.iterdir())
@@ -114,7 +118,7 @@ def test_every_field_that_the_page_sends_has_a_place_for_its_error(page: Page) -
     places = {value.removeprefix("error-") for value in page.values("id") if value.startswith("error-")}
     fields = {field.alias or name for name, field in InpaintRequest.model_fields.items()}
     assert places <= fields
-    assert places == {"prompt", "class", "image", "mask", "strength", "steps", "guidance_scale", "seed"}
+    assert places == {"prompt", "class", "image", "mask", "strength", "steps", "guidance_scale", "seed", "n"}
 
 
 def test_the_service_gives_the_page_and_its_files_under_the_policy(settings: Settings) -> None:
@@ -179,6 +183,58 @@ def test_a_person_generates_edits_and_repaints_by_keyboard(
     assert [line for line in window.console() if "422" not in line] == []
 
 
+def test_a_person_picks_of_several_compares_with_the_input_and_copies_the_command(
+    window: webdriver.Browser, bundle_path: Path, class_bundle_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(class_bundle_path, tmp_path / "models" / "classes")
+    renamed = load_bundle(class_bundle_path)
+    files = {name: renamed.path / name for name in renamed.manifest.files}
+    description = renamed.manifest.model_copy(update={"name": "classes"})
+    write_bundle(tmp_path / "models" / "classes", description, files, replace=True)
+    settings = Settings(bundle=str(bundle_path), models=tmp_path / "models", threads=1)
+    with listening(create_app(settings)) as port:
+        window.go(f"http://127.0.0.1:{port}/")
+        window.wait("document.querySelector('#state').dataset.state === 'ready'")
+        window.js("document.querySelector('[name=count][value=\"4\"]').click()")
+        window.focus("#prompt")
+        window.press(*"it's a red cat", webdriver.ENTER)
+        window.wait("document.querySelectorAll('#history-list li').length === 4")
+        assert window.js("return document.querySelector('#field-compare').hidden")
+        window.js("document.querySelectorAll('#history-list button')[2].click()")
+        seed = int(window.js("return document.querySelector('#seed').value"))
+        assert window.text("#facts").startswith(f"Promptit's a red catSeed{seed + 2} ")
+
+        window.js("navigator.clipboard.writeText = async (text) => { window.copied = text; };")
+        window.js("document.querySelector('#copy-curl').click()")
+        window.wait("window.copied")
+        subprocess.run(["bash", "-c", window.js("return window.copied")], cwd=tmp_path, check=True, timeout=30)
+        (made,) = tmp_path.glob("*.png")
+        assert np.array_equal(read_pixels(made.read_bytes()), _pixels(window, "#image")[..., :3])
+
+        window.js("document.querySelector('#use-as-input').click()")
+        window.wait("!document.querySelector('#frame').hidden")
+        window.js("document.querySelector('[name=count][value=\"1\"]').click()")
+        _submit(window, images=5)
+        assert not window.js("return document.querySelector('#before').hidden")
+        assert np.array_equal(_pixels(window, "#before"), _pixels(window, "#source"))
+        window.js(
+            "const slider = document.querySelector('#compare'); slider.value = 40;"
+            "slider.dispatchEvent(new Event('input'));"
+        )
+        clip = window.js("return getComputedStyle(document.querySelector('#before')).clipPath")
+        assert "60%" in clip
+
+        window.js(
+            "const choice = document.querySelector('#models'); choice.value = 'classes';"
+            "choice.dispatchEvent(new Event('change'));"
+        )
+        window.wait("!document.querySelector('#field-class').hidden")
+        window.js("document.querySelector('[name=task][value=generate]').click()")
+        _submit(window, images=6)
+        assert "Class" in window.text("#facts")
+    assert window.console() == []
+
+
 def _submit(window: webdriver.Browser, images: int) -> None:
     """Submit from the button, and wait until the page has so many images."""
     window.focus("#submit")
@@ -204,3 +260,32 @@ def _pixels(window: webdriver.Browser, selector: str) -> Pixels:
         return [...canvas.getContext("2d").getImageData(0, 0, 16, 16).data];
     """
     return np.array(window.js(script, selector), dtype=np.uint8).reshape(16, 16, 4)
+
+
+def test_a_person_gives_the_key_that_a_service_asks_for(
+    window: webdriver.Browser, bundle_path: Path, tmp_path: Path
+) -> None:
+    key = new_key()
+    (tmp_path / "keys").write_text(ApiKey("ann", digest_of(key)).line)
+    locked = Settings(bundle=str(bundle_path), threads=1, api_keys_file=tmp_path / "keys")
+    with listening(create_app(locked)) as port:
+        window.go(f"http://127.0.0.1:{port}/")
+        window.wait("document.activeElement.id === 'key'")
+        assert window.text("#problem").startswith("An API key is needed.")
+        window.press(*"a wrong key", webdriver.ENTER)
+        window.wait("document.querySelector('#problem').textContent.startsWith('This API key is not known.')")
+        window.press(*key)
+        window.focus("#key-use")
+        window.press(webdriver.ENTER)
+        window.wait("document.querySelector('#state').dataset.state === 'ready'")
+        assert window.js("return document.querySelector('#field-key').hidden")
+        window.focus("#prompt")
+        window.press(*"a red cat", webdriver.ENTER)
+        window.wait(ANSWERED)
+        window.js("navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }")
+        window.js("document.querySelector('#copy-curl').click()")
+        copied = window.js("return window.copied")
+        assert "Bearer $FEWSTEP_KEY" in copied
+        assert key not in copied
+        assert window.js("return [localStorage.length, document.cookie]") == [0, ""]
+    assert [line for line in window.console() if "401" not in line] == []

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engines.pipeline import Generate
 from service.jobs import Failed, Finished, Job, Output, Timings
-from service.queue import keys
+from service.queue import keys, leases
 from service.queue.base import QueueFull, QueueStats, QueueUnavailable
 from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
 from tests.service.redis_server import RedisServer, Sentinel
+from tests.service.tls import make_certificate, tls_door
 
 pytestmark = pytest.mark.anyio
 
@@ -152,6 +156,19 @@ async def test_the_first_of_two_workers_counts_whoever_holds_the_job(
     assert not other.settle("a", OTHER)
     assert await soon(api, "a") == FINISHED
     assert taken(open_queue(), wait_s=1.5 * SILENCE_S) == []
+
+
+async def test_times_cross_hosts_whose_clocks_differ(open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, worker = open_queue(), open_queue()
+    sent = replace(job("a"), submitted=time.monotonic() - 5)
+    await api.submit(sent)
+    ahead_s = 1e6
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s)
+    with monkeypatch.context() as there:
+        there.setattr(leases, "time", clock)
+        [came] = worker.take({MODEL}, 9, 0.0)
+    assert came.submitted - ahead_s == pytest.approx(sent.submitted, abs=1)
+    assert came.deadline - ahead_s == pytest.approx(sent.deadline, abs=1)
 
 
 async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, counts: Counts) -> None:
@@ -352,6 +369,24 @@ async def test_an_outage_is_no_silence(
         assert taken(other, wait_s=10.0) == ["a"]
 
 
+@pytest.mark.slow
+async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: RedisServer) -> None:
+    async with opened(durable.url) as queue:
+        await queue.submit(job("a"))
+        assert taken(queue) == ["a"]
+        hanging = asyncio.create_task(asyncio.to_thread(durable.pause, 14.0))
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        assert await asyncio.to_thread(queue.cancelled, ["a"]) == set()
+        assert queue.settle("a", FINISHED)
+        assert not hanging.done()
+        await hanging
+        assert await soon(queue, "a") == FINISHED
+        await queue.submit(job("b"))
+        wait_until(lambda: "b" in taken(queue, wait_s=0.1))
+
+
 async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:
     async with opened("redis://127.0.0.1:1/0") as queue:
         with pytest.raises(QueueUnavailable):
@@ -405,6 +440,18 @@ async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -
             assert queue.settle("a", FINISHED)
             assert await soon(queue, "a") == FINISHED
             await works(sentinel.url, "b")
+
+
+async def test_tls(anyio_backend: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    certificate, key = make_certificate(openssl, tmp_path)
+    with tls_door(redis_server.port, certificate, key) as port:
+        await works(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}", "a")
+        async with opened(f"rediss://127.0.0.1:{port}/0") as distrustful:
+            with pytest.raises(QueueUnavailable):
+                await distrustful.submit(job("b"))
 
 
 async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from service.models import Models
 from service.queue.memory import MemoryQueue
 from service.scheduler import Scheduler
 from service.worker import Worker
-from tests.service.helpers import random_image, read_pixels
+from tests.service.helpers import random_image, read_pixels, until
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +45,9 @@ class Bench:
         self, name: str, *tasks: Task, seconds: float = 60.0, priority: Priority = Priority.NORMAL
     ) -> None:
         now = time.monotonic()
-        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority))
+        await self.queue.submit(
+            Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority=priority)
+        )
 
     async def outcome(self, name: str) -> Outcome:
         return await asyncio.wait_for(self.queue.outcome(name), 10)
@@ -94,15 +96,6 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, bench: Bench, method: str, bad: Ca
         return original(items)
 
     monkeypatch.setattr(bench.pipeline, method, failing)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait until the condition holds, for ten seconds at most."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came")
 
 
 def is_bad(item: Task | Row) -> bool:
@@ -282,6 +275,26 @@ async def test_stopping_fails_what_is_held_and_leaves_what_waits(bench: Bench) -
     bench.worker.stop()
     assert (await bench.failed("0")).reason == "stopped"
     assert bench.queue.stats().depth == MAX_ROWS
+
+
+async def test_a_draining_worker_finishes_what_it_holds_takes_nothing_more_and_ends(bench: Bench) -> None:
+    await bench.submit("held", task(1))
+    bench.steps(1)
+    await bench.submit("waits", task(2))
+    bench.worker.drain()
+    bench.worker.start()
+    assert (await bench.finished("held")).ticks == (1, 1, 1, 1)
+    await until(lambda: not bench.worker.alive)
+    assert bench.queue.stats().depth == 1
+
+
+async def test_a_worker_leaves_jobs_of_other_models_alone(bench: Bench) -> None:
+    now = time.monotonic()
+    await bench.queue.submit(Job("other", "other", (task(1),), Output("png"), now, now + 60, "other@1"))
+    await bench.submit("mine", task(2, steps=1))
+    bench.steps(1)
+    assert (await bench.finished("mine")).ticks == (1,)
+    assert bench.queue.stats().depth == 1
 
 
 async def test_decoding_overlaps_the_next_tick(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

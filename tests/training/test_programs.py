@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.backends.pytorch import runnable
 from tests.training.test_graphs import LINEAR, Linear, step_example, student
 from training.graphs import BATCH_SIZES, ExportError, StepGraph
 from training.programs import export_program
@@ -19,7 +20,7 @@ def test_a_step_is_the_sampler_in_torch(tmp_path: Path) -> None:
     parity = export_program(graph, example, tmp_path / "step.pt2")
     assert (parity.graph, parity.weights) == ("step.pt2", "fp32")
     assert parity.error < 1e-6
-    program = torch.export.load(tmp_path / "step.pt2").module()
+    program = runnable(torch.export.load(tmp_path / "step.pt2"))
     for batch in (*BATCH_SIZES, 63):
         inputs = example.at(batch)
         with torch.inference_mode():

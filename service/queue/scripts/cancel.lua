@@ -1,20 +1,26 @@
--- Gives a job up. KEYS: record, result, images. ARGV: id, what others learn who wait for it, ms to keep that
+-- Gives a job up. KEYS: record, result
+-- ARGV: id, what others learn who wait for it, ms to keep that, bounds on outcomes that are kept and on their bytes
 -- Returns the stage that it had reached, or nil where it is over.
-local record, result, images = unpack(KEYS)
-local id, outcome, keep = unpack(ARGV)
+local record, result = unpack(KEYS)
+local id, outcome, keep, most, most_bytes = unpack(ARGV)
 
-redis.call('DEL', result)
-local state, model, entry, cost, replies = unpack(redis.call('HMGET', record, 'state', 'model', 'entry', 'cost', 'replies'))
+local state, model, entry, cost, replies, kept =
+  unpack(redis.call('HMGET', record, 'state', 'model', 'entry', 'cost', 'replies', 'kept'))
+if not kept then
+  redis.call('DEL', result)
+end
 if state == 'queued' then
   remove(PREFIX .. 'jobs:' .. model, entry)
   redis.call('HINCRBY', PREFIX .. 'load:' .. model, 'cost', -cost)
-  redis.call('DEL', record, images)
+  forget(id)
 elseif state == 'running' then
   redis.call('HSET', record, 'state', 'cancelled') -- Its worker sees that, and settles.
 else
   return nil
 end
-if outcome ~= '' then
+if kept then
+  keep_outcome(id, 'cancelled', outcome, kept, most, most_bytes)
+elseif outcome ~= '' then
   redis.call('SET', result, outcome, 'PX', keep)
   redis.call('XADD', replies, '*', 'id', id)
   redis.call('PEXPIRE', replies, keep)

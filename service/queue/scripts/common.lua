@@ -40,3 +40,40 @@ local function remove(jobs, entry)
   redis.call('XACK', jobs, GROUP, entry)
   redis.call('XDEL', jobs, entry)
 end
+
+-- What is left of a job that nobody works on any more: nothing, but for one whose outcome is kept.
+local function forget(id)
+  local record = PREFIX .. 'job:' .. id
+  redis.call('DEL', PREFIX .. 'images:' .. id, PREFIX .. 'preview:' .. id)
+  if redis.call('HEXISTS', record, 'kept') == 1 then
+    redis.call('HDEL', record, 'message')
+  else
+    redis.call('DEL', record)
+  end
+end
+
+-- Puts the outcome of a job beside those that are kept, and lets the oldest go where these are too many.
+local function keep_outcome(id, state, outcome, kept, most, most_bytes)
+  local list, bytes = PREFIX .. 'kept', PREFIX .. 'kept-bytes'
+  local now = now_ms()
+  redis.call('HSET', PREFIX .. 'job:' .. id, 'state', state)
+  redis.call('PEXPIRE', PREFIX .. 'job:' .. id, kept)
+  redis.call('SET', PREFIX .. 'result:' .. id, outcome, 'PX', kept)
+  redis.call('RPUSH', list, string.format('%d:%d:%s', now + kept, #outcome, id))
+  redis.call('INCRBY', bytes, #outcome)
+  while redis.call('LLEN', list) > 1 do
+    local expires, size, oldest = redis.call('LINDEX', list, 0):match('^(%d+):(%d+):(.*)$')
+    local fits = redis.call('LLEN', list) <= tonumber(most) and tonumber(redis.call('GET', bytes)) <= tonumber(most_bytes)
+    if fits and tonumber(expires) > now then
+      break
+    end
+    redis.call('LPOP', list)
+    redis.call('DECRBY', bytes, size)
+    redis.call('DEL', PREFIX .. 'job:' .. oldest, PREFIX .. 'result:' .. oldest)
+  end
+  for _, key in ipairs({list, bytes}) do
+    if redis.call('PTTL', key) < tonumber(kept) then
+      redis.call('PEXPIRE', key, kept)
+    end
+  end
+end

@@ -2,7 +2,7 @@
 -- KEYS: streams of jobs, then their loads
 -- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs, seconds that the rate remembers
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
--- deadline, tries}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
+-- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
 local consumer, rows, silence, holding, memory_s = unpack(ARGV)
 local room = tonumber(rows)
 local now = now_ms()
@@ -12,14 +12,17 @@ local groups, given = {}, {}
 local function job_of(stream, entry, wanted, tries)
   local fields = by_name(entry[2])
   local record = PREFIX .. 'job:' .. fields.id
-  local state, message = unpack(redis.call('HMGET', record, 'state', 'message'))
+  local state, message, kept = unpack(redis.call('HMGET', record, 'state', 'message', 'kept'))
   if state ~= wanted then
     remove(KEYS[stream], entry[1])
-    redis.call('DEL', record, PREFIX .. 'images:' .. fields.id)
+    forget(fields.id)
     return nil
   end
   redis.call('HSET', record, 'state', 'running')
-  return {stream, entry[1], fields.id, message, fields.submitted, fields.deadline, tries}
+  if kept then
+    redis.call('HSET', record, 'done', 0)
+  end
+  return {stream, entry[1], fields.id, message, fields.submitted, fields.deadline, tries, kept and 1 or 0}
 end
 
 -- The first entry that a consumer was silent about for too long.

@@ -1,0 +1,25 @@
+// Which model a request is for.
+
+import { models } from "./api.js";
+import { byId, element } from "./dom.js";
+
+export class Models extends EventTarget {
+  constructor() {
+    super();
+    byId("models").addEventListener("change", () => this.dispatchEvent(new Event("change")));
+  }
+
+  /** Asks the service which there are. One needs no choice; what was chosen before stays, if it is still there. */
+  async offer() {
+    const found = await models();
+    const before = this.chosen;
+    const names = [...new Set(found.map(({ name }) => name))];
+    byId("models").replaceChildren(...names.map((name) => element("option", { value: name, textContent: name })));
+    byId("models").value = names.includes(before) ? before : found.find((one) => one.default).name;
+    byId("field-model").hidden = names.length < 2;
+  }
+
+  get chosen() {
+    return byId("models").value;
+  }
+}

@@ -1,0 +1,118 @@
+"""Jobs that go on whether or not their client waits: how far they are, what became of them. Makes no answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+from service.errors import job_not_found, queue_unavailable
+from service.jobs import Failed
+from service.metrics import Metrics
+from service.queue.base import JobQueue, QueueUnavailable, Status
+
+HEARTBEAT_S = 15.0
+"""The longest silence of `Tracker.follow`."""
+
+# A job that moves is asked about often, one that waits seldom.
+_POLLS_S = (0.005, 0.25)
+_SLOWER = 1.5
+# A worker says by itself that a job's time is over. Where there is none, the job is not waited for much longer.
+_LATE_S = 5.0
+_EXPIRED = Failed("expired", "the time limit passed before the images were made")
+
+
+class Tracker:
+    """Tells of jobs whose outcome the queue keeps, whichever process accepted them."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        metrics: Metrics,
+        stopping: asyncio.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue = queue
+        self._metrics = metrics
+        self._stopping = stopping
+        self._clock = clock
+        self.following = 0
+
+    async def status(self, job_id: str) -> Status:
+        """How far the job has come. Raises ApiError 404 for one that is not known (any more), 503 without a queue."""
+        try:
+            return await self._look(job_id)
+        except KeyError:
+            raise job_not_found(job_id) from None
+        except QueueUnavailable as error:
+            raise queue_unavailable() from error
+
+    async def cancel(self, job_id: str) -> Status:
+        """Give the job up, unless it is over, and tell what became of it. Raises as `status` does."""
+        await self.status(job_id)  # Only a job that is kept may be cancelled by whoever knows its id.
+        try:
+            stage = await self._queue.cancel(job_id)
+        except QueueUnavailable as error:
+            raise queue_unavailable() from error
+        if stage is not None:
+            self._metrics.cancelled.labels(stage).inc()
+        return await self.status(job_id)
+
+    async def follow(self, job_id: str, preview: bool = False) -> AsyncGenerator[Status | None, None]:
+        """The status whenever it has changed, until the job is over or the service stops; None for a heartbeat.
+
+        While the queue is away nothing changes. Raises KeyError for a job that is not known (any more).
+        """
+        last: Status | None = None
+        shortest, longest = _POLLS_S
+        wait_s, told = shortest, self._clock()
+        self.following += 1
+        try:
+            while True:
+                stopping = self._stopping.is_set()
+                status = await self._look_if_there(job_id, preview)
+                if status is not None and (last is None or _differ(status, last)):
+                    yield status
+                    last, wait_s, told = status, shortest, self._clock()
+                elif self._clock() - told >= HEARTBEAT_S:
+                    yield None
+                    told = self._clock()
+                if stopping or (last is not None and last.outcome is not None):
+                    return
+                await self._pause(wait_s)
+                wait_s = min(wait_s * _SLOWER, longest)
+        finally:
+            self.following -= 1
+
+    async def over(self, job_id: str) -> Status:
+        """The status of the job once it is over; the last one known where the service stops. KeyError as `follow`."""
+        found: Status | None = None
+        async for status in self.follow(job_id):
+            found = status or found
+        if found is None:
+            raise KeyError(job_id)
+        return found
+
+    async def _look(self, job_id: str, preview: bool = False) -> Status:
+        status = await self._queue.status(job_id, preview)
+        if status.outcome is None and status.left_s < -_LATE_S:
+            return replace(status, state="failed", position=None, outcome=_EXPIRED)
+        return status
+
+    async def _look_if_there(self, job_id: str, preview: bool) -> Status | None:
+        try:
+            return await self._look(job_id, preview)
+        except QueueUnavailable:
+            return None
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+
+def _differ(status: Status, other: Status) -> bool:
+    return any(getattr(status, name) != getattr(other, name) for name in ("state", "done", "position", "preview"))
