@@ -71,16 +71,16 @@ class GenerateRequest(Body):
         Literal["b64_json"] | None,
         Field(description="JSON with base64 images; for one image as raw bytes send Accept: image/*."),
     ] = None
+    priority: Annotated[
+        Literal["low", "normal", "high"],
+        Field(description="Others go before low and after high, but none waits for ever."),
+    ] = "normal"
     metadata: Annotated[
         Metadata,
         Field(
             description="What each file says of how it was made: settings, full (with the prompt or class), or none."
         ),
     ] = "settings"
-    priority: Annotated[
-        Literal["low", "normal", "high"],
-        Field(description="Others go before low and after high, but none waits for ever."),
-    ] = "normal"
     timeout_ms: Annotated[
         int | None, Field(ge=1, description="Time limit from the arrival of the request; then 504.")
     ] = None

@@ -253,7 +253,7 @@ class Worker:
                 self._metrics.queue_seconds.observe(max(0.0, encoded.began - work.job.submitted))
                 self._tracing.stage("queue", [work.job], work.job.submitted, encoded.began, len(work.job.tasks))
             work.encode_s += encoded.seconds
-        jobs = [work.job for work in dict.fromkeys(unit.work for unit in encoded.units)]
+        jobs = list(dict.fromkeys(unit.work.job for unit in encoded.units))
         self._tracing.stage("encode", jobs, encoded.began, encoded.began + encoded.seconds, len(encoded.units))
         for unit, row in zip(encoded.units, encoded.rows, strict=True):
             unit.encoding = False

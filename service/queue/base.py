@@ -133,9 +133,11 @@ class JobQueue(Protocol):
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """Accept the job, or raise QueueFull, also where it would come too late behind the others.
 
-        An accepted job is settled or cancelled, never lost. Without ``keep`` the submitter waits for its ``outcome``;
-        with it anybody asks for its ``status``. Returns the id of the job: that of an older one where its key names
-        one. Raises KeyConflict where that asks for another thing.
+        An accepted job is settled or cancelled, never lost.
+
+        Without ``keep`` the submitter waits for its ``outcome``; with it anybody asks for its ``status``. Returns the
+        id of the job: that of an older one where its key names one. Raises KeyConflict where that asks for another
+        thing.
         """
         ...
 

@@ -44,8 +44,8 @@ jobs = st.builds(
     submitted=numbers,
     deadline=numbers,
     model=st.text(),
-    trace=st.text(),
     priority=st.sampled_from(Priority),
+    trace=st.text(),
 )
 finished = st.builds(
     Finished,

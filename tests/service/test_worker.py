@@ -45,7 +45,9 @@ class Bench:
         self, name: str, *tasks: Task, seconds: float = 60.0, priority: Priority = Priority.NORMAL
     ) -> None:
         now = time.monotonic()
-        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority))
+        await self.queue.submit(
+            Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority=priority)
+        )
 
     async def outcome(self, name: str) -> Outcome:
         return await asyncio.wait_for(self.queue.outcome(name), 10)

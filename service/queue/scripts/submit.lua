@@ -25,8 +25,9 @@ end
 local waiting = tonumber(redis.call('HGET', load, 'cost') or 0)
 local drained, seconds = unpack(redis.call('HMGET', load, 'drained', 'seconds'))
 drained, seconds = drained or '0', seconds or '0'
--- One that would come too late behind the others, as fast as they are taken, is refused: better now than then.
-local late = tonumber(drained) > 0 and 1000 * (waiting + cost) * seconds / drained > tonumber(left)
+-- One that would come too late behind the others, as fast as they are taken, is refused: better now than then. A quarter
+-- is added, for jobs that were taken and then given up make the queue look faster than it is.
+local late = tonumber(drained) > 0 and 1250 * (waiting + cost) * seconds / drained > tonumber(left)
 if waiting > 0 and (waiting + cost > tonumber(bound) or late) then
   return {0, waiting, drained, seconds}
 end
