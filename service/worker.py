@@ -130,7 +130,7 @@ class Worker:
 
     def _abandon(self) -> None:
         """Settle nothing more: a queue that outlives this process hands its jobs out again."""
-        logger.critical("the device is lost")
+        logger.critical("the device is lost", extra={"requests": requests_of(self._units())})
         for work in list(self._held.values()):
             self._let_go(work)
         self._parked.clear()

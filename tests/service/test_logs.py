@@ -182,7 +182,7 @@ async def test_a_fault_in_a_loop_names_the_requests_that_it_cost(
         await app.client.post("/generate", json={"prompt": "a cat"}, headers=headers)
     assert [line["requests"] for line in lines.of("finishing failed")] == [["mine"]]
     with monkeypatch.context() as once:
-        once.setattr("service.worker.Worker._started", broken)
+        once.setattr("service.queue.memory.MemoryQueue.progress", broken)
         await app.client.post("/generate", json={"prompt": "a cat"}, headers=headers)
     assert [line["requests"] for line in lines.of("the worker's loop failed")] == [["mine"]]
 
