@@ -27,7 +27,8 @@ class RedisQueue:
     Each model has a stream, which its workers read as one consumer group, at least once: the jobs of a worker
     that was silent for ``reclaim_after_s`` go to another, alone, and what has been tried three times goes to the
     stream of dead letters. Redis must not evict keys (maxmemory-policy noeviction), and what it accepted outlives
-    its own death only where it persists (appendonly). Connections are opened when they are needed.
+    its own death only where it persists (appendonly). Outcomes that are kept lie there too, within the ``bounds`` of
+    the process that settles. Connections are opened when they are needed.
 
     The tests run it on one server, by its port and by its socket, with a password and with TLS, behind a sentinel
     through a failover, and on a cluster of one node. Clusters of more nodes are **not** verified, nor are sentinels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -90,8 +90,8 @@ async def make_images(request: Request, read: ReadBody, dialect: Dialect = _OURS
 async def _make(request: Request, service: Service, body: GenerateRequest, dialect: Dialect) -> Response:
     began: float = request.state.began
     key = key_of(request)
-    preferred = dialect.gives_jobs and _prefers_async(request)
-    body = body.model_copy(update={"asynchronous": body.asynchronous or preferred})
+    if dialect.gives_jobs and _prefers_async(request):
+        body = body.model_copy(update={"asynchronous": True})
     rendering = choose(", ".join(request.headers.getlist("accept")), body)
     deadline = deadline_of(body, service.settings, began)
     gone = partial(_disconnected, request)
@@ -110,13 +110,13 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
         if not body.asynchronous and key is None:
             finished = await service.complete(job, gone)
             return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
-    keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key)
+    digest = ""
     if key is not None:
-        digest = partial(digest_of, request.url.path, body, rendering.format)
-        keep = replace(keep, digest=await service.parsed(digest, deadline))
+        digest = await service.parsed(partial(digest_of, request.url.path, body, rendering.format), deadline)
+    keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, digest)
     job_id = await service.accept(job, keep)
     if body.asynchronous:
-        return await _accepted(service, job, job_id, keep, preferred)
+        return await _accepted(request, job, job_id, keep)
     status, finished = await service.completed(job_id, deadline, gone)
     ticket = Ticket.model_validate_json(status.note)
     return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
@@ -127,10 +127,11 @@ async def _read(model: type[GenerateRequest], request: Request, service: Service
     return check_fields(model, fields, typed)
 
 
-async def _accepted(service: Service, job: Job, job_id: str, keep: Keep, preferred: bool) -> Response:
-    """202: where the job is, and how far. ``preferred``: because a header asked for it."""
+async def _accepted(request: Request, job: Job, job_id: str, keep: Keep) -> Response:
+    """202: where the job is, and how far."""
+    service: Service = request.app.state.service
     headers = {"Location": f"/jobs/{job_id}"}
-    if preferred:
+    if _prefers_async(request):
         headers["Preference-Applied"] = _RESPOND_ASYNC
     # A job of this moment is not asked about: without a queue to ask it would seem refused.
     fresh = Status("queued", 0, job.cost, job.deadline - time.monotonic(), keep.note)
