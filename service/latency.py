@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 Line = tuple[float, float]
@@ -13,6 +14,7 @@ _KEPT = 0.98
 # A tick that took longer than this many times what was expected counts as that: a stall is no new speed.
 _SURPRISE = 3.0
 _SMOOTHING = 0.3
+_FEW = 3
 _MEASURED_WITHIN_TICKS = 500
 _DOUBT = 0.9
 _SHORTEST_S = 1e-6
@@ -34,6 +36,7 @@ class Latency:
         self._largest = max([1.0, *(rows for rows, _, _ in warm)])
         self._sums = [0.0] * 6
         self._measured = {rows: (seconds, 0) for rows, seconds in (seconds_by_rows or {}).items()}
+        self._runs: dict[int, deque[float]] = {}
         self._ticks = 0
         self._doubted = False
 
@@ -59,6 +62,11 @@ class Latency:
             return measured[0]
         return self._on_line(rows)
 
+    def surely_s(self, rows: int) -> float | None:
+        """What a tick of so many rows takes at the least, by its last few; None where it hardly ever ran."""
+        runs = self._runs.get(rows, ())
+        return min(runs) if len(runs) >= _FEW else None
+
     def observe(self, rows: int, seconds: float) -> None:
         """Note that a tick of so many rows took so long."""
         expected = self.seconds(rows)
@@ -67,6 +75,7 @@ class Latency:
         seconds = max(seconds, _SHORTEST_S)
         before = expected if rows in self._measured else seconds
         self._ticks += 1
+        self._runs.setdefault(rows, deque(maxlen=2 * _FEW)).append(seconds)
         self._measured[rows] = before + _SMOOTHING * (seconds - before), self._ticks
         self._doubted = False
         self._follow(float(rows), seconds)

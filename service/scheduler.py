@@ -187,13 +187,14 @@ class Scheduler:
         """How many rows to run at once: all that may, or fewer where two ticks take less than the one.
 
         An engine of fixed shapes pads: 17 rows may take as long as 32, and 16 and then 1 less than that. That is
-        decided by what was measured, never by the line.
+        decided by what was measured several times, never by the line or by one slow tick.
         """
         latency = self._latencies[group]
         best = most = self._fit(group, waiting, now)
-        best_s = _GAIN * latency.seconds(most)
-        measured = latency.sizes
-        for rows in measured if most in measured else ():
+        if (at_once_s := latency.surely_s(most)) is None:
+            return most
+        best_s = _GAIN * at_once_s
+        for rows in latency.sizes:
             if rows < most and (split_s := latency.seconds(rows) + latency.seconds(most - rows)) < best_s:
                 best, best_s = max(rows, most - rows), split_s
         return best

@@ -14,6 +14,7 @@ from service.queue.base import JobState
 # JSON and JavaScript carry integers exactly up to here.
 MAX_SEED = 2**53 - 1
 
+PriorityName = Literal["low", "normal", "high"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # Text in JSON (base64), bytes in a multipart file part; intake.py makes bytes of both.
 Picture = Annotated[
@@ -72,7 +73,7 @@ class GenerateRequest(Body):
         Field(description="JSON with base64 images; for one image as raw bytes send Accept: image/*."),
     ] = None
     priority: Annotated[
-        Literal["low", "normal", "high"],
+        PriorityName,
         Field(description="Others go before low and after high, but none waits for ever."),
     ] = "normal"
     metadata: Annotated[

@@ -17,7 +17,7 @@ import PIL.Image
 from engines.images import ImageFormat, MaskMode
 from engines.provenance import Metadata
 from service.client.answers import Answer, Images, MadeImage, Result, read_images, read_model
-from service.schemas import Capabilities, Model, ModelList
+from service.schemas import Capabilities, Model, ModelList, PriorityName
 
 Picture = PIL.Image.Image | MadeImage | bytes | str | os.PathLike[str]
 """An image or a mask: decoded, as it came from this client, the bytes of a file, or the path of one."""
@@ -40,6 +40,7 @@ class GenerateOptions(TypedDict, total=False):
     output_format: ImageFormat
     quality: int
     metadata: Metadata
+    priority: PriorityName
     timeout_ms: int
 
 

@@ -133,6 +133,7 @@ GENERATE = [
     Case("quality of png", {"quality": 90}, "unsupported_option", "quality"),
     Case("quality zero", {"output_format": "jpeg", "quality": 0}, "invalid_value", "quality"),
     Case("urls as answer", {"response_format": "url"}, "invalid_value", "response_format"),
+    Case("no such priority", {"priority": "urgent"}, "invalid_value", "priority"),
     Case("no time", {"timeout_ms": 0}, "invalid_value", "timeout_ms"),
     Case("too much time", {"timeout_ms": 60_001}, "invalid_value", "timeout_ms", says="60000"),
 ]

@@ -166,3 +166,11 @@ def test_a_cap_that_memory_forced_holds_for_its_group_and_for_a_while() -> None:
 def test_a_tick_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="room"):
         Scheduler(0)
+
+
+def test_one_slow_tick_does_not_split_those_after_it() -> None:
+    scheduler = warmed(Scheduler(16), seconds={rows: 1.0 + rows / 4 for rows in (1, 2, 4, 8, 16)})
+    crowd = [row(f"{k:02}") for k in range(13)]
+    for seconds in (12.0, 4.25, 12.0, 12.0):
+        scheduler.ticked(4, 13, seconds)
+        assert len(scheduler.plan(crowd, NOW).batch) == 13
