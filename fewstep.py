@@ -23,6 +23,7 @@ class Entry:
 
 COMMANDS = {
     "serve": Entry("service.commands:serve", "Serve a bundle over HTTP."),
+    "keys": Entry("service.keys_command:keys", "Make API keys for the service."),
     "generate": Entry("engines.commands:generate", "Make images from a prompt, without a service."),
     "inspect": Entry("engines.commands:inspect", "Show and verify what is in a bundle."),
     "build": Entry("engines.build_command:build", "Compile a bundle's graphs ahead of time.", "tensorrt"),

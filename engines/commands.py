@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,6 +13,7 @@ from engines.backends.base import EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
+from engines.provenance import describe_image
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _IN_TASKS = {"condition": "PROMPT", "guidance": "--guidance-scale"}
@@ -70,20 +70,8 @@ def generate(
         raise click.ClickException(str(error)) from error
     for i, (task, image) in enumerate(zip(tasks, images, strict=True)):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{i}")
-        text = {"fewstep": json.dumps(_provenance(task, manifest))}
-        path.write_bytes(encode_image(image, image_format, text=text))
+        path.write_bytes(encode_image(image, image_format, text=describe_image(task, manifest)))
         click.echo(f"{path}  seed {task.seed}")
-
-
-def _provenance(task: Generate, manifest: Manifest) -> dict[str, Any]:
-    """What it takes to make the image again, but for the prompt, which may be private."""
-    return {
-        "model": manifest.name,
-        "revision": manifest.revision,
-        "steps": task.steps,
-        "guidance_scale": 1 + task.guidance,
-        "seed": task.seed,
-    }
 
 
 @click.command()

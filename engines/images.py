@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from engines.tasks import Floats, Mask, Pixels
@@ -102,10 +103,15 @@ def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 def _touched(mask: Mask, size: int) -> Mask:
     """The rows of a mask as ``size`` rows, each the union of those that it overlaps."""
     rows, out = len(mask), np.arange(size)
-    first, last = out * rows // size, -((out + 1) * rows // -size)
-    marked = np.concatenate([np.zeros((1, mask.shape[1]), np.int64), mask.cumsum(0)])
-    touched: Mask = marked[last] > marked[first]
-    return touched
+    return union_of_rows(mask, out * rows // size, -((out + 1) * rows // -size))
+
+
+def union_of_rows(mask: Mask, first: NDArray[np.int64], last: NDArray[np.int64]) -> Mask:
+    """A mask whose row i is the union of the rows of ``mask`` (H, W) from ``first[i]`` up to, not with, ``last[i]``."""
+    above = np.zeros((1, mask.shape[1]), np.int32)
+    marked = np.concatenate([above, mask.cumsum(0, dtype=np.int32)])
+    union: Mask = marked[last] > marked[first]
+    return union
 
 
 def encode_image(
@@ -140,6 +146,22 @@ def _png_text(text: Mapping[str, str]) -> PngImagePlugin.PngInfo:
     return info
 
 
+def read_text(data: bytes, key: str, limits: ImageLimits | None = None) -> str | None:
+    """The text that `encode_image` wrote under ``key``, None where there is none. Decodes no pixels.
+
+    Raises ImageError for what is no image or too large; text that is damaged is none.
+    """
+    with _reading(), _open_header(data, limits or ImageLimits()) as image:
+        if image.format == "PNG":
+            found = image.info.get(key)
+        else:
+            try:
+                found = json.loads(image.getexif()[_EXIF_DESCRIPTION])[key]
+            except Exception:  # no EXIF, or another program's, or damaged
+                return None
+    return found if isinstance(found, str) else None
+
+
 @contextmanager
 def _reading() -> Iterator[None]:
     """Turn whatever Pillow raises on bad bytes into an ImageError."""
@@ -157,18 +179,23 @@ def _reading() -> Iterator[None]:
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Check the limits on the header, then decode and turn upright. The mode is the file's own."""
-    if len(data) > limits.max_bytes:
-        raise ImageError("too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken")
-    # Pillow allocates a WebP's canvas as it opens it, so its size is read before.
-    _check_pixels(_webp_size(data), limits)
-    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-    _check_pixels(image.size, limits)
+    image = _open_header(data, limits)
     # A JPEG with further pictures behind it (MPO: depth or gain maps of phones) is its first picture.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise ImageError("animated", "the image has several frames, only still images are taken")
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _open_header(data: bytes, limits: ImageLimits) -> Image.Image:
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken")
+    # Pillow allocates a WebP's canvas as it opens it, so its size is read before.
+    _check_pixels(_webp_size(data), limits)
+    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    _check_pixels(image.size, limits)
+    return image
 
 
 def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -14,8 +14,10 @@ import numpy as np
 from engines.backends import open_engines
 from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, load_bundle
+from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
+from engines.masks import joined
 from engines.plans import Precision, Profile
 from engines.rows import Group, Row, TickInputs, initial_noise, start_row
 from engines.tasks import (
@@ -65,7 +67,9 @@ class Pipeline:
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.backend, self.passed_over = "given", dict[str, str]()
         self._engines = dict(engines)
+        self.seconds: dict[int, dict[int, float]] = {}
         self._inputs = TickInputs()
+        self._conditions = ConditionCache()
         self._tokenizer = _open_tokenizer(bundle)
 
     @classmethod
@@ -124,20 +128,26 @@ class Pipeline:
         return self.batch_sizes[-1]
 
     def warmup(self) -> dict[int, dict[int, float]]:
-        """Run every graph at every batch size; return seconds of a tick by steps of the student and rows."""
+        """Run every graph at every batch size; return seconds of a tick by steps of the student and rows.
+
+        They stay in ``seconds``. Each is of a second run, as the first one of a size may compile or capture.
+        """
         seconds: dict[str, dict[int, float]] = {student.graph: {} for student in self.manifest.students}
         for name, engine in self._engines.items():
-            engine.warmup(self.batch_sizes[:1])
-            for size in self.batch_sizes:
-                start = perf_counter()
-                engine.warmup((size,))
-                if name in seconds:
-                    seconds[name][size] = perf_counter() - start
-        return {student.steps: seconds[student.graph] for student in self.manifest.students}
+            engine.warmup(self.batch_sizes)
+            for size in self.batch_sizes if name in seconds else ():
+                seconds[name][size] = _seconds_of_run(engine, size)
+        self.seconds = {student.steps: seconds[student.graph] for student in self.manifest.students}
+        return self.seconds
 
     def validate(self, task: Task) -> None:
         """Raise TaskError where the bundle cannot honour ``task``. Cheap: calls no engine."""
         check_task(task, self.manifest, self._measure)
+
+    def at_hand(self, task: Task) -> bool:
+        """Whether `prepare` needs no engine for ``task``: its prompt is kept, and no image is to be encoded."""
+        encodes_image = isinstance(task, Edit | Inpaint) and self.manifest.encode is not None
+        return not encodes_image and (self._tokenizer is None or task.condition in self._conditions)
 
     def prepare(self, tasks: Sequence[Task]) -> list[Row]:
         """Encode conditions and images and place every task at its start on the grid. Order is kept.
@@ -225,12 +235,15 @@ class Pipeline:
         if self._tokenizer is None:
             labels = {name: np.array(label) for label, name in enumerate(self.manifest.classes)}
             return [{LABEL: labels[name].astype(np.int64)} for name in conditions]
-        distinct = list(dict.fromkeys(conditions))
-        encoded = [arrays for batch in self._batches(distinct) for arrays in self._encode_prompts(batch)]
-        by_prompt = dict(zip(distinct, encoded, strict=True))
+        kept = {prompt: self._conditions.get(prompt) for prompt in conditions}
+        by_prompt = {prompt: condition for prompt, condition in kept.items() if condition is not None}
+        for batch in self._batches([prompt for prompt in kept if prompt not in by_prompt]):
+            for prompt, condition in zip(batch, self._encode_prompts(batch), strict=True):
+                self._conditions.put(prompt, condition)
+                by_prompt[prompt] = condition
         return [by_prompt[prompt] for prompt in conditions]
 
-    def _encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Array]]:
+    def _encode_prompts(self, prompts: Sequence[str]) -> list[Condition]:
         assert self._tokenizer is not None
         assert self.manifest.text is not None
         ids, mask = self._tokenizer(prompts)
@@ -251,10 +264,19 @@ class Pipeline:
         ]
 
 
+def _seconds_of_run(engine: Engine, batch: int) -> float:
+    inputs = {spec.name: spec.zeros(batch) for spec in engine.inputs}
+    start = perf_counter()
+    engine.run(inputs)
+    return perf_counter() - start
+
+
 def _paste(task: Task, image: Pixels) -> Pixels:
-    if isinstance(task, Inpaint):
-        return np.where(task.repaint[..., None], image, task.image)
-    return image
+    if not isinstance(task, Inpaint):
+        return image
+    if task.blend is not None:
+        return joined(task.image, image, task.blend)
+    return np.where(task.repaint[..., None], image, task.image)
 
 
 def _open_tokenizer(bundle: Bundle) -> Tokenizer | None:

@@ -15,6 +15,7 @@ from engines.tokenizer import PromptSize
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+Blend = NDArray[np.uint8]
 
 MAX_SEED = 2**63 - 1
 
@@ -50,11 +51,15 @@ class Edit(Generate):
 
 @dataclass(frozen=True, eq=False)
 class Inpaint(Generate):
-    """Make anew the pixels of ``image`` (H, W, 3) where ``repaint`` (H, W) is True; keep the others."""
+    """Make anew the pixels of ``image`` (H, W, 3) where ``repaint`` (H, W) is True; keep the others.
+
+    With a ``blend`` (H, W), 0 wherever ``repaint`` is False, the new pixels show by its share of 255.
+    """
 
     image: Pixels
     repaint: Mask
     strength: float = 1.0
+    blend: Blend | None = None
 
 
 Task = Generate | Edit | Inpaint
@@ -81,6 +86,8 @@ def check_task(task: Task, manifest: Manifest, measure: Callable[[str], PromptSi
         _check_image(task.image, manifest)
     if isinstance(task, Inpaint):
         _check_repaint(task.repaint, manifest)
+        if task.blend is not None:
+            _check_blend(task.blend, task.repaint)
 
 
 def _check_steps(task: Task, manifest: Manifest) -> None:
@@ -140,3 +147,11 @@ def _check_repaint(repaint: Mask, manifest: Manifest) -> None:
         raise TaskError("mask_shape", "mask", message)
     if not repaint.any():
         raise TaskError("empty_mask", "mask", "the mask marks no pixel to repaint")
+
+
+def _check_blend(blend: Blend, repaint: Mask) -> None:
+    if blend.dtype != np.uint8 or blend.shape != repaint.shape:
+        message = f"blend is {blend.dtype} {blend.shape}, expected uint8 {repaint.shape}"
+        raise TaskError("mask_shape", "mask", message)
+    if blend[~repaint].any():
+        raise TaskError("mask_blend", "mask", "the blend shows pixels that are not made anew")

@@ -57,8 +57,7 @@ class Ticket(Body):
 def render_images(job_id: str, ticket: Ticket, finished: Finished, raw: bool, total_s: float | None = None) -> Response:
     """The images: the bytes of the one there is where ``raw``, else JSON."""
     answer = _images(job_id, ticket, finished, total_s)
-    stages = ", ".join(f"{stage[:-3]};dur={value:g}" for stage, value in answer.timings.model_dump().items())
-    headers = {"Server-Timing": stages}
+    headers = server_timing(answer.timings)
     if raw:
         headers["X-Seed"] = str(ticket.seeds[0])
         return Response(finished.images[0], headers=headers, media_type=f"image/{ticket.format}")
@@ -94,13 +93,18 @@ def _images(job_id: str, ticket: Ticket, finished: Finished, total_s: float | No
         model=ticket.model,
         revision=ticket.revision,
         images=tuple(images),
-        timings=_timings_ms(finished, total_s),
+        timings=timings_ms(finished, total_s),
         batch=Batch(ticks=finished.ticks),
     )
 
 
-def _timings_ms(finished: Finished, total_s: float | None) -> TimingsMs:
-    """``total_s`` is None for who did not wait: then the stages together are all that counts."""
+def server_timing(timings: TimingsMs) -> dict[str, str]:
+    """The header of that name."""
+    return {"Server-Timing": ", ".join(f"{name[:-3]};dur={value:g}" for name, value in timings.model_dump().items())}
+
+
+def timings_ms(finished: Finished, total_s: float | None) -> TimingsMs:
+    """The time in each stage. ``total_s`` is None for who did not wait: then it is that of the stages together."""
     seconds = asdict(finished.timings)
     seconds["total_s"] = sum(seconds.values()) if total_s is None else total_s
     return TimingsMs(**{f"{name[:-2]}_ms": round(value * 1000, 3) for name, value in seconds.items()})

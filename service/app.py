@@ -7,15 +7,21 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from engines.provenance import package_version
 from service import errors
+from service.access import Access
+from service.api_keys import KeyFile
+from service.cross_origin import allow_origins
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, opener_of
-from service.routes import images, jobs, models, status
+from service.routes import images, jobs, models, openai, status
+from service.routes.openapi import guarded
 from service.routes.page import page_router
-from service.runtime import OpenPipeline, Service, package_version
+from service.runtime import OpenPipeline, Service
 from service.settings import Settings
+from service.tracing import Tracing, open_tracing
 
 _DESCRIPTION = """
 Images from few-step students: text to image, editing and inpainting, batched together.
@@ -30,17 +36,20 @@ def create_app(
     *,
     queue: JobQueue | None = None,
     opener: OpenPipeline | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The service as an ASGI application; it loads its bundle in the background once it is started.
 
-    ``queue`` is where jobs wait, and ``opener`` opens the pipeline of a folder, warm; the settings say which by
-    default. A service whose role is ``worker`` has no endpoints but those that tell how it is.
+    ``queue`` is where jobs wait, ``opener`` opens the pipeline of a folder, warm, and ``tracing`` is where spans go;
+    the settings say which by default. A service whose role is ``worker`` has no endpoints but those that tell how it
+    is.
     """
     settings = settings or Settings()
     metrics = Metrics()
     queue = queue or open_queue(settings, metrics)
     metrics.watch_queue(queue.stats)
-    service = Service(settings, metrics, queue, opener or opener_of(settings.role))
+    tracing = tracing or open_tracing(settings.tracing)
+    service = Service(settings, metrics, queue, opener or opener_of(settings.role), tracing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,12 +76,20 @@ def create_app(
         max_total_bytes=settings.max_inflight_bytes,
         metrics=metrics,
     )
+    if settings.api_keys_file is not None:
+        keys = KeyFile(settings.api_keys_file)
+        app.add_middleware(Access, keys=keys, open_metrics=settings.open_metrics, metrics=metrics)
+    if settings.cors_origins:
+        allow_origins(app, settings.cors_origins)
+    tracing.watch(app)
     app.add_middleware(RequestContext, metrics=metrics)
     app.include_router(status.router)
     if settings.role != "worker":
-        app.include_router(images.router)
-        app.include_router(jobs.router)
-        app.include_router(models.router)
-        app.include_router(status.about)
+        by_keys = guarded(settings.api_keys_file is not None)
+        app.include_router(images.router, **by_keys)
+        app.include_router(jobs.router, **by_keys)
+        app.include_router(models.router, **by_keys)
+        app.include_router(openai.router, **by_keys)
+        app.include_router(status.about, **by_keys)
         app.include_router(page_router())
     return app

@@ -27,18 +27,19 @@ Model = TypeVar("Model", bound=BaseModel)
 Fields = Mapping[str, Any]
 
 
-async def read_fields(request: Request, service: Service) -> tuple[Fields, bool]:
+async def read_fields(request: Request, service: Service, files: frozenset[str] = FILE_FIELDS) -> tuple[Fields, bool]:
     """The fields of the body, and whether they are typed (JSON) rather than text (multipart).
 
-    Raises ApiError: 400 for a body that is not what it says, 408 for one that does not arrive, 415 for
-    another content type or charset, 422 for a field given twice or in the wrong kind of part.
+    ``files`` are the fields that are files in multipart. Raises ApiError: 400 for a body that is not what it says,
+    408 for one that does not arrive, 415 for another content type or charset, 422 for a field given twice or in the
+    wrong kind of part.
     """
     kind = _content_type(request)
     settings = service.settings
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             if kind == "multipart/form-data":
-                return await _read_multipart(request, settings), False
+                return await _read_multipart(request, settings, files), False
             body = await request.body()
     except TimeoutError:
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
@@ -124,11 +125,11 @@ class _StrictParser(MultiPartParser):
         self.ended = True
 
 
-async def _read_multipart(request: Request, settings: Settings) -> dict[str, str | bytes]:
+async def _read_multipart(request: Request, settings: Settings, files: frozenset[str]) -> dict[str, str | bytes]:
     parser = _StrictParser(
         request.headers,
         request.stream(),
-        max_files=len(FILE_FIELDS),
+        max_files=len(files),
         max_fields=_MAX_FIELDS,
         max_part_size=settings.max_body_bytes,
     )
@@ -142,22 +143,22 @@ async def _read_multipart(request: Request, settings: Settings) -> dict[str, str
     except MultiPartException as error:
         raise ApiError(400, "invalid_multipart", error.message) from error
     try:
-        return await _unpack(form)
+        return await _unpack(form, files)
     finally:
         await form.close()
 
 
-async def _unpack(form: FormData) -> dict[str, str | bytes]:
+async def _unpack(form: FormData, files: frozenset[str]) -> dict[str, str | bytes]:
     fields: dict[str, str | bytes] = {}
     for name, value in form.multi_items():
         if name in fields:
             raise _duplicate(name)
         if isinstance(value, UploadFile):
-            if name not in FILE_FIELDS:
+            if name not in files:
                 raise ApiError(422, "invalid_value", f"{shown(name)}: text is expected, not a file", param=shown(name))
             fields[name] = await value.read()
         else:
-            if name in FILE_FIELDS:
+            if name in files:
                 raise ApiError(422, "invalid_value", f"{name}: a file is expected, not text", param=name)
             fields[name] = value
     return fields

@@ -6,6 +6,7 @@ import math
 
 from engines.images import FORMATS, MASK_MODES
 from engines.manifest import Manifest
+from engines.masks import MAX_BLUR_PX, MAX_GROW_PX
 from service.schemas import MAX_SEED, Capabilities, Limits, Range, Size
 from service.settings import Settings
 
@@ -56,6 +57,7 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
         mask_modes=MASK_MODES,
         output_formats=FORMATS,
         negative_prompt=False,
+        safety=settings.safety,
         limits=Limits(
             max_body_bytes=settings.max_body_bytes,
             max_image_bytes=settings.max_image_bytes,
@@ -64,6 +66,8 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
             max_prompt_chars=settings.max_prompt_chars,
             max_prompt_tokens=manifest.text.max_tokens if manifest.text else None,
             max_seed=MAX_SEED,
+            max_mask_blur=MAX_BLUR_PX,
+            max_grow_mask=MAX_GROW_PX,
             max_inflight=settings.max_inflight,
             max_inflight_bytes=settings.max_inflight_bytes,
             max_queue_cost=settings.max_queue_cost,

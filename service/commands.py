@@ -25,6 +25,7 @@ from service.settings import Settings
 @click.option("--plans", type=click.Path(file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=int, help="Threads of an engine, 0 leaves it to the backend.")
 @click.option("--max-batch", type=int, help="Most images in one call of the step engine.")
+@click.option("--api-keys-file", type=click.Path(dir_okay=False), help="Hashes of API keys, which `keys new` prints.")
 @click.option("--timeout-ms", type=int, help="Time limit of a request that names none.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Form of a log line.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level.")

@@ -18,6 +18,8 @@ from service.jobs import Failed
 from service.logs import request_id_var
 
 _TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
     429: "overloaded_error",
     500: "internal_error",
     503: "unavailable_error",
@@ -31,6 +33,11 @@ _IMAGE_STATUS = {
     "animated": 422,
     "mask_size": 422,
     "mask_without_alpha": 422,
+}
+_PROBLEM_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "unsupported_option": "unsupported_option",
 }
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
@@ -153,7 +160,7 @@ def from_failure(failure: Failed) -> ApiError:
         "invalid": (422, failure.code or "invalid_request"),
         "expired": (504, "deadline_exceeded"),
         "cancelled": (503, "cancelled"),
-        "engine": (500, "generation_failed"),
+        "engine": (500, failure.code or "generation_failed"),
         "stopped": (503, "shutting_down"),
     }[failure.reason]
     retryable = failure.retryable if failure.reason == "engine" else None
@@ -179,7 +186,7 @@ def from_validation(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     if len(listed) > _LISTED_PROBLEMS:
         message += f"; and {len(listed) - _LISTED_PROBLEMS} more"
     place, kind, _ = listed[0]
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(kind, "invalid_value")
+    code = _PROBLEM_CODES.get(kind, "invalid_value")
     return ApiError(422, code, message, param=place or None)
 
 

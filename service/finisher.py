@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from engines.backends.base import DeviceLostError
 from engines.images import encode_image, fit
 from engines.pipeline import Pipeline
+from engines.provenance import describe_image
 from engines.tasks import Floats, Pixels
 from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed, Finished
@@ -18,7 +20,9 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Lease
 from service.queue.base import JobQueue
-from service.work import Unit, Work
+from service.safety import Safety
+from service.tracing import Tracing, Untraced
+from service.work import Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +33,25 @@ _PREVIEW_QUALITY = 70
 
 
 class Finisher:
-    """Decodes, encodes and settles. `submit` blocks while the backlog is full."""
+    """Decodes, checks, encodes and settles. `submit` blocks while the backlog is full.
+
+    ``device_lost`` turns true where decoding finds that the device runs nothing any more.
+    """
 
     def __init__(
         self,
         queue: JobQueue,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._queue = queue
+        self._safety = safety
+        self._tracing = tracing or Untraced()
         self._metrics = metrics
         self._clock = clock
+        self.device_lost = False
         self._slots = threading.BoundedSemaphore(_BACKLOG)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
 
@@ -66,11 +78,12 @@ class Finisher:
             results = isolate(partial(_decode, lease.pipeline), wanted, self._failed)
             for unit, pixels, failure in zip(wanted, results, failures(results), strict=True):
                 if failure is not None:
+                    self.device_lost = self.device_lost or isinstance(pixels, DeviceLostError)
                     self._fail(unit.work, failure)
-                elif not isinstance(pixels, Exception):
+                elif not isinstance(pixels, Exception) and not unit.work.over:
                     self._encode(unit, pixels)
         except Exception as error:
-            logger.error("finishing failed", extra=describe(error))
+            logger.error("finishing failed", extra={"requests": requests_of(units), **describe(error)})
             for unit in units:
                 self._fail(unit.work, BROKEN)
         finally:
@@ -80,24 +93,39 @@ class Finisher:
     def _preview(self, units: Sequence[Unit], latents: Sequence[Floats], lease: Lease) -> None:
         try:
             for unit, pixels in zip(units, lease.pipeline.decode(latents), strict=True):
-                self._queue.show(unit.work.job.id, encode_preview(pixels))
+                if self._may_be_shown(unit, pixels):
+                    self._queue.show(unit.work.job.id, encode_preview(pixels))
         except Exception as error:
-            logger.warning("a preview failed", extra=describe(error))
+            logger.warning("a preview failed", extra={"requests": requests_of(units), **describe(error)})
         finally:
             lease.release()
             self._slots.release()
 
+    def _may_be_shown(self, unit: Unit, pixels: Pixels) -> bool:
+        if self._safety is None:
+            return True
+        return self._safety.refuse_preview(unit.work.job, unit.task.condition, pixels) is None
+
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work
+        if self._safety is not None:
+            refusal = self._safety.refuse_image(work.job, unit.task.condition, pixels)
+            if refusal is not None:
+                self._fail(work, refusal)
+                return
         output = work.job.output
-        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality)
+        text = describe_image(unit.task, work.pipeline.manifest, output.metadata)
+        work.images[unit.index] = encode_image(pixels, output.format, quality=output.quality, text=text)
         self._metrics.images.inc()
         if work.complete and not work.over:
             self._settle(work)
 
     def _settle(self, work: Work) -> None:
         work.over = True
-        timings = work.timings(self._clock())
+        now = self._clock()
+        timings = work.timings(now)
+        # Before the answer can be given, so that a request's span is over after those beneath it.
+        self._tracing.stage("decode", [work.job], work.denoised, now, len(work.images))
         images = tuple(work.images[index] for index in sorted(work.images))
         self._queue.settle(work.job.id, Finished(images, timings, tuple(work.ticks)))
         for stage in ("encode", "denoise", "decode"):
@@ -105,8 +133,8 @@ class Finisher:
 
     def _failed(self, error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": "decode", "requests": requests, **describe(error)})
+        fields = {"stage": "decode", "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _fail(self, work: Work, failure: Failed) -> None:
         work.over = True

@@ -11,12 +11,13 @@ from engines.manifest import Manifest
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError
 from service.capabilities import default_steps, default_strength
 from service.errors import ApiError, from_task_error
-from service.jobs import Job, Output
-from service.pictures import read_image, read_mask
+from service.jobs import Job, Output, Priority
+from service.pictures import MaskEdge, read_image, read_mask, read_settings
 from service.schemas import MAX_SEED, EditRequest, GenerateRequest, InpaintRequest
 from service.settings import Settings
 
 _RANDOM_SEEDS = 2**32
+_REUSED = ("steps", "guidance_scale", "seed")
 
 
 def make_job(
@@ -28,17 +29,19 @@ def make_job(
     request_id: str,
     began: float,
 ) -> Job:
-    """The job for a request that arrived at ``began``. Raises ApiError; reads images last, as that is dear."""
+    """The job for a request that arrived at ``began``. Raises ApiError; decodes images last, as that is dear."""
+    request = _with_settings(request, settings)
     _check_options(request, output_format, pipeline.manifest, settings)
     tasks = _tasks(request, pipeline, settings)
     return Job(
         id=uuid.uuid4().hex,
         request_id=request_id,
         tasks=tasks,
-        output=Output(output_format, request.quality),
+        output=Output(output_format, request.quality, request.metadata),
         submitted=began,
         deadline=deadline_of(request, settings, began),
         model=pipeline.manifest.model,
+        priority=Priority[request.priority.upper()],
     )
 
 
@@ -122,17 +125,31 @@ def _first_seed(request: GenerateRequest) -> int:
     return request.seed
 
 
+def _with_settings(request: GenerateRequest, settings: Settings) -> GenerateRequest:
+    """The request with what it names no value for taken from its image's file, where it says ``reuse``."""
+    if not isinstance(request, EditRequest) or not request.reuse:
+        return request
+    found = read_settings(request.image, _limits(settings))
+    names = [name for name in _REUSED if getattr(request, name) is None]
+    return request.model_copy(update={name: getattr(found, name) for name in names})
+
+
+def _limits(settings: Settings) -> ImageLimits:
+    return ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
+
+
 def _with_images(first: Generate, request: GenerateRequest, manifest: Manifest, settings: Settings) -> Task:
     if not isinstance(request, EditRequest):
         return first
     _, height, width = manifest.image_shape
     size = width, height
-    limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
+    limits = _limits(settings)
     image, image_size = read_image(request.image, size, limits)
     shared = (first.condition, first.steps, first.guidance, first.seed, image)
     if isinstance(request, InpaintRequest):
-        repaint = read_mask(request.mask, request.mask_mode, image_size, size, limits)
-        return Inpaint(*shared, repaint, 1.0 if request.strength is None else request.strength)
+        edge = MaskEdge(request.grow_mask, request.mask_blur)
+        repaint, blend = read_mask(request.mask, request.mask_mode, edge, image_size, size, limits)
+        return Inpaint(*shared, repaint, 1.0 if request.strength is None else request.strength, blend)
     return Edit(*shared, default_strength(first.steps) if request.strength is None else request.strength)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from engines.backends.base import DeviceLostError, DeviceMemoryError
 from engines.pipeline import TaskError
 from service.jobs import Failed
 
@@ -12,6 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BROKEN = Failed("engine", "the engine failed", retryable=True)
+_NO_MEMORY = Failed("engine", "the device has no memory left for this image", retryable=True)
 _AT_FAULT = Failed("engine", "the engine failed on this request, and on no other of its batch")
 
 
@@ -24,6 +26,7 @@ def isolate(
 
     A failing batch is halved until only the bad items fail: b bad ones among n cost about 2 b log2(n) more
     calls. ``call`` must leave its items as they were where it raises. ``on_failure`` sees each failed batch.
+    On a device that is lost everything fails: there is nothing to halve for.
     """
     if not items:
         return []
@@ -31,8 +34,8 @@ def isolate(
         return list(call(items))
     except Exception as error:
         on_failure(error, items)
-        if len(items) == 1:
-            return [error]
+        if len(items) == 1 or isinstance(error, DeviceLostError):
+            return [error] * len(items)
     middle = len(items) // 2
     return isolate(call, items[:middle], on_failure) + isolate(call, items[middle:], on_failure)
 
@@ -50,4 +53,8 @@ def failures(results: Sequence[object]) -> list[Failed | None]:
 def _failure(error: Exception, spread: bool) -> Failed:
     if isinstance(error, TaskError):
         return Failed("invalid", error.message, error.code, error.param)
+    if isinstance(error, DeviceMemoryError):
+        return _NO_MEMORY
+    if isinstance(error, DeviceLostError):
+        return BROKEN
     return BROKEN if spread else _AT_FAULT

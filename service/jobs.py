@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 from engines.images import ImageFormat
 from engines.pipeline import Edit, Inpaint, Task, kept_steps
+from engines.provenance import Metadata
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """How finished images are encoded; ``quality`` is 1 to 100, None for lossless formats."""
+    """How finished images are encoded; ``quality`` is 1 to 100, None for lossless formats.
+
+    ``metadata`` is how much each file says of how it was made.
+    """
 
     format: ImageFormat
     quality: int | None = None
+    metadata: Metadata = "settings"
+
+
+class Priority(IntEnum):
+    """How much a job is in a hurry beside others."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """The images of one request: one task each, all made by the same student of ``model``, `name@revision`.
 
+    ``trace`` is the W3C `traceparent` of the request, "" where it is not traced.
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
     translates them. ``model`` is the bundle that a worker must have, ``name@revision``.
     """
@@ -32,6 +47,8 @@ class Job:
     submitted: float
     deadline: float
     model: str = ""
+    trace: str = ""
+    priority: Priority = Priority.NORMAL
 
     @property
     def cost(self) -> int:
@@ -68,7 +85,7 @@ FailureReason = Literal["invalid", "expired", "cancelled", "engine", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Why there are no images. ``code`` and ``param`` say more where the reason is ``invalid``."""
+    """Why there are no images. ``code`` and ``param`` say more, mostly where the reason is ``invalid``."""
 
     reason: FailureReason
     message: str

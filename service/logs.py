@@ -58,6 +58,10 @@ class Formatter(logging.Formatter):
         return " ".join([head, *(f"{key}={json.dumps(value, default=str)}" for key, value in fields.items())])
 
 
+# Libraries that log the contents of what they read, in their finest lines.
+_TALKATIVE = ("PIL",)
+
+
 def configure(form: Literal["text", "json"], level: str) -> None:
     """Send every log line to standard error in ``form``."""
     handler = logging.StreamHandler(sys.stderr)
@@ -65,3 +69,5 @@ def configure(form: Literal["text", "json"], level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -27,6 +27,7 @@ class Metrics:
         self.requests = self._counter("requests", "Requests answered", "endpoint", "outcome")
         self.images = self._counter("images", "Images made")
         self.rejected = self._counter("rejected", "Requests turned away unserved", "reason")
+        self.refused = self._counter("content_refused", "Prompts and images refused by the safety check", "stage")
         self.cancelled = self._counter("cancelled", "Jobs given up by their client", "stage")
         self.batch_failures = self._counter("batch_failures", "Batches that failed", "cause")
         self.redeliveries = self._counter("redeliveries", "Jobs taken again after their worker died")

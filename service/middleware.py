@@ -30,6 +30,15 @@ _OUTCOMES = {_CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504:
 _QUIET = frozenset({"livez", "readyz", "metrics"})
 
 
+# For answers that are no page: nothing in them may be run, framed or read by another site.
+_SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
 class RequestContext:
     """Gives each request an id and a start time, and reports how it ended in one log line and in metrics."""
 
@@ -54,7 +63,8 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                headers.setdefault("Cache-Control", "no-store")
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         token = request_id_var.set(request_id)
@@ -87,6 +97,8 @@ class RequestContext:
             "status": status,
             "duration_ms": round(seconds * 1000, 1),
         }
+        if (key := scope["state"].get("api_key")) is not None:
+            fields["key"] = key.name
         logger.log(level, "request", extra=fields)
 
 

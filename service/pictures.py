@@ -6,16 +6,27 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from engines.images import ImageError, ImageLimits, MaskMode, decode_image, decode_mask, fit, fit_mask
-from engines.tasks import Mask, Pixels
+from engines.masks import blurred, fit_blend, grown
+from engines.provenance import ImageSettings, settings_of
+from engines.tasks import Blend, Mask, Pixels
 from service.errors import ApiError, from_image_error
 
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 
 Decoded = TypeVar("Decoded")
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskEdge:
+    """What becomes of a mask's edge, in pixels of the image that came: it grows first, and is then blurred."""
+
+    grow_px: int = 0
+    blur_px: float = 0.0
 
 
 def read_image(value: str | bytes, size: Size, limits: ImageLimits) -> tuple[Pixels, Size]:
@@ -26,19 +37,42 @@ def read_image(value: str | bytes, size: Size, limits: ImageLimits) -> tuple[Pix
     return fit(original, size), (width, height)
 
 
+def read_settings(value: str | bytes, limits: ImageLimits) -> ImageSettings:
+    """What the image's file says of how it was made. Raises ApiError, also where it says nothing."""
+    data = _file_bytes(value, "image", limits)
+    found = _decoded(lambda: settings_of(data, limits), "image")
+    if found is None:
+        raise ApiError(422, "no_metadata", "the image's file does not say how it was made", param="reuse")
+    return found
+
+
 def read_mask(
     value: str | bytes,
     mode: MaskMode,
+    edge: MaskEdge,
     image_size: Size,
     size: Size,
     limits: ImageLimits,
-) -> Mask:
-    """True where the image is to be repainted, at ``size``; the mask must come at ``image_size``.
+) -> tuple[Mask, Blend | None]:
+    """True where the image is to be repainted, at ``size``; the mask must come at ``image_size``. And its blend.
 
-    A pixel is True where any part of it is marked, so what stays is wholly the client's.
+    Without blur there is no blend, and a pixel is True where any part of it is marked, so what stays is wholly the
+    client's. A blurred mask is True where its blend is not 0.
     """
     data = _file_bytes(value, "mask", limits)
-    return fit_mask(_decoded(lambda: decode_mask(data, mode, image_size, limits), "mask"), size)
+    drawn = _decoded(lambda: decode_mask(data, mode, image_size, limits), "mask")
+    repaint, blend = _with_edge(drawn, edge, size)
+    if drawn.any() and not repaint.any():
+        raise ApiError(422, "empty_mask", "shrunk or blurred as asked, the mask marks no pixel", param="mask")
+    return repaint, blend
+
+
+def _with_edge(drawn: Mask, edge: MaskEdge, size: Size) -> tuple[Mask, Blend | None]:
+    mask = grown(drawn, edge.grow_px)
+    if edge.blur_px == 0:
+        return fit_mask(mask, size), None
+    blend = fit_blend(blurred(mask, edge.blur_px), size)
+    return blend > 0, blend
 
 
 def _decoded(decode: Callable[[], Decoded], param: str) -> Decoded:

@@ -10,16 +10,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
+from engines.provenance import package_version
 from service.catalogue import Catalogue, ModelError, UnknownModel
 from service.errors import (
     ApiError,
@@ -38,8 +39,10 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Stage, Status
+from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.tracing import Tracing, Untraced
 from service.tracker import Tracker
 from service.worker import Worker
 
@@ -81,7 +84,12 @@ class Service:
     """One queue, the bundles that are loaded, one worker unless the role is ``api``, and the gate in front of them."""
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, queue: JobQueue, opener: OpenPipeline = open_pipeline
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        queue: JobQueue,
+        opener: OpenPipeline = open_pipeline,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics
@@ -94,13 +102,20 @@ class Service:
         self._queue = queue
         self._state = State.LOADING
         scheduler = Scheduler(settings.max_batch)
-        self._worker = None if settings.role == "api" else Worker(self.models, queue, scheduler, metrics)
+        self._safety = open_safety(settings.safety, metrics)
+        self._tracing = tracing or Untraced()
+        self._worker = (
+            None
+            if settings.role == "api"
+            else Worker(self.models, queue, scheduler, metrics, safety=self._safety, tracing=self._tracing)
+        )
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         self.tracker = Tracker(queue, metrics, self._stopping)
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
+        self._screener = ThreadPoolExecutor(1, thread_name_prefix="screener")
 
     @property
     def state(self) -> State:
@@ -234,7 +249,8 @@ class Service:
         """Queue the job and wait for its images.
 
         ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
-        raised. Raises ApiError where there are no images: 429 queue full, 504 deadline, 503 stopped or no queue, 500.
+        raised. Raises ApiError where there are no images: 422 refused by the safety check, 429 queue full,
+        504 deadline, 503 stopped or no queue, 500.
         """
         await self.accept(job)
         outcome = await self._wait(job, client_gone)
@@ -253,8 +269,12 @@ class Service:
         raise from_failure(status.outcome) if status.outcome else shutting_down()
 
     async def accept(self, job: Job, keep: Keep | None = None) -> str:
-        """Queue the job. Returns its id, or that of the job which has its key. Raises ApiError 422, 429 or 503."""
-        job = replace(job, submitted=self.clock())
+        """Queue the job, unless the safety check refuses it.
+
+        Returns its id, or that of the job which has its key. Raises ApiError 422, 429, 500, 503 or 504.
+        """
+        await self._screen(job)
+        job = replace(job, submitted=self.clock(), trace=self._tracing.current())
         try:
             return await self._queue.submit(job, keep)
         except KeyConflict as error:
@@ -265,6 +285,14 @@ class Service:
         except QueueUnavailable as error:
             self.metrics.rejected.labels("queue_unavailable").inc()
             raise queue_unavailable() from error
+
+    async def _screen(self, job: Job) -> None:
+        """Ask the safety check, where there is one, in a thread."""
+        if self._safety is None:
+            return
+        asked = _in_thread(self._screener, partial(self._safety.refuse_prompt, job))
+        if (refusal := await self._first(asked, job.deadline, _never)) is not None:
+            raise from_failure(refusal)
 
     async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
         outcome = asyncio.ensure_future(self._queue.outcome(job.id))
@@ -342,7 +370,7 @@ class Service:
         self.metrics.set_model(package_version(), manifest.name, manifest.revision, loaded)
 
     def _close(self) -> None:
-        for executor in (self._decoder, self._parser):
+        for executor in (self._decoder, self._parser, self._screener):
             executor.shutdown(cancel_futures=True)
         self.models.cancel_loads()
         if self._starter.ident is not None:
@@ -350,6 +378,7 @@ class Service:
         if self._worker is not None:
             self._worker.stop()
         self.models.close()
+        self._tracing.close()
 
 
 def _result(done: asyncio.Future[Result]) -> Result:
@@ -362,18 +391,12 @@ def _result(done: asyncio.Future[Result]) -> Result:
 def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyncio.Future[Result]:
     """The call's result. Where it is given up while it waits, what it holds (a whole body) is let go at once."""
     calls = [call]
-    running = asyncio.get_running_loop().run_in_executor(executor, lambda: calls.pop()())
+    # In the context of the request, whose id its log lines have there too.
+    within = copy_context().run
+    running = asyncio.get_running_loop().run_in_executor(executor, lambda: within(calls.pop()))
     running.add_done_callback(lambda _: calls.clear())
     return running
 
 
 async def _never() -> None:
     await asyncio.Event().wait()
-
-
-def package_version() -> str:
-    """The version of the installed distribution."""
-    try:
-        return version("fewstep")
-    except PackageNotFoundError:
-        return "unknown"

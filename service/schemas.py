@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from engines.images import ImageFormat, MaskMode
+from engines.masks import MAX_BLUR_PX, MAX_GROW_PX
+from engines.provenance import Metadata
 from service.queue.base import JobState
 
 # JSON and JavaScript carry integers exactly up to here.
 MAX_SEED = 2**53 - 1
 
+PriorityName = Literal["low", "normal", "high"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # Text in JSON (base64), bytes in a multipart file part; intake.py makes bytes of both.
 Picture = Annotated[
@@ -69,6 +72,16 @@ class GenerateRequest(Body):
         Literal["b64_json"] | None,
         Field(description="JSON with base64 images; for one image as raw bytes send Accept: image/*."),
     ] = None
+    priority: Annotated[
+        PriorityName,
+        Field(description="Others go before low and after high, but none waits for ever."),
+    ] = "normal"
+    metadata: Annotated[
+        Metadata,
+        Field(
+            description="What each file says of how it was made: settings, full (with the prompt or class), or none."
+        ),
+    ] = "settings"
     timeout_ms: Annotated[
         int | None, Field(ge=1, description="Time limit from the arrival of the request; then 504.")
     ] = None
@@ -86,13 +99,21 @@ class EditRequest(GenerateRequest):
         Finite | None,
         Field(gt=0, le=1, description="Share of the steps that run; low keeps more of the image."),
     ] = None
+    reuse: Annotated[
+        bool,
+        Field(
+            description="Take steps, guidance_scale and seed, where they are absent, from what the image's file says "
+            "of how it was made (see metadata). Refused where it says nothing."
+        ),
+    ] = False
 
 
 class InpaintRequest(EditRequest):
     """Make part of an image anew.
 
     Pixels outside the mask come back exactly as they went in (in png and where the image has the bundle's
-    size; an image of another size is resized first, and its resized pixels come back exactly).
+    size; an image of another size is resized first, and its resized pixels come back exactly). A blurred mask reaches
+    farther than it was drawn: what lies more than 3 x mask_blur + 3 pixels outside comes back exactly.
     """
 
     mask: Annotated[Picture, Field(description="Marks what to repaint; of the image's own size.")]
@@ -100,6 +121,23 @@ class InpaintRequest(EditRequest):
         MaskMode,
         Field(description="What is repainted: white pixels, black pixels, or where alpha is 0."),
     ] = "white"
+    grow_mask: Annotated[
+        int,
+        Field(
+            ge=-MAX_GROW_PX,
+            le=MAX_GROW_PX,
+            description="Pixels of the image by which the mask grows on every side; negative shrinks it.",
+        ),
+    ] = 0
+    mask_blur: Annotated[
+        Finite,
+        Field(
+            ge=0,
+            le=MAX_BLUR_PX,
+            description="Standard deviation, in pixels of the image, of a Gaussian that softens the mask's edge, after "
+            "it was grown: there the old and the new image are mixed by its value. Where it is 0 the image is kept.",
+        ),
+    ] = 0.0
 
 
 class Image(Body):
@@ -212,6 +250,8 @@ class Limits(Body):
     max_prompt_chars: int
     max_prompt_tokens: int | None
     max_seed: int
+    max_mask_blur: int
+    max_grow_mask: int
     max_inflight: Annotated[int, Field(description="Requests for images at once, of all clients.")]
     max_inflight_bytes: Annotated[int, Field(description="Of their bodies together.")]
     max_queue_cost: Annotated[int, Field(description="Images x steps that may wait.")]
@@ -247,6 +287,9 @@ class Capabilities(Body):
     mask_modes: tuple[str, ...]
     output_formats: tuple[str, ...]
     negative_prompt: bool
+    safety: Annotated[
+        str | None, Field(description="The operator's check of prompts and images; null: nothing is checked.")
+    ]
     limits: Limits
 
 

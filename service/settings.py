@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.bundle import SHIPPED
 from engines.plans import Precision
+from service.api_keys import read_keys
+from service.collector import check_collector
+from service.cross_origin import read_origins
 from service.queue.addresses import check_address
 
 MIB = 1024 * 1024
@@ -53,6 +56,18 @@ class Settings(BaseSettings):
     max_inflight_bytes: Annotated[Count, Field(description="most bytes of bodies at once")] = 64 * MIB
     max_inflight: Annotated[Count, Field(description="most image requests at once")] = 256
 
+    api_keys_file: Annotated[Path | None, Field(description="hashes of API keys; None: no key is asked for")] = None
+    open_metrics: Annotated[bool, Field(description="whether /metrics answers without a key")] = True
+    admin: Annotated[bool, Field(description="whether bundles are loaded and unloaded on request")] = True
+
+    cors_origins: Annotated[
+        tuple[str, ...], NoDecode, Field(description="origins whose pages may call the API, with commas between them")
+    ] = ()
+
+    safety: Annotated[str | None, Field(description="a check of prompts and images, module:callable; None: none")] = (
+        None
+    )
+
     timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
     max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000
     body_timeout_s: Annotated[Seconds, Field(description="time a client has to send its body")] = 30.0
@@ -62,6 +77,9 @@ class Settings(BaseSettings):
     max_result_bytes: Annotated[Count, Field(description="most bytes of their images")] = 256 * MIB
     drain_timeout_s: Annotated[Seconds, Field(description="time for requests in flight on SIGTERM")] = 30.0
 
+    tracing: Annotated[str | None, Field(repr=False, description="URL of an OTLP collector of traces; None: none")] = (
+        None
+    )
     log_format: Annotated[Literal["text", "json"], Field(description="form of a log line")] = "text"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level")] = "info"
 
@@ -79,6 +97,41 @@ class Settings(BaseSettings):
         if queue != MEMORY:
             check_address(queue)
         return queue
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _readable_keys(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_keys(path)
+        return path
+
+    @field_validator("safety")
+    @classmethod
+    def _known_check(cls, name: str | None) -> str | None:
+        if name is not None:
+            # Imported late: it knows of more than settings do.
+            from service.safety import find_check
+
+            find_check(name)
+        return name
+
+    @field_validator("tracing")
+    @classmethod
+    def _collector(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            check_collector(endpoint)
+        return endpoint
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins(cls, origins: str | tuple[str, ...]) -> tuple[str, ...]:
+        return read_origins(origins if isinstance(origins, str) else ",".join(origins))
+
+    @model_validator(mode="after")
+    def _metrics_closed_by_keys(self) -> Self:
+        if not self.open_metrics and self.api_keys_file is None:
+            raise ValueError("open_metrics=false needs api_keys_file: without keys nothing can be closed")
+        return self
 
     @model_validator(mode="after")
     def _workers_reached(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -13,12 +14,13 @@ from service.models import Lease, Models
 
 @dataclass(eq=False, slots=True)
 class Unit:
-    """One image in the making. It has a row from its first tick on."""
+    """One image in the making. It has a row once its prompt and its image are encoded."""
 
     work: Work
     index: int
     task: Task
     row: Row | None = None
+    encoding: bool = False
 
     @property
     def shown(self) -> bool:
@@ -97,3 +99,8 @@ class Work:
             denoise_s=max(0.0, self.denoised - started - self.encode_s),
             decode_s=max(0.0, now - self.denoised),
         )
+
+
+def requests_of(units: Iterable[Unit]) -> list[str]:
+    """The ids of the requests that the units belong to, for a log line."""
+    return sorted({unit.work.job.request_id for unit in units})

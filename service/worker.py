@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
-from engines.pipeline import Row
+from engines.backends.base import DeviceLostError, DeviceMemoryError
+from engines.pipeline import Pipeline, Row
+from service.encoder import Encoded, Encoder
 from service.finisher import Finisher
 from service.isolate import BROKEN, failures, isolate
 from service.jobs import Failed, Job
@@ -16,20 +19,26 @@ from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.base import JobQueue
+from service.safety import Safety
 from service.scheduler import Candidate, Plan, Scheduler
-from service.work import Parked, Unit, Work
+from service.tracing import Tracing, Untraced
+from service.work import Parked, Unit, Work, requests_of
 
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.1
 _AFTER_ERROR_S = 0.5
+_ENCODING_WAIT_S = 0.05
 
 
 class Worker:
     """Runs jobs until stopped, with continuous batching: waiting rows are admitted at every tick.
 
-    It holds at most two full ticks of images. So rows of another student can fill the next tick, and what
-    waits longer stays in the queue, where its cost bounds admission and another worker could take it.
+    It holds two full ticks of images for every student among them. So the next tick of each can be full, and what waits
+    longer stays in the queue, where its cost bounds admission and another worker could take it.
+
+    Where the device is lost the thread ends: the service then fails, and its process with it. What it holds and has not
+    settled is for a process that comes after it.
     """
 
     def __init__(
@@ -39,13 +48,19 @@ class Worker:
         scheduler: Scheduler,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        safety: Safety | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._models = models
         self._queue = queue
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracing = tracing or Untraced()
         self._clock = clock
-        self._finisher = Finisher(queue, metrics, clock)
+        self._finisher = Finisher(queue, metrics, clock, safety, tracing)
+        self._encoder = Encoder(partial(self._failed, "encode"), clock)
+        self._device_lost = False
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
         self._draining = threading.Event()
@@ -70,6 +85,7 @@ class Worker:
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
+        self._encoder.close()
         self._finisher.close()
         if self._queue.durable:
             for work in list(self._held.values()):
@@ -84,11 +100,13 @@ class Worker:
         self._drop_failed()
         self._admit(wait_s)
         self._drop_cancelled()
+        self._drop_expired()
+        self._prepare()
         plan = self._scheduler.plan(self._candidates(), self._clock())
         self._end([self._held[job_id] for job_id in plan.expired], _EXPIRED)
-        units = self._started(plan)
-        if units:
-            self._tick(units)
+        self._end([self._held[job_id] for job_id in plan.hopeless], _HOPELESS)
+        if plan.batch:
+            self._tick(self._units_of(plan))
 
     def _run(self) -> None:
         self._metrics.worker_up.set(1)
@@ -97,14 +115,29 @@ class Worker:
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:
-                    logger.error("the worker's loop failed", extra=describe(error))
+                    fields = {"requests": requests_of(self._units()), **describe(error)}
+                    logger.error("the worker's loop failed", extra=fields)
                     self._end(list(self._held.values()), BROKEN)
                     self._stopping.wait(_AFTER_ERROR_S)
+            if self._lost:
+                self._abandon()
         finally:
             self._metrics.worker_up.set(0)
 
+    @property
+    def _lost(self) -> bool:
+        return self._device_lost or self._finisher.device_lost
+
+    def _abandon(self) -> None:
+        """Settle nothing more: a queue that outlives this process hands its jobs out again."""
+        logger.critical("the device is lost", extra={"requests": requests_of(self._units())})
+        for work in list(self._held.values()):
+            self._let_go(work)
+        self._parked.clear()
+
     def _over(self) -> bool:
-        return self._stopping.is_set() or (self._draining.is_set() and not self._held and not self._parked)
+        drained = self._draining.is_set() and not self._held and not self._parked
+        return drained or self._lost or self._stopping.is_set()
 
     def _units(self) -> Iterator[Unit]:
         """Every unit that still needs ticks."""
@@ -114,7 +147,8 @@ class Worker:
     def _admit(self, wait_s: float) -> None:
         wait_s = 0.0 if self._held else wait_s
         rows = sum(1 for _ in self._units()) + sum(len(parked.job.tasks) for parked in self._parked.values())
-        room = 2 * self._scheduler.max_rows - rows
+        groups = {_group(unit) for unit in self._units()}
+        room = 2 * self._scheduler.max_rows * max(1, len(groups)) - rows
         if room > 0 and not self._draining.is_set():
             for job in self._queue.take(self._models.takeable(), room, wait_s):
                 self._parked[job.id] = Parked(job)
@@ -128,11 +162,19 @@ class Worker:
         job = parked.job
         if (lease := self._models.lease(job.model, retiring=True)) is not None:
             del self._parked[job.id]
-            self._held[job.id] = Work(job, lease)
+            self._held[job.id] = work = Work(job, lease)
+            self._introduce(work)
         elif job.deadline <= self._clock():
             self._refuse(job, _EXPIRED)
         elif (failure := parked.failure(self._models)) is not None:
             self._refuse(job, failure)
+
+    def _introduce(self, work: Work) -> None:
+        """Tell the scheduler what the warm-up of the job's student has shown."""
+        _, height, width = work.pipeline.manifest.image_shape
+        for unit in work.units:
+            seconds = work.pipeline.seconds.get(unit.task.steps, {})
+            self._scheduler.introduce(_group(unit), height * width, seconds)
 
     def _refuse(self, job: Job, failure: Failed) -> None:
         del self._parked[job.id]
@@ -150,46 +192,77 @@ class Worker:
             else:
                 self._end([self._held[job_id]], _CANCELLED)
 
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        self._end([work for work in self._held.values() if work.job.deadline <= now], _EXPIRED)
+
     def _candidates(self) -> list[Candidate]:
-        # A bundle has one latent shape: the model and the number of steps tell groups apart.
         return [
             Candidate(
                 unit.work.job.id,
                 unit.index,
-                (unit.work.job.model, unit.task.steps),
+                _group(unit),
                 unit.work.job.submitted,
                 unit.work.job.deadline,
+                unit.work.job.priority,
+                unit.row.remaining,
             )
             for unit in self._units()
+            if unit.row is not None
         ]
 
-    def _started(self, plan: Plan) -> list[Unit]:
-        """The units of the plan, with a row each; those that cannot start fail."""
+    def _units_of(self, plan: Plan) -> list[Unit]:
         by_place = {(unit.work.job.id, unit.index): unit for unit in self._units()}
-        units = [by_place[candidate.job_id, candidate.index] for candidate in plan.batch]
-        self._prepare([unit for unit in units if unit.row is None])
-        return [unit for unit in units if not unit.work.over]
+        return [by_place[candidate.job_id, candidate.index] for candidate in plan.batch]
 
-    def _prepare(self, fresh: Sequence[Unit]) -> None:
-        if not fresh:
-            return
-        begin = self._clock()
-        works = list(dict.fromkeys(unit.work for unit in fresh))
-        for work in works:
+    def _prepare(self) -> None:
+        """Have fresh units encoded: here where that costs nothing or nobody waits for a tick, else in the thread."""
+        for encoded in self._encoder.collect():
+            self._take_rows(encoded)
+        fresh = [unit for unit in self._units() if unit.row is None and not unit.encoding]
+        at_hand = [unit for unit in fresh if unit.work.pipeline.at_hand(unit.task)]
+        for units in self._batches(at_hand):
+            self._take_rows(self._encoder.encode(units))
+        for units in self._batches([unit for unit in fresh if unit not in at_hand]):
+            if self._lost:
+                return
+            if self._encoder.busy or self._can_tick():
+                self._encoder.submit(units)
+            else:
+                self._take_rows(self._encoder.encode(units))
+        if not self._can_tick():
+            for encoded in self._encoder.collect(_ENCODING_WAIT_S):
+                self._take_rows(encoded)
+
+    def _batches(self, units: Iterable[Unit]) -> Iterator[list[Unit]]:
+        """Units of one pipeline each, and at most as many as a tick holds."""
+        by_pipeline: dict[Pipeline, list[Unit]] = {}
+        for unit in units:
+            by_pipeline.setdefault(unit.work.pipeline, []).append(unit)
+        for alike in by_pipeline.values():
+            for start in range(0, len(alike), self._scheduler.max_rows):
+                yield alike[start : start + self._scheduler.max_rows]
+
+    def _can_tick(self) -> bool:
+        return any(unit.row is not None for unit in self._units())
+
+    def _take_rows(self, encoded: Encoded) -> None:
+        for work in dict.fromkeys(unit.work for unit in encoded.units):
             if work.started is None:
-                work.started = begin
-                self._metrics.queue_seconds.observe(max(0.0, begin - work.job.submitted))
-        results = isolate(_encode, fresh, lambda error, units: self._failed("encode", error, units))
-        elapsed = self._clock() - begin
-        for work in works:
-            work.encode_s += elapsed
-        for unit, row in zip(fresh, results, strict=True):
+                work.started = encoded.began
+                self._metrics.queue_seconds.observe(max(0.0, encoded.began - work.job.submitted))
+                self._tracing.stage("queue", [work.job], work.job.submitted, encoded.began, len(work.job.tasks))
+            work.encode_s += encoded.seconds
+        jobs = list(dict.fromkeys(unit.work.job for unit in encoded.units))
+        self._tracing.stage("encode", jobs, encoded.began, encoded.began + encoded.seconds, len(encoded.units))
+        for unit, row in zip(encoded.units, encoded.rows, strict=True):
+            unit.encoding = False
             if isinstance(row, Row):
                 unit.row = row
-        self._end_failed(fresh, results)
+        self._end_failed(encoded.units, encoded.rows)
 
     def _tick(self, units: Sequence[Unit]) -> None:
-        results = isolate(self._denoise, units, lambda error, batch: self._failed("denoise", error, batch))
+        results = isolate(self._denoise, units, self._failed_tick)
         self._end_failed(units, results)
         watched = self._queue.progress({unit.work.job.id: unit.work.progress for unit in units})
         self._finisher.preview([unit for unit in units if unit.shown and unit.work.job.id in watched])
@@ -201,9 +274,13 @@ class Worker:
         rows = [unit.row for unit in units if unit.row is not None]
         begin = self._clock()
         units[0].work.pipeline.tick(rows)
-        self._metrics.tick_seconds.observe(self._clock() - begin)
+        end = self._clock()
+        self._scheduler.ticked(_group(units[0]), len(rows), end - begin)
+        self._metrics.tick_seconds.observe(end - begin)
         self._metrics.tick_rows.observe(len(rows))
-        for work in dict.fromkeys(unit.work for unit in units):
+        works = list(dict.fromkeys(unit.work for unit in units))
+        self._tracing.stage("tick", [work.job for work in works], begin, end, len(rows))
+        for work in works:
             work.ticks.append(len(rows))
         return rows
 
@@ -218,12 +295,18 @@ class Worker:
         for work in {unit.work for unit in done if not unit.work.units}:
             self._let_go(work)
 
+    def _failed_tick(self, error: Exception, units: Sequence[Unit]) -> None:
+        if isinstance(error, DeviceMemoryError) and len(units) > 1:
+            self._scheduler.lower_cap(_group(units[0]), len(units), self._clock())
+        self._failed("denoise", error, units)
+
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()
-        requests = sorted({unit.work.job.request_id for unit in units})
-        logger.warning("batch failed", extra={"stage": stage, "requests": requests, **describe(error)})
+        fields = {"stage": stage, "requests": requests_of(units), **describe(error)}
+        logger.warning("batch failed", extra=fields)
 
     def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
+        self._device_lost = self._device_lost or any(isinstance(result, DeviceLostError) for result in results)
         for unit, failure in zip(units, failures(results), strict=True):
             if failure is not None and not unit.work.over:
                 self._end([unit.work], failure)
@@ -239,10 +322,12 @@ class Worker:
             work.lease.release()
 
 
-def _encode(units: Sequence[Unit]) -> list[Row]:
-    return units[0].work.pipeline.prepare([unit.task for unit in units])
+def _group(unit: Unit) -> Hashable:
+    """What decides which units may share a tick: a bundle has one latent shape."""
+    return unit.work.job.model, unit.task.steps
 
 
 _EXPIRED = Failed("expired", "the time limit passed before the images were made")
+_HOPELESS = Failed("expired", "the images cannot be made within the time limit")
 _CANCELLED = Failed("cancelled", "the job was cancelled")
 _STOPPED = Failed("stopped", "the service is shutting down")

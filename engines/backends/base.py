@@ -29,6 +29,10 @@ class DeviceMemoryError(EngineError):
     """The device has no memory left for what was asked: a smaller batch may fit."""
 
 
+class DeviceLostError(EngineError):
+    """The device failed so that nothing runs on it any more in this process: only a new process helps."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How engines are opened: threads of a CPU (0 leaves them to the backend), and which plans, kept where.

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from engines.backends.base import Array, DeviceMemoryError, EngineError
+from engines.backends.base import Array, EngineError
+from engines.backends.faults import kind_of
 
 Pointer = int
 
@@ -90,6 +91,6 @@ class Cuda:
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self._runtime, name)(*arguments)
         if int(status) != 0:
-            kind = DeviceMemoryError if "MemoryAllocation" in str(status) else EngineError
-            raise kind(f"CUDA: {name} failed with {getattr(status, 'name', status)}")
+            message = f"CUDA: {name} failed with {getattr(status, 'name', status)}"
+            raise kind_of(message)(message)
         return values[0] if len(values) == 1 else tuple(values) or None

@@ -14,7 +14,6 @@ import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
 from engines.backends.base import (
     Array,
-    DeviceMemoryError,
     EngineError,
     EngineOptions,
     GraphSpec,
@@ -22,12 +21,12 @@ from engines.backends.base import (
     check_arrays,
 )
 from engines.backends.cores import usable_cores
+from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
 from engines.plans import Precision
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-_NO_MEMORY = ("out of memory", "failed to allocate", "bfcarena", "cudaerrormemoryallocation")
 
 
 class OrtEngine:
@@ -70,8 +69,7 @@ class OrtEngine:
         try:
             outputs = self._run(session, inputs)
         except Exception as error:  # the library's errors share no base class
-            kind = DeviceMemoryError if any(sign in str(error).lower() for sign in _NO_MEMORY) else EngineError
-            raise kind(f"{self._name}: {error}") from error
+            raise kind_of(str(error))(f"{self._name}: {error}") from error
         if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
             raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
         return outputs

@@ -30,7 +30,6 @@ from torch.utils import _pytree as pytree
 from engines.backends.base import (
     BATCH,
     Array,
-    DeviceMemoryError,
     Engine,
     EngineError,
     EngineOptions,
@@ -39,6 +38,7 @@ from engines.backends.base import (
     check_arrays,
 )
 from engines.backends.cores import usable_cores
+from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
 from engines.compile import CHECKED_ROWS, check_fidelity, typical_inputs
@@ -56,7 +56,6 @@ _LARGEST = "largest_batch"
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _one_at_a_time = Lock()
 """torch.export keeps what it is doing in global variables, and packages are compiled in a thread of their own."""
-_NO_MEMORY = ("out of memory", "can't allocate memory")
 
 _log = logging.getLogger(__name__)
 
@@ -141,8 +140,8 @@ class PytorchEngine:
             try:
                 outputs = self._place(batch).run(inputs, batch)
             except Exception as error:  # what compiled code raises has no class of its own
-                no_memory = isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in _NO_MEMORY)
-                raise (DeviceMemoryError if no_memory else EngineError)(f"{self._name}: {error}") from error
+                kind = kind_of(f"{type(error).__name__}: {error}")
+                raise kind(f"{self._name}: {error}") from error
         if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
             raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
         return outputs

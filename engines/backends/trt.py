@@ -13,7 +13,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphSpec, TensorSpec, check_arrays
+from engines.backends.base import (
+    Array,
+    DeviceMemoryError,
+    Engine,
+    EngineError,
+    EngineOptions,
+    GraphSpec,
+    TensorSpec,
+    check_arrays,
+)
 from engines.backends.cuda import Cuda, Pointer
 from engines.backends.ort import OrtEngine
 from engines.backends.resident import Resident
@@ -128,7 +137,7 @@ class _Shape:
         self._largest = profile.ranges[place][2]
         self._context = engine.create_execution_context()
         if self._context is None:
-            raise EngineError(f"{graph.path.name}: the device has no memory for a batch of {self._largest}")
+            raise DeviceMemoryError(f"{graph.path.name}: the device has no memory for a batch of {self._largest}")
         self._context.set_optimization_profile_async(place, cuda.stream)
         self._resident: Resident[int] = Resident()
         self._pointers: dict[str, Pointer] = {}

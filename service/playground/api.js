@@ -3,6 +3,10 @@
 // The page may be served below a prefix, so paths are taken relative to this module.
 const BASE = new URL("..", import.meta.url);
 const FRESH = { cache: "no-store" };
+const KEY = "fewstep-key";
+
+/** Says "closed" when the service asks for a key, and has none or another than it knows. */
+export const door = new EventTarget();
 
 export class ApiError extends Error {
   constructor(message, { status = 0, code = "", param = null, requestId = "" } = {}) {
@@ -16,11 +20,32 @@ export class ApiError extends Error {
 
 async function call(path, options) {
   try {
-    return await fetch(new URL(path, BASE), options);
+    const headers = { ...options.headers, ...authorization() };
+    const response = await fetch(new URL(path, BASE), { ...options, headers });
+    if (response.status === 401) door.dispatchEvent(new Event("closed"));
+    return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The service cannot be reached. Check that it is running, then try again.");
   }
+}
+
+/** The API key of every request from now on, until the tab is closed. */
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+/** Whether requests have a key. */
+export function hasKey() {
+  try {
+    return sessionStorage.getItem(KEY) !== null;
+  } catch {
+    return false; // the browser may keep nothing for any page
+  }
+}
+
+function authorization() {
+  return hasKey() ? { Authorization: `Bearer ${sessionStorage.getItem(KEY)}` } : {};
 }
 
 async function errorFrom(response) {

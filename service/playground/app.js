@@ -3,6 +3,7 @@
 import { ApiError, capabilities, create, readiness } from "./api.js";
 import { announce, byId, choose, chosen, element, formatMs } from "./dom.js";
 import { clearError, clearErrors, showError } from "./errors.js";
+import "./key.js";
 import { Models } from "./models.js";
 import { Painter } from "./painter.js";
 import { Result } from "./result.js";

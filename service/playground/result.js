@@ -1,6 +1,6 @@
 // The image that came back, its facts and timings, and the ones before it.
 
-import { addressOf, waiting } from "./api.js";
+import { addressOf, hasKey, waiting } from "./api.js";
 import { announce, byId, element, formatMs } from "./dom.js";
 
 const HISTORY_LENGTH = 12;
@@ -151,7 +151,9 @@ async function showQueue() {
 /** The command that makes this very image. A here-document needs no quoting, whatever is in the prompt. */
 function commandOf(entry) {
   const body = JSON.stringify({ ...entry.body, n: 1, seed: entry.seed });
-  const types = "-H 'Content-Type: application/json' -H 'Accept: image/png'";
+  // The key itself is left out: what is copied is soon pasted where others read.
+  const key = hasKey() ? ' -H "Authorization: Bearer $FEWSTEP_KEY"' : "";
+  const types = `-H 'Content-Type: application/json' -H 'Accept: image/png'${key}`;
   return `curl -s ${addressOf(entry.task)} ${types} -o ${fileName(entry)} -d @- <<'END'\n${body}\nEND\n`;
 }
 

@@ -22,7 +22,7 @@ _ONE = ("redis", "rediss", "unix")
 _MANY = ("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS = {"sentinel": 26379, "cluster": 6379}
 # The first is longer than any command blocks, so that only a silent server runs into it.
-_SOCKETS: dict[str, Any] = {"socket_timeout": 3.0, "socket_connect_timeout": 2.0, "protocol": 2}
+_SOCKETS: dict[str, Any] = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0, "protocol": 2}
 # A connection that the server closed meanwhile is opened anew; more patience is the callers' affair.
 _RETRIES = 1
 

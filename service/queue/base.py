@@ -18,6 +18,8 @@ FARTHEST_POSITION = 100
 """Jobs that wait behind more than so many others are told no position."""
 
 RATE_MEMORY_S = 10.0
+# A step of priority counts as so much age: so nothing is overtaken for ever.
+HEAD_START_S = 10.0
 _RETRY_AFTER_S = (1.0, 60.0)
 
 
@@ -129,7 +131,9 @@ class JobQueue(Protocol):
         ...
 
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
-        """Accept the job or raise QueueFull. An accepted job is settled or cancelled, never lost.
+        """Accept the job, or raise QueueFull, also where it would come too late behind the others.
+
+        An accepted job is settled or cancelled, never lost.
 
         Without ``keep`` the submitter waits for its ``outcome``; with it anybody asks for its ``status``. Returns the
         id of the job: that of an older one where its key names one. Raises KeyConflict where that asks for another

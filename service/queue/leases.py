@@ -19,7 +19,7 @@ from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import RATE_MEMORY_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
-from service.queue.wire import WireError, pack_outcome, unpack_job
+from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Leases:
         self._models: set[str] = set()
         self._changed = threading.Condition()
         self._held: dict[str, Lease] = {}
-        self._unsent: dict[str, Outcome] = {}
+        self._unsent: dict[str, tuple[Lease, Outcome]] = {}
         self._away_until: float | None = None
         self._reclaims_from = 0.0
         self._closing = threading.Event()
@@ -128,7 +128,7 @@ class Leases:
         first: bool | None = self._reach(partial(self._settle, lease, outcome), None)
         if first is None:
             with self._changed:
-                self._unsent[job_id] = outcome
+                self._unsent[job_id] = lease, outcome
         return first is not False
 
     def close(self) -> None:
@@ -172,18 +172,18 @@ class Leases:
     def _read(self, lease: Lease, message: bytes, submitted: float, deadline: float) -> Job | None:
         """The job of a lease, held from now on; None where it was given up."""
         if lease.tries > MAX_TRIES:
-            self._give_up(lease, _TOO_MANY_TRIES)
+            self._give_up(lease, _TOO_MANY_TRIES, request_of(message))
             return None
         try:
             job = unpack_job(message, lambda: self._images(lease), submitted, deadline)
         except WireError as error:
             logger.error("a job cannot be read", extra={"job": lease.job_id, "detail": str(error)})
-            self._give_up(lease, _UNREADABLE)
+            self._give_up(lease, _UNREADABLE, request_of(message))
             return None
         with self._changed:
             self._held[lease.job_id] = lease
         if lease.tries > 1:
-            logger.warning("a job is tried again", extra={"request": job.request_id, "tries": lease.tries})
+            logger.warning("a job is tried again", extra={"requests": [job.request_id], "tries": lease.tries})
             self._on_redelivery()
         return job
 
@@ -191,8 +191,9 @@ class Leases:
         found: Any = self._redis.client.get(keys.images(lease.job_id))
         return found or b""
 
-    def _give_up(self, lease: Lease, failure: Failed) -> None:
-        logger.error("a job is given up", extra={"job": lease.job_id, "tries": lease.tries, "reason": failure.message})
+    def _give_up(self, lease: Lease, failure: Failed, requests: list[str]) -> None:
+        fields = {"job": lease.job_id, "requests": requests, "tries": lease.tries, "reason": failure.message}
+        logger.error("a job is given up", extra=fields)
         if self._settle(lease, failure, failure.message):
             self._on_dead_letter()
 
@@ -227,7 +228,7 @@ class Leases:
 
     def _send(self) -> None:
         with self._changed:
-            unsent = [(self._held[job_id], outcome) for job_id, outcome in self._unsent.items()]
+            unsent = list(self._unsent.values())
         for lease, outcome in unsent:
             self._settle(lease, outcome)
 

@@ -13,11 +13,12 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import ClassVar
 
-from service.jobs import Job, Outcome
+from service.jobs import Finished, Job, Outcome
 from service.queue.base import (
     CANCELLED,
     DEFAULT_BOUNDS,
     FARTHEST_POSITION,
+    HEAD_START_S,
     RATE_MEMORY_S,
     Bounds,
     Keep,
@@ -28,6 +29,10 @@ from service.queue.base import (
     retry_after_s,
 )
 from service.queue.shelf import Shelf
+
+_SMOOTHING = 0.1
+# Jobs that were taken and then given up make the queue look faster than it is.
+_MARGIN = 1.25
 
 
 class DrainRate:
@@ -57,10 +62,16 @@ class DrainRate:
         return self._cost / self._seconds if self._seconds > 0 else 0.0
 
 
+def _rank(job: Job) -> float:
+    """When the job was submitted, or would have been with no priority, to be where it is in the line."""
+    return job.submitted - HEAD_START_S * job.priority
+
+
 class MemoryQueue:
     """A JobQueue in memory that holds jobs of at most ``max_cost`` row-ticks.
 
-    A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run.
+    A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run. One that would
+    come too late behind the others, as fast as they are taken, is refused: better now than when its time is over.
     """
 
     durable: ClassVar[bool] = False
@@ -75,6 +86,8 @@ class MemoryQueue:
         self._waiting_cost = 0
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
+        self._taken: dict[str, float] = {}
+        self._making_s = 0.0
         self._rate = DrainRate(RATE_MEMORY_S)
         self._shelf = Shelf(bounds, clock)
 
@@ -85,7 +98,7 @@ class MemoryQueue:
                 return holder
             if job.id in self._outcomes or job.id in self._shelf:
                 raise ValueError(f"job {job.id} was submitted before")
-            if self._waiting and self._waiting_cost + job.cost > self._max_cost:
+            if self._waiting and (self._waiting_cost + job.cost > self._max_cost or self._too_late(job)):
                 raise QueueFull(self._retry_after_s())
             self._waiting[job.id] = job
             self._waiting_cost += job.cost
@@ -130,12 +143,14 @@ class MemoryQueue:
                 self._changed.wait_for(lambda: self._next(models) is not None, wait_s)
             taken: list[Job] = []
             room = rows
-            while room > 0 and (job := self._next(models)) is not None:
-                if taken and len(job.tasks) > room:
+            # The sort is stable: without priorities the order is that of submission.
+            for job in sorted((job for job in self._waiting.values() if job.model in models), key=_rank):
+                if room <= 0 or (taken and len(job.tasks) > room):
                     break
                 taken.append(self._waiting.pop(job.id))
                 self._shelf.taken(job.id)
                 room -= len(job.tasks)
+            self._taken |= dict.fromkeys((job.id for job in taken), self._clock())
             cost = sum(job.cost for job in taken)
             self._waiting_cost -= cost
             if taken:
@@ -161,6 +176,8 @@ class MemoryQueue:
         """See JobQueue.settle."""
         with self._changed:
             self._cancelled.discard(job_id)
+            if (taken := self._taken.pop(job_id, None)) is not None and isinstance(outcome, Finished):
+                self._making_s += _SMOOTHING * (self._clock() - taken - self._making_s)
             return self._end(job_id, outcome)
 
     def stats(self) -> QueueStats:
@@ -193,6 +210,13 @@ class MemoryQueue:
 
     def _next(self, models: Collection[str]) -> Job | None:
         return next((job for job in self._waiting.values() if job.model in models), None)
+
+    def _too_late(self, job: Job) -> bool:
+        """Whether the job would be done after its deadline, as fast as others were taken and then made."""
+        if self._rate.per_second == 0:
+            return False
+        waits_s = (self._waiting_cost + job.cost) / self._rate.per_second
+        return self._clock() + _MARGIN * (waits_s + self._making_s) > job.deadline
 
     def _retry_after_s(self) -> float:
         return retry_after_s(self._waiting_cost, self._rate.per_second)

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +92,8 @@ class Submissions:
             if not wait.accepted:
                 del self._waiting[job.id]
         if self._listening is None:
-            self._listening = asyncio.create_task(self._listen())
+            # In a context of its own: its log lines are not those of the request that happened to be the first.
+            self._listening = asyncio.get_running_loop().create_task(self._listen(), context=Context())
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
@@ -109,7 +111,7 @@ class Submissions:
             raise QueueUnavailable from error
         if found is None:
             raise KeyError(job_id)
-        return _status(found)
+        return _status(job_id, found)
 
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel. Any process may cancel: who waits elsewhere learns of it by a reply."""
@@ -206,7 +208,7 @@ class Submissions:
         over: list[str] = []
         for (job_id, wait), state in zip(waiting.items(), found, strict=True):
             # Meanwhile the job may have been cancelled.
-            if not wait.outcome.done() and (outcome := _outcome(state)) is not None:
+            if not wait.outcome.done() and (outcome := _outcome(job_id, state)) is not None:
                 wait.outcome.set_result(outcome)
                 over.append(keys.result(job_id))
         if over:
@@ -218,18 +220,18 @@ _STAGES: dict[bytes | None, Stage] = {b"queued": "queued", b"running": "running"
 _GOES_ON = 1
 
 
-def _outcome(state: bytes | int) -> Outcome | None:
+def _outcome(job_id: str, state: bytes | int) -> Outcome | None:
     """What a line of the script `collect` says; None where the job goes on."""
     if isinstance(state, int):
         return None if state == _GOES_ON else _LOST
     try:
         return unpack_outcome(state)
     except WireError as error:
-        logger.error("an outcome cannot be read", extra={"detail": str(error)})
+        logger.error("an outcome cannot be read", extra={"job": job_id, "detail": str(error)})
         return _UNREADABLE
 
 
-def _status(found: Sequence[Any]) -> Status:
+def _status(job_id: str, found: Sequence[Any]) -> Status:
     """What the script `status` says."""
     state, done, total, left_ms, note, position, outcome, preview = found
     return Status(
@@ -239,6 +241,6 @@ def _status(found: Sequence[Any]) -> Status:
         left_s=int(left_ms) / 1000,
         note=note.decode(),
         position=position if position >= 0 else None,
-        outcome=None if outcome is None else _outcome(outcome),
+        outcome=None if outcome is None else _outcome(job_id, outcome),
         preview=preview,
     )

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.pipeline import Edit, Generate, Inpaint, Task
-from service.jobs import Failed, Finished, Job, Outcome, Output, Timings
+from service.jobs import Failed, Finished, Job, Outcome, Output, Priority, Timings
 
 VERSION = 1
 
 _KINDS: dict[str, type[Task]] = {"generate": Generate, "edit": Edit, "inpaint": Inpaint}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-_ARRAYS = frozenset({"image", "repaint"})
+_ARRAYS = frozenset({"image", "repaint", "blend"})
 _SIZE_BYTES = 4
 
 
@@ -45,6 +45,8 @@ def pack_job(job: Job) -> Packed:
         "id": job.id,
         "request_id": job.request_id,
         "model": job.model,
+        "priority": job.priority,
+        "trace": job.trace,
         "output": asdict(job.output),
         "tasks": [_pack_task(task, arrays) for task in job.tasks],
         "arrays": len(arrays),
@@ -62,9 +64,19 @@ def unpack_job(message: bytes, fetch_images: Callable[[], bytes], submitted: flo
         arrays = _read_arrays(fetch_images(), fields["arrays"]) if fields["arrays"] else []
         tasks = tuple(_unpack_task(task, arrays) for task in fields["tasks"])
         output = Output(**fields["output"])
-        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, fields["model"])
+        model, trace = fields["model"], fields.get("trace", "")
+        priority = Priority(fields.get("priority", Priority.NORMAL))
+        return Job(fields["id"], fields["request_id"], tasks, output, submitted, deadline, model, trace, priority)
     except (LookupError, TypeError, ValueError) as error:
         raise WireError("the job has other fields than this version's") from error
+
+
+def request_of(message: bytes) -> list[str]:
+    """The id of a job's request, for a log line about a job that is not unpacked; none where it cannot be read."""
+    try:
+        return [str(_read_json(message)["request_id"])]
+    except (WireError, KeyError):
+        return []
 
 
 def pack_outcome(outcome: Outcome) -> bytes:
@@ -100,7 +112,8 @@ def unpack_outcome(data: bytes) -> Outcome:
 def _pack_task(task: Task, arrays: list[NDArray[Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": _NAMES[type(task)], **vars(task)}
     for name in _ARRAYS & fields.keys():
-        fields[name] = _place(fields[name], arrays)
+        if fields[name] is not None:
+            fields[name] = _place(fields[name], arrays)
     return fields
 
 
@@ -114,7 +127,8 @@ def _place(array: NDArray[Any], arrays: list[NDArray[Any]]) -> int:
 
 
 def _unpack_task(fields: dict[str, Any], arrays: list[NDArray[Any]]) -> Task:
-    values = {name: arrays[value] if name in _ARRAYS else value for name, value in fields.items() if name != "kind"}
+    values = {name: value for name, value in fields.items() if name != "kind"}
+    values |= {name: arrays[fields[name]] for name in _ARRAYS & fields.keys() if fields[name] is not None}
     return _KINDS[fields["kind"]](**values)
 
 

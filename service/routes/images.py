@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -12,7 +14,7 @@ from service.bodies import check_fields, read_fields
 from service.errors import ApiError
 from service.idempotency import digest_of, key_of
 from service.intake import deadline_of, make_job
-from service.jobs import Job
+from service.jobs import Finished, Job
 from service.negotiation import choose
 from service.queue.base import Keep, Status
 from service.routes.openapi import documented
@@ -23,11 +25,29 @@ router = APIRouter(tags=["images"])
 
 _RESPOND_ASYNC = "respond-async"
 
+ReadBody = Callable[[Request, Service], Awaitable[GenerateRequest]]
+Render = Callable[[str, Ticket, Finished, bool, float], Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an endpoint answers: in which form, by which names of fields, and whether with a job where one is asked for.
+
+    ``names`` has what its clients call a field of ours, where that is not the same.
+    """
+
+    render: Render
+    names: Mapping[str, str]
+    gives_jobs: bool
+
+
+_OURS = Dialect(render_images, {}, gives_jobs=True)
+
 
 @router.post("/generate", summary="Text to images", **documented(GenerateRequest))
 async def generate(request: Request) -> Response:
     """Make images from a prompt."""
-    return await _serve(request, GenerateRequest)
+    return await make_images(request, partial(_read, GenerateRequest))
 
 
 @router.post("/edit", summary="Image and text to images", **documented(EditRequest))
@@ -37,7 +57,7 @@ async def edit(request: Request) -> Response:
     An image of another size is resized to the bundle's first, and stretched where its proportions are others;
     transparent parts are laid on white.
     """
-    return await _serve(request, EditRequest)
+    return await make_images(request, partial(_read, EditRequest))
 
 
 @router.post("/inpaint", summary="Repaint part of an image", **documented(InpaintRequest))
@@ -47,50 +67,64 @@ async def inpaint(request: Request) -> Response:
     The mask has the image's own size. The result has the bundle's size: an image of another size is resized,
     and a pixel of the result is repainted when any pixel under it is marked. The other pixels come back exactly
     as they went in (for an image that was resized, or laid on white where it was transparent: as they were after
-    it), in png always, in jpeg and webp as far as those formats are exact.
+    it), in png always, in jpeg and webp as far as those formats are exact. With mask_blur this holds where the blurred
+    mask is 0, and elsewhere the old and the new pixels are mixed by its value.
     """
-    return await _serve(request, InpaintRequest)
+    return await make_images(request, partial(_read, InpaintRequest))
 
 
-async def _serve(request: Request, model: type[GenerateRequest]) -> Response:
+async def make_images(request: Request, read: ReadBody, dialect: Dialect = _OURS) -> Response:
+    """Make what the request asks for in the body that ``read`` gives, and answer. Raises ApiError, and ClientGone."""
     service: Service = request.app.state.service
-    began: float = request.state.began
     with service.admitted():
         if request.url.query:
             raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
-        fields, typed = await read_fields(request, service)
-        body = check_fields(model, fields, typed)
-        if _prefers_async(request):
-            body = body.model_copy(update={"asynchronous": True})
-        key = key_of(request)
-        rendering = choose(", ".join(request.headers.getlist("accept")), body)
-        deadline = deadline_of(body, service.settings, began)
-        gone = partial(_disconnected, request)
-        async with service.leased(body.model, deadline, gone) as pipeline:
-            make = partial(
-                make_job,
-                body,
-                rendering.format,
-                pipeline,
-                service.settings,
-                request_id=request.state.request_id,
-                began=began,
-            )
-            job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
-            ticket = Ticket.of(job, pipeline.manifest)
-            if not body.asynchronous and key is None:
-                finished = await service.complete(job, gone)
-                return render_images(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
-        digest = ""
-        if key is not None:
-            digest = await service.parsed(partial(digest_of, request.url.path, body, rendering.format), deadline)
-        keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, digest)
-        job_id = await service.accept(job, keep)
-        if body.asynchronous:
-            return await _accepted(request, job, job_id, keep)
-        status, finished = await service.completed(job_id, deadline, gone)
-        ticket = Ticket.model_validate_json(status.note)
-        return render_images(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
+        body = await read(request, service)
+        try:
+            return await _make(request, service, body, dialect)
+        except ApiError as refusal:
+            refusal.param = dialect.names.get(refusal.param or "", refusal.param)
+            raise
+
+
+async def _make(request: Request, service: Service, body: GenerateRequest, dialect: Dialect) -> Response:
+    began: float = request.state.began
+    key = key_of(request)
+    if dialect.gives_jobs and _prefers_async(request):
+        body = body.model_copy(update={"asynchronous": True})
+    rendering = choose(", ".join(request.headers.getlist("accept")), body)
+    deadline = deadline_of(body, service.settings, began)
+    gone = partial(_disconnected, request)
+    async with service.leased(body.model, deadline, gone) as pipeline:
+        make = partial(
+            make_job,
+            body,
+            rendering.format,
+            pipeline,
+            service.settings,
+            request_id=request.state.request_id,
+            began=began,
+        )
+        job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
+        ticket = Ticket.of(job, pipeline.manifest)
+        if not body.asynchronous and key is None:
+            finished = await service.complete(job, gone)
+            return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
+    digest = ""
+    if key is not None:
+        digest = await service.parsed(partial(digest_of, request.url.path, body, rendering.format), deadline)
+    keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, digest)
+    job_id = await service.accept(job, keep)
+    if body.asynchronous:
+        return await _accepted(request, job, job_id, keep)
+    status, finished = await service.completed(job_id, deadline, gone)
+    ticket = Ticket.model_validate_json(status.note)
+    return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
+
+
+async def _read(model: type[GenerateRequest], request: Request, service: Service) -> GenerateRequest:
+    fields, typed = await read_fields(request, service)
+    return check_fields(model, fields, typed)
 
 
 async def _accepted(request: Request, job: Job, job_id: str, keep: Keep) -> Response:

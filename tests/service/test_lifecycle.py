@@ -102,6 +102,26 @@ async def test_a_deadline_is_a_504_and_the_row_is_dropped(app: Running, gate: Ga
     assert app.metric("fewstep_tick_rows_sum") <= 2
 
 
+async def test_a_request_of_high_priority_goes_before_those_of_low(
+    anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(settings.model_copy(update={"max_batch": 1})) as app:
+        gate, done = Gate(app.pipeline, monkeypatch), list[str]()
+
+        async def ask(priority: str) -> None:
+            answer = await app.post("/generate", prompt="a cat", steps=1, priority=priority)
+            assert answer.status_code == 200
+            done.append(priority)
+
+        requests = [asyncio.create_task(ask("normal"))]
+        await asyncio.to_thread(gate.reached.wait, 20)
+        requests += [asyncio.create_task(ask(priority)) for priority in ("low", "low", "high")]
+        await until(lambda: app.metric("fewstep_queue_depth") == 3)
+        gate.opened.set()
+        await asyncio.gather(*requests)
+    assert done == ["normal", "high", "low", "low"]
+
+
 async def test_waiting_for_the_decoder_counts_too(app: Running) -> None:
     started, busy, image = threading.Event(), threading.Event(), b64(png(random_image()))
 

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 import service
 from engines.bundle import load_bundle, write_bundle
+from service.api_keys import ApiKey, digest_of, new_key
 from service.app import create_app
 from service.schemas import InpaintRequest
 from service.settings import Settings
@@ -259,3 +260,32 @@ def _pixels(window: webdriver.Browser, selector: str) -> Pixels:
         return [...canvas.getContext("2d").getImageData(0, 0, 16, 16).data];
     """
     return np.array(window.js(script, selector), dtype=np.uint8).reshape(16, 16, 4)
+
+
+def test_a_person_gives_the_key_that_a_service_asks_for(
+    window: webdriver.Browser, bundle_path: Path, tmp_path: Path
+) -> None:
+    key = new_key()
+    (tmp_path / "keys").write_text(ApiKey("ann", digest_of(key)).line)
+    locked = Settings(bundle=str(bundle_path), threads=1, api_keys_file=tmp_path / "keys")
+    with listening(create_app(locked)) as port:
+        window.go(f"http://127.0.0.1:{port}/")
+        window.wait("document.activeElement.id === 'key'")
+        assert window.text("#problem").startswith("An API key is needed.")
+        window.press(*"a wrong key", webdriver.ENTER)
+        window.wait("document.querySelector('#problem').textContent.startsWith('This API key is not known.')")
+        window.press(*key)
+        window.focus("#key-use")
+        window.press(webdriver.ENTER)
+        window.wait("document.querySelector('#state').dataset.state === 'ready'")
+        assert window.js("return document.querySelector('#field-key').hidden")
+        window.focus("#prompt")
+        window.press(*"a red cat", webdriver.ENTER)
+        window.wait(ANSWERED)
+        window.js("navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }")
+        window.js("document.querySelector('#copy-curl').click()")
+        copied = window.js("return window.copied")
+        assert "Bearer $FEWSTEP_KEY" in copied
+        assert key not in copied
+        assert window.js("return [localStorage.length, document.cookie]") == [0, ""]
+    assert [line for line in window.console() if "401" not in line] == []

@@ -23,7 +23,7 @@ from service.runtime import State
 from service.settings import Settings
 from tests.service.helpers import b64, error, pixels, png, random_image, running, until, wait_until
 from tests.service.redis_server import RedisServer
-from tests.service.slow_service import DEADLY
+from tests.service.slow_service import DEADLY, ILLEGAL
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +142,22 @@ async def test_a_worker_that_is_killed_in_the_middle_leaves_its_job_to_another(
         assert api.metric("fewstep_queue_depth") == 0
         with redis_server.client() as client:
             assert client.xlen(keys.jobs(api.pipeline.manifest.model)) == 0
+
+
+async def test_a_worker_whose_device_is_lost_exits_and_leaves_what_it_held_to_the_next(
+    anyio_backend: str, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    async with running(api_settings) as api:
+        with processes(Process("worker", bundle_path, redis_server, tick_s=0.3)) as [victim]:
+            held = asyncio.create_task(api.post("/generate", prompt="a cat", steps=4))
+            await until(lambda: victim.metric("fewstep_tick_rows_count") > 0)
+            found = error(await api.post("/generate", prompt=ILLEGAL, steps=1), 500, "generation_failed")
+            assert found["retryable"]
+            assert await asyncio.to_thread(victim.wait) == 1
+        assert not held.done()
+        async with running(api_settings.model_copy(update={"role": "worker", "reclaim_after_s": 1.0})) as other:
+            assert (await held).status_code == 200
+            assert other.metric("fewstep_redeliveries_total") == 1
 
 
 @pytest.mark.slow

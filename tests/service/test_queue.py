@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -180,6 +181,21 @@ async def test_stats_tell_of_what_waits(queue: JobQueue) -> None:
     other = queue.stats()
     assert (other.depth, other.cost) == (1, 1)
     assert other.oldest_s == pytest.approx(30, abs=10)
+
+
+async def test_a_job_that_would_come_too_late_behind_the_others_is_refused(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    for _ in range(4):
+        taken(queue, 1)
+        await asyncio.sleep(0.1)
+    # Four jobs wait, of which one is taken every tenth of a second.
+    late = dataclasses.replace(job("late"), deadline=time.monotonic() + 0.05)
+    with pytest.raises(QueueFull):
+        await queue.submit(late)
+    await queue.submit(job("in time"))
+    assert taken(queue, 9) == ["4", "5", "6", "7", "in time"]
+    await queue.submit(dataclasses.replace(late, id="nobody before it"))
 
 
 async def test_retry_after_follows_the_speed_at_which_jobs_were_taken(queue: JobQueue) -> None:

@@ -374,7 +374,7 @@ async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: Redi
     async with opened(durable.url) as queue:
         await queue.submit(job("a"))
         assert taken(queue) == ["a"]
-        hanging = asyncio.create_task(asyncio.to_thread(durable.pause, 6.0))
+        hanging = asyncio.create_task(asyncio.to_thread(durable.pause, 14.0))
         await asyncio.sleep(0.1)
         with pytest.raises(QueueUnavailable):
             await queue.submit(job("refused"))

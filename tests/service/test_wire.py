@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from engines.pipeline import MAX_SEED, Edit, Generate, Inpaint, Task
-from service.jobs import Failed, FailureReason, Finished, Job, Outcome, Output, Timings
+from engines.provenance import METADATA
+from service.jobs import Failed, FailureReason, Finished, Job, Outcome, Output, Priority, Timings
 from service.queue.wire import WireError, pack_job, pack_outcome, unpack_job, unpack_outcome
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 seconds = st.floats(0, 1e6)
 images = arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 5), st.just(3)))
 masks = arrays(np.bool_, st.tuples(st.integers(1, 5), st.integers(1, 5)))
+blends = arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 5)))
 shared: dict[str, Any] = {
     "condition": st.text(),
     "steps": st.integers(1, 64),
@@ -28,9 +30,11 @@ shared: dict[str, Any] = {
 tasks: st.SearchStrategy[Task] = st.one_of(
     st.builds(Generate, **shared),
     st.builds(Edit, **shared, image=images, strength=st.floats(0, 1)),
-    st.builds(Inpaint, **shared, image=images, repaint=masks, strength=st.floats(0, 1)),
+    st.builds(Inpaint, **shared, image=images, repaint=masks, strength=st.floats(0, 1), blend=st.none() | blends),
 )
-outputs = st.builds(Output, st.sampled_from(["png", "jpeg", "webp"]), st.none() | st.integers(1, 100))
+outputs = st.builds(
+    Output, st.sampled_from(["png", "jpeg", "webp"]), st.none() | st.integers(1, 100), st.sampled_from(METADATA)
+)
 jobs = st.builds(
     Job,
     id=st.text(),
@@ -40,6 +44,8 @@ jobs = st.builds(
     submitted=numbers,
     deadline=numbers,
     model=st.text(),
+    priority=st.sampled_from(Priority),
+    trace=st.text(),
 )
 finished = st.builds(
     Finished,
@@ -71,7 +77,7 @@ def fields(task: Task) -> dict[str, Any]:
 def test_a_job_comes_back_whole(job: Job) -> None:
     packed = pack_job(job)
     back = unpack_job(packed.message, lambda: packed.images, job.submitted, job.deadline)
-    for name in ("id", "request_id", "model", "output", "submitted", "deadline", "cost"):
+    for name in ("id", "request_id", "model", "trace", "output", "submitted", "deadline", "cost", "priority"):
         assert getattr(back, name) == getattr(job, name)
     assert [type(task) for task in back.tasks] == [type(task) for task in job.tasks]
     assert [fields(task) for task in back.tasks] == [fields(task) for task in job.tasks]
@@ -127,6 +133,18 @@ def test_images_that_are_gone_are_an_error(images: bytes) -> None:
     job = Job("a", "a", (Edit("a cat", 4, 0.0, 0, np.zeros((4, 4, 3), np.uint8), 0.5),), Output("png"), 0.0, 1.0)
     with pytest.raises(WireError, match="images"):
         unpack_job(pack_job(job).message, lambda: images, 0.0, 1.0)
+
+
+def test_a_job_of_an_older_process_has_no_priority_and_is_normal() -> None:
+    job = Job("a", "a", (Generate("a cat", 4, 0.0, 0),), Output("png"), 0.0, 1.0, priority=Priority.HIGH)
+    older = pack_job(job).message.replace(b'"priority": 1, ', b"")
+    assert unpack_job(older, bytes, 0.0, 1.0).priority is Priority.NORMAL
+
+
+def test_a_priority_that_there_is_not_is_an_error() -> None:
+    job = Job("a", "a", (Generate("a cat", 4, 0.0, 0),), Output("png"), 0.0, 1.0, priority=Priority.HIGH)
+    with pytest.raises(WireError):
+        unpack_job(pack_job(job).message.replace(b'"priority": 1', b'"priority": 7'), bytes, 0.0, 1.0)
 
 
 def test_another_version_is_refused() -> None:

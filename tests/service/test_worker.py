@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.backends.base import EngineError
+from engines.backends.base import DeviceLostError, DeviceMemoryError, EngineError
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Row, Task
 from service.catalogue import Catalogue
-from service.jobs import Failed, Finished, Job, Outcome, Output
+from service.jobs import Failed, Finished, Job, Outcome, Output, Priority
 from service.metrics import Metrics
 from service.models import Models
 from service.queue.memory import MemoryQueue
@@ -41,9 +41,13 @@ class Bench:
         self.worker = Worker(self.models, self.queue, Scheduler(MAX_ROWS), self.metrics)
         self.ticks: list[list[str]] = []
 
-    async def submit(self, name: str, *tasks: Task, seconds: float = 60.0) -> None:
+    async def submit(
+        self, name: str, *tasks: Task, seconds: float = 60.0, priority: Priority = Priority.NORMAL
+    ) -> None:
         now = time.monotonic()
-        await self.queue.submit(Job(name, name, tasks, Output("png"), now, now + seconds, self.model))
+        await self.queue.submit(
+            Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority=priority)
+        )
 
     async def outcome(self, name: str) -> Outcome:
         return await asyncio.wait_for(self.queue.outcome(name), 10)
@@ -316,3 +320,139 @@ async def test_decoding_overlaps_the_next_tick(bench: Bench, monkeypatch: pytest
     bench.steps(4)
     await bench.finished("first")
     await bench.finished("second")
+
+
+async def test_prompts_of_others_are_encoded_beside_the_ticks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding, ticked = threading.Event(), threading.Event()
+    prepare, tick = bench.pipeline.prepare, bench.pipeline.tick
+
+    def slow_prepare(tasks: Sequence[Task]) -> Any:
+        if any(task.condition == "a dog" for task in tasks):
+            encoding.set()
+            assert ticked.wait(10), "no tick ran while another's prompt was encoded"
+        return prepare(tasks)
+
+    def watched_tick(rows: Sequence[Row]) -> None:
+        tick(rows)
+        if encoding.is_set():
+            ticked.set()
+
+    monkeypatch.setattr(bench.pipeline, "prepare", slow_prepare)
+    monkeypatch.setattr(bench.pipeline, "tick", watched_tick)
+    await bench.submit("first", task(1))
+    bench.steps(1)
+    await bench.submit("second", task(2, prompt="a dog"))
+    bench.steps(1)
+    assert await asyncio.to_thread(encoding.wait, 10)
+    bench.steps(2)
+    assert (await bench.finished("first")).ticks[:2] == (1, 1)
+    await until(lambda: bench.steps(1) or bench.count("fewstep_images_total") == 2)
+    second = await bench.finished("second")
+    assert np.array_equal(read_pixels(second.images[0]), alone(bench, task(2, prompt="a dog"))[0])
+
+
+async def test_a_job_that_is_cancelled_while_it_is_encoded_never_ticks(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, reached = threading.Event(), threading.Event()
+    prepare = bench.pipeline.prepare
+
+    def gated(tasks: Sequence[Task]) -> Any:
+        if any(task.condition == "a dog" for task in tasks):
+            reached.set()
+            assert opened.wait(10)
+        return prepare(tasks)
+
+    monkeypatch.setattr(bench.pipeline, "prepare", gated)
+    await bench.submit("first", task(1))
+    bench.steps(1)
+    await bench.submit("second", task(2, prompt="a dog"))
+    bench.steps(1)
+    assert await asyncio.to_thread(reached.wait, 10)
+    assert await bench.queue.cancel("second") == "running"
+    bench.steps(1)
+    opened.set()
+    bench.steps(3)
+    assert (await bench.finished("first")).ticks == (1, 1, 1, 1)
+
+
+async def test_priority_goes_first_where_all_cannot_go_at_once(bench: Bench) -> None:
+    for k in range(2 * MAX_ROWS):
+        await bench.submit(f"low-{k}", task(k, steps=1), priority=Priority.LOW)
+    await bench.submit("high", task(99, steps=1), priority=Priority.HIGH)
+    bench.steps(1)
+    await bench.finished("high")
+
+
+async def test_what_cannot_be_in_time_is_given_up_before_its_time_is_over(bench: Bench) -> None:
+    bench.pipeline.seconds = {4: {1: 30.0, 2: 31.0, 4: 33.0}}
+    began = time.monotonic()
+    await bench.submit("lost", task(1), seconds=60)
+    bench.steps(1)
+    assert (await bench.failed("lost")).reason == "expired"
+    assert time.monotonic() - began < 30
+    assert bench.count("fewstep_tick_rows_count") == 0
+
+
+async def test_too_many_rows_for_the_memory_run_in_smaller_ticks_from_then_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick = bench.pipeline.tick
+
+    def small(rows: Sequence[Row]) -> None:
+        if len(rows) > 2:
+            raise DeviceMemoryError("out of memory")
+        tick(rows)
+
+    monkeypatch.setattr(bench.pipeline, "tick", small)
+    for k in range(MAX_ROWS):
+        await bench.submit(f"{k}", task(k, steps=2))
+    bench.steps(4)
+    for k in range(MAX_ROWS):
+        assert set((await bench.finished(f"{k}")).ticks) == {2}
+    assert bench.count("fewstep_batch_failures_total", cause="DeviceMemoryError") == 1
+
+
+async def test_a_single_row_that_does_not_fit_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = bench.pipeline.tick
+
+    def small(rows: Sequence[Row]) -> None:
+        if any(is_bad(row) for row in rows):
+            raise DeviceMemoryError("out of memory")
+        tick(rows)
+
+    monkeypatch.setattr(bench.pipeline, "tick", small)
+    await bench.submit("good", task(1, steps=1))
+    await bench.submit("bad", task(2, steps=1, prompt="the moon"))
+    bench.steps(1)
+    failed = await bench.failed("bad")
+    assert (failed.reason, failed.retryable) == ("engine", True)
+    assert "memory" in failed.message
+    await bench.finished("good")
+
+
+@pytest.mark.parametrize("method", ["prepare", "tick", "finish"])
+async def test_a_lost_device_fails_its_batch_ends_the_worker_and_leaves_the_rest_to_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    calls: list[int] = []
+
+    def lost(items: Sequence[Any]) -> Any:
+        calls.append(len(items))
+        raise DeviceLostError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench.pipeline, method, lost)
+    for k in range(MAX_ROWS):
+        await bench.submit(f"{k}", task(k, steps=1))
+    await bench.submit("waits", task(9, steps=2))
+    bench.worker.start()
+    for k in range(MAX_ROWS):
+        failed = await bench.failed(f"{k}")
+        assert (failed.reason, failed.retryable) == ("engine", True)
+    await until(lambda: not bench.worker.alive)
+    assert calls[0] == MAX_ROWS
+    assert sum(calls) <= MAX_ROWS + 1, "a lost device is not bisected"
+    bench.worker.stop()
+    assert bench.count("fewstep_worker_up") == 0
+    if method != "finish":  # its ticks go on until decoding has failed
+        assert await bench.queue.cancel("waits") == "running", "it was taken, and is not settled"

@@ -1,4 +1,4 @@
--- Accepts a job, or says that there is no room for its cost.
+-- Accepts a job, or says that there is no room for its cost, or that it would come too late.
 -- KEYS: stream of jobs, load, record of the job, models, and the claim where the job has a key
 -- ARGV: id, model, message, cost, rows, bound on cost, age in ms, ms to the deadline, ms to keep it all, reply stream,
 -- then where its outcome is kept: ms to keep that, note, digest
@@ -23,9 +23,13 @@ if redis.call('EXISTS', jobs) == 0 then
 end
 
 local waiting = tonumber(redis.call('HGET', load, 'cost') or 0)
-if waiting > 0 and waiting + cost > tonumber(bound) then
-  local drained, seconds = unpack(redis.call('HMGET', load, 'drained', 'seconds'))
-  return {0, waiting, drained or '0', seconds or '0'}
+local drained, seconds = unpack(redis.call('HMGET', load, 'drained', 'seconds'))
+drained, seconds = drained or '0', seconds or '0'
+-- One that would come too late behind the others, as fast as they are taken, is refused: better now than then. A quarter
+-- is added, for jobs that were taken and then given up make the queue look faster than it is.
+local late = tonumber(drained) > 0 and 1250 * (waiting + cost) * seconds / drained > tonumber(left)
+if waiting > 0 and (waiting + cost > tonumber(bound) or late) then
+  return {0, waiting, drained, seconds}
 end
 
 local now = now_ms()

@@ -1,0 +1,86 @@
+"""What an image file says of how it was made: written into every image, and read back from one."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engines.images import ImageLimits, read_text
+from engines.manifest import Manifest
+from engines.tasks import MAX_SEED, Edit, Inpaint, Task
+
+# The text chunk of a PNG; in JPEG and WebP, a name in the JSON of the EXIF description.
+KEY = "fewstep"
+
+Metadata = Literal["none", "settings", "full"]
+"""How much a file says: nothing, how it was made but for the prompt (which may be private), or all of it."""
+
+METADATA: tuple[str, ...] = get_args(Metadata)
+
+# How the press names pictures that a model made, or made parts of: https://cv.iptc.org/newscodes/digitalsourcetype
+_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+_MADE = _SOURCE_TYPES + "trainedAlgorithmicMedia"
+_REMADE = _SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
+
+
+class ImageSettings(BaseModel):
+    """What a file says of how it was made. Anyone may have written it: every value still needs the bundle's checks."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    model: str
+    revision: str
+    steps: int
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)]
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    task: Literal["generate", "edit", "inpaint"] | None = None
+    strength: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    prompt: str | None = None
+
+
+def describe_image(task: Task, manifest: Manifest, metadata: Metadata = "settings") -> dict[str, str]:
+    """The text to write into the file of an image that ``task`` made, for `encode_image`; empty for ``none``.
+
+    Beside what it takes to make the image again it has IPTC's mark of an image that a model made
+    (``digital_source_type``). ``full`` adds the prompt, or the class.
+    """
+    if metadata == "none":
+        return {}
+    fields: dict[str, Any] = {
+        "software": f"fewstep {package_version()}",
+        "digital_source_type": _REMADE if isinstance(task, Edit | Inpaint) else _MADE,
+        "model": manifest.name,
+        "revision": manifest.revision,
+        "task": type(task).__name__.lower(),
+        "steps": task.steps,
+        "guidance_scale": 1 + task.guidance,
+        "seed": task.seed,
+    }
+    if isinstance(task, Edit | Inpaint):
+        fields["strength"] = task.strength
+    if metadata == "full":
+        fields["prompt"] = task.condition
+    return {KEY: json.dumps(fields)}
+
+
+def settings_of(data: bytes, limits: ImageLimits | None = None) -> ImageSettings | None:
+    """What a PNG, JPEG or WebP file says of how it was made, or None where it says nothing of the kind.
+
+    Decodes no pixels. Raises ImageError for what is no image or too large.
+    """
+    text = read_text(data, KEY, limits)
+    try:
+        return None if text is None else ImageSettings.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def package_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("fewstep")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,185 @@
+"""API keys: a file of their hashes, and how many requests a minute each may make. Knows nothing of HTTP.
+
+A line of the file is `NAME:SHA256[:PER_MINUTE][:admin]`: the SHA-256 of the key in hex, the requests that it may make
+in a minute (no bound where absent), and whether it may load and unload bundles. Blank lines and those that begin with
+# say nothing. A key is random and long, so one round of SHA-256 keeps it as well as a slow hash would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import math
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MIN_KEY_CHARS = 20
+
+_KEY_BYTES = 32
+_PREFIX = "fs_"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ADMIN = "admin"
+_MINUTE_S = 60.0
+
+Stamp = tuple[int, int, int]
+
+
+class KeyFileError(ValueError):
+    """The file of keys cannot be read. The message names the line, and quotes nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What is known of a key: never the key itself. ``per_minute`` is None where nothing bounds it."""
+
+    name: str
+    digest: str
+    per_minute: float | None = None
+    admin: bool = False
+
+    @property
+    def line(self) -> str:
+        """The line of the file."""
+        options = [] if self.per_minute is None else [f"{self.per_minute:g}"]
+        return ":".join((self.name, self.digest, *options, *([_ADMIN] if self.admin else [])))
+
+
+def new_key() -> str:
+    """A key that nobody had before: 256 random bits."""
+    return _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+
+
+def digest_of(key: str) -> str:
+    """The SHA-256 of a key, in hex."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def find_key(keys: Sequence[ApiKey], offered: str) -> ApiKey | None:
+    """The key that was offered, in a time that does not tell how near the offer came to any of them."""
+    digest = digest_of(offered)
+    found = None
+    for key in keys:
+        if hmac.compare_digest(key.digest, digest):
+            found = key
+    return found
+
+
+def parse_keys(text: str) -> tuple[ApiKey, ...]:
+    """The keys of a file's text. Raises KeyFileError."""
+    keys: dict[str, ApiKey] = {}
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line or line.startswith("#"):
+            continue
+        key = _parse(line, number)
+        if key.name in keys or any(key.digest == other.digest for other in keys.values()):
+            raise KeyFileError(f"line {number}: its name or its key is there already")
+        keys[key.name] = key
+    return tuple(keys.values())
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The keys of a file. Raises KeyFileError."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise KeyFileError(f"the file of keys cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise KeyFileError("the file of keys is not UTF-8") from None
+    return parse_keys(text)
+
+
+class KeyFile:
+    """The keys of a file that may change as the service runs. Belongs to one thread.
+
+    A file that is damaged or gone leaves the keys as they were, and a line in the log: half a file, as an editor
+    writes it, must lock nobody out. To take every key away, leave an empty file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises KeyFileError."""
+        self._path = path
+        self._stamp = _stamp(path)
+        self._keys = read_keys(path)
+
+    def find(self, offered: str) -> ApiKey | None:
+        """The key that was offered, by the file as it is now."""
+        self._refresh()
+        return find_key(self._keys, offered)
+
+    def _refresh(self) -> None:
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._keys = read_keys(self._path)
+        except KeyFileError as error:
+            logger.error("the keys stay as they were", extra={"detail": str(error)})
+        else:
+            logger.info("keys read again", extra={"keys": len(self._keys)})
+
+
+class TokenBuckets:
+    """How many requests each key may still make in this process. Belongs to one thread.
+
+    A key may make a minute's requests at once; then they come back one by one, evenly.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # name: (tokens at a time, that time)
+        self._levels: dict[str, tuple[float, float]] = {}
+
+    def wait_s(self, key: ApiKey) -> float:
+        """Take a token and return 0, or take none and return the seconds until there is one."""
+        if key.per_minute is None:
+            return 0.0
+        now = self._clock()
+        size = max(1.0, key.per_minute)
+        level, since = self._levels.get(key.name, (size, now))
+        level = min(size, level + (now - since) * key.per_minute / _MINUTE_S)
+        # Rounding must not refuse one who waited for exactly as long as he was told.
+        if allowed := level > 1 - 1e-9:
+            level -= 1
+        self._levels[key.name] = level, now
+        return 0.0 if allowed else (1 - level) * _MINUTE_S / key.per_minute
+
+
+def _parse(line: str, number: int) -> ApiKey:
+    name, _, rest = line.partition(":")
+    digest, *options = rest.split(":")
+    if not _NAME.fullmatch(name):
+        raise KeyFileError(f"line {number}: a name has letters, digits, dots, dashes and underscores, 64 at most")
+    if not _DIGEST.fullmatch(digest):
+        raise KeyFileError(f"line {number}: after the name comes the SHA-256 of the key, 64 lower-case hex digits")
+    admin = options[-1:] == [_ADMIN]
+    rates = options[:-1] if admin else options
+    if len(rates) > 1:
+        raise KeyFileError(f"line {number}: expected NAME:SHA256[:PER_MINUTE][:{_ADMIN}]")
+    return ApiKey(name, digest, _rate(rates[0], number) if rates else None, admin)
+
+
+def _rate(text: str, number: int) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not (math.isfinite(rate) and rate > 0):
+        raise KeyFileError(f"line {number}: the requests a minute are a number above 0")
+    return rate
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What changes when the file does; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

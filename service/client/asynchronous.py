@@ -1,0 +1,97 @@
+"""The client that is awaited."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self, Unpack
+
+import anyio
+import httpx
+
+from service.client import calls
+from service.client.answers import Answer, Images, Result
+from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions, Picture
+from service.client.connection import DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
+from service.client.errors import ClientError, TimeLimitPassed, as_client_errors
+from service.client.tries import Retries, Tries
+from service.schemas import Capabilities, Model, ModelList
+
+
+class AsyncClient:
+    """`Client`, awaited. A call that is cancelled closes its connection, and the service then drops its work."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: Retries | None = None,
+        http: httpx.AsyncClient | None = None,
+    ) -> None:
+        self._connection = Connection(url, api_key, timeout_s, retries or Retries())
+        self._own = http is None
+        self._http = http or httpx.AsyncClient()
+
+    async def __aenter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._own:
+            await self._http.aclose()
+
+    async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Images:
+        """Make images from a prompt, or from the class that ``class_name`` names."""
+        return await self._send(calls.generate(prompt, options))
+
+    async def edit(self, image: Picture, prompt: str | None = None, **options: Unpack[EditOptions]) -> Images:
+        """Make images that start from an image."""
+        return await self._send(await anyio.to_thread.run_sync(calls.edit, image, prompt, options))
+
+    async def inpaint(
+        self, image: Picture, mask: Picture, prompt: str | None = None, **options: Unpack[InpaintOptions]
+    ) -> Images:
+        """Make anew what the mask marks; ``mask_mode`` says how, white pixels by default."""
+        return await self._send(await anyio.to_thread.run_sync(calls.inpaint, image, mask, prompt, options))
+
+    async def models(self) -> ModelList:
+        """The bundles there are."""
+        return await self._send(calls.models())
+
+    async def load(self, name: str) -> Model:
+        """Load a bundle; returns when it is warm."""
+        return await self._send(calls.load(name))
+
+    async def unload(self, name: str) -> Model:
+        """Give a bundle's memory back; returns when all that use it are done."""
+        return await self._send(calls.unload(name))
+
+    async def capabilities(self, model: str | None = None) -> Capabilities:
+        """What a bundle can do, the default one for None, and the bounds of the service."""
+        return await self._send(calls.capabilities(model))
+
+    async def _send(self, call: Call[Result]) -> Result:
+        tries = self._connection.tries()
+        while True:
+            try:
+                return call.read(await self._once(call, tries))
+            except ClientError as error:
+                await anyio.sleep(tries.wait_after(error))
+
+    async def _once(self, call: Call[Result], tries: Tries) -> Answer:
+        left_s = tries.left_s()
+        request = self._connection.request(self._http, call, left_s)
+        try:
+            with as_client_errors(), anyio.fail_after(left_s):
+                response = await self._http.send(request)
+        except TimeoutError as error:
+            raise TimeLimitPassed("the time limit passed before the answer came") from error
+        return Answer(response.status_code, response.headers, response.content)

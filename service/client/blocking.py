@@ -1,0 +1,106 @@
+"""The client that blocks until the answer is there."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self, Unpack
+
+import httpx
+
+from service.client import calls
+from service.client.answers import Answer, Images, Result
+from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions, Picture
+from service.client.connection import DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
+from service.client.errors import ClientError, as_client_errors
+from service.client.tries import Retries, Tries
+from service.schemas import Capabilities, Model, ModelList
+
+
+class Client:
+    """Calls of a service at ``url``. Safe to share between threads; close it, or use it in a ``with``.
+
+    ``timeout_s`` bounds a call with all its tries and waits, and ``api_key`` is sent as a Bearer token. ``http`` is a
+    client of your own to send with, for certificates or proxies; it stays open. Every call raises ClientError: a
+    ServiceError for what the service refused, else Unreachable, TimeLimitPassed or AnswerUnreadable.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: Retries | None = None,
+        http: httpx.Client | None = None,
+    ) -> None:
+        self._connection = Connection(url, api_key, timeout_s, retries or Retries())
+        self._own = http is None
+        self._http = http or httpx.Client()
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._own:
+            self._http.close()
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Images:
+        """Make images from a prompt, or from the class that ``class_name`` names."""
+        return self._send(calls.generate(prompt, options))
+
+    def edit(self, image: Picture, prompt: str | None = None, **options: Unpack[EditOptions]) -> Images:
+        """Make images that start from an image."""
+        return self._send(calls.edit(image, prompt, options))
+
+    def inpaint(
+        self, image: Picture, mask: Picture, prompt: str | None = None, **options: Unpack[InpaintOptions]
+    ) -> Images:
+        """Make anew what the mask marks; ``mask_mode`` says how, white pixels by default."""
+        return self._send(calls.inpaint(image, mask, prompt, options))
+
+    def models(self) -> ModelList:
+        """The bundles there are."""
+        return self._send(calls.models())
+
+    def load(self, name: str) -> Model:
+        """Load a bundle; returns when it is warm."""
+        return self._send(calls.load(name))
+
+    def unload(self, name: str) -> Model:
+        """Give a bundle's memory back; returns when all that use it are done."""
+        return self._send(calls.unload(name))
+
+    def capabilities(self, model: str | None = None) -> Capabilities:
+        """What a bundle can do, the default one for None, and the bounds of the service."""
+        return self._send(calls.capabilities(model))
+
+    def _send(self, call: Call[Result]) -> Result:
+        tries = self._connection.tries()
+        while True:
+            try:
+                return call.read(self._once(call, tries))
+            except ClientError as error:
+                time.sleep(tries.wait_after(error))
+
+    def _once(self, call: Call[Result], tries: Tries) -> Answer:
+        request = self._connection.request(self._http, call, tries.left_s())
+        with as_client_errors():
+            response = self._http.send(request, stream=True)
+            try:
+                body = bytearray()
+                for chunk in response.iter_bytes():
+                    # httpx bounds the wait for each chunk, not for all of them.
+                    tries.left_s()
+                    body += chunk
+            finally:
+                response.close()
+        return Answer(response.status_code, response.headers, bytes(body))

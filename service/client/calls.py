@@ -1,0 +1,133 @@
+"""The calls that there are: what each sends, and how its answer is read. Sends nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypedDict
+from urllib.parse import quote, urlencode
+
+import PIL.Image
+
+from engines.images import ImageFormat, MaskMode
+from engines.provenance import Metadata
+from service.client.answers import Answer, Images, MadeImage, Result, read_images, read_model
+from service.schemas import Capabilities, Model, ModelList, PriorityName
+
+Picture = PIL.Image.Image | MadeImage | bytes | str | os.PathLike[str]
+"""An image or a mask: decoded, as it came from this client, the bytes of a file, or the path of one."""
+
+_MODES_OF_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `generate`, as /openapi.json has them; ``class_name`` is its ``class``."""
+
+    class_name: str
+    negative_prompt: str
+    model: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    n: int
+    output_format: ImageFormat
+    quality: int
+    metadata: Metadata
+    priority: PriorityName
+    timeout_ms: int
+
+
+class EditOptions(GenerateOptions, total=False):
+    """The options of `edit`."""
+
+    strength: float
+    reuse: bool
+
+
+class InpaintOptions(EditOptions, total=False):
+    """The options of `inpaint`."""
+
+    mask_mode: MaskMode
+    grow_mask: int
+    mask_blur: float
+
+
+@dataclass(frozen=True)
+class Call(Generic[Result]):
+    """One request, and what reads its answer. It may be sent again: what it does twice is as when done once."""
+
+    method: str
+    path: str
+    read: Callable[[Answer], Result]
+    content: bytes | None = None
+
+
+def generate(prompt: str | None, options: Mapping[str, Any]) -> Call[Images]:
+    """POST /generate."""
+    return _images("/generate", options, prompt=prompt)
+
+
+def edit(image: Picture, prompt: str | None, options: Mapping[str, Any]) -> Call[Images]:
+    """POST /edit."""
+    return _images("/edit", options, prompt=prompt, image=_base64(image))
+
+
+def inpaint(image: Picture, mask: Picture, prompt: str | None, options: Mapping[str, Any]) -> Call[Images]:
+    """POST /inpaint."""
+    return _images("/inpaint", options, prompt=prompt, image=_base64(image), mask=_base64(mask))
+
+
+def models() -> Call[ModelList]:
+    """GET /models."""
+    return Call("GET", "/models", read_model(ModelList))
+
+
+def load(name: str) -> Call[Model]:
+    """POST /models/{name}/load."""
+    return Call("POST", f"/models/{quote(name, safe='@')}/load", read_model(Model))
+
+
+def unload(name: str) -> Call[Model]:
+    """POST /models/{name}/unload."""
+    return Call("POST", f"/models/{quote(name, safe='@')}/unload", read_model(Model))
+
+
+def capabilities(model: str | None) -> Call[Capabilities]:
+    """GET /capabilities."""
+    query = "" if model is None else "?" + urlencode({"model": model})
+    return Call("GET", f"/capabilities{query}", read_model(Capabilities))
+
+
+def _images(path: str, options: Mapping[str, Any], **fields: Any) -> Call[Images]:
+    renamed = {("class" if name == "class_name" else name): value for name, value in options.items()}
+    given = {name: value for name, value in (fields | renamed).items() if value is not None}
+    return Call("POST", path, read_images, json.dumps(given, allow_nan=False).encode())
+
+
+def _base64(picture: Picture) -> str:
+    return base64.b64encode(_file_bytes(picture)).decode()
+
+
+def _file_bytes(picture: Picture) -> bytes:
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, MadeImage):
+        return picture.data
+    if isinstance(picture, PIL.Image.Image):
+        return _png(picture)
+    return Path(picture).read_bytes()
+
+
+def _png(picture: PIL.Image.Image) -> bytes:
+    if picture.mode not in _MODES_OF_PNG:
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()

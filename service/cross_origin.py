@@ -1,0 +1,49 @@
+"""Which pages of other origins may call the API: none by default, then those that are listed, without cookies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
+_METHODS = ("GET", "POST", "DELETE")
+_REQUEST_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Prefer",
+    "Traceparent",
+    "Tracestate",
+    "X-Api-Key",
+    "X-Request-ID",
+)
+_ANSWER_HEADERS = ("Location", "Preference-Applied", "Retry-After", "Server-Timing", "X-Request-ID", "X-Seed")
+_REMEMBERED_S = 600
+
+
+def read_origins(text: str) -> tuple[str, ...]:
+    """The origins of a list with commas: scheme, host and perhaps a port each. Raises ValueError."""
+    origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"{origin[:100]!r} is no origin, such as https://example.org or http://localhost:3000")
+    return origins
+
+
+def allow_origins(app: Starlette, origins: Sequence[str]) -> None:
+    """Let pages of these origins call every endpoint, with keys and never with cookies."""
+    # Imported late: the settings, which read origins too, are there before the framework is.
+    from starlette.middleware.cors import CORSMiddleware
+
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=_METHODS,
+        allow_headers=_REQUEST_HEADERS,
+        expose_headers=_ANSWER_HEADERS,
+        max_age=_REMEMBERED_S,
+    )

@@ -1,0 +1,80 @@
+"""The safety check that an operator may plug in. None is the honest default: the service judges no content itself.
+
+``FEWSTEP_SAFETY=module:callable`` names a callable of a prompt (or class) and an image, which returns None or the
+reason for a refusal, which the client is told. It is asked about each prompt before its job is queued, with None for
+the image, by the process that takes the request; and about each finished image and each preview, before it is encoded,
+by the process that made it. Prompts have a thread of their own and images another: neither holds up requests or ticks,
+and a process that does both may ask about a prompt and an image at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+
+from engines.tasks import Pixels
+from service.jobs import Failed, Job
+from service.logs import describe
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_REASON_CHARS = 200
+_BROKEN = Failed("engine", "the safety check failed, so nothing is let through", "safety_check_failed")
+
+Check = Callable[[str, Pixels | None], object]
+
+
+class Safety:
+    """What a check lets through. It fails closed: an exception, or an answer that is no text, refuses too."""
+
+    def __init__(self, check: Check, metrics: Metrics) -> None:
+        self._check = check
+        self._metrics = metrics
+
+    def refuse_prompt(self, job: Job) -> Failed | None:
+        """Why the prompt or class of a job is refused, as its outcome; None where it is not."""
+        for condition in dict.fromkeys(task.condition for task in job.tasks):
+            if (refusal := self._refusal("prompt", job, condition, None)) is not None:
+                return refusal
+        return None
+
+    def refuse_image(self, job: Job, condition: str, image: Pixels) -> Failed | None:
+        """Why an image of a job is refused, uint8 with shape (H, W, 3); None where it is not."""
+        return self._refusal("image", job, condition, image)
+
+    def refuse_preview(self, job: Job, condition: str, image: Pixels) -> Failed | None:
+        """The same of an image in the making. It is only not shown: the finished one is judged for itself."""
+        return self._refusal("preview", job, condition, image)
+
+    def _refusal(self, stage: str, job: Job, condition: str, image: Pixels | None) -> Failed | None:
+        try:
+            reason = self._check(condition, image)
+            if reason is not None and not isinstance(reason, str):
+                raise TypeError("a safety check returns None or text")
+        except Exception as error:
+            fields = {"stage": stage, "requests": [job.request_id], **describe(error)}
+            logger.error("the safety check failed", extra=fields)
+            return _BROKEN
+        if reason is None:
+            return None
+        self._metrics.refused.labels(stage).inc()
+        return Failed("invalid", f"the {stage} is refused: {reason[:_REASON_CHARS]}", "content_refused")
+
+
+def find_check(name: str) -> Check:
+    """The callable that ``module:callable`` names. Raises ValueError."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Check = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no safety check {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"no safety check {name!r}: it cannot be called")
+    return found
+
+
+def open_safety(name: str | None, metrics: Metrics) -> Safety | None:
+    """The check of that name, None for None. Raises ValueError."""
+    return None if name is None else Safety(find_check(name), metrics)

@@ -1,0 +1,102 @@
+"""What the files of the service's images say, and that an edit can take its settings from there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines.images import encode_image
+from engines.provenance import settings_of
+from tests.service.helpers import Running, b64, box_mask, error, pixels, png, random_image
+
+pytestmark = pytest.mark.anyio
+
+
+def file_of(answer: Any, index: int = 0) -> bytes:
+    return base64.b64decode(answer.json()["images"][index]["b64_json"])
+
+
+async def test_every_png_says_how_it_was_made_but_for_the_prompt(app: Running) -> None:
+    answer = await app.post("/generate", prompt="a cat", steps=2, guidance_scale=3.5, seed=7, n=2)
+    for index in range(2):
+        text = Image.open(io.BytesIO(file_of(answer, index))).info["fewstep"]
+        fields = json.loads(text)
+        assert fields["digital_source_type"].endswith("/trainedAlgorithmicMedia")
+        assert fields["software"].startswith("fewstep ")
+        del fields["digital_source_type"], fields["software"]
+        assert fields == {
+            "model": "tiny",
+            "revision": app.pipeline.manifest.revision,
+            "task": "generate",
+            "steps": 2,
+            "guidance_scale": 3.5,
+            "seed": 7 + index,
+        }
+
+
+async def test_the_prompt_when_it_is_asked_for_and_nothing_when_that_is(app: Running) -> None:
+    image = {"image": b64(png(random_image())), "mask": b64(png(box_mask()))}
+    full = settings_of(file_of(await app.post("/inpaint", prompt="a cat", metadata="full", strength=0.5, **image)))
+    assert full is not None
+    assert (full.prompt, full.task, full.strength) == ("a cat", "inpaint", 0.5)
+    for output_format in ("png", "jpeg", "webp"):
+        bare = await app.post("/generate", prompt="a cat", metadata="none", output_format=output_format)
+        assert settings_of(file_of(bare)) is None
+    error(await app.post("/generate", prompt="a cat", metadata="some"), 422, "invalid_value", "metadata")
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+async def test_an_edit_reuses_what_its_image_says(app: Running, output_format: str) -> None:
+    fields = {"steps": 2, "guidance_scale": 4.5, "seed": 99}
+    made = file_of(await app.post("/generate", prompt="a cat", output_format=output_format, **fields))
+    reused = await app.post("/edit", prompt="a dog", image=b64(made), reuse=True)
+    named = await app.post("/edit", prompt="a dog", image=b64(made), **fields)
+    assert np.array_equal(pixels(reused), pixels(named))
+    assert reused.json()["images"][0]["seed"] == 99
+    by_form = await app.client.post("/edit", data={"prompt": "a dog", "reuse": "true"}, files={"image": made})
+    assert np.array_equal(pixels(by_form), pixels(named))
+
+
+async def test_what_a_request_names_goes_before_what_its_image_says(app: Running) -> None:
+    made = b64(file_of(await app.post("/generate", prompt="a cat", steps=2, guidance_scale=4.5, seed=99)))
+    first = await app.post("/edit", prompt="a dog", image=made, reuse=True, seed=5, steps=4)
+    second = await app.post("/edit", prompt="a dog", image=made, guidance_scale=4.5, seed=5, steps=4)
+    assert np.array_equal(pixels(first), pixels(second))
+
+
+async def test_without_reuse_an_image_settles_nothing(app: Running) -> None:
+    made = b64(file_of(await app.post("/generate", prompt="a cat", steps=2, guidance_scale=4.5, seed=99)))
+    plain = await app.post("/edit", prompt="a dog", image=made, seed=5)
+    named = await app.post("/edit", prompt="a dog", image=made, seed=5, steps=4, guidance_scale=3.0)
+    assert np.array_equal(pixels(plain), pixels(named))
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "param"),
+    [
+        ({"steps": 3}, "unsupported_steps", "steps"),
+        ({"guidance_scale": 99.0}, "guidance_out_of_range", "guidance_scale"),
+        ({"seed": 2**53}, "seed_out_of_range", "seed"),
+        ({"seed": "7"}, "no_metadata", "reuse"),
+    ],
+)
+async def test_what_an_image_says_is_checked_as_what_a_client_says(
+    app: Running, says: dict[str, Any], code: str, param: str
+) -> None:
+    text = {"model": "m", "revision": "r", "steps": 4, "guidance_scale": 3.0, "seed": 7} | says
+    image = encode_image(random_image(), "png", text={"fewstep": json.dumps(text)})
+    error(await app.post("/edit", prompt="a dog", image=b64(image), reuse=True), 422, code, param)
+
+
+async def test_an_image_that_says_nothing_cannot_be_reused(app: Running) -> None:
+    error(
+        await app.post("/edit", prompt="a dog", image=b64(png(random_image())), reuse=True), 422, "no_metadata", "reuse"
+    )
+    broken = await app.post("/edit", prompt="a dog", image=b64(b"hello"), reuse=True)
+    error(broken, 400, "undecodable", "image")
