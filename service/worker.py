@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.1
 _AFTER_ERROR_S = 0.5
 _ENCODING_WAIT_S = 0.05
+_MANY_TO_ONE = 4
 
 
 class Worker:
@@ -216,17 +217,23 @@ class Worker:
         return [by_place[candidate.job_id, candidate.index] for candidate in plan.batch]
 
     def _prepare(self) -> None:
-        """Have fresh units encoded: here where that costs nothing or nobody waits for a tick, else in the thread."""
+        """Have fresh units encoded: in the thread where few come to many that tick, else here.
+
+        Many fresh ones are better company in the next tick than small ticks meanwhile; those at hand cost nothing.
+        """
         for encoded in self._encoder.collect():
             self._take_rows(encoded)
         fresh = [unit for unit in self._units() if unit.row is None and not unit.encoding]
         at_hand = [unit for unit in fresh if unit.work.pipeline.at_hand(unit.task)]
         for units in self._batches(at_hand):
             self._take_rows(self._encoder.encode(units))
-        for units in self._batches([unit for unit in fresh if unit not in at_hand]):
+        others = [unit for unit in fresh if unit not in at_hand]
+        ticking = sum(1 for unit in self._units() if unit.row is not None)
+        beside = self._encoder.busy or ticking >= _MANY_TO_ONE * len(others)
+        for units in self._batches(others):
             if self._lost:
                 return
-            if self._encoder.busy or self._can_tick():
+            if beside:
                 self._encoder.submit(units)
             else:
                 self._take_rows(self._encoder.encode(units))

@@ -339,14 +339,19 @@ async def test_prompts_of_others_are_encoded_beside_the_ticks(bench: Bench, monk
 
     monkeypatch.setattr(bench.pipeline, "prepare", slow_prepare)
     monkeypatch.setattr(bench.pipeline, "tick", watched_tick)
-    await bench.submit("first", task(1))
+    await bench.submit("first", *(task(k) for k in range(MAX_ROWS)))
     bench.steps(1)
     await bench.submit("second", task(2, prompt="a dog"))
     bench.steps(1)
     assert await asyncio.to_thread(encoding.wait, 10)
     bench.steps(2)
-    assert (await bench.finished("first")).ticks[:2] == (1, 1)
-    await until(lambda: bench.steps(1) or bench.count("fewstep_images_total") == 2)
+    assert (await bench.finished("first")).ticks[:2] == (4, 4)
+
+    def both_are_done() -> bool:
+        bench.steps(1)
+        return bench.count("fewstep_images_total") == MAX_ROWS + 1
+
+    await until(both_are_done)
     second = await bench.finished("second")
     assert np.array_equal(read_pixels(second.images[0]), alone(bench, task(2, prompt="a dog"))[0])
 
@@ -364,7 +369,7 @@ async def test_a_job_that_is_cancelled_while_it_is_encoded_never_ticks(
         return prepare(tasks)
 
     monkeypatch.setattr(bench.pipeline, "prepare", gated)
-    await bench.submit("first", task(1))
+    await bench.submit("first", *(task(k) for k in range(MAX_ROWS)))
     bench.steps(1)
     await bench.submit("second", task(2, prompt="a dog"))
     bench.steps(1)
@@ -373,7 +378,7 @@ async def test_a_job_that_is_cancelled_while_it_is_encoded_never_ticks(
     bench.steps(1)
     opened.set()
     bench.steps(3)
-    assert (await bench.finished("first")).ticks == (1, 1, 1, 1)
+    assert (await bench.finished("first")).ticks == (4, 4, 4, 4)
 
 
 async def test_priority_goes_first_where_all_cannot_go_at_once(bench: Bench) -> None:
