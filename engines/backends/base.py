@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,55 @@ class Engine(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+class GraphEngine(ABC):
+    """What engines of one graph have in common: its specs, warming up on zeros, and closing at the end of a block."""
+
+    warm_runs = 1
+    """How often a size is run until nothing is left that only its first runs cost."""
+
+    def __init__(self, graph: GraphSpec) -> None:
+        """Take the specs of ``graph``."""
+        self._graph = graph
+        self._name = graph.path.name
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` takes."""
+        return self._graph.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives."""
+        return self._graph.outputs
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See Engine.run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the engine holds; a run in another thread ends first."""
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """See Engine.warmup."""
+        for batch in batch_sizes:
+            for _ in range(self.warm_runs):
+                self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
+
+    def __enter__(self) -> Self:
+        """Return the engine, which is open already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the engine."""
+        self.close()
 
 
 def check_arrays(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], what: str) -> int:

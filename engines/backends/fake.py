@@ -6,15 +6,13 @@ inputs give the same outputs, another condition or guidance gives another image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec, check_arrays
+from engines.backends.base import Array, EngineError, EngineOptions, GraphEngine, GraphSpec, check_arrays
 
 _STEP_INPUTS = {
     *("z", "time", "alpha", "sigma", "alpha_next", "sigma_next"),
@@ -22,47 +20,23 @@ _STEP_INPUTS = {
 }
 
 
-class FakeEngine:
+class FakeEngine(GraphEngine):
     """An Engine that ignores the graph file and computes a made-up function of the inputs, row by row."""
 
     def __init__(self, graph: GraphSpec, options: EngineOptions) -> None:
         """Take the specs of ``graph``. No option matters: there is too little work to share, and nothing to compile."""
-        self._graph = graph
+        super().__init__(graph)
         self._open = True
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` gives."""
-        return self._graph.outputs
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs. Raises EngineError where the inputs break the specs."""
         if not self._open:
-            raise EngineError(f"{self._graph.path.name}: the engine is closed")
-        batch = check_arrays(inputs, self.inputs, self._graph.path.name)
+            raise EngineError(f"{self._name}: the engine is closed")
+        batch = check_arrays(inputs, self.inputs, self._name)
         compute = {"text": _text, "encode": _resample, "decode": _resample, "step": _step}[self._graph.role]
         return {spec.name: compute(inputs, spec.sized(batch)).astype(spec.dtype, copy=False) for spec in self.outputs}
 
-    def warmup(self, batch_sizes: Sequence[int]) -> None:
-        """Run once on zeros at every batch size."""
-        for batch in batch_sizes:
-            self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
-
-    def __enter__(self) -> Self:
-        """Return the engine, which is open already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Close the engine."""
         self._open = False
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
@@ -16,6 +15,7 @@ from engines.backends.base import (
     Array,
     EngineError,
     EngineOptions,
+    GraphEngine,
     GraphSpec,
     TensorSpec,
     check_arrays,
@@ -29,7 +29,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
-class OrtEngine:
+class OrtEngine(GraphEngine):
     """An Engine on an ONNX Runtime session. ``run`` may be called from several threads."""
 
     def __init__(self, graph: GraphSpec, options: EngineOptions) -> None:
@@ -37,8 +37,7 @@ class OrtEngine:
 
         Raises EngineError where the file does not load or its inputs and outputs differ from the specs.
         """
-        self._graph = graph
-        self._name = graph.path.name
+        super().__init__(graph)
         self._outputs = [spec.name for spec in graph.outputs]
         session = self._open(options)
         _check_signature(self._name, "input", session.get_inputs(), graph.inputs)
@@ -49,16 +48,6 @@ class OrtEngine:
         if options.precision != "fp32":
             raise EngineError(f"ONNX Runtime computes in fp32 on a CPU, not in {options.precision}")
         return _load(self._graph.path, _options(options.threads or usable_cores()), [CPU])
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` gives."""
-        return self._graph.outputs
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once. Raises EngineError where the inputs break the specs or the graph fails."""
@@ -77,21 +66,7 @@ class OrtEngine:
     def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(zip(self._outputs, session.run(self._outputs, dict(inputs)), strict=True))
 
-    def warmup(self, batch_sizes: Sequence[int]) -> None:
-        """Run once on zeros at every batch size."""
-        for batch in batch_sizes:
-            self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
-
-    def __enter__(self) -> Self:
-        """Return the engine, which is open already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Drop the session; a run in another thread ends first."""
         self._session = None
 
@@ -148,14 +123,9 @@ class OrtCudaEngine(OrtEngine):
     def _send(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Drop the session and what lies on the device."""
-        super().__exit__(kind, error, trace)
+        super().close()
         self._resident.clear()
 
 

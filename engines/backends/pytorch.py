@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from engines.backends.base import (
     Engine,
     EngineError,
     EngineOptions,
+    GraphEngine,
     GraphSpec,
     TensorSpec,
     check_arrays,
@@ -90,11 +90,13 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
     return StandIn(PytorchEngine(graph, options, device), build, graph.path.name)
 
 
-class PytorchEngine:
+class PytorchEngine(GraphEngine):
     """An Engine on a program, or on a package that was compiled from it. Runs of several threads take turns.
 
     Arrays that did not change since the last run are not sent again. What it gives cannot be written to.
     """
+
+    warm_runs = 2
 
     def __init__(
         self, graph: GraphSpec, options: EngineOptions, device: Device = "cpu", package: bytes | None = None
@@ -106,8 +108,8 @@ class PytorchEngine:
         """
         if options.precision not in _DTYPES:
             raise EngineError(f"the backends of PyTorch compute in {', '.join(_DTYPES)}, not in {options.precision}")
-        self._graph, self._profile, self._device = graph, options.profile, device
-        self._name = graph.path.name
+        super().__init__(graph)
+        self._profile, self._device = options.profile, device
         self._threads = options.threads or usable_cores()
         self._lock = Lock()
         self._call: Call | None
@@ -118,16 +120,6 @@ class PytorchEngine:
         else:
             self._call, self._largest = _load_package(self._name, package)
         self._places: dict[int, _Place | _FixedPlace] = {}
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` gives."""
-        return self._graph.outputs
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once. Raises EngineError where the inputs break the specs or the graph fails."""
@@ -146,22 +138,7 @@ class PytorchEngine:
             raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
         return outputs
 
-    def warmup(self, batch_sizes: Sequence[int]) -> None:
-        """Run on zeros at every batch size, often enough for its launches to be captured."""
-        for batch in batch_sizes:
-            for _ in range(2):
-                self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
-
-    def __enter__(self) -> Self:
-        """Return the engine, which is open already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Drop the program and what lies on the device; a run in another thread ends first."""
         with self._lock:
             self._call = None

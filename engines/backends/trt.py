@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from engines.backends.base import (
     Engine,
     EngineError,
     EngineOptions,
+    GraphEngine,
     GraphSpec,
     TensorSpec,
     check_arrays,
@@ -62,13 +62,15 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     return StandIn(OrtEngine(graph, replace(options, precision="fp32")), build, graph.path.name)
 
 
-class TrtEngine:
+class TrtEngine(GraphEngine):
     """An Engine on a TensorRT plan. Runs of several threads take turns."""
+
+    warm_runs = 2
 
     def __init__(self, graph: GraphSpec, plan: bytes, library: Library, cuda: Cuda, profile: Profile) -> None:
         """Load a plan that was built for `profile`. Raises EngineError for one that does not fit the graph."""
-        self._graph, self._cuda, self._profile = graph, cuda, profile
-        self._name = graph.path.name
+        super().__init__(graph)
+        self._cuda, self._profile = cuda, profile
         self._logger = error_logger(library.module)
         self._runtime = library.module.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -80,16 +82,6 @@ class TrtEngine:
             raise EngineError(f"{self._name}: its plan has {sorted(found)}; the manifest wants {sorted(wanted)}")
         self._shapes: dict[int, _Shape] = {}
         self._lock = Lock()
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._graph.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` gives."""
-        return self._graph.outputs
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the plan once. Raises EngineError where the inputs break the specs or the device fails."""
@@ -105,22 +97,7 @@ class TrtEngine:
                 self._shapes[place] = _Shape(self._engine, self._graph, self._cuda, self._profile, place)
             return self._shapes[place].run(inputs, batch)
 
-    def warmup(self, batch_sizes: Sequence[int]) -> None:
-        """Run on zeros at every batch size, often enough for its launches to be captured."""
-        for batch in batch_sizes:
-            for _ in range(2):
-                self.run({spec.name: spec.zeros(batch) for spec in self.inputs})
-
-    def __enter__(self) -> Self:
-        """Return the engine, which is open already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Give the device's memory back; a run in another thread ends first."""
         with self._lock:
             for shape in self._shapes.values():
