@@ -319,6 +319,7 @@ class _State:
         self.accelerator.free_memory()
         if validation and math.isfinite(self.best):
             result.load_state_dict(self.checkpoints.load_best())
+            self.accelerator.wait_for_everyone()  # the caller may remove what others still read
         return result.to(self.accelerator.device).eval()
 
     def _gathered(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def text_bundle(text_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(text_run, tmp_path_factory.mktemp("bundles") / "squares", ("fp32",), programs=True)
+    return export(text_run, tmp_path_factory.mktemp("bundles") / "squares", ("fp32",))
 
 
 def noise(seed: int, run: Run) -> torch.Tensor:
@@ -122,7 +122,9 @@ def test_text_bundle_edits_and_repaints(text_bundle: Bundle) -> None:
     assert not np.array_equal(inpainted[:8], square[:8])
 
 
-def test_programs_draw_what_the_graphs_draw(text_bundle: Bundle) -> None:
+@pytest.mark.slow
+def test_programs_draw_what_the_graphs_draw(text_run: Run, tmp_path: Path) -> None:
+    text_bundle = export(text_run, tmp_path / "squares", ("fp32",), programs=True)
     square = np.full((16, 16, 3), COLOURS["blue"], np.uint8)
     tasks = [Generate("a red square", 2, 3.0, seed=9), Edit("red", 2, 1.0, seed=1, image=square, strength=0.5)]
     made = []
