@@ -207,7 +207,7 @@ def test_a_person_picks_of_several_compares_with_the_input_and_copies_the_comman
         window.js("navigator.clipboard.writeText = async (text) => { window.copied = text; };")
         window.js("document.querySelector('#copy-curl').click()")
         window.wait("window.copied")
-        subprocess.run(["bash", "-c", window.js("return window.copied")], cwd=tmp_path, check=True, timeout=30)
+        subprocess.run(["bash", "-c", window.js("return window.copied")], cwd=tmp_path, check=True, timeout=60)
         (made,) = tmp_path.glob("*.png")
         assert np.array_equal(read_pixels(made.read_bytes()), _pixels(window, "#image")[..., :3])
 
