@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(0))
 
+
 TINY_DIGITS = """
 name = "tiny-digits"
 conditioning = "class"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
+from tests.service import webdriver
 from tests.service.helpers import SIZE, Gate, Running, running
 from tests.service.redis_server import RedisServer, redis_binary
 
@@ -71,3 +73,23 @@ def redis_server(redis_process: RedisServer) -> RedisServer:
     with redis_process.client() as client:
         client.flushall()
     return redis_process
+
+
+@pytest.fixture
+def window(tmp_path: Path) -> Iterator[webdriver.Browser]:
+    """A browser on a desktop."""
+    with _browser(tmp_path / "profile", phone=False) as window:
+        yield window
+
+
+@pytest.fixture(params=["desktop", "phone"])
+def any_window(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[webdriver.Browser]:
+    """A browser on a desktop, then one on a phone."""
+    with _browser(tmp_path / "profile", phone=request.param == "phone") as window:
+        yield window
+
+
+def _browser(profile: Path, phone: bool) -> AbstractContextManager[webdriver.Browser]:
+    if missing := webdriver.missing_programs():
+        pytest.skip(f"the browser test needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
+    return webdriver.browser(profile, phone)
