@@ -125,6 +125,7 @@ async function useSettings(said, loadImages = () => {}) {
   else if (!subject.use(said.prompt)) missed.push(`the class ${said.prompt}`);
   await loadImages();
   byId("form").scrollIntoView({ block: "nearest" });
+  byId("submit").focus({ preventScroll: true }); // the button that was pressed may be hidden now
   if (missed.length) showError(`Taken over, but for ${missed.join(", ")}.`);
   else announce(`Settings taken over, seed ${said.seed} kept.`);
 }
@@ -226,7 +227,7 @@ source.addEventListener("offer", async ({ detail: file }) => {
   painter.reset();
   source.tell(await settingsOf(file));
 });
-source.addEventListener("use-settings", ({ detail: said }) => useSettings(said));
+source.addEventListener("use-settings", ({ detail: said }) => useSettings(said).catch(fail));
 source.addEventListener("cleared", () => {
   painter.reset();
   setTask(chosen("task"));
@@ -237,7 +238,7 @@ result.addEventListener("use-as-input", async ({ detail: entry }) => {
   byId("field-image").scrollIntoView({ block: "nearest" });
   announce("The result is now the input image.");
 });
-result.addEventListener("use-settings", ({ detail: entry }) => useEntry(entry));
+result.addEventListener("use-settings", ({ detail: entry }) => useEntry(entry).catch(fail));
 result.addEventListener("keep-seed", ({ detail: seed }) => {
   settings.keepSeed(seed);
   announce(`Seed ${seed} kept.`);

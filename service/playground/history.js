@@ -13,26 +13,24 @@ export async function load() {
   }
 }
 
-/** Keeps the images of one answer, the oldest going first. Gives whether the browser took them. */
+/** Keeps the images of one answer, while the oldest of all go. A browser that keeps nothing is no error. */
 export async function keep(entries) {
   try {
-    await ask("readwrite", (store) => {
+    const keys = await ask("readwrite", (store) => {
       // Backwards, as what was added last counts as newest.
       for (const entry of [...entries].reverse()) store.add(entry);
       return store.getAllKeys();
-    }).then((keys) => ask("readwrite", (store) => forgetOldest(store, keys)));
-    return true;
+    });
+    await ask("readwrite", (store) => {
+      for (const key of keys.slice(0, -LENGTH)) store.delete(key);
+    });
   } catch {
-    return false;
+    // They are on the page all the same.
   }
 }
 
 export async function clear() {
   await ask("readwrite", (store) => store.clear()).catch(() => {});
-}
-
-function forgetOldest(store, keys) {
-  for (const key of keys.slice(0, -LENGTH)) store.delete(key);
 }
 
 /** The result of the request that `action` makes of the store, once all is written. */

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
 from tests.service.helpers import SIZE, Gate, Running, running
 from tests.service.redis_server import RedisServer, redis_binary
+from tests.service.webdriver import Device
 
 
 @pytest.fixture
@@ -75,21 +77,26 @@ def redis_server(redis_process: RedisServer) -> RedisServer:
     return redis_process
 
 
+@pytest.fixture(scope="session")
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Device], webdriver.Browser]]:
+    """Opens a browser on a device, once. Each service has an origin, and so a storage, of its own."""
+    if missing := webdriver.missing_programs():
+        pytest.skip(f"the browser test needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
+    with ExitStack() as stack:
+        yield cache(lambda device: stack.enter_context(webdriver.browser(tmp_path_factory.mktemp(device), device)))
+
+
 @pytest.fixture
-def window(tmp_path: Path) -> Iterator[webdriver.Browser]:
+def window(browsers: Callable[[Device], webdriver.Browser]) -> webdriver.Browser:
     """A browser on a desktop."""
-    with _browser(tmp_path / "profile", phone=False) as window:
-        yield window
+    browser = browsers("desktop")
+    browser.reset()
+    return browser
 
 
 @pytest.fixture(params=["desktop", "phone"])
-def any_window(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[webdriver.Browser]:
+def any_window(request: pytest.FixtureRequest, browsers: Callable[[Device], webdriver.Browser]) -> webdriver.Browser:
     """A browser on a desktop, then one on a phone."""
-    with _browser(tmp_path / "profile", phone=request.param == "phone") as window:
-        yield window
-
-
-def _browser(profile: Path, phone: bool) -> AbstractContextManager[webdriver.Browser]:
-    if missing := webdriver.missing_programs():
-        pytest.skip(f"the browser test needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
-    return webdriver.browser(profile, phone)
+    browser = browsers(request.param)
+    browser.reset()
+    return browser

@@ -70,6 +70,7 @@ def test_an_image_made_here_gives_its_settings_back(
         window.press(webdriver.ENTER)
         window.wait("document.querySelector('#prompt').value")
         assert window.js(FORM) == MADE
+        assert window.js("return document.activeElement.id") == "submit"
         assert window.js("return document.querySelector('[name=task]:checked').value") == "generate"
         assert window.text("#problem") == ""
         if kind == "png":

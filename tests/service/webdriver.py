@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 PROGRAMS = ("chromium", "chromedriver")
 _FLAGS = (
@@ -27,8 +27,11 @@ _FLAGS = (
     "disable-component-update",
     "disable-sync",
 )
-DESKTOP = {"width": 1280, "height": 800, "pixelRatio": 1, "touch": False, "mobile": False}
-PHONE = {"width": 390, "height": 844, "pixelRatio": 2, "touch": True, "mobile": True}
+Device = Literal["desktop", "phone"]
+_DEVICES: dict[Device, dict[str, Any]] = {
+    "desktop": {"width": 1280, "height": 800, "pixelRatio": 1, "touch": False, "mobile": False},
+    "phone": {"width": 390, "height": 844, "pixelRatio": 2, "touch": True, "mobile": True},
+}
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name of an element reference
 ENTER, SPACE, RIGHT, DOWN, CONTROL = "\ue007", " ", "\ue014", "\ue015", "\ue009"
 TAB, ESCAPE = "\ue004", "\ue00c"
@@ -49,6 +52,12 @@ class Browser:
     def __init__(self, session_url: str) -> None:
         self._url = session_url
 
+    def reset(self) -> None:
+        """Forget the page, what it logged and what it was made to find."""
+        self.go("about:blank")
+        self.emulate()
+        self.console()
+
     def go(self, url: str) -> None:
         _call("POST", f"{self._url}/url", {"url": url})
 
@@ -60,7 +69,7 @@ class Browser:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + seconds
         while not self.js(f"return Boolean({expression})"):
-            assert time.monotonic() < deadline, f"waited in vain for {expression}"
+            assert time.monotonic() < deadline, f"waited in vain for {expression}: {self.console()}"
             time.sleep(0.02)
 
     def text(self, selector: str) -> str:
@@ -119,12 +128,12 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile: Path, phone: bool = False) -> Iterator[Browser]:
-    """A window with a profile of its own in the folder ``profile``, on a desktop or on a phone."""
+def browser(profile: Path, device: Device) -> Iterator[Browser]:
+    """A window of the size of a device, with a profile of its own in the folder ``profile``."""
     options = {
         "binary": shutil.which("chromium"),
         "args": [*(f"--{flag}" for flag in _FLAGS), f"--user-data-dir={profile}"],
-        "mobileEmulation": {"deviceMetrics": PHONE if phone else DESKTOP},
+        "mobileEmulation": {"deviceMetrics": _DEVICES[device]},
     }
     wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
     with subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
