@@ -91,6 +91,11 @@ def test_a_person_picks_of_several_compares_with_the_input_and_copies_the_comman
         (made,) = tmp_path.glob("*.png")
         assert np.array_equal(read_pixels(made.read_bytes()), _pixels(window, "#image")[..., :3])
 
+        window.js("navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed'));")
+        window.js("document.querySelector('#copy-curl').click()")
+        window.wait("!document.querySelector('#command').hidden")
+        assert window.js("return getSelection().toString()") == window.js("return window.copied")
+
         window.js("document.querySelector('#use-as-input').click()")
         window.wait("!document.querySelector('#frame').hidden")
         window.js("document.querySelector('[name=count][value=\"1\"]').click()")
