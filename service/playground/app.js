@@ -13,7 +13,7 @@ import { settingsOf } from "./provenance.js";
 import { Result } from "./result.js";
 import { Settings } from "./settings.js";
 import { Source } from "./source.js";
-import { setState, showQueue, untilReady } from "./state.js";
+import { RETRY_MS, setState, showQueue, untilReady } from "./state.js";
 import { Subject } from "./subject.js";
 import { offers, offerTasks, titleOf } from "./tasks.js";
 
@@ -35,7 +35,8 @@ async function connect() {
     await models.offer();
     await useModel();
   } catch (error) {
-    unusable(error);
+    if (error.status === 0) setTimeout(connect, RETRY_MS);
+    else unusable(error);
   }
 }
 

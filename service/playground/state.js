@@ -3,7 +3,7 @@
 import { readiness, waiting } from "./api.js";
 import { byId } from "./dom.js";
 
-const RETRY_MS = 1000;
+export const RETRY_MS = 1000;
 const QUEUE_EVERY_MS = 10_000;
 const WAITING = {
   loading: "Loading the model…",

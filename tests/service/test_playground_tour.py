@@ -147,6 +147,25 @@ def _pixels(window: webdriver.Browser, selector: str) -> Pixels:
     return np.array(window.rgba(selector, SIZE), dtype=np.uint8).reshape(SIZE, SIZE, 4)
 
 
+def test_a_connection_that_breaks_once_is_no_end(window: webdriver.Browser, bundle_path: Path) -> None:
+    breaking = """
+        const real = window.fetch;
+        window.fetch = (url, options) => {
+            if (!String(url).endsWith("/models") || window.broken) return real(url, options);
+            window.broken = true;
+            return Promise.reject(new TypeError("broken"));
+        };
+    """
+    script = window.devtools("Page.addScriptToEvaluateOnNewDocument", source=breaking)
+    try:
+        with listening(create_app(Settings(bundle=str(bundle_path), threads=1))) as port:
+            window.go(f"http://127.0.0.1:{port}/")
+            window.wait(READY)
+            assert window.js("return window.broken")
+    finally:
+        window.devtools("Page.removeScriptToEvaluateOnNewDocument", **script)
+
+
 def test_a_person_gives_the_key_that_a_service_asks_for(
     window: webdriver.Browser, bundle_path: Path, tmp_path: Path
 ) -> None:
