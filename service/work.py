@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from engines.pipeline import Pipeline, Row, Task
+from engines.pipeline import Pipeline, Row, Task, ticks
 from service.catalogue import ModelError, UnknownModel
-from service.jobs import Failed, Job, Timings, ticks
+from service.jobs import Failed, Job, Timings
 from service.models import Lease, Models
 
 
@@ -25,8 +25,18 @@ class Unit:
     @property
     def shown(self) -> bool:
         """Whether it is what a preview of its job shows: the first image, in the making."""
-        begun = self.row is not None and self.row.z_before is not None and not self.row.done
+        begun = self.row is not None and self.row.ends is not None and not self.row.done
         return self.index == 0 and begun and not self.work.over
+
+    @property
+    def graphs(self) -> list[str]:
+        """The step graphs that make it, in the order in which it needs them."""
+        return list(dict.fromkeys(step.graph for step in self.work.pipeline.path(self.task)))
+
+    @property
+    def group(self) -> Hashable:
+        """What decides which units may share a tick: a bundle has one latent shape."""
+        return self.work.job.model, self.graphs[0] if self.row is None else self.row.step.graph
 
     @property
     def remaining(self) -> int:

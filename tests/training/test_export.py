@@ -17,7 +17,7 @@ from PIL import Image
 import fewstep
 from engines.bundle import Bundle, BundleError, load_bundle, read_manifest
 from engines.pipeline import Pipeline
-from engines.rows import initial_noise
+from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint
 from training import networks
 from training.distill import distill, student_stage
@@ -76,7 +76,7 @@ def text_bundle(text_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 
 def noise(seed: int, run: Run) -> torch.Tensor:
-    return torch.from_numpy(initial_noise(seed, run.data.shape))[None]
+    return torch.from_numpy(noise_of(seed, run.data.shape))[None]
 
 
 def furthest(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
