@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,8 @@ LABEL = "label"
 
 Sampler = Literal["deterministic", "stochastic"]
 """DDIM's steps, or the paper's sampler that goes two places of its grid at a step and one back, by noise."""
+
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 

@@ -168,6 +168,7 @@ class TickInputs:
 
     def move(self, rows: Sequence[Row], inputs: Mapping[str, Array], z_next: Array) -> None:
         """Move the rows to `z_next`, which a tick with `inputs` gave."""
+        conditions = [row.condition for row in rows]
         noised = any(row.step.back is not None for row in rows)
         z_next.flags.writeable = False
         for row, reached in zip(rows, z_next, strict=True):
@@ -177,13 +178,13 @@ class TickInputs:
             z_next.flags.writeable = False
             for row, z in zip(rows, z_next, strict=True):
                 row.z = z
-        self._last = None
-        if not any(row.done for row in rows):
-            kept = {name: array for name, array in inputs.items() if name not in SCALARS}
-            self._last = [(row.z, row.condition) for row in rows], {**kept, "z": z_next}
+        kept = {name: array for name, array in inputs.items() if name not in SCALARS}
+        left = [(row.z, condition) for row, condition in zip(rows, conditions, strict=True)]
+        self._last = left, {**kept, "z": z_next}
 
 
 def _is_as_left(row: Row, left: tuple[Floats, Condition]) -> bool:
+    """Whether a row is where the last tick left it, and is conditioned on the same again."""
     return row.z is left[0] and row.condition is left[1]
 
 

@@ -45,6 +45,7 @@ def test_what_is_written_is_read_back(text_bundle: Bundle, image_format: ImageFo
         guidance_scale=1 + task.guidance,
         seed=task.seed,
         strength=getattr(task, "strength", None),
+        sampler=task.sampler,
         prompt=SECRET,
     )
 
