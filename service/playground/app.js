@@ -120,18 +120,17 @@ async function takeImage(blob, name) {
 
 /** The request as the API takes it, or null after saying what is missing. */
 function request(task) {
-  const body = { model: models.chosen, n: settings.count, steps: settings.steps, guidance_scale: settings.guidanceScale };
+  const body = { model: models.chosen };
   body[conditioning === "text" ? "prompt" : "class"] = byId(conditioning === "text" ? "prompt" : "class").value;
   if (task !== "generate" && source.isEmpty) return missing("Choose an image first.", "image");
   if (task === "inpaint" && painter.isEmpty) return missing("Paint over what should change first.", "mask");
-  if (task !== "generate") Object.assign(body, { image: source.toBase64(), strength: settings.strength });
+  if (task !== "generate") body.image = source.toBase64();
   if (task === "inpaint") Object.assign(body, { mask: painter.toBase64(), mask_mode: "white" });
   try {
-    body.seed = settings.takeSeed();
+    return Object.assign(body, settings.fields());
   } catch (error) {
     return missing(error.message, "seed");
   }
-  return body;
 }
 
 function missing(message, param) {

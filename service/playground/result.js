@@ -115,8 +115,10 @@ export class Result extends EventTarget {
     keep.addEventListener("click", () => this.#tell("keep-seed", entry.seed));
     const rows = [
       [entry.subject, [entry.label]],
-      ["Seed", [String(entry.seed), " ", keep]],
+      ...(entry.body.seed === undefined ? [] : [["Seed", [String(entry.seed), " ", keep]]]),
       ["Steps", [String(entry.body.steps)]],
+      ...(entry.body.sampler === undefined ? [] : [["Sampler", [entry.body.sampler]]]),
+      ...(entry.body.method === undefined ? [] : [["Method", [entry.body.method]]]),
       ["Guidance", [String(entry.body.guidance_scale)]],
       ...(entry.body.strength === undefined ? [] : [["Strength", [String(Number(entry.body.strength.toFixed(4)))]]]),
       ["Size", [`${entry.width} × ${entry.height}`]],
@@ -150,7 +152,8 @@ async function showQueue() {
 
 /** The command that makes this very image. A here-document needs no quoting, whatever is in the prompt. */
 function commandOf(entry) {
-  const body = JSON.stringify({ ...entry.body, n: 1, seed: entry.seed });
+  const one = entry.body.seed === undefined ? {} : { n: 1, seed: entry.seed }; // what was encoded has no seed
+  const body = JSON.stringify({ ...entry.body, ...one });
   // The key itself is left out: what is copied is soon pasted where others read.
   const key = hasKey() ? ' -H "Authorization: Bearer $FEWSTEP_KEY"' : "";
   const types = `-H 'Content-Type: application/json' -H 'Accept: image/png'${key}`;

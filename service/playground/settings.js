@@ -1,12 +1,16 @@
-// The numbers of a request: steps, guidance scale, strength and seed.
+// The settings of a request: how it is made, in how many steps, its guidance scale, strength and seed.
 
 import { clearError } from "./errors.js";
-import { byId, choose, chosen, element } from "./dom.js";
+import { byId, chosen, offer } from "./dom.js";
+import { Ways } from "./ways.js";
 
 const SEEDS = 2 ** 32;
 const COUNTS = [1, 2, 4, 8];
 
 export class Settings {
+  #ways = new Ways();
+  #defaultSteps = 1;
+  #maxImages = 1;
   #strengths = {};
   #defaultStrength = {};
   #kept = { edit: null, inpaint: null };
@@ -32,6 +36,7 @@ export class Settings {
       clearError("steps");
       this.#offerStrengths();
     });
+    this.#ways.addEventListener("change", () => this.#arrange());
     byId("seed").addEventListener("input", () => {
       this.#seedIsUsed = false;
       this.#lock(byId("seed").value.trim() !== "");
@@ -48,10 +53,9 @@ export class Settings {
   configure(capabilities) {
     this.#strengths = capabilities.strengths;
     this.#defaultStrength = capabilities.default_strength;
-    offer("steps", capabilities.students, capabilities.default_steps);
-    const counts = COUNTS.filter((count) => count <= capabilities.limits.max_images);
-    offer("count", counts, 1);
-    byId("count").hidden = counts.length < 2;
+    this.#defaultSteps = capabilities.default_steps;
+    this.#maxImages = capabilities.limits.max_images;
+    this.#ways.configure(capabilities);
     const { minimum, maximum, default: initial } = capabilities.guidance_scale;
     Object.assign(byId("guidance"), { min: minimum, max: maximum, step: sliderStep(maximum - minimum) });
     Object.assign(byId("guidance-value"), { min: minimum, max: maximum });
@@ -59,14 +63,35 @@ export class Settings {
     byId("steps").hidden = byId("field-guidance").hidden = false;
     const shown = byId("guidance-value").value;
     if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(initial);
-    this.#offerStrengths();
+    this.#arrange();
   }
 
   /** Strength counts for edit and inpaint only; each keeps its own choice. */
   setTask(task) {
     this.#task = task;
-    byId("field-strength").hidden = task === "generate";
+    this.#ways.setTask(task);
+    this.#arrange();
+  }
+
+  /** Offers what the chosen way has. What is encoded draws no noise, so it has no strength, no seed and one image. */
+  #arrange() {
+    const steps = this.#ways.steps;
+    if (steps.length === 0) return; // before the service told what it can do
+    offer("steps", steps, steps.includes(this.#defaultSteps) ? this.#defaultSteps : steps.at(-1));
+    const counts = COUNTS.filter((count) => count <= this.#maxImages);
+    offer("count", counts, 1);
+    byId("count").hidden = this.#ways.encodes || counts.length < 2;
+    byId("field-seed").hidden = this.#ways.encodes;
+    byId("field-strength").hidden = this.#ways.encodes || this.#task === "generate";
     this.#offerStrengths();
+  }
+
+  /** What a request says of all this. Throws RangeError for a seed that is none. */
+  fields() {
+    const fields = { steps: this.steps, guidance_scale: this.guidanceScale, ...this.#ways.fields };
+    if (this.#ways.encodes) return fields;
+    if (this.#task !== "generate") fields.strength = this.strength;
+    return { ...fields, n: this.count, seed: this.takeSeed() };
   }
 
   get steps() {
@@ -158,22 +183,6 @@ export class Settings {
     const span = slider.max - slider.min;
     slider.style.setProperty("--filled", `${span > 0 ? (100 * (slider.value - slider.min)) / span : 100}%`);
   }
-}
-
-/** Radio buttons of numbers; what was chosen before stays, if it is still there. */
-function offer(name, numbers, initial) {
-  const before = chosen(name);
-  byId(`${name}-choices`).replaceChildren(
-    ...numbers.map((number) =>
-      element(
-        "label",
-        {},
-        element("input", { type: "radio", name, value: number }),
-        element("span", { textContent: number }),
-      ),
-    ),
-  );
-  choose(name, numbers.some((number) => String(number) === before) ? before : initial);
 }
 
 // Tenths, unless the slider could then not reach its end.

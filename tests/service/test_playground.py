@@ -17,8 +17,9 @@ import service
 from engines.bundle import load_bundle, write_bundle
 from service.api_keys import ApiKey, digest_of, new_key
 from service.app import create_app
-from service.schemas import InpaintRequest
+from service.schemas import EditRequest, InpaintRequest
 from service.settings import Settings
+from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
 from tests.service.helpers import Pixels, listening, png, random_image, read_pixels
 
@@ -116,9 +117,14 @@ def test_every_control_has_a_label(page: Page) -> None:
 
 def test_every_field_that_the_page_sends_has_a_place_for_its_error(page: Page) -> None:
     places = {value.removeprefix("error-") for value in page.values("id") if value.startswith("error-")}
-    fields = {field.alias or name for name, field in InpaintRequest.model_fields.items()}
+    fields = {
+        field.alias or name for model in (EditRequest, InpaintRequest) for name, field in model.model_fields.items()
+    }
     assert places <= fields
-    assert places == {"prompt", "class", "image", "mask", "strength", "steps", "guidance_scale", "seed", "n"}
+    assert places == {
+        *("prompt", "class", "image", "mask", "strength", "steps", "guidance_scale", "seed", "n"),
+        *("sampler", "method", "source_prompt", "source_class"),
+    }
 
 
 def test_the_service_gives_the_page_and_its_files_under_the_policy(settings: Settings) -> None:
@@ -232,6 +238,45 @@ def test_a_person_picks_of_several_compares_with_the_input_and_copies_the_comman
         window.js("document.querySelector('[name=task][value=generate]').click()")
         _submit(window, images=6)
         assert "Class" in window.text("#facts")
+    assert window.console() == []
+
+
+def test_a_person_chooses_the_sampler_and_edits_by_encoding_where_the_model_offers_it(
+    window: webdriver.Browser, bundle_path: Path, tmp_path: Path
+) -> None:
+    make_tiny_bundle(tmp_path, size=16, name="styled", stochastic=(2, 4), encoders=(2,))
+    (tmp_path / "input.png").write_bytes(png(random_image(1)))
+    with listening(create_app(Settings(bundle=str(bundle_path), models=tmp_path, threads=1))) as port:
+        window.go(f"http://127.0.0.1:{port}/")
+        window.wait("document.querySelector('#state').dataset.state === 'ready'")
+        window.js("document.querySelector('[name=task][value=edit]').click()")
+        assert window.js("return [...document.querySelectorAll('#sampler, #method')].every((one) => one.hidden)")
+        window.js(
+            "const choice = document.querySelector('#models'); choice.value = 'styled';"
+            "choice.dispatchEvent(new Event('change'));"
+        )
+        window.wait("!document.querySelector('#method').hidden")
+
+        window.js("document.querySelector('[name=task][value=generate]').click()")
+        window.js("document.querySelector('[name=sampler][value=stochastic]').click()")
+        steps = "return [...document.querySelectorAll('[name=steps]')].map((one) => one.value)"
+        assert window.js(steps) == ["4", "8"]
+        window.focus("#prompt")
+        window.press(*"a red cat", webdriver.ENTER)
+        window.wait(ANSWERED)
+        assert "Samplerstochastic" in window.text("#facts")
+
+        window.js("document.querySelector('[name=task][value=edit]').click()")
+        window.upload("#file", tmp_path / "input.png")
+        window.wait("!document.querySelector('#frame').hidden")
+        window.js("document.querySelector('[name=method][value=encode]').click()")
+        assert window.js(steps) == ["2"]
+        hidden = "return ['field-strength', 'field-seed', 'sampler'].map((id) => document.getElementById(id).hidden)"
+        assert window.js(hidden) == [True, True, True]
+        window.focus("#source-prompt")
+        window.press(*"the moon")
+        _submit(window, images=2)
+        assert "Methodencode" in window.text("#facts")
     assert window.console() == []
 
 
