@@ -18,7 +18,7 @@ from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
 from engines.masks import joined
-from engines.paths import Step, path_of
+from engines.paths import path_of
 from engines.plans import Precision, Profile
 from engines.rows import Group, Row, TickInputs, noise_of, start_row
 from engines.tasks import (
@@ -151,10 +151,6 @@ class Pipeline:
         """Raise TaskError where the bundle cannot honour ``task``. Cheap: calls no engine."""
         check_task(task, self.manifest, self._measure)
 
-    def path(self, task: Task) -> tuple[Step, ...]:
-        """The steps of a task that `validate` accepts."""
-        return path_of(task, self.manifest)
-
     def at_hand(self, task: Task) -> bool:
         """Whether `prepare` needs no engine for ``task``: its prompts are kept, and no image is to be encoded."""
         if isinstance(task, FromImage) and self.manifest.encode is not None:
@@ -175,7 +171,7 @@ class Pipeline:
             start_row(
                 task,
                 revision=self.manifest.revision,
-                path=self.path(task),
+                path=path_of(task, self.manifest),
                 condition=conditions[task.condition],
                 source=conditions[task.source] if isinstance(task, Transfer) else None,
                 shape=self.manifest.latent_shape,

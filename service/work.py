@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from engines.paths import Step
 from engines.pipeline import Pipeline, Row, Task, ticks
 from service.catalogue import ModelError, UnknownModel
 from service.jobs import Failed, Job, Timings
@@ -29,14 +30,13 @@ class Unit:
         return self.index == 0 and begun and not self.work.over
 
     @property
-    def graphs(self) -> list[str]:
-        """The step graphs that make it, in the order in which it needs them."""
-        return list(dict.fromkeys(step.graph for step in self.work.pipeline.path(self.task)))
-
-    @property
     def group(self) -> Hashable:
-        """What decides which units may share a tick: a bundle has one latent shape."""
-        return self.work.job.model, self.graphs[0] if self.row is None else self.row.step.graph
+        """What decides which units may share a tick, of one that has a row: a bundle has one latent shape."""
+        return None if self.row is None else self.group_of(self.row.step)
+
+    def group_of(self, step: Step) -> Hashable:
+        """The group in which the unit takes a step."""
+        return self.work.job.model, step.graph
 
     @property
     def remaining(self) -> int:
