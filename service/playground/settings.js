@@ -1,7 +1,7 @@
 // The settings of a request: how it is made, in how many steps, its guidance scale, strength and seed.
 
 import { clearError } from "./errors.js";
-import { byId, chosen, offer } from "./dom.js";
+import { byId, choose, chosen, offer } from "./dom.js";
 import { Ways } from "./ways.js";
 
 const SEEDS = 2 ** 32;
@@ -19,17 +19,17 @@ export class Settings {
 
   constructor() {
     const [slider, number] = [byId("guidance"), byId("guidance-value")];
-    slider.addEventListener("input", () => this.#setGuidance(slider.value));
+    slider.addEventListener("input", () => this.#setGuidance(shortened(slider.value)));
     number.addEventListener("input", () => {
       if (number.value !== "") slider.value = number.value;
       this.#fill(slider);
       clearError("guidance_scale");
     });
     number.addEventListener("change", () => {
-      if (number.value === "") this.#setGuidance(slider.value);
+      if (number.value === "") this.#setGuidance(shortened(slider.value));
     });
     byId("strength").addEventListener("input", () => {
-      this.#kept[this.#task] = this.strength;
+      this.#kept[this.#task] = this.#strength;
       this.#describeStrength();
     });
     byId("steps").addEventListener("change", () => {
@@ -62,7 +62,7 @@ export class Settings {
     byId("guidance").disabled = minimum === maximum;
     byId("steps").hidden = byId("field-guidance").hidden = false;
     const shown = byId("guidance-value").value;
-    if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(initial);
+    if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(shortened(initial));
     this.#arrange();
   }
 
@@ -86,32 +86,28 @@ export class Settings {
     this.#offerStrengths();
   }
 
-  /** What a request says of all this. Throws RangeError for a seed that is none. */
-  fields() {
-    const fields = { steps: this.steps, guidance_scale: this.guidanceScale, ...this.#ways.fields };
-    if (this.#ways.encodes) return fields;
-    if (this.#task !== "generate") fields.strength = this.strength;
-    return { ...fields, n: this.count, seed: this.takeSeed() };
+  /** As fields of the request; a seed is taken. Throws RangeError for one that is none. */
+  takeBody() {
+    const body = { steps: this.#steps, guidance_scale: this.#guidanceScale, ...this.#ways.body };
+    if (this.#ways.encodes) return body;
+    if (this.#task !== "generate") body.strength = this.#strength;
+    return { ...body, n: Number(chosen("count")), seed: this.#takeSeed() };
   }
 
-  get steps() {
+  get #steps() {
     return Number(chosen("steps"));
   }
 
-  get count() {
-    return Number(chosen("count"));
-  }
-
-  get guidanceScale() {
+  get #guidanceScale() {
     return Number(byId("guidance-value").value || byId("guidance").value);
   }
 
-  get strength() {
+  get #strength() {
     return this.#choices()[Number(byId("strength").value) - 1];
   }
 
   /** The seed of the next request: the one shown if it is locked or was never used, else a new one. */
-  takeSeed() {
+  #takeSeed() {
     if (byId("seed").value.trim() === "" || (this.#seedIsUsed && !this.#locked)) this.#roll();
     const text = byId("seed").value.trim();
     if (!/^\d+$/.test(text) || !Number.isSafeInteger(Number(text))) {
@@ -119,6 +115,25 @@ export class Settings {
     }
     this.#seedIsUsed = true;
     return Number(text);
+  }
+
+  /** Takes over how an image was made, for one image; gives what this model cannot do of it, in words. */
+  use(said, task) {
+    const { steps, guidance_scale: guidance, seed, strength } = said;
+    const missed = this.#ways.use(said);
+    this.#arrange();
+    choose("count", 1);
+    if (this.#ways.steps.includes(steps)) choose("steps", steps);
+    else missed.push(`${steps} steps`);
+    const { min, max } = byId("guidance-value");
+    if (guidance >= min && guidance <= max) this.#setGuidance(guidance);
+    else missed.push(`a guidance scale of ${guidance}`);
+    // A strength between two acts as the lower one.
+    const acting = this.#choices().filter((choice) => choice <= strength).pop();
+    if (task !== "generate" && acting) this.#kept[task] = acting;
+    this.#offerStrengths();
+    this.keepSeed(seed);
+    return missed;
   }
 
   keepSeed(seed) {
@@ -145,20 +160,20 @@ export class Settings {
   #setGuidance(value) {
     const slider = byId("guidance");
     slider.value = value;
-    byId("guidance-value").value = Number(Number(value).toFixed(2));
+    byId("guidance-value").value = value;
     this.#fill(slider);
     clearError("guidance_scale");
   }
 
   /** The strengths that keep 1, 2, ... N of the N steps. */
   #choices() {
-    return this.#strengths[this.steps] ?? [1];
+    return this.#strengths[this.#steps] ?? [1];
   }
 
   #offerStrengths() {
     const choices = this.#choices();
     const slider = byId("strength");
-    const initial = this.#task === "inpaint" ? 1 : this.#defaultStrength[this.steps];
+    const initial = this.#task === "inpaint" ? 1 : this.#defaultStrength[this.#steps];
     const wanted = this.#kept[this.#task] ?? initial ?? 1;
     const distance = (value) => Math.abs(value - wanted);
     const nearest = choices.reduce((best, value) => (distance(value) < distance(best) ? value : best));
@@ -171,7 +186,7 @@ export class Settings {
   #describeStrength() {
     const count = this.#choices().length;
     const kept = Number(byId("strength").value);
-    const value = Number(this.strength.toFixed(4));
+    const value = Number(this.#strength.toFixed(4));
     byId("strength-value").textContent = value;
     byId("strength").setAttribute("aria-valuetext", `${value}, ${kept} of ${count} steps run`);
     byId("strength-note").textContent = strengthNote(this.#task, kept, count);
@@ -183,6 +198,10 @@ export class Settings {
     const span = slider.max - slider.min;
     slider.style.setProperty("--filled", `${span > 0 ? (100 * (slider.value - slider.min)) / span : 100}%`);
   }
+}
+
+function shortened(value) {
+  return Number(Number(value).toFixed(2));
 }
 
 // Tenths, unless the slider could then not reach its end.

@@ -1,7 +1,7 @@
 // Which sampler makes the image, and how an edit begins: shown only where the model offers a choice.
 
 import { clearError } from "./errors.js";
-import { byId, chosen, element, offer } from "./dom.js";
+import { byId, choose, chosen, element, offer } from "./dom.js";
 
 const TITLES = { deterministic: "Deterministic", stochastic: "Stochastic", sdedit: "Add noise", encode: "Encode" };
 const METHOD_NOTES = {
@@ -54,11 +54,25 @@ export class Ways extends EventTarget {
     return this.encodes ? this.#methods.encode : (this.#samplers[chosen("sampler")] ?? []);
   }
 
-  /** What a request says of it: nothing where nothing was chosen. */
-  get fields() {
+  /** As fields of the request: none where nothing was chosen. */
+  get body() {
     if (!this.encodes) return chosen("sampler") === "stochastic" ? { sampler: "stochastic" } : {};
     const name = this.#conditioning === "text" ? "source_prompt" : "source_class";
     return { method: "encode", [name]: byId(name.replace("_", "-")).value };
+  }
+
+  /** Takes over how an image was made; gives what this model cannot do of it, in words. */
+  use({ sampler, method, source_prompt: prompt, source_class: name }) {
+    const missed = [];
+    const take = (what, value, offered) => {
+      if (value in offered) choose(what, value);
+      else missed.push(`the ${what} ${value}`);
+    };
+    take("sampler", sampler ?? "deterministic", this.#samplers);
+    take("method", method ?? "sdedit", this.#methods);
+    byId("source-prompt").value = byId("source-class").value = prompt ?? name ?? "";
+    this.#arrange();
+    return missed;
   }
 
   #arrange() {
