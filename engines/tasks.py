@@ -113,7 +113,8 @@ def check_task(task: Task, manifest: Manifest, measure: Callable[[str], PromptSi
     _check_seed(task)
     _check_condition(task.condition, "condition", manifest, measure)
     if isinstance(task, Transfer):
-        _check_encoder(task, manifest)
+        check_encoder(task.steps, manifest)
+        _check_decodes_alike(task)
         _check_condition(task.source, "source", manifest, measure)
     if isinstance(task, Edit | Inpaint):
         _check_strength(task.steps, task.strength)
@@ -123,6 +124,14 @@ def check_task(task: Task, manifest: Manifest, measure: Callable[[str], PromptSi
         _check_repaint(task.repaint, manifest)
         if task.blend is not None:
             _check_blend(task.blend, task.repaint)
+
+
+def check_encoder(steps: int, manifest: Manifest) -> None:
+    """Raise TaskError where the student of ``steps`` steps has no encoder."""
+    if steps not in manifest.encoded_steps():
+        listed = ", ".join(map(str, manifest.encoded_steps()))
+        there = f"only one of {listed}" if listed else "and none of other steps"
+        raise TaskError("unsupported_method", "method", f"there is no encoder of {steps} steps, {there}")
 
 
 def _check_steps(task: Task, manifest: Manifest) -> None:
@@ -136,11 +145,7 @@ def _check_steps(task: Task, manifest: Manifest) -> None:
     raise TaskError("unsupported_sampler", "sampler", message)
 
 
-def _check_encoder(task: Transfer, manifest: Manifest) -> None:
-    if task.steps not in manifest.encoded_steps():
-        listed = ", ".join(map(str, manifest.encoded_steps()))
-        there = f"only one of {listed}" if listed else "and none of other steps"
-        raise TaskError("unsupported_method", "method", f"there is no encoder of {task.steps} steps, {there}")
+def _check_decodes_alike(task: Transfer) -> None:
     if task.sampler != "deterministic":
         message = "what was encoded is decoded without noise: use the deterministic sampler"
         raise TaskError("unsupported_sampler", "sampler", message)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from engines.images import ImageFormat, ImageLimits
 from engines.manifest import SAMPLERS, Manifest
 from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError, Transfer
+from engines.tasks import check_encoder
 from service.capabilities import default_steps, default_strength
 from service.errors import ApiError, from_task_error
 from service.jobs import Job, Output, Priority
@@ -118,6 +119,8 @@ def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> 
     names = {"condition": param, "source": _SOURCES[param], "guidance": "guidance_scale"}
     try:
         pipeline.validate(first)
+        if _encodes(request):
+            check_encoder(first.steps, manifest)
         task = _with_images(first, request, manifest, settings)
         pipeline.validate(task)
     except TaskError as error:

@@ -161,7 +161,7 @@ async def test_what_cannot_be_honoured_is_refused(
 
 async def test_a_bundle_that_has_neither_refuses_both(app: Running) -> None:
     error(await app.post("/generate", prompt="the sun", sampler="stochastic"), 422, "unsupported_sampler", "sampler")
-    fields = {"prompt": "the sun", "image": b64(png(IMAGE)), "method": "encode", "source_prompt": "a cat"}
+    fields = {"prompt": "the sun", "image": b64(png(IMAGE)), "method": "encode"}
     error(await app.post("/edit", **fields), 422, "unsupported_method", "method")
     mask = b64(png(MASK))
     error(await app.post("/inpaint", mask=mask, **fields), 422, "unknown_field", "method")
