@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from engines.pipeline import Generate, Pipeline, initial_noise
+from engines.pipeline import Generate, Pipeline, noise_of
 from training.distill import student_stage
 from training.pictures import to_uint8
 from training.recipe import Recipe
@@ -42,7 +42,7 @@ class Eager:
         self.text, self.tokenizer = load_text_encoder(), load_tokenizer(run.recipe.max_tokens)
 
     def __call__(self, tasks: list[Generate]) -> np.ndarray:
-        noise = torch.from_numpy(np.stack([initial_noise(task.seed, self.run.shape) for task in tasks]))
+        noise = torch.from_numpy(np.stack([noise_of(task.seed, self.run.shape) for task in tasks]))
         w = torch.tensor([task.guidance for task in tasks])
         with torch.inference_mode():
             z = sample(self.student, self.run.schedule.grid(self.steps), noise, self._condition(tasks), w)

@@ -91,11 +91,11 @@ class Bundle:
 
     def student(self, steps: int) -> Student:
         """The student of ``steps`` steps. Raises BundleError naming those there are."""
-        for student in self.manifest.students:
-            if student.steps == steps:
-                return student
-        trained = ", ".join(str(student.steps) for student in self.manifest.students)
-        raise BundleError(f"no student of {steps} steps, only {trained}")
+        student = self.manifest.find_student(steps)
+        if student is None:
+            trained = ", ".join(map(str, self.manifest.trained_steps()))
+            raise BundleError(f"no student of {steps} steps, only {trained}")
+        return student
 
     def graphs(self) -> dict[str, GraphSpec]:
         """Every graph by file name, with the inputs and outputs it must have."""
@@ -118,8 +118,8 @@ class Bundle:
             add("encode", manifest.encode, (image,), (latent,))
         if manifest.decode is not None:
             add("decode", manifest.decode, (latent,), (image,))
-        for student in manifest.students:
-            add("step", student.graph, *step_specs(manifest))
+        for name in manifest.step_graphs():
+            add("step", name, *step_specs(manifest))
         return graphs
 
 

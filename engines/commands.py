@@ -12,6 +12,7 @@ from engines.backends import AUTO, BACKENDS, open_engine
 from engines.backends.base import EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
+from engines.manifest import SAMPLERS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
 from engines.provenance import describe_image
 
@@ -31,6 +32,7 @@ def _image_format(out: Path) -> ImageFormat:
 @click.argument("bundle")
 @click.argument("prompt")
 @click.option("--steps", type=int, help="Network calls an image; the student's with the most by default.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default=SAMPLERS[0], show_default=True)
 @click.option("--guidance-scale", type=float, help="1 is no guidance; the bundle's own default by default.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Image i of N takes SEED + i; random by default.")
 @click.option("--n", "count", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of images.")
@@ -41,6 +43,7 @@ def generate(
     bundle: str,
     prompt: str,
     steps: int | None,
+    sampler: Sampler,
     guidance_scale: float | None,
     seed: int | None,
     count: int,
@@ -59,8 +62,8 @@ def generate(
             manifest = pipeline.manifest
             w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
             if steps is None:
-                steps = max(student.steps for student in manifest.students)
-            tasks = [Generate(prompt, steps, w, first_seed + i) for i in range(count)]
+                steps = max(manifest.trained_steps(sampler) or manifest.trained_steps())
+            tasks = [Generate(prompt, steps, w, first_seed + i, sampler=sampler) for i in range(count)]
             with click.progressbar(length=count * steps, label="Denoising", show_pos=True) as bar:
                 images = pipeline.run(tasks, progress=bar.update)
     except TaskError as error:
@@ -129,6 +132,10 @@ def _report(path: Path, manifest: Manifest) -> list[str]:
     for student in manifest.students:
         times = " ".join(f"{t:.4g}" for t in student.grid.times)
         lines.append(f"  student of {student.steps}: {student.graph}, t = {times}")
+        if student.stochastic is not None:
+            lines.append(f"    for the stochastic sampler in {student.stochastic.steps} steps too")
+        if student.encoder is not None:
+            lines.append(f"    with an encoder: {student.encoder}")
     lines += [f"  {graph} as a torch program: {program}" for graph, program in sorted(manifest.programs.items())]
     origin = manifest.provenance
     lines.append(f"  from recipe {origin.recipe}, data {origin.data}, commit {origin.commit}, {origin.created}")

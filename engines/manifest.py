@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,11 @@ MANIFEST_NAME = "manifest.json"
 CONTEXT = "context"
 ATTENTION_MASK = "attention_mask"
 LABEL = "label"
+
+Sampler = Literal["deterministic", "stochastic"]
+"""DDIM's steps, or the paper's sampler that goes two places of its grid at a step and one back, by noise."""
+
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -72,17 +77,30 @@ class Grid(Model):
 
 
 class Student(Model):
-    """One step graph and the grid it was trained on."""
+    """One step graph and the grid it was trained on.
+
+    ``stochastic`` is the grid of twice the steps, where the student was trained at its times too: the stochastic
+    sampler calls it at all of them. ``encoder`` is a step graph that goes ``grid`` in reverse, from an image to its
+    noise. A student may have neither.
+    """
 
     steps: Size
     graph: FileName
     grid: Grid
+    stochastic: Grid | None = None
+    encoder: FileName | None = None
 
     @model_validator(mode="after")
-    def _grid_fits(self) -> Self:
+    def _grids_fit(self) -> Self:
         if self.grid.steps != self.steps:
             raise ValueError(f"a student of {self.steps} steps has a grid of {self.grid.steps}")
+        if self.stochastic is not None and self.stochastic.times[::2] != self.grid.times:
+            raise ValueError("the stochastic sampler's grid halves every step of the student's")
         return self
+
+    def grid_of(self, sampler: Sampler) -> Grid | None:
+        """The grid on which a sampler calls the student, if it may."""
+        return self.stochastic if sampler == "stochastic" else self.grid
 
 
 class TextEncoder(Model):
@@ -205,9 +223,31 @@ class Description(Model):
             raise ValueError("every program is a file of its own")
         return self
 
+    def find_student(self, steps: int, sampler: Sampler = "deterministic") -> Student | None:
+        """The student that makes images in so many calls with a sampler, if there is one."""
+        for student in self.students:
+            grid = student.grid_of(sampler)
+            if grid is not None and grid.steps == steps:
+                return student
+        return None
+
+    def trained_steps(self, sampler: Sampler = "deterministic") -> tuple[int, ...]:
+        """The numbers of calls in which a sampler can make an image, in order."""
+        grids = (student.grid_of(sampler) for student in self.students)
+        return tuple(sorted(grid.steps for grid in grids if grid is not None))
+
+    def encoded_steps(self) -> tuple[int, ...]:
+        """The steps of the students that have an encoder, in order."""
+        return tuple(sorted(student.steps for student in self.students if student.encoder is not None))
+
+    def step_graphs(self) -> Iterator[str]:
+        """The graphs of the students and of their encoders, by file name."""
+        for student in self.students:
+            yield from (name for name in (student.graph, student.encoder) if name is not None)
+
     def graph_names(self) -> Iterator[str]:
         """Every graph, by file name."""
-        yield from (student.graph for student in self.students)
+        yield from self.step_graphs()
         if self.text is not None:
             yield self.text.graph
         yield from (name for name in (self.encode, self.decode) if name is not None)

@@ -12,32 +12,38 @@ from typing import Self, TypeVar
 import numpy as np
 
 from engines.backends import open_engines
-from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions
+from engines.backends.base import BATCH_SIZES, Engine, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, Manifest
 from engines.masks import joined
+from engines.paths import path_of
 from engines.plans import Precision, Profile
-from engines.rows import Group, Row, TickInputs, initial_noise, start_row
+from engines.rows import Group, Row, TickInputs, noise_of, start_row
 from engines.tasks import (
     MAX_SEED,
     Edit,
     Floats,
+    FromImage,
     Generate,
     Inpaint,
     Pixels,
     Task,
     TaskError,
+    Transfer,
     check_task,
     kept_steps,
     lowest_strength,
+    ticks,
+    words_of,
 )
 from engines.tokenizer import PromptSize, Tokenizer, TokenizerError
 
 __all__ = [
     "MAX_SEED",
     "Edit",
+    "FromImage",
     "Generate",
     "Group",
     "Inpaint",
@@ -45,9 +51,11 @@ __all__ = [
     "Row",
     "Task",
     "TaskError",
-    "initial_noise",
+    "Transfer",
     "kept_steps",
     "lowest_strength",
+    "noise_of",
+    "ticks",
 ]
 
 _Item = TypeVar("_Item")
@@ -67,7 +75,7 @@ class Pipeline:
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.backend, self.passed_over = "given", dict[str, str]()
         self._engines = dict(engines)
-        self.seconds: dict[int, dict[int, float]] = {}
+        self.seconds: dict[str, dict[int, float]] = {}
         self._inputs = TickInputs()
         self._conditions = ConditionCache()
         self._tokenizer = _open_tokenizer(bundle)
@@ -127,17 +135,16 @@ class Pipeline:
         """Rows of the largest batch that is warmed up."""
         return self.batch_sizes[-1]
 
-    def warmup(self) -> dict[int, dict[int, float]]:
-        """Run every graph at every batch size; return seconds of a tick by steps of the student and rows.
+    def warmup(self) -> dict[str, dict[int, float]]:
+        """Run every graph at every batch size; return seconds of a tick by step graph and rows.
 
         They stay in ``seconds``. Each is of a second run, as the first one of a size may compile or capture.
         """
-        seconds: dict[str, dict[int, float]] = {student.graph: {} for student in self.manifest.students}
+        self.seconds = {name: {} for name in self.manifest.step_graphs()}
         for name, engine in self._engines.items():
             engine.warmup(self.batch_sizes)
-            for size in self.batch_sizes if name in seconds else ():
-                seconds[name][size] = _seconds_of_run(engine, size)
-        self.seconds = {student.steps: seconds[student.graph] for student in self.manifest.students}
+            for size in self.batch_sizes if name in self.seconds else ():
+                self.seconds[name][size] = _seconds_of_run(engine, size)
         return self.seconds
 
     def validate(self, task: Task) -> None:
@@ -145,45 +152,47 @@ class Pipeline:
         check_task(task, self.manifest, self._measure)
 
     def at_hand(self, task: Task) -> bool:
-        """Whether `prepare` needs no engine for ``task``: its prompt is kept, and no image is to be encoded."""
-        encodes_image = isinstance(task, Edit | Inpaint) and self.manifest.encode is not None
-        return not encodes_image and (self._tokenizer is None or task.condition in self._conditions)
+        """Whether `prepare` needs no engine for ``task``: its prompts are kept, and no image is to be encoded."""
+        if isinstance(task, FromImage) and self.manifest.encode is not None:
+            return False
+        return self._tokenizer is None or all(words in self._conditions for words in words_of(task))
 
     def prepare(self, tasks: Sequence[Task]) -> list[Row]:
-        """Encode conditions and images and place every task at its start on the grid. Order is kept.
+        """Encode conditions and images and place every task at the start of its path. Order is kept.
 
         Raises TaskError for a task that `validate` refuses, before any engine is called.
         """
         for task in tasks:
             self.validate(task)
-        conditions = self._encode_conditions([task.condition for task in tasks])
-        images = {id(task.image): task.image for task in tasks if isinstance(task, Edit | Inpaint)}
+        conditions = self._encode_conditions([words for task in tasks for words in words_of(task)])
+        images = {id(task.image): task.image for task in tasks if isinstance(task, FromImage)}
         latents = dict(zip(images, self._encode_images(list(images.values())), strict=True))
         return [
             start_row(
                 task,
                 revision=self.manifest.revision,
-                student=self.bundle.student(task.steps),
-                condition=condition,
+                path=path_of(task, self.manifest),
+                condition=conditions[task.condition],
+                source=conditions[task.source] if isinstance(task, Transfer) else None,
                 shape=self.manifest.latent_shape,
-                latent=latents[id(task.image)] if isinstance(task, Edit | Inpaint) else None,
+                latent=latents[id(task.image)] if isinstance(task, FromImage) else None,
             )
-            for task, condition in zip(tasks, conditions, strict=True)
+            for task in tasks
         ]
 
     def tick(self, rows: Sequence[Row]) -> None:
-        """Move every row one step along its grid, in one call of the step engine.
+        """Move every row one step along its path, in one call of the step engine.
 
         All rows must be of one group and not done, or ValueError. When the call fails (EngineError), no row
         has changed.
         """
+        if any(row.done for row in rows):
+            raise ValueError("a row is done already")
         groups = {row.group for row in rows}
         if len(groups) != 1 or next(iter(groups)).revision != self.manifest.revision:
             raise ValueError(f"a tick needs rows of one group of this bundle, got {groups or 'none'}")
-        if any(row.done for row in rows):
-            raise ValueError("a row is done already")
         inputs = self._inputs.of(rows)
-        z_next = self._engines[rows[0].student.graph].run(inputs)["z_next"]
+        z_next = self._engines[rows[0].step.graph].run(inputs)["z_next"]
         if not np.isfinite(z_next).all():
             raise EngineError("the step graph gave values that are not finite")
         self._inputs.move(rows, inputs, z_next)
@@ -212,12 +221,12 @@ class Pipeline:
         ``progress`` is called after every tick with the number of rows it moved.
         """
         rows = self.prepare(tasks)
-        for group in {row.group for row in rows}:
-            while moving := [row for row in rows if row.group == group and not row.done]:
-                for batch in self._batches(moving):
-                    self.tick(batch)
-                    if progress is not None:
-                        progress(len(batch))
+        while moving := [row for row in rows if not row.done]:
+            group = moving[0].group
+            for batch in self._batches([row for row in moving if row.group == group]):
+                self.tick(batch)
+                if progress is not None:
+                    progress(len(batch))
         return self.finish(rows)
 
     def _batches(self, items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
@@ -226,22 +235,19 @@ class Pipeline:
 
     def _measure(self, prompt: str) -> PromptSize:
         assert self._tokenizer is not None
-        try:
-            return self._tokenizer.measure(prompt)
-        except TokenizerError as error:
-            raise TaskError("invalid_prompt", "condition", str(error)) from error
+        return self._tokenizer.measure(prompt)
 
-    def _encode_conditions(self, conditions: Sequence[str]) -> list[dict[str, Array]]:
+    def _encode_conditions(self, conditions: Sequence[str]) -> dict[str, Condition]:
         if self._tokenizer is None:
-            labels = {name: np.array(label) for label, name in enumerate(self.manifest.classes)}
-            return [{LABEL: labels[name].astype(np.int64)} for name in conditions]
+            labels = {name: np.array(label, np.int64) for label, name in enumerate(self.manifest.classes)}
+            return {name: {LABEL: labels[name]} for name in conditions}
         kept = {prompt: self._conditions.get(prompt) for prompt in conditions}
         by_prompt = {prompt: condition for prompt, condition in kept.items() if condition is not None}
         for batch in self._batches([prompt for prompt in kept if prompt not in by_prompt]):
             for prompt, condition in zip(batch, self._encode_prompts(batch), strict=True):
                 self._conditions.put(prompt, condition)
                 by_prompt[prompt] = condition
-        return [by_prompt[prompt] for prompt in conditions]
+        return by_prompt
 
     def _encode_prompts(self, prompts: Sequence[str]) -> list[Condition]:
         assert self._tokenizer is not None

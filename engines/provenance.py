@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.images import ImageLimits, read_text
-from engines.manifest import Manifest
-from engines.tasks import MAX_SEED, Edit, Inpaint, Task
+from engines.manifest import Manifest, Sampler
+from engines.tasks import MAX_SEED, Edit, FromImage, Inpaint, Task, Transfer
 
 # The text chunk of a PNG; in JPEG and WebP, a name in the JSON of the EXIF description.
 KEY = "fewstep"
@@ -38,6 +38,7 @@ class ImageSettings(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     task: Literal["generate", "edit", "inpaint"] | None = None
     strength: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    sampler: Sampler | None = None
     prompt: str | None = None
 
 
@@ -51,18 +52,23 @@ def describe_image(task: Task, manifest: Manifest, metadata: Metadata = "setting
         return {}
     fields: dict[str, Any] = {
         "software": f"fewstep {package_version()}",
-        "digital_source_type": _REMADE if isinstance(task, Edit | Inpaint) else _MADE,
+        "digital_source_type": _REMADE if isinstance(task, FromImage) else _MADE,
         "model": manifest.name,
         "revision": manifest.revision,
-        "task": type(task).__name__.lower(),
+        "task": "edit" if isinstance(task, Transfer) else type(task).__name__.lower(),
         "steps": task.steps,
+        "sampler": task.sampler,
         "guidance_scale": 1 + task.guidance,
         "seed": task.seed,
     }
     if isinstance(task, Edit | Inpaint):
         fields["strength"] = task.strength
+    if isinstance(task, Transfer):
+        fields["method"] = "encode"
     if metadata == "full":
         fields["prompt"] = task.condition
+        if isinstance(task, Transfer):
+            fields["source_prompt"] = task.source
     return {KEY: json.dumps(fields)}
 
 

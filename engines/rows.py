@@ -1,7 +1,8 @@
-"""Rows: one image being made, its start on the grid, its inputs to a tick. Arrays only; calls no engine."""
+"""Rows: one image being made, its place on its path, its inputs to a tick. Arrays only; calls no engine."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,15 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from engines.backends.base import Array
-from engines.manifest import Student
-from engines.tasks import Edit, Floats, Inpaint, Mask, Task, kept_steps
+from engines.conditions import Condition
+from engines.paths import Level, Step
+from engines.tasks import Floats, FromImage, Inpaint, Mask, Task
 
 
 class Group(NamedTuple):
     """Rows of one group may share a tick."""
 
     revision: str
-    steps: int
+    graph: str
     latent_shape: tuple[int, ...]
 
 
@@ -25,98 +27,126 @@ class Group(NamedTuple):
 class Row:
     """One image being made. Arrays have no batch dimension; ``z``, ``known`` and ``noise`` are (c, h, w).
 
-    ``z_before`` is what its last step started from, None before the first.
+    Encoding steps see ``source``, the others ``target``. ``ends`` are the two ends of its last step, None before the
+    first; noise that was added after it is in neither.
     """
 
     task: Task
     revision: str
-    student: Student
+    path: tuple[Step, ...]
     z: Floats
-    step_index: int
     known: Floats
     keep: Floats
     noise: Floats
-    condition: dict[str, Array]
-    z_before: Floats | None = None
+    target: Condition
+    source: Condition
+    step_index: int = 0
+    ends: tuple[Floats, Floats] | None = None
 
     @property
     def remaining(self) -> int:
         """Steps still to run."""
-        return self.student.steps - self.step_index
+        return len(self.path) - self.step_index
 
     @property
     def done(self) -> bool:
-        """Whether the row reached the end of its grid."""
+        """Whether the row reached the end of its path."""
         return self.remaining == 0
+
+    @property
+    def step(self) -> Step:
+        """The step that comes next."""
+        return self.path[self.step_index]
+
+    @property
+    def condition(self) -> Condition:
+        """What the next step is conditioned on."""
+        return self.source if self.step.encodes else self.target
 
     @property
     def estimate(self) -> Floats:
         """The clean latent (c, h, w) that the last step went towards. Raises ValueError before the first.
 
-        A deterministic step keeps x and eps of z = alpha x + sigma eps, so its two ends give both.
+        A step keeps x and eps of z = alpha x + sigma eps, so its two ends give both.
         """
-        if self.z_before is None:
+        if self.ends is None:
             raise ValueError("no step has run yet")
-        grid, k = self.student.grid, self.step_index
-        return implied_x(
-            self.z_before,
-            self.z,
-            alphas=(grid.alphas[k - 1], grid.alphas[k]),
-            sigmas=(grid.sigmas[k - 1], grid.sigmas[k]),
-        )
+        last = self.path[self.step_index - 1]
+        return implied_x(*self.ends, last.start, last.end)
 
     @property
     def group(self) -> Group:
-        """What decides which rows may share a tick."""
-        return Group(self.revision, self.student.steps, self.z.shape)
+        """What decides which rows may share a tick; a row that is done has none."""
+        return Group(self.revision, self.step.graph, self.z.shape)
+
+    def move(self, reached: Floats) -> None:
+        """Take the next step, which ended at ``reached``."""
+        step, index = self.step, self.step_index
+        self.ends = self.z, reached
+        self.step_index += 1
+        self.z = reached
+        if step.back is not None:
+            self.z = renoise(reached, noise_of(self.task.seed, reached.shape, index + 1), step.end, step.back)
 
 
 def start_row(
     task: Task,
     *,
     revision: str,
-    student: Student,
-    condition: dict[str, Array],
+    path: tuple[Step, ...],
+    condition: Condition,
+    source: Condition | None,
     shape: Sequence[int],
     latent: Floats | None,
 ) -> Row:
-    """Place ``task`` at its start: noise, or for edit and inpaint its encoded image ``latent`` renoised.
+    """Place ``task`` at the start of its ``path``: noise, or for tasks with an image what that has there.
 
-    ``shape`` is the latent's, (c, h, w). z_k = alpha_k latent + sigma_k noise, k the first step that runs.
+    ``latent`` is the encoded image, and ``shape`` the latent's, (c, h, w): z = alpha latent + sigma noise, at the level
+    where the first step begins. ``source`` is the condition under which a transfer encodes.
     """
-    noise = initial_noise(task.seed, shape)
+    noise = noise_of(task.seed, shape)
     row = Row(
         task=task,
         revision=revision,
-        student=student,
+        path=path,
         z=noise,
-        step_index=0,
         known=np.zeros_like(noise),
         keep=np.zeros((1, *shape[1:]), dtype=np.float32),
         noise=np.zeros_like(noise),
-        condition=condition,
+        target=condition,
+        source=condition if source is None else source,
     )
-    if isinstance(task, Edit | Inpaint):
+    if isinstance(task, FromImage):
         if latent is None:
             raise ValueError("editing needs the encoded image")
-        k = student.steps - kept_steps(student.steps, task.strength)
-        row.step_index = k
-        row.z = np.float32(student.grid.alphas[k]) * latent + np.float32(student.grid.sigmas[k]) * noise
+        alpha, sigma = path[0].start
+        row.z = np.float32(alpha) * latent + np.float32(sigma) * noise
         if isinstance(task, Inpaint):
             row.known, row.noise, row.keep = latent, noise, keep_cells(task.repaint, shape)
     return row
 
 
-def implied_x(z: Floats, z_next: Floats, *, alphas: tuple[float, float], sigmas: tuple[float, float]) -> Floats:
+def implied_x(z: Floats, z_next: Floats, level: Level, level_next: Level) -> Floats:
     """The x that is the same in z = alpha x + sigma eps and z_next = alpha_next x + sigma_next eps."""
-    (alpha, alpha_next), (sigma, sigma_next) = alphas, sigmas
+    (alpha, sigma), (alpha_next, sigma_next) = level, level_next
     x: Floats = np.float32(sigma) * z_next - np.float32(sigma_next) * z
     return x / np.float32(sigma * alpha_next - sigma_next * alpha)
 
 
-def initial_noise(seed: int, shape: Sequence[int]) -> Floats:
-    """Standard normal float32 noise of ``shape``, from ``seed`` (0 to MAX_SEED) alone."""
-    return np.random.Generator(np.random.Philox(key=seed)).standard_normal(tuple(shape), dtype=np.float32)
+def renoise(z: Floats, noise: Floats, level: Level, later: Level) -> Floats:
+    """A sample of q(z_t | z_s) for t later than s: (alpha_t/alpha_s) z_s plus noise (Salimans & Ho 2022, section 2)."""
+    ratio = later.alpha / level.alpha
+    spread = math.sqrt(max(later.sigma**2 - (ratio * level.sigma) ** 2, 0.0))
+    return np.float32(ratio) * z + np.float32(spread) * noise
+
+
+def noise_of(seed: int, shape: Sequence[int], index: int = 0) -> Floats:
+    """Standard normal float32 noise of ``shape``, from ``seed`` (0 to MAX_SEED) and ``index`` alone.
+
+    Index 0 is what an image starts from; i is what its i-th step adds, where its sampler adds noise.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed | index << 64))
+    return generator.standard_normal(tuple(shape), dtype=np.float32)
 
 
 class TickInputs:
@@ -127,27 +157,35 @@ class TickInputs:
 
     def __init__(self) -> None:
         """Remember no tick yet."""
-        self._last: tuple[tuple[Floats, ...], dict[str, Array]] | None = None
+        self._last: tuple[list[tuple[Floats, Condition]], dict[str, Array]] | None = None
 
     def of(self, rows: Sequence[Row]) -> dict[str, Array]:
         """The inputs of a tick of rows of one group."""
         last = self._last
-        if last is not None and len(rows) == len(last[0]) and all(map(_is_z_of, rows, last[0])):
+        if last is not None and len(rows) == len(last[0]) and all(map(_is_as_left, rows, last[0])):
             return _scalars(rows) | last[1]
         return step_inputs(rows)
 
     def move(self, rows: Sequence[Row], inputs: Mapping[str, Array], z_next: Array) -> None:
         """Move the rows to `z_next`, which a tick with `inputs` gave."""
+        conditions = [row.condition for row in rows]
+        noised = any(row.step.back is not None for row in rows)
         z_next.flags.writeable = False
-        for row, z in zip(rows, z_next, strict=True):
-            row.z_before, row.z = row.z, z
-            row.step_index += 1
+        for row, reached in zip(rows, z_next, strict=True):
+            row.move(reached)
+        if noised:
+            z_next = np.stack([row.z for row in rows])
+            z_next.flags.writeable = False
+            for row, z in zip(rows, z_next, strict=True):
+                row.z = z
         kept = {name: array for name, array in inputs.items() if name not in SCALARS}
-        self._last = tuple(row.z for row in rows), {**kept, "z": z_next}
+        left = [(row.z, condition) for row, condition in zip(rows, conditions, strict=True)]
+        self._last = left, {**kept, "z": z_next}
 
 
-def _is_z_of(row: Row, z: Floats) -> bool:
-    return row.z is z
+def _is_as_left(row: Row, left: tuple[Floats, Condition]) -> bool:
+    """Whether a row is where the last tick left it, and is conditioned on the same again."""
+    return row.z is left[0] and row.condition is left[1]
 
 
 SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
@@ -166,16 +204,9 @@ def step_inputs(rows: Sequence[Row]) -> dict[str, Array]:
 
 
 def _scalars(rows: Sequence[Row]) -> dict[str, Array]:
-    grids = [(row.student.grid, row.step_index) for row in rows]
-    values = (
-        [grid.times[k] for grid, k in grids],
-        [grid.alphas[k] for grid, k in grids],
-        [grid.sigmas[k] for grid, k in grids],
-        [grid.alphas[k + 1] for grid, k in grids],
-        [grid.sigmas[k + 1] for grid, k in grids],
-        [row.task.guidance for row in rows],
-    )
-    return {name: np.array(column, dtype=np.float32) for name, column in zip(SCALARS, values, strict=True)}
+    steps = [row.step for row in rows]
+    columns = zip(*((step.time, *step.start, *step.end, step.w) for step in steps), strict=True)
+    return {name: np.array(column, dtype=np.float32) for name, column in zip(SCALARS, columns, strict=True)}
 
 
 def keep_cells(repaint: Mask, latent_shape: Sequence[int]) -> Floats:

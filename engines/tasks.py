@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.manifest import Manifest
-from engines.tokenizer import PromptSize
+from engines.manifest import Manifest, Sampler
+from engines.tokenizer import PromptSize, TokenizerError
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -33,12 +33,16 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Generate:
-    """Make an image from noise. ``condition`` is a prompt or a class name; ``guidance`` is w (0 = none)."""
+    """Make an image from noise. ``condition`` is a prompt or a class name; ``guidance`` is w (0 = none).
+
+    ``steps`` are the network calls that the sampler takes from noise to the image.
+    """
 
     condition: str
     steps: int
     guidance: float
     seed: int
+    sampler: Sampler = field(default="deterministic", kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,19 @@ class Inpaint(Generate):
     blend: Blend | None = None
 
 
-Task = Generate | Edit | Inpaint
+@dataclass(frozen=True, eq=False)
+class Transfer(Generate):
+    """Make an image from the noise that ``image`` (H, W, 3) encodes to under ``source``, what it shows now.
+
+    (Style transfer, Meng et al. 2023, section 3.4.) No noise is drawn, so the seed changes nothing.
+    """
+
+    image: Pixels
+    source: str
+
+
+FromImage = Edit | Inpaint | Transfer
+Task = Generate | FromImage
 
 
 def kept_steps(steps: int, strength: float) -> int:
@@ -75,14 +91,34 @@ def lowest_strength(steps: int) -> float:
     return math.ceil(100 / steps) / 100
 
 
+def words_of(task: Task) -> tuple[str, ...]:
+    """Every prompt, or class, that a task's image is conditioned on."""
+    return (task.condition, task.source) if isinstance(task, Transfer) else (task.condition,)
+
+
+def ticks(task: Task) -> int:
+    """The ticks that an image takes: one for each network call."""
+    if isinstance(task, Edit | Inpaint):
+        return kept_steps(task.steps, task.strength)
+    return 2 * task.steps if isinstance(task, Transfer) else task.steps
+
+
 def check_task(task: Task, manifest: Manifest, measure: Callable[[str], PromptSize]) -> None:
-    """Raise TaskError where the bundle of ``manifest`` cannot honour ``task``. Calls no engine."""
+    """Raise TaskError where the bundle of ``manifest`` cannot honour ``task``. Calls no engine.
+
+    ``measure`` counts the tokens of a prompt, and may raise TokenizerError.
+    """
     _check_steps(task, manifest)
     _check_guidance(task, manifest)
     _check_seed(task)
-    _check_condition(task, manifest, measure)
+    _check_condition(task.condition, "condition", manifest, measure)
+    if isinstance(task, Transfer):
+        check_encoder(task.steps, manifest)
+        _check_decodes_alike(task)
+        _check_condition(task.source, "source", manifest, measure)
     if isinstance(task, Edit | Inpaint):
         _check_strength(task.steps, task.strength)
+    if isinstance(task, FromImage):
         _check_image(task.image, manifest)
     if isinstance(task, Inpaint):
         _check_repaint(task.repaint, manifest)
@@ -90,11 +126,29 @@ def check_task(task: Task, manifest: Manifest, measure: Callable[[str], PromptSi
             _check_blend(task.blend, task.repaint)
 
 
+def check_encoder(steps: int, manifest: Manifest) -> None:
+    """Raise TaskError where the student of ``steps`` steps has no encoder."""
+    if steps not in manifest.encoded_steps():
+        listed = ", ".join(map(str, manifest.encoded_steps()))
+        there = f"only one of {listed}" if listed else "and none of other steps"
+        raise TaskError("unsupported_method", "method", f"there is no encoder of {steps} steps, {there}")
+
+
 def _check_steps(task: Task, manifest: Manifest) -> None:
-    trained = [student.steps for student in manifest.students]
-    if task.steps not in trained:
-        listed = ", ".join(str(steps) for steps in sorted(trained))
+    if manifest.find_student(task.steps, task.sampler) is not None:
+        return
+    listed = ", ".join(map(str, manifest.trained_steps(task.sampler)))
+    if task.sampler == "deterministic":
         raise TaskError("unsupported_steps", "steps", f"no student of {task.steps} steps; there are {listed}")
+    there = f"only in {listed}" if listed else "in no number of steps"
+    message = f"no student was trained for the {task.sampler} sampler in {task.steps} steps, {there}"
+    raise TaskError("unsupported_sampler", "sampler", message)
+
+
+def _check_decodes_alike(task: Transfer) -> None:
+    if task.sampler != "deterministic":
+        message = "what was encoded is decoded without noise: use the deterministic sampler"
+        raise TaskError("unsupported_sampler", "sampler", message)
 
 
 def _check_guidance(task: Task, manifest: Manifest) -> None:
@@ -109,20 +163,23 @@ def _check_seed(task: Task) -> None:
         raise TaskError("seed_out_of_range", "seed", f"seed must lie between 0 and {MAX_SEED}")
 
 
-def _check_condition(task: Task, manifest: Manifest, measure: Callable[[str], PromptSize]) -> None:
+def _check_condition(words: str, param: str, manifest: Manifest, measure: Callable[[str], PromptSize]) -> None:
     if manifest.text is None:
-        if task.condition not in manifest.classes:
+        if words not in manifest.classes:
             listed = ", ".join(manifest.classes[:20]) + (", ..." if len(manifest.classes) > 20 else "")
-            raise TaskError("unknown_class", "condition", f"no class {task.condition!r}; there are {listed}")
+            raise TaskError("unknown_class", param, f"no class {words!r}; there are {listed}")
         return
-    size = measure(task.condition)
-    if not task.condition.strip() or not size.words:
-        raise TaskError("empty_prompt", "condition", "the prompt is empty")
+    try:
+        size = measure(words)
+    except TokenizerError as error:
+        raise TaskError("invalid_prompt", param, str(error)) from error
+    if not words.strip() or not size.words:
+        raise TaskError("empty_prompt", param, "the prompt is empty")
     if not size.known:
-        raise TaskError("unknown_words", "condition", "the text encoder knows none of the words of the prompt")
+        raise TaskError("unknown_words", param, "the text encoder knows none of the words of the prompt")
     if size.tokens > manifest.text.max_tokens:
         message = f"the prompt has {size.tokens} tokens with its end marks, at most {manifest.text.max_tokens} fit"
-        raise TaskError("prompt_too_long", "condition", message)
+        raise TaskError("prompt_too_long", param, message)
 
 
 def _check_strength(steps: int, strength: float) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from engines.images import FORMATS, MASK_MODES
-from engines.manifest import Manifest
+from engines.manifest import SAMPLERS, Manifest
 from engines.masks import MAX_BLUR_PX, MAX_GROW_PX
-from service.schemas import MAX_SEED, Capabilities, Limits, Range, Size
+from service.schemas import MAX_SEED, Capabilities, EditMethod, Limits, Range, Size
 from service.settings import Settings
 
 _PREFERRED_STEPS = 4
@@ -15,15 +16,9 @@ _PREFERRED_STRENGTH = 0.75
 TASKS = ("generate", "edit", "inpaint")
 
 
-def default_steps(manifest: Manifest) -> int:
-    """4 where a student has 4 steps, else the most there are."""
-    trained = trained_steps(manifest)
-    return _PREFERRED_STEPS if _PREFERRED_STEPS in trained else trained[-1]
-
-
-def trained_steps(manifest: Manifest) -> tuple[int, ...]:
-    """The numbers of steps there are, in order."""
-    return tuple(sorted(student.steps for student in manifest.students))
+def default_steps(offered: Sequence[int]) -> int:
+    """4 where it is among the numbers of steps, else the most there are."""
+    return _PREFERRED_STEPS if _PREFERRED_STEPS in offered else max(offered)
 
 
 def strengths(steps: int) -> tuple[float, ...]:
@@ -40,7 +35,11 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
     """The answer of /capabilities."""
     _, height, width = manifest.image_shape
     guidance = manifest.guidance
-    steps = trained_steps(manifest)
+    samplers = {sampler: steps for sampler in SAMPLERS if (steps := manifest.trained_steps(sampler))}
+    any_steps = sorted({count for steps in samplers.values() for count in steps})
+    methods: dict[EditMethod, tuple[int, ...]] = {"sdedit": tuple(any_steps)}
+    if encoded := manifest.encoded_steps():
+        methods["encode"] = encoded
     return Capabilities(
         model=manifest.name,
         revision=manifest.revision,
@@ -48,11 +47,13 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
         conditioning=manifest.conditioning,
         classes=manifest.classes,
         image=Size(width=width, height=height),
-        students=steps,
-        default_steps=default_steps(manifest),
+        students=samplers["deterministic"],
+        samplers=samplers,
+        edit_methods=methods,
+        default_steps=default_steps(samplers["deterministic"]),
         guidance_scale=Range(minimum=1 + guidance.minimum, maximum=1 + guidance.maximum, default=1 + guidance.default),
-        strengths={str(count): strengths(count) for count in steps},
-        default_strength={str(count): default_strength(count) for count in steps},
+        strengths={str(count): strengths(count) for count in any_steps},
+        default_strength={str(count): default_strength(count) for count in any_steps},
         tasks=TASKS,
         mask_modes=MASK_MODES,
         output_formats=FORMATS,

@@ -7,17 +7,20 @@ import uuid
 from dataclasses import replace
 
 from engines.images import ImageFormat, ImageLimits
-from engines.manifest import Manifest
-from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError
+from engines.manifest import SAMPLERS, Manifest
+from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Task, TaskError, Transfer
+from engines.tasks import check_encoder
 from service.capabilities import default_steps, default_strength
 from service.errors import ApiError, from_task_error
 from service.jobs import Job, Output, Priority
 from service.pictures import MaskEdge, read_image, read_mask, read_settings
-from service.schemas import MAX_SEED, EditRequest, GenerateRequest, InpaintRequest
+from service.schemas import MAX_SEED, EditRequest, GenerateRequest, ImageRequest, InpaintRequest
 from service.settings import Settings
 
 _RANDOM_SEEDS = 2**32
-_REUSED = ("steps", "guidance_scale", "seed")
+_REUSED = ("steps", "guidance_scale", "sampler", "seed")
+_REUSED_TO_ENCODE = ("steps", "guidance_scale")
+_SOURCES = {"prompt": "source_prompt", "class": "source_class"}
 
 
 def make_job(
@@ -71,6 +74,22 @@ def _check_options(
     if request.timeout_ms is not None and request.timeout_ms > longest_ms:
         message = f"timeout_ms may be at most {longest_ms}"
         raise ApiError(422, "invalid_value", message, param="timeout_ms")
+    if isinstance(request, EditRequest):
+        _check_method(request)
+
+
+def _check_method(request: EditRequest) -> None:
+    """Refuse the options that the other method of an edit has."""
+    if request.method == "sdedit":
+        for param in _SOURCES.values():
+            if getattr(request, param) is not None:
+                raise _unsupported(param, "only the method encode asks what the image shows")
+        return
+    for param in ("strength", "seed"):
+        if getattr(request, param) is not None:
+            raise _unsupported(param, f"the method encode draws no noise: it takes no {param}")
+    if request.n > 1:
+        raise _unsupported("n", "the method encode draws no noise: all images would be the same")
 
 
 def _guidance(request: GenerateRequest, manifest: Manifest) -> float:
@@ -88,12 +107,20 @@ def _guidance(request: GenerateRequest, manifest: Manifest) -> float:
 
 def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> tuple[Task, ...]:
     manifest = pipeline.manifest
-    param, condition = _condition(request, manifest, settings)
-    steps = default_steps(manifest) if request.steps is None else request.steps
-    first = Generate(condition, steps, _guidance(request, manifest), _first_seed(request))
-    names = {"condition": param, "guidance": "guidance_scale"}
+    given = {"prompt": request.prompt, "class": request.class_name}
+    param, condition = _condition(given, manifest, settings)
+    first = Generate(
+        condition,
+        _steps(request, manifest),
+        _guidance(request, manifest),
+        _first_seed(request),
+        sampler=request.sampler or "deterministic",
+    )
+    names = {"condition": param, "source": _SOURCES[param], "guidance": "guidance_scale"}
     try:
         pipeline.validate(first)
+        if _encodes(request):
+            check_encoder(first.steps, manifest)
         task = _with_images(first, request, manifest, settings)
         pipeline.validate(task)
     except TaskError as error:
@@ -101,12 +128,24 @@ def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> 
     return tuple(replace(task, seed=task.seed + index) for index in range(request.n))
 
 
-def _condition(request: GenerateRequest, manifest: Manifest, settings: Settings) -> tuple[str, str]:
-    """The field that says what to show, and its value."""
-    wanted, other = ("prompt", "class") if manifest.conditioning == "text" else ("class", "prompt")
-    given = {"prompt": request.prompt, "class": request.class_name}
+def _steps(request: GenerateRequest, manifest: Manifest) -> int:
+    if request.steps is not None:
+        return request.steps
+    offered = manifest.encoded_steps() if _encodes(request) else manifest.trained_steps(request.sampler or SAMPLERS[0])
+    # Where nothing is offered, the refusal names one that there is.
+    return default_steps(offered or manifest.trained_steps())
+
+
+def _encodes(request: GenerateRequest) -> bool:
+    return isinstance(request, EditRequest) and request.method == "encode"
+
+
+def _condition(given: dict[str, str | None], manifest: Manifest, settings: Settings) -> tuple[str, str]:
+    """The field that says what an image shows, of those for a prompt and a class, and its value."""
+    by_text = manifest.conditioning == "text"
+    wanted, other = given if by_text else reversed(given)
     if given[other] is not None:
-        raise _unsupported(other, f"this bundle is conditioned on {wanted}")
+        raise _unsupported(other, f"this bundle is conditioned on {'prompts' if by_text else 'classes'}")
     value = given[wanted]
     if value is None:
         raise ApiError(422, "missing_field", f"{wanted}: required", param=wanted)
@@ -117,6 +156,8 @@ def _condition(request: GenerateRequest, manifest: Manifest, settings: Settings)
 
 
 def _first_seed(request: GenerateRequest) -> int:
+    if _encodes(request):
+        return 0
     if request.seed is None:
         return secrets.randbelow(_RANDOM_SEEDS)
     if request.seed + request.n - 1 > MAX_SEED:
@@ -127,10 +168,11 @@ def _first_seed(request: GenerateRequest) -> int:
 
 def _with_settings(request: GenerateRequest, settings: Settings) -> GenerateRequest:
     """The request with what it names no value for taken from its image's file, where it says ``reuse``."""
-    if not isinstance(request, EditRequest) or not request.reuse:
+    if not isinstance(request, ImageRequest) or not request.reuse:
         return request
     found = read_settings(request.image, _limits(settings))
-    names = [name for name in _REUSED if getattr(request, name) is None]
+    reused = _REUSED_TO_ENCODE if _encodes(request) else _REUSED
+    names = [name for name in reused if getattr(request, name) is None]
     return request.model_copy(update={name: getattr(found, name) for name in names})
 
 
@@ -139,7 +181,7 @@ def _limits(settings: Settings) -> ImageLimits:
 
 
 def _with_images(first: Generate, request: GenerateRequest, manifest: Manifest, settings: Settings) -> Task:
-    if not isinstance(request, EditRequest):
+    if not isinstance(request, ImageRequest):
         return first
     _, height, width = manifest.image_shape
     size = width, height
@@ -149,8 +191,14 @@ def _with_images(first: Generate, request: GenerateRequest, manifest: Manifest, 
     if isinstance(request, InpaintRequest):
         edge = MaskEdge(request.grow_mask, request.mask_blur)
         repaint, blend = read_mask(request.mask, request.mask_mode, edge, image_size, size, limits)
-        return Inpaint(*shared, repaint, 1.0 if request.strength is None else request.strength, blend)
-    return Edit(*shared, default_strength(first.steps) if request.strength is None else request.strength)
+        strength = 1.0 if request.strength is None else request.strength
+        return Inpaint(*shared, repaint, strength, blend, sampler=first.sampler)
+    if isinstance(request, EditRequest) and request.method == "encode":
+        given = {"source_prompt": request.source_prompt, "source_class": request.source_class}
+        _, source = _condition(given, manifest, settings)
+        return Transfer(*shared, source, sampler=first.sampler)
+    strength = default_strength(first.steps) if request.strength is None else request.strength
+    return Edit(*shared, strength, sampler=first.sampler)
 
 
 def _unsupported(param: str, message: str) -> ApiError:

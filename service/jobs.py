@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import Literal
 
 from engines.images import ImageFormat
-from engines.pipeline import Edit, Inpaint, Task, kept_steps
+from engines.pipeline import Task, ticks
 from engines.provenance import Metadata
 
 
@@ -54,11 +54,6 @@ class Job:
     def cost(self) -> int:
         """The job's work in row-ticks: the steps that its images run, together."""
         return sum(ticks(task) for task in self.tasks)
-
-
-def ticks(task: Task) -> int:
-    """The steps that an image runs."""
-    return kept_steps(task.steps, task.strength) if isinstance(task, Edit | Inpaint) else task.steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,27 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from engines.images import ImageFormat, MaskMode
+from engines.manifest import Sampler
 from engines.masks import MAX_BLUR_PX, MAX_GROW_PX
 from engines.provenance import Metadata
 from service.errors import ApiError
-from service.schemas import MAX_SEED, Body, EditRequest, Finite, GenerateRequest, InpaintRequest, Picture
+from service.schemas import (
+    MAX_SEED,
+    Body,
+    EditMethod,
+    EditRequest,
+    Finite,
+    GenerateRequest,
+    InpaintRequest,
+    Picture,
+    PriorityName,
+)
 
 # Their names, where an error would name a field that a client of theirs never sent.
 PARAMS = {"width": "size", "height": "size", "quality": "output_compression"}
 
 _MASK_OPTIONS = ("mask_mode", "grow_mask", "mask_blur")
+_EDIT_OPTIONS = ("method", "source_prompt", "source_class")
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,13 @@ class _Only:
 
 
 class ImagesGenerateBody(Body):
-    """OpenAI's request for images from text, with our steps, guidance_scale, seed, timeout_ms and metadata beside."""
+    """OpenAI's request for images from text, with options of /generate beside.
 
-    prompt: Annotated[str, Field(description="What to show.", examples=["a red apple"])]
+    A class bundle takes a ``class`` in place of the prompt, which is then absent or empty.
+    """
+
+    prompt: Annotated[str | None, Field(description="What to show.", examples=["a red apple"])] = None
+    class_name: Annotated[str | None, Field(alias="class", description="As in /generate.")] = None
     model: Annotated[str | None, Field(description="An id of /v1/models; the default one when absent.")] = None
     n: Annotated[int | None, Field(ge=1, description="How many images; 1 when absent.")] = None
     size: Annotated[
@@ -89,6 +105,8 @@ class ImagesGenerateBody(Body):
     steps: Annotated[int | None, Field(description="As in /generate.", examples=[4])] = None
     guidance_scale: Annotated[Finite | None, Field(description="As in /generate.", examples=[3.0])] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="As in /generate.", examples=[7])] = None
+    sampler: Annotated[Sampler | None, Field(description="As in /generate.")] = None
+    priority: Annotated[PriorityName, Field(description="As in /generate.")] = "normal"
     timeout_ms: Annotated[int | None, Field(ge=1, description="As in /generate.")] = None
     metadata: Annotated[Metadata, Field(description="As in /generate.")] = "settings"
 
@@ -98,7 +116,9 @@ class ImagesGenerateBody(Body):
 
     def _as(self, model: type[GenerateRequest]) -> GenerateRequest:
         shared = (model.model_fields.keys() & type(self).model_fields.keys()) - {"n", "quality", "response_format"}
-        fields = {name: getattr(self, name) for name in shared}
+        fields = {model.model_fields[name].alias or name: getattr(self, name) for name in shared}
+        if self.class_name is not None and self.prompt == "":  # their client always sends one
+            fields["prompt"] = None
         if self.size not in (None, "auto"):
             fields["width"], fields["height"] = map(int, str(self.size).split("x"))
         return model(
@@ -118,10 +138,16 @@ class ImagesEditBody(ImagesGenerateBody):
     mask_mode: Annotated[MaskMode, Field(description="As in /inpaint, but alpha when absent.")] = "alpha"
     grow_mask: Annotated[int, Field(ge=-MAX_GROW_PX, le=MAX_GROW_PX, description="As in /inpaint.")] = 0
     mask_blur: Annotated[Finite, Field(ge=0, le=MAX_BLUR_PX, description="As in /inpaint.")] = 0.0
+    method: Annotated[EditMethod, Field(description="As in /edit.")] = "sdedit"
+    source_prompt: Annotated[str | None, Field(description="As in /edit.")] = None
+    source_class: Annotated[str | None, Field(description="As in /edit.")] = None
 
     def request(self) -> GenerateRequest:
-        """The same in our words. Raises ApiError for options of a mask where there is none."""
+        """The same in our words. Raises ApiError for options of a mask where there is none, and the other way."""
         if self.mask is not None:
+            for option in _EDIT_OPTIONS:
+                if option in self.model_fields_set:
+                    raise ApiError(422, "unsupported_option", f"{option} is of edits without a mask", param=option)
             return self._as(InpaintRequest)
         for option in _MASK_OPTIONS:
             if option in self.model_fields_set:

@@ -13,7 +13,7 @@ import importlib
 import logging
 from collections.abc import Callable
 
-from engines.tasks import Pixels
+from engines.tasks import Pixels, words_of
 from service.jobs import Failed, Job
 from service.logs import describe
 from service.metrics import Metrics
@@ -34,8 +34,8 @@ class Safety:
         self._metrics = metrics
 
     def refuse_prompt(self, job: Job) -> Failed | None:
-        """Why the prompt or class of a job is refused, as its outcome; None where it is not."""
-        for condition in dict.fromkeys(task.condition for task in job.tasks):
+        """Why a prompt or class of a job is refused, as its outcome; None where it is not."""
+        for condition in dict.fromkeys(words for task in job.tasks for words in words_of(task)):
             if (refusal := self._refusal("prompt", job, condition, None)) is not None:
                 return refusal
         return None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from engines.images import ImageFormat, MaskMode
+from engines.manifest import Sampler
 from engines.masks import MAX_BLUR_PX, MAX_GROW_PX
 from engines.provenance import Metadata
 from service.queue.base import JobState
@@ -15,6 +16,7 @@ from service.queue.base import JobState
 MAX_SEED = 2**53 - 1
 
 PriorityName = Literal["low", "normal", "high"]
+EditMethod = Literal["sdedit", "encode"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # Text in JSON (base64), bytes in a multipart file part; intake.py makes bytes of both.
 Picture = Annotated[
@@ -55,6 +57,13 @@ class GenerateRequest(Body):
         int | None,
         Field(description="A number of steps that a student has; 4 where there is one.", examples=[4]),
     ] = None
+    sampler: Annotated[
+        Sampler | None,
+        Field(
+            description="deterministic when absent; stochastic adds noise between the steps, in the numbers of steps "
+            "that /capabilities has for it."
+        ),
+    ] = None
     guidance_scale: Annotated[
         Finite | None,
         Field(description="1 is no guidance; the range is in /capabilities.", examples=[3.0]),
@@ -91,7 +100,7 @@ class GenerateRequest(Body):
     ] = False
 
 
-class EditRequest(GenerateRequest):
+class ImageRequest(GenerateRequest):
     """Make images that start from an image. An image of another size is resized to the bundle's."""
 
     image: Annotated[Picture, Field(description="PNG, JPEG or WebP: base64 or data URI, or a file part.")]
@@ -102,13 +111,32 @@ class EditRequest(GenerateRequest):
     reuse: Annotated[
         bool,
         Field(
-            description="Take steps, guidance_scale and seed, where they are absent, from what the image's file says "
-            "of how it was made (see metadata). Refused where it says nothing."
+            description="Take steps, guidance_scale, sampler and seed, where they are absent, from what the image's "
+            "file says of how it was made (see metadata). Refused where it says nothing."
         ),
     ] = False
 
 
-class InpaintRequest(EditRequest):
+class EditRequest(ImageRequest):
+    """Make images that start from an image: from the image with noise added, or from the noise that it encodes to.
+
+    ``encode`` draws no noise: it takes no strength and no seed, and makes one image. It needs to know what the image
+    shows now, in ``source_prompt`` or ``source_class``.
+    """
+
+    method: Annotated[
+        EditMethod,
+        Field(description="encode is for style transfer, in the numbers of steps that /capabilities has for it."),
+    ] = "sdedit"
+    source_prompt: Annotated[
+        str | None, Field(description="For encode: what the image shows.", examples=["a red apple"])
+    ] = None
+    source_class: Annotated[
+        str | None, Field(description="For encode: the class of what the image shows, in a class bundle.")
+    ] = None
+
+
+class InpaintRequest(ImageRequest):
     """Make part of an image anew.
 
     Pixels outside the mask come back exactly as they went in (in png and where the image has the bundle's
@@ -276,6 +304,10 @@ class Capabilities(Body):
     classes: tuple[str, ...]
     image: Size
     students: Annotated[tuple[int, ...], Field(description="The numbers of steps there are.")]
+    samplers: Annotated[
+        dict[Sampler, tuple[int, ...]], Field(description="Those there are, and the numbers of steps each can take.")
+    ]
+    edit_methods: Annotated[dict[EditMethod, tuple[int, ...]], Field(description="The same of the methods of /edit.")]
     default_steps: int
     guidance_scale: Range
     strengths: Annotated[

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from engines.pipeline import Pipeline, Row, Task
+from engines.paths import Step
+from engines.pipeline import Pipeline, Row, Task, ticks
 from service.catalogue import ModelError, UnknownModel
-from service.jobs import Failed, Job, Timings, ticks
+from service.jobs import Failed, Job, Timings
 from service.models import Lease, Models
 
 
@@ -25,8 +26,17 @@ class Unit:
     @property
     def shown(self) -> bool:
         """Whether it is what a preview of its job shows: the first image, in the making."""
-        begun = self.row is not None and self.row.z_before is not None and not self.row.done
+        begun = self.row is not None and self.row.ends is not None and not self.row.done
         return self.index == 0 and begun and not self.work.over
+
+    @property
+    def group(self) -> Hashable:
+        """What decides which units may share a tick, of one that has a row: a bundle has one latent shape."""
+        return None if self.row is None else self.group_of(self.row.step)
+
+    def group_of(self, step: Step) -> Hashable:
+        """The group in which the unit takes a step."""
+        return self.work.job.model, step.graph
 
     @property
     def remaining(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -35,8 +35,8 @@ _MANY_TO_ONE = 4
 class Worker:
     """Runs jobs until stopped, with continuous batching: waiting rows are admitted at every tick.
 
-    It holds two full ticks of images for every student among them. So the next tick of each can be full, and what waits
-    longer stays in the queue, where its cost bounds admission and another worker could take it.
+    It holds two full ticks of images for every number of steps among them. So the next tick of each can be full, and
+    what waits longer stays in the queue, where its cost bounds admission and another worker could take it.
 
     Where the device is lost the thread ends: the service then fails, and its process with it. What it holds and has not
     settled is for a process that comes after it.
@@ -148,7 +148,7 @@ class Worker:
     def _admit(self, wait_s: float) -> None:
         wait_s = 0.0 if self._held else wait_s
         rows = sum(1 for _ in self._units()) + sum(len(parked.job.tasks) for parked in self._parked.values())
-        groups = {_group(unit) for unit in self._units()}
+        groups = {(unit.work.job.model, unit.task.steps) for unit in self._units()}
         room = 2 * self._scheduler.max_rows * max(1, len(groups)) - rows
         if room > 0 and not self._draining.is_set():
             for job in self._queue.take(self._models.takeable(), room, wait_s):
@@ -163,19 +163,18 @@ class Worker:
         job = parked.job
         if (lease := self._models.lease(job.model, retiring=True)) is not None:
             del self._parked[job.id]
-            self._held[job.id] = work = Work(job, lease)
-            self._introduce(work)
+            self._held[job.id] = Work(job, lease)
         elif job.deadline <= self._clock():
             self._refuse(job, _EXPIRED)
         elif (failure := parked.failure(self._models)) is not None:
             self._refuse(job, failure)
 
-    def _introduce(self, work: Work) -> None:
-        """Tell the scheduler what the warm-up of the job's student has shown."""
-        _, height, width = work.pipeline.manifest.image_shape
-        for unit in work.units:
-            seconds = work.pipeline.seconds.get(unit.task.steps, {})
-            self._scheduler.introduce(_group(unit), height * width, seconds)
+    def _introduce(self, unit: Unit, row: Row) -> None:
+        """Tell the scheduler what the warm-up of the row's graphs has shown."""
+        _, height, width = unit.work.pipeline.manifest.image_shape
+        for step in row.path:
+            seconds = unit.work.pipeline.seconds.get(step.graph, {})
+            self._scheduler.introduce(unit.group_of(step), height * width, seconds)
 
     def _refuse(self, job: Job, failure: Failed) -> None:
         del self._parked[job.id]
@@ -202,7 +201,7 @@ class Worker:
             Candidate(
                 unit.work.job.id,
                 unit.index,
-                _group(unit),
+                unit.group,
                 unit.work.job.submitted,
                 unit.work.job.deadline,
                 unit.work.job.priority,
@@ -266,6 +265,7 @@ class Worker:
             unit.encoding = False
             if isinstance(row, Row):
                 unit.row = row
+                self._introduce(unit, row)
         self._end_failed(encoded.units, encoded.rows)
 
     def _tick(self, units: Sequence[Unit]) -> None:
@@ -279,10 +279,11 @@ class Worker:
 
     def _denoise(self, units: Sequence[Unit]) -> list[Row]:
         rows = [unit.row for unit in units if unit.row is not None]
+        group = units[0].group
         begin = self._clock()
         units[0].work.pipeline.tick(rows)
         end = self._clock()
-        self._scheduler.ticked(_group(units[0]), len(rows), end - begin)
+        self._scheduler.ticked(group, len(rows), end - begin)
         self._metrics.tick_seconds.observe(end - begin)
         self._metrics.tick_rows.observe(len(rows))
         works = list(dict.fromkeys(unit.work for unit in units))
@@ -304,7 +305,7 @@ class Worker:
 
     def _failed_tick(self, error: Exception, units: Sequence[Unit]) -> None:
         if isinstance(error, DeviceMemoryError) and len(units) > 1:
-            self._scheduler.lower_cap(_group(units[0]), len(units), self._clock())
+            self._scheduler.lower_cap(units[0].group, len(units), self._clock())
         self._failed("denoise", error, units)
 
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
@@ -327,11 +328,6 @@ class Worker:
     def _let_go(self, work: Work) -> None:
         if self._held.pop(work.job.id, None) is not None:
             work.lease.release()
-
-
-def _group(unit: Unit) -> Hashable:
-    """What decides which units may share a tick: a bundle has one latent shape."""
-    return unit.work.job.model, unit.task.steps
 
 
 _EXPIRED = Failed("expired", "the time limit passed before the images were made")

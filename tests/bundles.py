@@ -64,19 +64,24 @@ def make_tiny_bundle(
     size: int = 16,
     steps: tuple[int, ...] = (1, 2, 4),
     name: str = "tiny",
+    stochastic: tuple[int, ...] = (),
+    encoders: tuple[int, ...] = (),
 ) -> Bundle:
     """Write a bundle of ``size`` x ``size`` images to ``folder`` / ``name``; latents are size / 2.
 
-    Its graphs run on onnxruntime in microseconds and obey the step semantics. Guidance is w in [0, 7].
+    Its graphs run on onnxruntime in microseconds and obey the step semantics. Guidance is w in [0, 7]. Students of the
+    steps in ``stochastic`` are for the stochastic sampler too, and those of the steps in ``encoders`` have an encoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = folder / f"{name}-parts"
     parts.mkdir()
-    description = tiny_description(conditioning, space, size, steps, name)
+    description = tiny_description(conditioning, space, size, steps, name, stochastic, encoders)
     files = {"README.md": parts / "README.md"}
     files["README.md"].write_text(f"# {name}\n\nA bundle for tests.\n", encoding="utf-8")
     for student in description.students:
         files[student.graph] = save_step_graph(parts / student.graph, description, salt=student.steps)
+        if student.encoder is not None:
+            files[student.encoder] = save_encoder_graph(parts / student.encoder, description, salt=student.steps)
     if description.text is not None:
         files["tokenizer.json"] = save_tokenizer(parts / "tokenizer.json")
         files["text.onnx"] = save_text_graph(parts / "text.onnx")
@@ -92,6 +97,8 @@ def tiny_description(
     size: int = 16,
     steps: tuple[int, ...] = (1, 2, 4),
     name: str = "tiny",
+    stochastic: tuple[int, ...] = (),
+    encoders: tuple[int, ...] = (),
 ) -> Description:
     """The description of a tiny bundle."""
     latent = space == "latent"
@@ -105,7 +112,16 @@ def tiny_description(
         conditioning=conditioning,
         image_shape=(3, size, size),
         latent_shape=(LATENT_CHANNELS, size // 2, size // 2) if latent else (3, size, size),
-        students=tuple(Student(steps=n, graph=f"step-{n}.onnx", grid=cosine_grid(n)) for n in steps),
+        students=tuple(
+            Student(
+                steps=n,
+                graph=f"step-{n}.onnx",
+                grid=cosine_grid(n),
+                stochastic=cosine_grid(2 * n) if n in stochastic else None,
+                encoder=f"encoder-{n}.onnx" if n in encoders else None,
+            )
+            for n in steps
+        ),
         guidance=GuidanceRange(minimum=0, maximum=7, default=2),
         condition=(context,) if prompted else (label,),
         text=text if prompted else None,
@@ -212,22 +228,41 @@ def _coder_specs(description: Description) -> tuple[tuple[TensorSpec, ...], tupl
 def save_step_graph(path: Path, description: Description, salt: int = 0) -> Path:
     """A step graph with the predictor x = clip(sigma (1 + w) x_cond + alpha z), then DDIM, then keep."""
     g = GraphBuilder()
-    column = g.constant([-1, 1, 1, 1], np.int64)
-    row = {
-        name: g.op("Reshape", name, column)
-        for name in ("alpha", "sigma", "alpha_next", "sigma_next", "guidance", "time")
-    }
-    one = g.constant(1)
-    x_cond = _conditional_x(g, description, salt)
-    guided = g.op("Mul", g.op("Add", row["guidance"], one), x_cond)
+    row = _per_row(g)
+    guided = _guided_x(g, row, description, salt)
     raw = g.op("Add", g.op("Mul", row["sigma"], guided), g.op("Mul", row["alpha"], "z"))
     # The time enters with a small weight, so that no input of the graph is unused.
     raw = g.op("Add", raw, g.op("Mul", row["time"], g.constant(0.01)))
     x = g.op("Clip", raw, g.constant(-1), g.constant(1))
     eps = g.op("Div", g.op("Sub", "z", g.op("Mul", row["alpha"], x)), row["sigma"])
+    return _save_step(g, path, row, x, eps, description)
+
+
+def save_encoder_graph(path: Path, description: Description, salt: int = 0) -> Path:
+    """A step graph with the predictor v = x_cond (1 + w), which is defined where there is no noise, then DDIM."""
+    g = GraphBuilder()
+    row = _per_row(g)
+    guided = _guided_x(g, row, description, salt)
+    v = g.op("Add", guided, g.op("Mul", row["time"], g.constant(0.01)))
+    x = g.op("Sub", g.op("Mul", row["alpha"], "z"), g.op("Mul", row["sigma"], v))
+    eps = g.op("Add", g.op("Mul", row["sigma"], "z"), g.op("Mul", row["alpha"], v))
+    return _save_step(g, path, row, x, eps, description)
+
+
+def _per_row(g: GraphBuilder) -> dict[str, str]:
+    column = g.constant([-1, 1, 1, 1], np.int64)
+    names = ("alpha", "sigma", "alpha_next", "sigma_next", "guidance", "time")
+    return {name: g.op("Reshape", name, column) for name in names}
+
+
+def _guided_x(g: GraphBuilder, row: dict[str, str], description: Description, salt: int) -> str:
+    return g.op("Mul", g.op("Add", row["guidance"], g.constant(1)), _conditional_x(g, description, salt))
+
+
+def _save_step(g: GraphBuilder, path: Path, row: dict[str, str], x: str, eps: str, description: Description) -> Path:
     moved = g.op("Add", g.op("Mul", row["alpha_next"], x), g.op("Mul", row["sigma_next"], eps))
     kept = g.op("Add", g.op("Mul", row["alpha_next"], "known"), g.op("Mul", row["sigma_next"], "noise"))
-    g.op("Add", g.op("Mul", "keep", kept), g.op("Mul", g.op("Sub", one, "keep"), moved), out="z_next")
+    g.op("Add", g.op("Mul", "keep", kept), g.op("Mul", g.op("Sub", g.constant(1), "keep"), moved), out="z_next")
     return g.save(path, *step_specs(description))
 
 

@@ -18,7 +18,7 @@ from training.features import Pixels
 from training.guidance import Denoiser
 from training.pictures import to_uint8
 from training.run import Run, decode_all
-from training.sampler import sample_stochastic
+from training.sampler import fresh_from, sample_stochastic
 from training.solvers import SAMPLER_NAMES, SAMPLERS, Sampler, sample_with
 from training.store import Store
 
@@ -111,7 +111,7 @@ class ImageMaker:
         denoiser, schedule = self._denoiser(candidate), self.run.schedule
         with self.run.accelerator.autocast():
             if candidate.sampler == "stochastic":
-                added = generator_at(self.seed, rows.start, ADDED_NOISE_STREAM)
+                added = fresh_from(generator_at(self.seed, rows.start, ADDED_NOISE_STREAM))
                 z = sample_stochastic(denoiser, schedule.grid(candidate.steps), noise, condition, w_of_rows, added)
             else:
                 z = sample_with(candidate.sampler, denoiser, schedule, candidate.steps, noise, condition, w_of_rows)

@@ -33,7 +33,7 @@ from engines.bundle import (
 from training import networks
 from training.data.digits import SOURCE as DIGITS_SOURCE
 from training.diffusion import Schedule, diffuse
-from training.distill import student_stage
+from training.distill import encoder_stage, student_stage
 from training.draws import Draws
 from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
 from training.losses import Batch
@@ -94,6 +94,11 @@ def step_graph_name(steps: int) -> str:
     return f"step-{steps}.onnx"
 
 
+def encoder_graph_name(steps: int) -> str:
+    """The file of the encoder of so many steps."""
+    return f"encoder-{steps}.onnx"
+
+
 def _text_graph(run: Run) -> TextGraph | None:
     try:
         return None if run.prompts is None else run.prompts.text_graph()
@@ -110,9 +115,15 @@ def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Exam
         graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), "latent")))
         graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), "image")))
     for steps in run.recipe.export.steps:
-        graph = StepGraph(run.denoiser(student_stage(steps)).cpu(), tuple(_some_rows(run, 1, 0).condition))
-        graphs.append((step_graph_name(steps), graph, _step_example(run, graph, steps)))
+        graphs.append((step_graph_name(steps), *_step_graph(run, student_stage(steps), steps)))
+    for steps in run.recipe.exported_encoders:
+        graphs.append((encoder_graph_name(steps), *_step_graph(run, encoder_stage(steps), steps, encodes=True)))
     return graphs
+
+
+def _step_graph(run: Run, stage: str, steps: int, encodes: bool = False) -> tuple[StepGraph, Example]:
+    graph = StepGraph(run.denoiser(stage).cpu(), tuple(_some_rows(run, 1, 0).condition))
+    return graph, _step_example(run, graph, steps, encodes)
 
 
 class _Encoder(nn.Module):
@@ -164,14 +175,18 @@ def _some_rows(run: Run, batch: int, place: int) -> Batch:
     return run.data.batch(draws.integers(len(run.data)), draws, torch.device("cpu"))
 
 
-def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
-    """Rows as a service sends them: each at its own place on the grid, with its own w, condition and mask."""
+def _step_example(run: Run, graph: StepGraph, steps: int, encodes: bool) -> Example:
+    """Rows as a service sends them: each at its own place on the grid, with its own w, condition and mask.
+
+    An encoder goes from place to place the other way.
+    """
     grid = run.schedule.grid(steps)
 
     def make(batch: int) -> tuple[Tensor, ...]:
         draws = Draws(run.recipe.seed, batch, range(batch))
         rows = _some_rows(run, batch, batch)
         place = torch.arange(batch) % steps
+        place, place_next = (place + 1, place) if encodes else (place, place + 1)
         alpha, sigma = grid.alphas[place], grid.sigmas[place]
         noise = draws.normal(rows.x)
         shaped = (alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1))
@@ -181,8 +196,8 @@ def _step_example(run: Run, graph: StepGraph, steps: int) -> Example:
             "time": grid.times[place],
             "alpha": alpha,
             "sigma": sigma,
-            "alpha_next": grid.alphas[place + 1],
-            "sigma_next": grid.sigmas[place + 1],
+            "alpha_next": grid.alphas[place_next],
+            "sigma_next": grid.sigmas[place_next],
             "guidance": (low + (high - low) * draws.uniform()).float(),
             **rows.condition,
             "known": rows.x,
@@ -218,10 +233,7 @@ def describe(
         conditioning=recipe.conditioning,
         image_shape=(3, recipe.data.size, recipe.data.size),
         latent_shape=run.shape,
-        students=tuple(
-            Student(steps=steps, graph=step_graph_name(steps), grid=bundle_grid(run.schedule, steps))
-            for steps in sorted(recipe.export.steps)
-        ),
+        students=tuple(_student(run, steps) for steps in sorted(recipe.export.steps)),
         guidance=GuidanceRange(minimum=recipe.guidance[0], maximum=recipe.guidance[1], default=recipe.default_guidance),
         condition=condition,
         text=text and TextEncoder(graph=TEXT, tokenizer=TOKENIZER, max_tokens=text.max_tokens, pad_id=text.pad_id),
@@ -239,6 +251,18 @@ def describe(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             quality_table=table,
         ),
+    )
+
+
+def _student(run: Run, steps: int) -> Student:
+    """The manifest's entry of a student: a stochastic one knows the times of the deterministic sampler too."""
+    is_stochastic = any(round_.stochastic for round_ in run.recipe.stage2.rounds if round_.steps == steps)
+    return Student(
+        steps=steps,
+        graph=step_graph_name(steps),
+        grid=bundle_grid(run.schedule, steps),
+        stochastic=bundle_grid(run.schedule, 2 * steps) if is_stochastic else None,
+        encoder=encoder_graph_name(steps) if steps in run.recipe.exported_encoders else None,
     )
 
 

@@ -285,6 +285,12 @@ class Recipe(Section):
             side //= halvings
         return self
 
+    @property
+    def exported_encoders(self) -> tuple[int, ...]:
+        """The steps of the encoders that go into the bundle: each goes with the student of as many steps."""
+        trained = () if self.encoder is None else self.encoder.rounds
+        return tuple(round_.steps for round_ in trained if round_.steps in self.export.steps)
+
     @model_validator(mode="after")
     def exported_students_are_trained(self) -> Self:
         """Only students that stage 2 makes can be exported."""

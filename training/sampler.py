@@ -5,8 +5,9 @@ A `denoiser` is a guided teacher, which calls its network twice a step, or a stu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Generator, Tensor
@@ -57,24 +58,41 @@ def noised(grid: Grid, x: Tensor, noise: Tensor, start: int) -> Tensor:
     return diffuse(x, noise, alphas[start], sigmas[start])
 
 
+Fresh: TypeAlias = Callable[[Tensor], Tensor]
+"""Gives noise of the shape of what it is given, other noise at each call."""
+
+
+def fresh_from(generator: Generator) -> Fresh:
+    """Noise drawn from a generator."""
+    return lambda z: torch.randn(z.shape, generator=generator, device=generator.device).to(z)
+
+
 @torch.inference_mode()
 def sample_stochastic(
-    denoiser: Denoiser, grid: Grid, noise: Tensor, condition: Condition, w: Tensor, generator: Generator
+    denoiser: Denoiser,
+    grid: Grid,
+    z: Tensor,
+    condition: Condition,
+    w: Tensor,
+    fresh: Fresh,
+    *,
+    start: int = 0,
+    kept: Kept | None = None,
 ) -> Tensor:
-    """Clean data (B, *) from noise (B, *) in the N steps of the grid, noise added in between.
+    """Clean data (B, *) from z (B, *) at place `start` of the grid, as `sample`, but with noise added in between.
 
     Each step but the last goes two places on and adds noise to go one back (Meng et al. 2023, section 3.3): the
     student for it is that of N / 2 steps, trained as `stochastic`.
     """
-    times, alphas, sigmas = _on_device(grid, noise)
-    z = noise
-    for k in range(grid.steps):
+    times, alphas, sigmas = _on_device(grid, z)
+    for k in range(start, grid.steps):
         v = denoiser(z, times[k].expand(len(z)), condition, w)
         reached = min(k + 2, grid.steps)
         z = ddim_step(z, v, alphas[k], sigmas[k], alphas[reached], sigmas[reached])
+        if kept is not None:
+            z = blend_known(z, kept.known, kept.keep, kept.noise, alphas[reached], sigmas[reached])
         if k + 1 < grid.steps:
-            fresh = torch.randn(z.shape, generator=generator, device=generator.device).to(z)
-            z = renoise(z, fresh, alphas[reached], sigmas[reached], alphas[k + 1], sigmas[k + 1])
+            z = renoise(z, fresh(z), alphas[reached], sigmas[reached], alphas[k + 1], sigmas[k + 1])
     return z
 
 

@@ -70,8 +70,11 @@ def _step(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
     """A predictor of x with guidance, then the step that every step graph takes."""
     alpha, sigma, w = (_per_row(inputs[name]) for name in ("alpha", "sigma", "guidance"))
     guided = (1 + w) * _conditional_x(inputs, shape)
-    x = np.clip(sigma * guided + alpha * inputs["z"], -1, 1)
-    return step(x, inputs)
+    z, noisy = inputs["z"], sigma > 0
+    x = np.where(noisy, np.clip(sigma * guided + alpha * z, -1, 1), z)
+    # Clean data, where encoding begins, tell nothing of their noise.
+    eps = np.where(noisy, (z - alpha * x) / np.maximum(sigma, np.float32(1e-6)), guided)
+    return step(x, eps, inputs)
 
 
 def _conditional_x(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -86,15 +89,12 @@ def _conditional_x(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> NDArr
     return 0.5 * coarse[:, :, rows][:, :, :, columns]
 
 
-def step(x: Array, inputs: Mapping[str, Array]) -> Array:
-    """The semantics of a step graph, given the predicted x: DDIM (eta = 0), then the kept cells put back.
+def step(x: Array, eps: Array, inputs: Mapping[str, Array]) -> Array:
+    """The semantics of a step graph, given the predicted x and eps: DDIM (eta = 0), then the kept cells put back.
 
-    eps = (z - alpha x) / sigma; z' = alpha_next x + sigma_next eps;
-    z_next = keep (alpha_next known + sigma_next noise) + (1 - keep) z'.
+    z' = alpha_next x + sigma_next eps; z_next = keep (alpha_next known + sigma_next noise) + (1 - keep) z'.
     """
-    alpha, sigma = _per_row(inputs["alpha"]), _per_row(inputs["sigma"])
     alpha_next, sigma_next = _per_row(inputs["alpha_next"]), _per_row(inputs["sigma_next"])
-    eps = (inputs["z"] - alpha * x) / np.maximum(sigma, np.float32(1e-6))
     moved = alpha_next * x + sigma_next * eps
     kept = alpha_next * inputs["known"] + sigma_next * inputs["noise"]
     return np.asarray(inputs["keep"] * kept + (1 - inputs["keep"]) * moved)

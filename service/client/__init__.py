@@ -7,11 +7,18 @@
 It needs httpx: ``pip install 'fewstep[client]'``.
 """
 
-from service.client.answers import Images, MadeImage
+from service.client.answers import Images, Job, MadeImage
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
 from service.client.calls import EditOptions, GenerateOptions, InpaintOptions, Picture
-from service.client.errors import AnswerUnreadable, ClientError, ServiceError, TimeLimitPassed, Unreachable
+from service.client.errors import (
+    AnswerUnreadable,
+    ClientError,
+    JobFailed,
+    ServiceError,
+    TimeLimitPassed,
+    Unreachable,
+)
 from service.client.tries import Retries
 
 __all__ = [
@@ -23,6 +30,8 @@ __all__ = [
     "GenerateOptions",
     "Images",
     "InpaintOptions",
+    "Job",
+    "JobFailed",
     "MadeImage",
     "Picture",
     "Retries",

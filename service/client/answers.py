@@ -17,8 +17,9 @@ import httpx
 import PIL.Image
 from pydantic import BaseModel, ValidationError
 
-from service.client.errors import AnswerUnreadable, ServiceError
-from service.schemas import ImagesResponse, TimingsMs
+from service.client.errors import AnswerUnreadable, JobFailed, ServiceError
+from service.queue.base import JobState
+from service.schemas import ErrorBody, ImagesResponse, JobResponse, TimingsMs
 
 Result = TypeVar("Result")
 Model = TypeVar("Model", bound=BaseModel)
@@ -67,16 +68,73 @@ class Images:
     request_id: str | None
 
 
+@dataclass(frozen=True)
+class Job:
+    """How far a job is: ``done`` of ``total`` steps have run, and ``position`` jobs are before it, where that is known.
+
+    It has ``images`` when it is done, and an ``error`` when it failed or was cancelled.
+    """
+
+    id: str
+    status: JobState
+    model: str
+    revision: str
+    done: int
+    total: int
+    position: int | None
+    images: Images | None
+    error: JobFailed | None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.images is not None or self.error is not None
+
+    @property
+    def result(self) -> Images:
+        """Its images. Raises its error, and ValueError for a job that is not over."""
+        if self.error is not None:
+            raise self.error
+        if self.images is None:
+            raise ValueError(f"job {self.id} is not over: it is {self.status}")
+        return self.images
+
+
 def read_images(answer: Answer) -> Images:
     """The images of an answer. Raises ServiceError and AnswerUnreadable."""
-    found = read_model(ImagesResponse)(answer)
+    return _images(read_model(ImagesResponse)(answer), answer.headers.get("x-request-id"))
+
+
+def read_job(answer: Answer) -> Job:
+    """How far the job of an answer is. Raises ServiceError and AnswerUnreadable."""
+    found = read_model(JobResponse)(answer)
+    return Job(
+        id=found.id,
+        status=found.status,
+        model=found.model,
+        revision=found.revision,
+        done=found.progress.done,
+        total=found.progress.total,
+        position=found.position,
+        images=None if found.result is None else _images(found.result, answer.headers.get("x-request-id")),
+        error=None if found.error is None else _job_failed(found.error),
+    )
+
+
+def _images(found: ImagesResponse, request_id: str | None) -> Images:
     return Images(
         images=tuple(MadeImage(_from_base64(image.b64_json), image.seed) for image in found.images),
         model=found.model,
         revision=found.revision,
         timings=found.timings,
         id=found.id,
-        request_id=answer.headers.get("x-request-id"),
+        request_id=request_id,
+    )
+
+
+def _job_failed(error: ErrorBody) -> JobFailed:
+    return JobFailed(
+        error.code, error.message, param=error.param, request_id=error.request_id, retryable=error.retryable
     )
 
 
@@ -84,7 +142,7 @@ def read_model(model: type[Model]) -> Callable[[Answer], Model]:
     """What reads an answer as ``model``. It raises ServiceError and AnswerUnreadable."""
 
     def read(answer: Answer) -> Model:
-        if answer.status != 200:
+        if answer.status not in (200, 202):
             raise _refusal(answer)
         try:
             return model.model_validate_json(answer.body, extra="ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -9,16 +10,19 @@ import anyio
 import httpx
 
 from service.client import calls
-from service.client.answers import Answer, Images, Result
+from service.client.answers import Answer, Images, Job, Result
 from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions, Picture
-from service.client.connection import DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
+from service.client.connection import DEFAULT_POLL_S, DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
 from service.client.errors import ClientError, TimeLimitPassed, as_client_errors
 from service.client.tries import Retries, Tries
 from service.schemas import Capabilities, Model, ModelList
 
 
 class AsyncClient:
-    """`Client`, awaited. A call that is cancelled closes its connection, and the service then drops its work."""
+    """`Client`, awaited. A call that is cancelled closes its connection.
+
+    The service then drops its work where ``retries`` allows one try only; else its images are made for who comes back.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,43 @@ class AsyncClient:
     ) -> Images:
         """Make anew what the mask marks; ``mask_mode`` says how, white pixels by default."""
         return await self._send(await anyio.to_thread.run_sync(calls.inpaint, image, mask, prompt, options))
+
+    async def submit_generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Job:
+        """`generate` as a job, which goes on by itself: see `wait`, `job` and `cancel`."""
+        return await self._send(calls.submitted(calls.generate(prompt, options)))
+
+    async def submit_edit(self, image: Picture, prompt: str | None = None, **options: Unpack[EditOptions]) -> Job:
+        """`edit` as a job."""
+        return await self._send(calls.submitted(await anyio.to_thread.run_sync(calls.edit, image, prompt, options)))
+
+    async def submit_inpaint(
+        self, image: Picture, mask: Picture, prompt: str | None = None, **options: Unpack[InpaintOptions]
+    ) -> Job:
+        """`inpaint` as a job."""
+        return await self._send(
+            calls.submitted(await anyio.to_thread.run_sync(calls.inpaint, image, mask, prompt, options))
+        )
+
+    async def job(self, job_id: str) -> Job:
+        """How far a job is."""
+        return await self._send(calls.job(job_id))
+
+    async def wait(
+        self, job_id: str, *, every_s: float = DEFAULT_POLL_S, progress: Callable[[Job], object] | None = None
+    ) -> Images:
+        """The images of a job, which is asked after until it is over; ``progress`` is told of every answer before.
+
+        It takes as long as the job, which ends at its own time limit. Raises JobFailed for a job without images.
+        """
+        while not (job := await self.job(job_id)).over:
+            if progress is not None:
+                progress(job)
+            await anyio.sleep(every_s)
+        return job.result
+
+    async def cancel(self, job_id: str) -> Job:
+        """Give a job up; answers with what became of it."""
+        return await self._send(calls.cancel(job_id))
 
     async def models(self) -> ModelList:
         """The bundles there are."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self, Unpack
 
 import httpx
 
 from service.client import calls
-from service.client.answers import Answer, Images, Result
+from service.client.answers import Answer, Images, Job, Result
 from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions, Picture
-from service.client.connection import DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
+from service.client.connection import DEFAULT_POLL_S, DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
 from service.client.errors import ClientError, as_client_errors
 from service.client.tries import Retries, Tries
 from service.schemas import Capabilities, Model, ModelList
@@ -21,7 +22,8 @@ class Client:
     """Calls of a service at ``url``. Safe to share between threads; close it, or use it in a ``with``.
 
     ``timeout_s`` bounds a call with all its tries and waits, and ``api_key`` is sent as a Bearer token. ``http`` is a
-    client of your own to send with, for certificates or proxies; it stays open. Every call raises ClientError: a
+    client of your own to send with, for certificates or proxies; it stays open. The tries of a call share an
+    Idempotency-Key, so that no image is made twice. Every call raises ClientError: a
     ServiceError for what the service refused, else Unreachable, TimeLimitPassed or AnswerUnreadable.
     """
 
@@ -66,6 +68,41 @@ class Client:
     ) -> Images:
         """Make anew what the mask marks; ``mask_mode`` says how, white pixels by default."""
         return self._send(calls.inpaint(image, mask, prompt, options))
+
+    def submit_generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Job:
+        """`generate` as a job, which goes on by itself: see `wait`, `job` and `cancel`."""
+        return self._send(calls.submitted(calls.generate(prompt, options)))
+
+    def submit_edit(self, image: Picture, prompt: str | None = None, **options: Unpack[EditOptions]) -> Job:
+        """`edit` as a job."""
+        return self._send(calls.submitted(calls.edit(image, prompt, options)))
+
+    def submit_inpaint(
+        self, image: Picture, mask: Picture, prompt: str | None = None, **options: Unpack[InpaintOptions]
+    ) -> Job:
+        """`inpaint` as a job."""
+        return self._send(calls.submitted(calls.inpaint(image, mask, prompt, options)))
+
+    def job(self, job_id: str) -> Job:
+        """How far a job is."""
+        return self._send(calls.job(job_id))
+
+    def wait(
+        self, job_id: str, *, every_s: float = DEFAULT_POLL_S, progress: Callable[[Job], object] | None = None
+    ) -> Images:
+        """The images of a job, which is asked after until it is over; ``progress`` is told of every answer before.
+
+        It takes as long as the job, which ends at its own time limit. Raises JobFailed for a job without images.
+        """
+        while not (job := self.job(job_id)).over:
+            if progress is not None:
+                progress(job)
+            time.sleep(every_s)
+        return job.result
+
+    def cancel(self, job_id: str) -> Job:
+        """Give a job up; answers with what became of it."""
+        return self._send(calls.cancel(job_id))
 
     def models(self) -> ModelList:
         """The bundles there are."""

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from urllib.parse import quote, urlencode
 import PIL.Image
 
 from engines.images import ImageFormat, MaskMode
+from engines.manifest import Sampler
 from engines.provenance import Metadata
-from service.client.answers import Answer, Images, MadeImage, Result, read_images, read_model
-from service.schemas import Capabilities, Model, ModelList, PriorityName
+from service.client.answers import Answer, Images, Job, MadeImage, Result, read_images, read_job, read_model
+from service.schemas import Capabilities, EditMethod, Model, ModelList, PriorityName
 
 Picture = PIL.Image.Image | MadeImage | bytes | str | os.PathLike[str]
 """An image or a mask: decoded, as it came from this client, the bytes of a file, or the path of one."""
@@ -35,6 +37,7 @@ class GenerateOptions(TypedDict, total=False):
     height: int
     steps: int
     guidance_scale: float
+    sampler: Sampler
     seed: int
     n: int
     output_format: ImageFormat
@@ -44,14 +47,22 @@ class GenerateOptions(TypedDict, total=False):
     timeout_ms: int
 
 
-class EditOptions(GenerateOptions, total=False):
-    """The options of `edit`."""
+class ImageOptions(GenerateOptions, total=False):
+    """The options that `edit` and `inpaint` share."""
 
     strength: float
     reuse: bool
 
 
-class InpaintOptions(EditOptions, total=False):
+class EditOptions(ImageOptions, total=False):
+    """The options of `edit`."""
+
+    method: EditMethod
+    source_prompt: str
+    source_class: str
+
+
+class InpaintOptions(ImageOptions, total=False):
     """The options of `inpaint`."""
 
     mask_mode: MaskMode
@@ -61,12 +72,17 @@ class InpaintOptions(EditOptions, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[Result]):
-    """One request, and what reads its answer. It may be sent again: what it does twice is as when done once."""
+    """One request, and what reads its answer. It may be sent again: what it does twice is as when done once.
+
+    Where it would not be so by itself, all its tries share an idempotency ``key``.
+    """
 
     method: str
     path: str
     read: Callable[[Answer], Result]
     content: bytes | None = None
+    key: str | None = None
+    respond_async: bool = False
 
 
 def generate(prompt: str | None, options: Mapping[str, Any]) -> Call[Images]:
@@ -82,6 +98,21 @@ def edit(image: Picture, prompt: str | None, options: Mapping[str, Any]) -> Call
 def inpaint(image: Picture, mask: Picture, prompt: str | None, options: Mapping[str, Any]) -> Call[Images]:
     """POST /inpaint."""
     return _images("/inpaint", options, prompt=prompt, image=_base64(image), mask=_base64(mask))
+
+
+def submitted(call: Call[Images]) -> Call[Job]:
+    """The same call, answered by a job at once."""
+    return Call(call.method, call.path, read_job, call.content, call.key, respond_async=True)
+
+
+def job(job_id: str) -> Call[Job]:
+    """GET /jobs/{job_id}."""
+    return Call("GET", f"/jobs/{quote(job_id, safe='')}", read_job)
+
+
+def cancel(job_id: str) -> Call[Job]:
+    """DELETE /jobs/{job_id}."""
+    return Call("DELETE", f"/jobs/{quote(job_id, safe='')}", read_job)
 
 
 def models() -> Call[ModelList]:
@@ -108,7 +139,7 @@ def capabilities(model: str | None) -> Call[Capabilities]:
 def _images(path: str, options: Mapping[str, Any], **fields: Any) -> Call[Images]:
     renamed = {("class" if name == "class_name" else name): value for name, value in options.items()}
     given = {name: value for name, value in (fields | renamed).items() if value is not None}
-    return Call("POST", path, read_images, json.dumps(given, allow_nan=False).encode())
+    return Call("POST", path, read_images, json.dumps(given, allow_nan=False).encode(), key=uuid.uuid4().hex)
 
 
 def _base64(picture: Picture) -> str:

@@ -12,6 +12,7 @@ from service.client.tries import Retries, Tries
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_POLL_S = 0.5
 
 # So that an address where nobody answers leaves time for another try.
 _CONNECT_TIMEOUT_S = 5.0
@@ -41,6 +42,11 @@ class Connection:
         headers = {"Accept": "application/json"}
         if call.content is not None:
             headers["Content-Type"] = "application/json"
+        if call.respond_async:
+            headers["Prefer"] = "respond-async"
+        # The service finishes what has a key though its client is gone: without retries nobody would ask for it.
+        if call.key is not None and self.retries.tries > 1:
+            headers["Idempotency-Key"] = call.key
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return http.build_request(

@@ -46,6 +46,18 @@ class ServiceError(ClientError):
         self.retry_after_s = retry_after_s
 
 
+class JobFailed(ClientError):
+    """A job ended without images: it failed, or was cancelled. ``retryable``: submitted again, it may succeed."""
+
+    def __init__(self, code: str, message: str, *, param: str | None, request_id: str | None, retryable: bool) -> None:
+        super().__init__(f"{message} ({code}, request {request_id})")
+        self.code = code
+        self.message = message
+        self.param = param
+        self.request_id = request_id
+        self.retryable = retryable
+
+
 class Unreachable(ClientError):
     """The connection could not be made, or broke before the whole answer was there."""
 

@@ -97,18 +97,17 @@ async function takeImage(blob, name) {
 
 /** The request as the API takes it, or null after saying what is missing. */
 function request(task) {
-  const body = { model: models.chosen, ...subject.body, ...settings.body };
+  const body = { model: models.chosen, ...subject.body };
   if (byId("with-prompt").checked) body.metadata = "full";
   if (task !== "generate" && source.isEmpty) return missing("Choose an image first.", "image");
   if (task === "inpaint" && painter.isEmpty) return missing("Paint over what should change first.", "mask");
-  if (task !== "generate") Object.assign(body, { image: source.toBase64(), strength: settings.strength });
+  if (task !== "generate") body.image = source.toBase64();
   if (task === "inpaint") Object.assign(body, { mask: painter.toBase64(), mask_mode: "white" });
   try {
-    body.seed = settings.takeSeed();
+    return Object.assign(body, settings.takeBody());
   } catch (error) {
     return missing(error.message, "seed");
   }
-  return body;
 }
 
 /** Takes over what an image was made with, `said` in the API's words; says what could not be taken. */

@@ -32,7 +32,8 @@ export function fileName(entry) {
 
 // A here-document needs no quoting, whatever is in the prompt.
 function commandOf(entry) {
-  const body = JSON.stringify({ ...entry.body, n: 1, seed: entry.seed });
+  const one = entry.body.seed === undefined ? {} : { n: 1, seed: entry.seed }; // what was encoded has no seed
+  const body = JSON.stringify({ ...entry.body, ...one });
   // The key itself is left out: what is copied is soon pasted where others read.
   const key = hasKey() ? ' -H "Authorization: Bearer $FEWSTEP_KEY"' : "";
   const types = `-H 'Content-Type: application/json' -H 'Accept: image/png'${key}`;

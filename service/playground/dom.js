@@ -19,6 +19,22 @@ export function choose(name, value) {
   document.querySelector(`input[name="${name}"][value="${value}"]`).checked = true;
 }
 
+/** Radio buttons of values, by their titles if they have any; what was chosen before stays, if it is still there. */
+export function offer(name, values, initial, titles = {}) {
+  const before = chosen(name);
+  byId(`${name}-choices`).replaceChildren(
+    ...values.map((value) =>
+      element(
+        "label",
+        {},
+        element("input", { type: "radio", name, value }),
+        element("span", { textContent: titles[value] ?? value }),
+      ),
+    ),
+  );
+  choose(name, values.some((value) => String(value) === before) ? before : initial);
+}
+
 let announcing;
 
 /** Says `text` to screen readers, once things have been still for `delayMs`. */

@@ -16,7 +16,9 @@ export function showFacts(entry, keep) {
   button.addEventListener("click", keep);
   const rows = [
     [entry.subject, [entry.label]],
-    ["Seed", [String(entry.seed), " ", button]],
+    ...(entry.body.seed === undefined ? [] : [["Seed", [String(entry.seed), " ", button]]]),
+    ...(entry.body.method === undefined ? [] : [["Method", [entry.body.method]]]),
+    ...(entry.body.sampler === undefined ? [] : [["Sampler", [entry.body.sampler]]]),
     ["Steps", [String(entry.body.steps)]],
     ["Guidance", [String(entry.body.guidance_scale)]],
     ...(entry.body.strength === undefined ? [] : [["Strength", [String(Number(entry.body.strength.toFixed(4)))]]]),

@@ -14,7 +14,9 @@ export async function settingsOf(blob) {
   }
 }
 
-function checked({ model, revision, task = null, steps, guidance_scale, seed, strength = null, prompt = null }) {
+function checked(said) {
+  const { model, revision, task = null, steps, guidance_scale, seed, strength = null, prompt = null } = said;
+  const { sampler = null, method = null, source_prompt = null } = said;
   const good =
     typeof model === "string" &&
     Number.isInteger(steps) &&
@@ -23,8 +25,9 @@ function checked({ model, revision, task = null, steps, guidance_scale, seed, st
     seed >= 0 &&
     (task === null || TASKS.includes(task)) &&
     (strength === null || Number.isFinite(strength)) &&
-    (prompt === null || typeof prompt === "string");
-  return good ? { model, revision, task, steps, guidance_scale, seed, strength, prompt } : null;
+    [prompt, sampler, method, source_prompt].every((text) => text === null || typeof text === "string");
+  const settings = { model, revision, task, steps, guidance_scale, seed, strength, prompt };
+  return good ? { ...settings, sampler, method, source_prompt } : null;
 }
 
 function isPng(bytes) {

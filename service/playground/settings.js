@@ -1,12 +1,16 @@
-// The numbers of a request: steps, guidance scale, strength and seed.
+// The settings of a request: how it is made, in how many steps, its guidance scale, strength and seed.
 
 import { clearError } from "./errors.js";
-import { byId, choose, chosen, element } from "./dom.js";
+import { byId, choose, chosen, offer } from "./dom.js";
+import { Ways } from "./ways.js";
 
 const SEEDS = 2 ** 32;
 const COUNTS = [1, 2, 4, 8];
 
 export class Settings {
+  #ways = new Ways();
+  #defaultSteps = 1;
+  #maxImages = 1;
   #strengths = {};
   #defaultStrength = {};
   #kept = { edit: null, inpaint: null };
@@ -25,13 +29,14 @@ export class Settings {
       if (number.value === "") this.#setGuidance(shortened(slider.value));
     });
     byId("strength").addEventListener("input", () => {
-      this.#kept[this.#task] = this.strength;
+      this.#kept[this.#task] = this.#strength;
       this.#describeStrength();
     });
     byId("steps").addEventListener("change", () => {
       clearError("steps");
       this.#offerStrengths();
     });
+    this.#ways.addEventListener("change", () => this.#arrange());
     byId("seed").addEventListener("input", () => {
       this.#seedIsUsed = false;
       this.#lock(byId("seed").value.trim() !== "");
@@ -48,10 +53,9 @@ export class Settings {
   configure(capabilities) {
     this.#strengths = capabilities.strengths;
     this.#defaultStrength = capabilities.default_strength;
-    offer("steps", capabilities.students, capabilities.default_steps);
-    const counts = COUNTS.filter((count) => count <= capabilities.limits.max_images);
-    offer("count", counts, 1);
-    byId("count").hidden = counts.length < 2;
+    this.#defaultSteps = capabilities.default_steps;
+    this.#maxImages = capabilities.limits.max_images;
+    this.#ways.configure(capabilities);
     const { minimum, maximum, default: initial } = capabilities.guidance_scale;
     Object.assign(byId("guidance"), { min: minimum, max: maximum, step: sliderStep(maximum - minimum) });
     Object.assign(byId("guidance-value"), { min: minimum, max: maximum });
@@ -59,19 +63,35 @@ export class Settings {
     byId("steps").hidden = byId("field-guidance").hidden = false;
     const shown = byId("guidance-value").value;
     if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(shortened(initial));
-    this.#offerStrengths();
+    this.#arrange();
   }
 
   /** Strength counts for edit and inpaint only; each keeps its own choice. */
   setTask(task) {
     this.#task = task;
-    byId("field-strength").hidden = task === "generate";
+    this.#ways.setTask(task);
+    this.#arrange();
+  }
+
+  /** Offers what the chosen way has. What is encoded draws no noise, so it has no strength, no seed and one image. */
+  #arrange() {
+    const steps = this.#ways.steps;
+    if (steps.length === 0) return; // before the service told what it can do
+    offer("steps", steps, steps.includes(this.#defaultSteps) ? this.#defaultSteps : steps.at(-1));
+    const counts = COUNTS.filter((count) => count <= this.#maxImages);
+    offer("count", counts, 1);
+    byId("count").hidden = this.#ways.encodes || counts.length < 2;
+    byId("field-seed").hidden = this.#ways.encodes;
+    byId("field-strength").hidden = this.#ways.encodes || this.#task === "generate";
     this.#offerStrengths();
   }
 
-  /** As fields of the request, but for the strength and the seed. */
-  get body() {
-    return { n: Number(chosen("count")), steps: this.#steps, guidance_scale: this.#guidanceScale };
+  /** As fields of the request; a seed is taken. Throws RangeError for one that is none. */
+  takeBody() {
+    const body = { steps: this.#steps, guidance_scale: this.#guidanceScale, ...this.#ways.body };
+    if (this.#ways.encodes) return body;
+    if (this.#task !== "generate") body.strength = this.#strength;
+    return { ...body, n: Number(chosen("count")), seed: this.#takeSeed() };
   }
 
   get #steps() {
@@ -82,12 +102,12 @@ export class Settings {
     return Number(byId("guidance-value").value || byId("guidance").value);
   }
 
-  get strength() {
+  get #strength() {
     return this.#choices()[Number(byId("strength").value) - 1];
   }
 
   /** The seed of the next request: the one shown if it is locked or was never used, else a new one. */
-  takeSeed() {
+  #takeSeed() {
     if (byId("seed").value.trim() === "" || (this.#seedIsUsed && !this.#locked)) this.#roll();
     const text = byId("seed").value.trim();
     if (!/^\d+$/.test(text) || !Number.isSafeInteger(Number(text))) {
@@ -98,10 +118,12 @@ export class Settings {
   }
 
   /** Takes over how an image was made, for one image; gives what this model cannot do of it, in words. */
-  use({ steps, guidance_scale: guidance, seed, strength }, task) {
-    const missed = [];
+  use(said, task) {
+    const { steps, guidance_scale: guidance, seed, strength } = said;
+    const missed = this.#ways.use(said);
+    this.#arrange();
     choose("count", 1);
-    if (this.#strengths[steps]) choose("steps", steps);
+    if (this.#ways.steps.includes(steps)) choose("steps", steps);
     else missed.push(`${steps} steps`);
     const { min, max } = byId("guidance-value");
     if (guidance >= min && guidance <= max) this.#setGuidance(guidance);
@@ -164,7 +186,7 @@ export class Settings {
   #describeStrength() {
     const count = this.#choices().length;
     const kept = Number(byId("strength").value);
-    const value = Number(this.strength.toFixed(4));
+    const value = Number(this.#strength.toFixed(4));
     byId("strength-value").textContent = value;
     byId("strength").setAttribute("aria-valuetext", `${value}, ${kept} of ${count} steps run`);
     byId("strength-note").textContent = strengthNote(this.#task, kept, count);
@@ -176,22 +198,6 @@ export class Settings {
     const span = slider.max - slider.min;
     slider.style.setProperty("--filled", `${span > 0 ? (100 * (slider.value - slider.min)) / span : 100}%`);
   }
-}
-
-/** Radio buttons of numbers; what was chosen before stays, if it is still there. */
-function offer(name, numbers, initial) {
-  const before = chosen(name);
-  byId(`${name}-choices`).replaceChildren(
-    ...numbers.map((number) =>
-      element(
-        "label",
-        {},
-        element("input", { type: "radio", name, value: number }),
-        element("span", { textContent: number }),
-      ),
-    ),
-  );
-  choose(name, numbers.some((number) => String(number) === before) ? before : initial);
 }
 
 function shortened(value) {

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.pipeline import Edit, Generate, Inpaint, Task
+from engines.pipeline import Edit, Generate, Inpaint, Task, Transfer
 from service.jobs import Failed, Finished, Job, Outcome, Output, Priority, Timings
 
 VERSION = 1
 
-_KINDS: dict[str, type[Task]] = {"generate": Generate, "edit": Edit, "inpaint": Inpaint}
+_KINDS: dict[str, type[Task]] = {"generate": Generate, "edit": Edit, "inpaint": Inpaint, "transfer": Transfer}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _ARRAYS = frozenset({"image", "repaint", "blend"})
 _SIZE_BYTES = 4

@@ -19,7 +19,7 @@ from service.negotiation import choose
 from service.queue.base import Keep, Status
 from service.routes.openapi import documented
 from service.runtime import Service
-from service.schemas import EditRequest, GenerateRequest, InpaintRequest
+from service.schemas import EditRequest, GenerateRequest, ImageRequest, InpaintRequest
 
 router = APIRouter(tags=["images"])
 
@@ -105,7 +105,7 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
             request_id=request.state.request_id,
             began=began,
         )
-        job = await service.decoded(make, deadline, gone) if isinstance(body, EditRequest) else make()
+        job = await service.decoded(make, deadline, gone) if isinstance(body, ImageRequest) else make()
         ticket = Ticket.of(job, pipeline.manifest)
         if not body.asynchronous and key is None:
             finished = await service.complete(job, gone)

@@ -16,6 +16,7 @@ from engines.commands import generate, inspect
 from engines.images import decode_image
 from engines.pipeline import Generate, Pipeline
 from engines.provenance import describe_image
+from tests.bundles import make_tiny_bundle
 
 
 def call(command: object, *arguments: object) -> Result:
@@ -33,6 +34,19 @@ def test_generate_writes_the_image_that_the_pipeline_makes(text_bundle: Bundle, 
     np.testing.assert_array_equal(decode_image(out.read_bytes()), expected)
     written = json.loads(Image.open(out).text["fewstep"])  # type: ignore[attr-defined]
     assert written == json.loads(describe_image(Generate("a red cat", 2, 2.0, 11), text_bundle.manifest)["fewstep"])
+
+
+def test_generate_takes_the_sampler_and_inspect_tells_of_it(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path, stochastic=(2,), encoders=(4,))
+    out = tmp_path / "cat.png"
+    result = call(generate, bundle.path, "a cat", "--sampler", "stochastic", "--seed", 11, "--out", out, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    with Pipeline.open(bundle.path, threads=1) as pipeline:
+        (expected,) = pipeline.run([Generate("a cat", 4, 2.0, 11, sampler="stochastic")])
+    np.testing.assert_array_equal(decode_image(out.read_bytes()), expected)
+    shown = call(inspect, bundle.path).output
+    assert "for the stochastic sampler in 4 steps too" in shown
+    assert "with an encoder: encoder-4.onnx" in shown
 
 
 def test_generate_numbers_several_images_and_their_seeds(text_bundle: Bundle, tmp_path: Path) -> None:
@@ -56,6 +70,7 @@ def test_generate_without_a_seed_says_which_it_took(text_bundle: Bundle, tmp_pat
     ("arguments", "named"),
     [
         (("--steps", 3), "--steps"),
+        (("--sampler", "stochastic"), "--sampler"),
         (("--guidance-scale", 99), "--guidance-scale"),
         (("--guidance-scale", "nan"), "--guidance-scale"),
         (("--seed", -1), "--seed"),

@@ -16,7 +16,7 @@ from engines.backends.base import Array, Engine, EngineError, EngineOptions, Gra
 from engines.backends.fake import step
 from engines.backends.standin import StandIn
 from engines.bundle import Bundle, load_bundle
-from engines.pipeline import initial_noise
+from engines.pipeline import noise_of
 
 # What float32 may lose on each: between a row alone and the same row in a batch, or one equation and its graph.
 TOLERANCE = {
@@ -171,10 +171,11 @@ def test_guidance_and_condition_matter(engine: Engine, bundle: Bundle) -> None:
 def test_reference_step_keeps_the_whole_image() -> None:
     shape = (1, 3, 4, 4)
     scalars = {name: np.array([0.5], np.float32) for name in ("alpha", "sigma", "alpha_next", "sigma_next")}
-    known, noise = (initial_noise(seed, shape) for seed in (1, 2))
+    known, noise = (noise_of(seed, shape) for seed in (1, 2))
     keep = np.ones((1, 1, 4, 4), np.float32)
-    inputs: dict[str, Array] = {"z": initial_noise(0, shape), "known": known, "noise": noise, "keep": keep, **scalars}
-    np.testing.assert_allclose(step(np.zeros(shape), inputs), 0.5 * known + 0.5 * noise)
+    inputs: dict[str, Array] = {"z": noise_of(0, shape), "known": known, "noise": noise, "keep": keep, **scalars}
+    zeros = np.zeros(shape)
+    np.testing.assert_allclose(step(zeros, zeros, inputs), 0.5 * known + 0.5 * noise)
 
 
 def break_missing(inputs: dict[str, Array]) -> None:

@@ -16,6 +16,7 @@ from engines.backends import open_engines
 from engines.backends.base import Array, EngineError, EngineOptions
 from engines.backends.fake import FakeEngine
 from engines.bundle import Bundle, BundleError, load_bundle, write_bundle
+from engines.paths import Level, path_of
 from engines.pipeline import (
     MAX_SEED,
     Edit,
@@ -24,9 +25,9 @@ from engines.pipeline import (
     Pipeline,
     Task,
     TaskError,
-    initial_noise,
     kept_steps,
     lowest_strength,
+    noise_of,
 )
 from engines.rows import implied_x, keep_cells, start_row
 from tests.bundles import MAX_TOKENS, tiny_description
@@ -63,7 +64,7 @@ def test_mixed_rows_in_one_tick_equal_each_alone(pipeline: Pipeline) -> None:
     tasks = mixed_tasks(pipeline)
     rows = pipeline.prepare(tasks)
     assert len({row.group for row in rows}) == 1
-    assert len({row.step_index for row in rows}) == 3
+    assert len({row.remaining for row in rows}) == 3
     while moving := [row for row in rows if not row.done]:
         pipeline.tick(moving)
     for task, image in zip(tasks, pipeline.finish(rows), strict=True):
@@ -115,9 +116,9 @@ def test_rows_start_where_the_strength_says(pipeline: Pipeline) -> None:
     condition = conditions(pipeline)[0]
     for strength, remaining in ((0.25, 1), (0.5, 2), (0.6, 2), (0.99, 3), (1.0, 4)):
         (row,) = pipeline.prepare([Edit(condition, 4, 0.0, 9, IMAGE, strength)])
-        assert (row.remaining, row.step_index, row.done) == (remaining, 4 - remaining, False)
-        noise = initial_noise(9, pipeline.manifest.latent_shape)
-        grid, k = row.student.grid, row.step_index
+        assert (row.remaining, row.step_index, row.done) == (remaining, 0, False)
+        noise = noise_of(9, pipeline.manifest.latent_shape)
+        grid, k = pipeline.bundle.student(4).grid, 4 - remaining
         if pipeline.manifest.space == "pixel":
             latent = IMAGE.transpose(2, 0, 1) / 127.5 - 1
             np.testing.assert_allclose(row.z, grid.alphas[k] * latent + grid.sigmas[k] * noise, atol=1e-6)
@@ -125,7 +126,7 @@ def test_rows_start_where_the_strength_says(pipeline: Pipeline) -> None:
 
 def test_generated_rows_start_from_their_noise(pipeline: Pipeline) -> None:
     (row,) = pipeline.prepare([Generate(conditions(pipeline)[0], 2, 0.0, 3)])
-    np.testing.assert_array_equal(row.z, initial_noise(3, pipeline.manifest.latent_shape))
+    np.testing.assert_array_equal(row.z, noise_of(3, pipeline.manifest.latent_shape))
     assert not row.keep.any()
 
 
@@ -241,7 +242,7 @@ def test_unknown_class_names_those_there_are(bundles: dict[tuple[str, str], Bund
 
 def test_warmup_times_every_student_at_every_batch_size(pipeline: Pipeline) -> None:
     seconds = pipeline.warmup()
-    assert {steps: list(times) for steps, times in seconds.items()} == {n: [1, 2, 4] for n in (1, 2, 4)}
+    assert {graph: list(times) for graph, times in seconds.items()} == {f"step-{n}.onnx": [1, 2, 4] for n in (1, 2, 4)}
     assert all(time > 0 for times in seconds.values() for time in times.values())
 
 
@@ -291,9 +292,9 @@ def test_noise_is_a_function_of_the_seed_alone() -> None:
         MAX_SEED: [0.95186639, -1.0147828, 1.1980889],
     }
     for seed, values in golden.items():
-        np.testing.assert_allclose(initial_noise(seed, (3,)), values, rtol=1e-6)
-        np.testing.assert_array_equal(initial_noise(seed, (2, 3)).ravel()[:3], initial_noise(seed, (3,)))
-    many = initial_noise(5, (4, 64, 64))
+        np.testing.assert_allclose(noise_of(seed, (3,)), values, rtol=1e-6)
+        np.testing.assert_array_equal(noise_of(seed, (2, 3)).ravel()[:3], noise_of(seed, (3,)))
+    many = noise_of(5, (4, 64, 64))
     assert many.dtype == np.float32
     assert abs(float(many.mean())) < 0.03
     assert abs(float(many.std()) - 1) < 0.03
@@ -320,7 +321,15 @@ def test_a_cell_is_kept_only_if_every_pixel_in_it_is() -> None:
 
 def test_editing_rows_need_an_encoded_image(text_bundle: Bundle) -> None:
     with pytest.raises(ValueError, match="encoded image"):
-        start_row(EDIT, revision="", student=text_bundle.student(4), condition={}, shape=(4, 8, 8), latent=None)
+        start_row(
+            EDIT,
+            revision="",
+            path=path_of(EDIT, text_bundle.manifest),
+            condition={},
+            source=None,
+            shape=(4, 8, 8),
+            latent=None,
+        )
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
@@ -330,9 +339,9 @@ def test_two_ends_of_a_step_imply_the_image(before: float, after: float) -> None
     if high - low < 0.05:
         high, low = 1.0, 0.0
     x, eps = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
-    alphas, sigmas = np.cos([high * np.pi / 2, low * np.pi / 2]), np.sin([high * np.pi / 2, low * np.pi / 2])
-    z, z_next = (np.float32(alpha) * x + np.float32(sigma) * eps for alpha, sigma in zip(alphas, sigmas, strict=True))
-    found = implied_x(z, z_next, alphas=(alphas[0], alphas[1]), sigmas=(sigmas[0], sigmas[1]))
+    levels = [Level(float(np.cos(t * np.pi / 2)), float(np.sin(t * np.pi / 2))) for t in (high, low)]
+    z, z_next = (np.float32(alpha) * x + np.float32(sigma) * eps for alpha, sigma in levels)
+    found = implied_x(z, z_next, *levels)
     assert np.abs(found - x).max() < 1e-4
 
 

@@ -45,6 +45,7 @@ def test_what_is_written_is_read_back(text_bundle: Bundle, image_format: ImageFo
         guidance_scale=1 + task.guidance,
         seed=task.seed,
         strength=getattr(task, "strength", None),
+        sampler=task.sampler,
         prompt=SECRET,
     )
 
@@ -80,7 +81,7 @@ GOOD: dict[str, Any] = {"model": "m", "revision": "r", "steps": 4, "guidance_sca
 
 def test_a_text_of_the_first_version_and_one_of_a_later_are_read() -> None:
     assert settings_of(png_that_says(json.dumps(GOOD))) == ImageSettings(**{**GOOD, "guidance_scale": 3.0})
-    assert settings_of(png_that_says(json.dumps({**GOOD, "sampler": "new"}))) is not None
+    assert settings_of(png_that_says(json.dumps({**GOOD, "schedule": "new"}))) is not None
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,11 @@ def test_a_text_of_the_first_version_and_one_of_a_later_are_read() -> None:
         json.dumps({**GOOD, "seed": -1}),
         json.dumps({**GOOD, "seed": 2**63}),
         json.dumps({**GOOD, "steps": "4"}),
+        json.dumps({**GOOD, "sampler": "new"}),
         json.dumps({**GOOD, "guidance_scale": float("nan")}),
         json.dumps({"seed": 7}),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_text_of_another_kind_says_nothing(text: str) -> None:
     assert settings_of(png_that_says(text)) is None

@@ -95,7 +95,7 @@ def dot() -> bytes:
 
 WIDE = png(np.zeros((40, 41, 3), dtype=np.uint8))
 GENERATE = [
-    Case("unknown field", {"sampler": "ddim"}, "unknown_field", "sampler"),
+    Case("unknown field", {"scheduler": "ddim"}, "unknown_field", "scheduler"),
     Case("unknown field with a lone surrogate", {"\ud800": 1}, "invalid_value", None),
     Case("image where none belongs", {"image": b64(IMAGE)}, "unknown_field", "image"),
     Case("no prompt", {}, "missing_field", "prompt", drop=("prompt",)),
@@ -285,7 +285,11 @@ def parts(*extra: tuple[str, str | bytes], file: str = "") -> Parts:
 @pytest.mark.parametrize(
     ("form", "code", "param"),
     [
-        (parts(("prompt", "a cat"), ("image", IMAGE), ("sampler", "ddim"), file="image"), "unknown_field", "sampler"),
+        (
+            parts(("prompt", "a cat"), ("image", IMAGE), ("scheduler", "ddim"), file="image"),
+            "unknown_field",
+            "scheduler",
+        ),
         (parts(("prompt", "a cat"), ("prompt", "a dog")), "duplicate_field", "prompt"),
         (parts(("prompt", b"a cat"), ("image", IMAGE), file="prompt image"), "invalid_value", "prompt"),
         (parts(("prompt", "a cat"), ("image", b64(IMAGE)[:100])), "invalid_value", "image"),

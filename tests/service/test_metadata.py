@@ -35,6 +35,7 @@ async def test_every_png_says_how_it_was_made_but_for_the_prompt(app: Running) -
             "revision": app.pipeline.manifest.revision,
             "task": "generate",
             "steps": 2,
+            "sampler": "deterministic",
             "guidance_scale": 3.5,
             "seed": 7 + index,
         }

@@ -209,7 +209,10 @@ GENERATIONS: list[tuple[dict[str, Any], type[openai.APIStatusError], str, str]] 
     ({"n": 9}, openai.UnprocessableEntityError, "too_many_images", "n"),
     ({"prompt": ""}, openai.UnprocessableEntityError, "empty_prompt", "prompt"),
     ({"extra_body": {"steps": 3}}, openai.UnprocessableEntityError, "unsupported_steps", "steps"),
-    ({"extra_body": {"sampler": "ddim"}}, openai.UnprocessableEntityError, "unknown_field", "sampler"),
+    ({"extra_body": {"scheduler": "ddim"}}, openai.UnprocessableEntityError, "unknown_field", "scheduler"),
+    ({"extra_body": {"sampler": "ddim"}}, openai.UnprocessableEntityError, "invalid_value", "sampler"),
+    ({"extra_body": {"sampler": "stochastic"}}, openai.UnprocessableEntityError, "unsupported_sampler", "sampler"),
+    ({"extra_body": {"class": "one"}}, openai.UnprocessableEntityError, "unsupported_option", "class"),
     ({"model": "dall-e-3"}, openai.NotFoundError, "model_not_found", "model"),
 ]
 

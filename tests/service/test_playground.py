@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 import service
 from service.app import create_app
-from service.schemas import InpaintRequest
+from service.schemas import EditRequest, InpaintRequest
 from service.settings import Settings
 
 FOLDER = Path(service.__file__).parent / "playground"
@@ -107,9 +107,13 @@ def test_every_control_has_a_label(page: Page) -> None:
 
 def test_every_field_that_the_page_sends_has_a_place_for_its_error(page: Page) -> None:
     places = {value.removeprefix("error-") for value in page.values("id") if value.startswith("error-")}
-    fields = {field.alias or name for name, field in InpaintRequest.model_fields.items()}
+    models = (EditRequest, InpaintRequest)
+    fields = {field.alias or name for model in models for name, field in model.model_fields.items()}
     assert places <= fields
-    assert places == {"prompt", "class", "image", "mask", "strength", "steps", "guidance_scale", "seed", "n"}
+    assert places == {
+        *("prompt", "class", "image", "mask", "strength", "steps", "guidance_scale", "seed", "n"),
+        *("sampler", "method", "source_prompt", "source_class"),
+    }
 
 
 def test_the_service_gives_the_page_and_its_files_under_the_policy(settings: Settings) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from engines.pipeline import MAX_SEED, Edit, Generate, Inpaint, Task
+from engines.manifest import SAMPLERS
+from engines.pipeline import MAX_SEED, Edit, Generate, Inpaint, Task, Transfer
 from engines.provenance import METADATA
 from service.jobs import Failed, FailureReason, Finished, Job, Outcome, Output, Priority, Timings
 from service.queue.wire import WireError, pack_job, pack_outcome, unpack_job, unpack_outcome
@@ -26,10 +27,12 @@ shared: dict[str, Any] = {
     "steps": st.integers(1, 64),
     "guidance": numbers,
     "seed": st.integers(0, MAX_SEED),
+    "sampler": st.sampled_from(SAMPLERS),
 }
 tasks: st.SearchStrategy[Task] = st.one_of(
     st.builds(Generate, **shared),
     st.builds(Edit, **shared, image=images, strength=st.floats(0, 1)),
+    st.builds(Transfer, **shared, image=images, source=st.text()),
     st.builds(Inpaint, **shared, image=images, repaint=masks, strength=st.floats(0, 1), blend=st.none() | blends),
 )
 outputs = st.builds(

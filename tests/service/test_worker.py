@@ -390,7 +390,7 @@ async def test_priority_goes_first_where_all_cannot_go_at_once(bench: Bench) -> 
 
 
 async def test_what_cannot_be_in_time_is_given_up_before_its_time_is_over(bench: Bench) -> None:
-    bench.pipeline.seconds = {4: {1: 30.0, 2: 31.0, 4: 33.0}}
+    bench.pipeline.seconds = {"step-4.onnx": {1: 30.0, 2: 31.0, 4: 33.0}}
     began = time.monotonic()
     await bench.submit("lost", task(1), seconds=60)
     bench.steps(1)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engines.paths import Level
+from engines.rows import renoise
 from training import diffusion
 from training.diffusion import Schedule
 
@@ -106,6 +109,15 @@ def test_renoising_leads_to_the_later_time_in_one_leap_or_two(index: int, data: 
     assert close(diffusion.renoise(now[0] * x, zero, *now, *later), later[0] * x)
     kept, added = diffusion.renoise(now[1], zero, *now, *later), diffusion.renoise(zero, one, *now, *later)
     assert close(kept.square() + added.square(), later[1].square())
+
+
+@given(INDICES, INDICES)
+def test_noise_is_added_as_the_engines_add_it(i: int, j: int) -> None:
+    assume(i < j)
+    z, noise = draw(0, 1)
+    now, later = (Level(float(SCHEDULE.alphas[k]), float(SCHEDULE.sigmas[k])) for k in (i, j))
+    ours = diffusion.renoise(z.float(), noise.float(), *map(torch.tensor, (*now, *later)))
+    assert np.abs(renoise(z.float().numpy(), noise.float().numpy(), now, later) - ours.numpy()).max() < 2e-3
 
 
 def test_blend_known_keeps_exactly_and_only_what_it_should() -> None:

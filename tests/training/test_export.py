@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,21 +19,23 @@ from PIL import Image
 import fewstep
 from engines.bundle import Bundle, BundleError, load_bundle, read_manifest
 from engines.pipeline import Pipeline
-from engines.rows import initial_noise
-from engines.tasks import Edit, Generate, Inpaint
+from engines.rows import noise_of
+from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
-from training.distill import distill, student_stage
+from training.distill import distill, encoder_stage, student_stage
 from training.export import export
 from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.recipe import Recipe
 from training.run import Run
-from training.sampler import sample
+from training.sampler import Kept, Leg, noised, sample, sample_stochastic, transfer
 from training.text import load_text_encoder, load_tokenizer, tokenize
 
 # Of 255, between ONNX Runtime and torch.
 FP32_TOLERANCE = 2
+# Of latents of about unit variance, the same.
+LATENT_TOLERANCE = 2e-3
 SMALL_WEIGHTS_TOLERANCE = 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 
@@ -43,7 +47,10 @@ def digits_bundle(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Every part of a text-to-image run in a latent space, each trained for two updates."""
+    """Every part of a text-to-image run in a latent space, each trained for two updates.
+
+    Its student of one step is for the stochastic sampler too, and that of two has an encoder.
+    """
     images = tmp_path_factory.mktemp("squares")
     lines = []
     for name, colour in COLOURS.items():
@@ -61,7 +68,8 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "network": {"channels": [16, 32], "norm_groups": 8, "attention_heads": 2},
             "teacher": short,
             "stage1": short,
-            "stage2": {"start": 4, "rounds": [{"steps": 2, **short}, {"steps": 1, **short}]},
+            "stage2": {"start": 4, "rounds": [{"steps": 2, **short}, {"steps": 1, "stochastic": True, **short}]},
+            "encoder": {"start": 4, "rounds": [{"steps": 2, **short}]},
             "export": {"licence": "CC0-1.0", "steps": [2, 1]},
         }
     )
@@ -75,8 +83,12 @@ def text_bundle(text_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bund
     return export(text_run, tmp_path_factory.mktemp("bundles") / "squares", ("fp32",))
 
 
-def noise(seed: int, run: Run) -> torch.Tensor:
-    return torch.from_numpy(initial_noise(seed, run.data.shape))[None]
+def noise(seed: int, run: Run, index: int = 0) -> torch.Tensor:
+    return torch.from_numpy(noise_of(seed, run.data.shape, index))[None]
+
+
+def from_pixels(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def furthest(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
@@ -98,12 +110,67 @@ def test_text_bundle_draws_what_torch_draws(text_run: Run, text_bundle: Bundle) 
     with Pipeline.open(text_bundle.path) as pipeline:
         (image,) = pipeline.run([Generate("a red square", 2, 3.0, seed=9)])
     with torch.inference_mode():
-        context = load_text_encoder()(*tokenize(load_tokenizer(8), ["a red square"]))
         student = text_run.denoiser(student_stage(2))
         grid, w = text_run.schedule.grid(2), torch.tensor([3.0])
-        z = sample(student, grid, noise(9, text_run), {"context": context}, w)
+        z = sample(student, grid, noise(9, text_run), context_of("a red square"), w)
         expected = to_uint8(networks.decode(text_run.autoencoder(), z))
     assert furthest(image, expected[0]) <= FP32_TOLERANCE
+
+
+def context_of(words: str) -> dict[str, torch.Tensor]:
+    with torch.inference_mode():
+        return {"context": load_text_encoder()(*tokenize(load_tokenizer(8), [words]))}
+
+
+def test_the_manifest_says_which_samplers_and_encoders_there_are(text_bundle: Bundle) -> None:
+    manifest = text_bundle.manifest
+    assert (manifest.trained_steps(), manifest.trained_steps("stochastic")) == ((1, 2), (2,))
+    assert manifest.encoded_steps() == (2,)
+    assert "| encoder-2.onnx | fp32 |" in (text_bundle.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_stochastic_sampler_of_a_bundle_is_that_of_torch(
+    text_run: Run, text_bundle: Bundle, strength: float
+) -> None:
+    """Edits and inpaintings: with all steps, an edit starts from noise but for the schedule's last bit of image."""
+    square = np.full((16, 16, 3), COLOURS["blue"], np.uint8)
+    repaint = np.zeros((16, 16), bool)
+    repaint[:8] = True
+    steps, start = 2, 2 - int(2 * strength)
+    options: dict[str, Any] = {"image": square, "strength": strength, "sampler": "stochastic"}
+    with Pipeline.open(text_bundle.path) as pipeline:
+        rows = pipeline.prepare(
+            [Edit("red", steps, 2.0, 9, **options), Inpaint("red", steps, 2.0, 9, repaint=repaint, **options)]
+        )
+        while not rows[0].done:
+            pipeline.tick(rows)
+    latent = networks.encode(text_run.autoencoder(), from_pixels(square)[None])
+    grid, z = text_run.schedule.grid(steps), noise(9, text_run)
+    keep = torch.ones(1, 1, *latent.shape[2:])
+    keep[:, :, : latent.shape[2] // 2] = 0
+    for row, kept in zip(rows, (None, Kept(latent, keep, z)), strict=True):
+        indices = count(1)
+        made = sample_stochastic(
+            text_run.denoiser(student_stage(1)), grid, noised(grid, latent, z, start), context_of("red"),
+            torch.tensor([2.0]), lambda z, k=indices: noise(9, text_run, next(k)), start=start, kept=kept,
+        )  # fmt: skip
+        assert (torch.from_numpy(row.z.copy()) - made[0]).abs().max() < LATENT_TOLERANCE
+
+
+def test_transfer_of_a_bundle_is_that_of_torch(text_run: Run, text_bundle: Bundle) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    with Pipeline.open(text_bundle.path) as pipeline:
+        (row,) = pipeline.prepare([Transfer("red", 2, 2.0, 0, picture, "a blue square")])
+        assert row.remaining == 4
+        while not row.done:
+            pipeline.tick([row])
+    latent = networks.encode(text_run.autoencoder(), from_pixels(picture)[None])
+    grid = text_run.schedule.grid(2)
+    encoder, student = (text_run.denoiser(stage(2)) for stage in (encoder_stage, student_stage))
+    there = Leg(encoder, grid, context_of("a blue square"), torch.tensor([text_run.recipe.guidance[0]]))
+    made = transfer(latent, there, Leg(student, grid, context_of("red"), torch.tensor([2.0])))
+    assert (torch.from_numpy(row.z.copy()) - made[0]).abs().max() < LATENT_TOLERANCE
 
 
 def test_text_bundle_edits_and_repaints(text_bundle: Bundle) -> None:

@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from engines.pipeline import Generate, Pipeline, initial_noise
+from engines.pipeline import Generate, Pipeline, noise_of
 from tests import pipelines
 from training import networks
 from training.data.inpainting import masked_condition
@@ -219,7 +219,7 @@ def test_a_bundle_of_a_stable_diffusion_student_makes_our_samplers_images(
     export(run, tmp_path / "bundle", ("fp32",))
     with Pipeline.open(tmp_path / "bundle") as pipeline:
         (image,) = pipeline.run([Generate(PROMPT, steps=4, guidance=1.5, seed=3)])
-    start = torch.from_numpy(initial_noise(3, run.shape))[None]
+    start = torch.from_numpy(noise_of(3, run.shape))[None]
     ours = Ours(run, 4, 1.5)(start)[0].permute(1, 2, 0).mul(255).round().numpy()
     assert abs(image.astype(float) - ours).max() <= 1
 

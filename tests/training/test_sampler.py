@@ -10,7 +10,7 @@ from training.diffusion import Schedule, ddim_step, diffuse, renoise
 from training.draws import generator_at
 from training.guidance import Condition, GuidedTeacher
 from training.mixture import ExactDenoiser, GaussianMixture
-from training.sampler import Kept, Leg, encode, noised, sample, sample_stochastic, transfer
+from training.sampler import Kept, Leg, encode, fresh_from, noised, sample, sample_stochastic, transfer
 
 SCHEDULE = Schedule.cosine()
 MIXTURE = GaussianMixture.on_a_circle(2)
@@ -65,14 +65,14 @@ def test_the_stochastic_sampler_asks_at_every_time_of_its_grid_once() -> None:
         times.append(float(t[0]))
         return EXACT(z, t, condition, w)
 
-    sample_stochastic(denoiser, SCHEDULE.grid(8), NOISE, LABEL, NONE, generator_at(2, 0))
+    sample_stochastic(denoiser, SCHEDULE.grid(8), NOISE, LABEL, NONE, fresh_from(generator_at(2, 0)))
     assert times == [k / 8 for k in range(8, 0, -1)]
 
 
 def test_a_stochastic_step_goes_two_places_on_and_noises_one_back() -> None:
     grid = SCHEDULE.grid(2)
     alphas, sigmas = grid.alphas.double(), grid.sigmas.double()
-    made = sample_stochastic(EXACT, grid, NOISE, LABEL, NONE, generator_at(2, 0))
+    made = sample_stochastic(EXACT, grid, NOISE, LABEL, NONE, fresh_from(generator_at(2, 0)))
     v = EXACT(NOISE, torch.ones(ROWS, dtype=torch.float64), LABEL, NONE)
     clean = ddim_step(NOISE, v, alphas[0], sigmas[0], alphas[2], sigmas[2])
     fresh = torch.randn(NOISE.shape, generator=generator_at(2, 0)).to(NOISE)
@@ -87,7 +87,7 @@ def test_many_stochastic_steps_draw_from_the_data() -> None:
     noise = torch.randn(4000, 2, generator=generator_at(3, 0), dtype=torch.float64)
     label = torch.arange(4000) % MIXTURE.classes
     w = torch.zeros(4000, dtype=torch.float64)
-    made = sample_stochastic(EXACT, SCHEDULE.grid(128), noise, {"label": label}, w, generator_at(4, 0))
+    made = sample_stochastic(EXACT, SCHEDULE.grid(128), noise, {"label": label}, w, fresh_from(generator_at(4, 0)))
     x, labels = MIXTURE.draw(40_000, generator_at(5, 0))
     for k in range(MIXTURE.classes):
         assert (made[label == k].mean(0) - x[labels == k].mean(0)).abs().max() < 0.08
