@@ -64,6 +64,7 @@ class Worker:
         self._device_lost = False
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
+        self._introduced: set[str] = set()
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -171,8 +172,12 @@ class Worker:
             self._refuse(job, failure)
 
     def _introduce(self, work: Work) -> None:
-        """Tell the scheduler what the warm-up of the job's student has shown."""
+        """Tell the scheduler what the warm-up of the job's student has shown, and the queue that of its bundle."""
         _, height, width = work.pipeline.manifest.image_shape
+        if work.job.model not in self._introduced:
+            self._introduced.add(work.job.model)
+            if speeds := [rows / s for ticks in work.pipeline.seconds.values() for rows, s in ticks.items() if s > 0]:
+                self._queue.expect(work.job.model, max(speeds))
         for unit in work.units:
             seconds = work.pipeline.seconds.get(unit.task.steps, {})
             self._scheduler.introduce(_group(unit), height * width, seconds)
