@@ -10,11 +10,14 @@ import math
 MARGIN = 1.25
 """What is let in should be done in its time limit divided by this, at the speed measured so far."""
 
-NEWCOMERS = 0.5
+EXPECTED = 0.5
+"""The part of a warm-up's speed that is counted on until there is a measurement: requests are more than their ticks."""
+
+NEWCOMERS = 1 / 3
 """The part of the room that newcomers may fill. The rest is for those who come back when they were told to."""
 
-PACE = 0.9
-"""The part of the measured speed that is promised: so the backlog shrinks while promises are kept."""
+PACE = 0.75
+"""The part of the measured speed that is promised: so promises are kept also where it falls a little."""
 
 SHORTEST_S = 1.0
 """The least that anybody is told to wait."""
@@ -53,9 +56,9 @@ class Throughput:
         return self._cost / self._seconds if self._seconds > 0 else 0.0
 
     def expect(self, per_second: float) -> None:
-        """Start from an expectation, unless something was measured."""
+        """Start from what a warm-up has shown, unless something was measured."""
         if self._seconds == 0:
-            self._cost, self._seconds = per_second * EXPECTATION_S, EXPECTATION_S
+            self._cost, self._seconds = EXPECTED * per_second * EXPECTATION_S, EXPECTATION_S
 
     def begin(self, now: float) -> None:
         """There is work from now on."""

@@ -159,9 +159,9 @@ class JobQueue(Protocol):
         ...
 
     def expect(self, model: str, per_second: float) -> None:
-        """Learn how many row-ticks a second a worker should do of ``model``, of which it has taken a job.
+        """Learn how many row-ticks a second the warm-up of ``model`` has shown, of which a worker has taken a job.
 
-        It counts for who is let in until that is measured.
+        It counts for who is let in until more is known.
         """
         ...
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.admission import EXPECTATION_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
+from service.queue.admission import EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
 from service.queue.base import WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
@@ -92,7 +92,7 @@ class Leases:
 
     def expect(self, model: str, per_second: float) -> None:
         """See JobQueue.expect."""
-        expected: Arguments = [str(per_second * EXPECTATION_S), str(EXPECTATION_S)]
+        expected: Arguments = [str(EXPECTED * per_second * EXPECTATION_S), str(EXPECTATION_S)]
         self._reach(partial(self._redis.run, "expect", [keys.load(model)], expected), None)
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.queue.admission import FARTHEST_S, MOST_PROMISES, Door, Throughput
+from service.queue.admission import EXPECTED, FARTHEST_S, MOST_PROMISES, PACE, Door, Throughput
 
 SPEED = 100.0
 LIMIT_S = 10.0
@@ -37,7 +38,7 @@ class Overload:
     def __post_init__(self) -> None:
         self.rng = Random(self.seed)
         self.door = Door(self.max_cost)
-        self.door.throughput.expect(SPEED)
+        self.door.throughput.expect(SPEED / EXPECTED)
         self.line: deque[tuple[float, int]] = deque()
         self.done_at = 0.0
 
@@ -128,7 +129,7 @@ def test_an_estimate_that_is_far_too_low_locks_nobody_out() -> None:
 
 def test_what_is_promised_is_bounded_in_number_and_in_time() -> None:
     door = Door(8)
-    door.throughput.expect(SPEED)
+    door.throughput.expect(SPEED / EXPECTED)
     assert door.knock("first", 8, LIMIT_S, 0.0) is None
     waits = [door.knock(f"{k}", 8, LIMIT_S, 0.0) or 0.0 for k in range(MOST_PROMISES)]
     assert max(waits) == FARTHEST_S
@@ -138,7 +139,7 @@ def test_what_is_promised_is_bounded_in_number_and_in_time() -> None:
 
 def test_who_knocks_all_the_time_is_told_the_same_time_and_hinders_nobody() -> None:
     door = Door(8)
-    door.throughput.expect(1.0)
+    door.throughput.expect(1.0 / EXPECTED)
     assert door.knock("first", 8, 100.0, 0.0) is None
     told = door.knock("impatient", 4, 100.0, 0.0)
     assert told is not None
@@ -146,7 +147,7 @@ def test_who_knocks_all_the_time_is_told_the_same_time_and_hinders_nobody() -> N
         assert door.knock("impatient", 4, 100.0, k / 1000) == told
     other = door.knock("other", 4, 100.0, 0.1)
     assert other is not None
-    assert other <= told + 6
+    assert other <= told + math.ceil(4 / PACE)
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 0.9)), min_size=1, max_size=30))
@@ -171,7 +172,7 @@ def test_idle_time_does_not_count_as_slowness() -> None:
 
 def test_a_stall_is_no_new_speed() -> None:
     throughput = Throughput()
-    throughput.expect(SPEED)
+    throughput.expect(SPEED / EXPECTED)
     throughput.begin(0.0)
     throughput.finished(SPEED, SPEED, 300.0)
     assert throughput.per_second >= 0.3 * SPEED

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
 MODEL = "tiny@000000000000"
-# Of newcomers, who may fill half of the room.
+# Of newcomers, who may fill a third of the room.
 MAX_COST = 32
 BOUNDS = Bounds(outcomes=3, bytes=1000)
 KEEP = Keep(60.0, "a note")
@@ -31,9 +31,9 @@ KEEP = Keep(60.0, "a note")
 
 def open_queue(kind: str, request: pytest.FixtureRequest) -> JobQueue:
     if kind == "memory":
-        return MemoryQueue(2 * MAX_COST, bounds=BOUNDS)
+        return MemoryQueue(3 * MAX_COST, bounds=BOUNDS)
     server: RedisServer = request.getfixturevalue("redis_server")
-    return RedisQueue(server.url, 2 * MAX_COST, bounds=BOUNDS)
+    return RedisQueue(server.url, 3 * MAX_COST, bounds=BOUNDS)
 
 
 @pytest.fixture(params=["memory", "redis"])
