@@ -43,6 +43,7 @@ class Watched:
     client: httpx.AsyncClient
     pipeline: Pipeline
     ticks: list[list[str]] = field(default_factory=list)
+    refused: int = 0
 
     def __post_init__(self) -> None:
         tick = self.pipeline.tick
@@ -55,7 +56,12 @@ class Watched:
 
     async def make(self, task: Task) -> Pixels:
         headers = {"Content-Type": "application/json"}
-        answer = await self.client.post(endpoint(task), content=body(task), headers=headers)
+        while True:
+            answer = await self.client.post(endpoint(task), content=body(task), headers=headers)
+            if answer.status_code != 429:
+                break
+            self.refused += 1
+            await asyncio.sleep(float(answer.headers["retry-after"]))
         if answer.status_code != 200:
             raise click.ClickException(answer.text)
         return picture(answer.content)
@@ -94,7 +100,8 @@ async def _mixed(watched: Watched, requests: Requests, count: int, rate: float) 
     return (
         f"mixed load, {count} requests at {rate:.1f}/s: {equal} of {count} images within {TOLERANCE} of 255 of "
         f"the same made alone (furthest {max(worst)}); {ticks} ticks of {mean:.1f} rows, "
-        f"{len(shared) / ticks:.0%} of them with rows of several endpoints"
+        f"{len(shared) / ticks:.0%} of them with rows of several endpoints; {watched.refused} told to come "
+        "back later"
     )
 
 
