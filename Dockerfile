@@ -18,7 +18,7 @@ RUN python -m venv /opt/fewstep
 ENV PATH=/opt/fewstep/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml requirements.lock README.md LICENSE fewstep.py ./
-RUN pip install --no-cache-dir -c requirements.lock .
+RUN pip install --no-cache-dir -c requirements.lock '.[tracing]'
 
 
 # The official builds of ONNX Runtime report to Microsoft unless ORT_DISABLE_TELEMETRY is set before they are loaded.
@@ -36,8 +36,8 @@ ENV PATH=/opt/fewstep/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml requirements.lock README.md LICENSE fewstep.py ./
 # onnxruntime and onnxruntime-gpu are one folder of two wheels; the one for CPUs must not have the last word.
-RUN pip install --no-cache-dir -c requirements.lock '.[gpu,tensorrt-rtx]' \
-        onnxruntime-gpu==1.31.1 cuda-bindings==13.5.0 \
+RUN pip install --no-cache-dir -c requirements.lock '.[gpu,tensorrt-rtx,tracing]' \
+        onnxruntime-gpu==1.31.1 cuda-bindings==13.5.0 nvidia-ml-py==13.615.71 \
     && pip uninstall -y onnxruntime onnxruntime-gpu \
     && pip install --no-cache-dir --no-deps onnxruntime-gpu==1.31.1
 

@@ -12,6 +12,7 @@ from service import errors
 from service.access import Access
 from service.api_keys import KeyFile
 from service.cross_origin import allow_origins
+from service.gpus import open_gpus
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
@@ -48,6 +49,8 @@ def create_app(
     metrics = Metrics()
     queue = queue or open_queue(settings, metrics)
     metrics.watch_queue(queue.stats)
+    if settings.role != "api" and (gpus := open_gpus()) is not None:
+        metrics.watch_gpus(gpus)
     tracing = tracing or open_tracing(settings.tracing)
     service = Service(settings, metrics, queue, opener or opener_of(settings.role), tracing)
 

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from service.gpus import ReadGpus
 from service.queue.base import QueueStats, QueueUnavailable
 
 PREFIX = "fewstep"
@@ -49,6 +50,10 @@ class Metrics:
         """Report ``stats`` at every scrape."""
         self.registry.register(_QueueCollector(stats))
 
+    def watch_gpus(self, read: ReadGpus) -> None:
+        """Report the memory of the GPUs at every scrape."""
+        self.registry.register(_GpuCollector(read))
+
     def set_model(self, version: str, model: str, revision: str, loaded: bool) -> None:
         """Say that a model runs here, or no longer does."""
         if loaded:
@@ -80,3 +85,16 @@ class _QueueCollector(Collector):
         yield GaugeMetricFamily(
             f"{PREFIX}_oldest_queued_seconds", "Age of the oldest waiting job", value=stats.oldest_s
         )
+
+
+class _GpuCollector(Collector):
+    def __init__(self, read: ReadGpus) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        used = GaugeMetricFamily(f"{PREFIX}_gpu_memory_used_bytes", "Memory in use, by whomever", labels=["gpu"])
+        total = GaugeMetricFamily(f"{PREFIX}_gpu_memory_total_bytes", "Memory that there is", labels=["gpu"])
+        for index, memory in enumerate(self._read()):
+            used.add_metric([str(index)], memory.used_bytes)
+            total.add_metric([str(index)], memory.total_bytes)
+        return used, total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -11,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from engines.bundle import SHIPPED
 from engines.plans import Precision
 from service.api_keys import read_keys
-from service.collector import check_collector
+from service.collector import check_collector, standard_collector
 from service.cross_origin import read_origins
 from service.queue.addresses import check_address
 
@@ -77,9 +78,14 @@ class Settings(BaseSettings):
     max_result_bytes: Annotated[Count, Field(description="most bytes of their images")] = 256 * MIB
     drain_timeout_s: Annotated[Seconds, Field(description="time for requests in flight on SIGTERM")] = 30.0
 
-    tracing: Annotated[str | None, Field(repr=False, description="URL of an OTLP collector of traces; None: none")] = (
-        None
-    )
+    tracing: Annotated[
+        str | None,
+        Field(
+            repr=False,
+            validate_default=True,
+            description="URL of an OTLP collector of traces; None: what OTEL_EXPORTER_OTLP_ENDPOINT says",
+        ),
+    ] = None
     log_format: Annotated[Literal["text", "json"], Field(description="form of a log line")] = "text"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level")] = "info"
 
@@ -118,6 +124,7 @@ class Settings(BaseSettings):
     @field_validator("tracing")
     @classmethod
     def _collector(cls, endpoint: str | None) -> str | None:
+        endpoint = standard_collector(os.environ) if endpoint is None else endpoint
         if endpoint is not None:
             check_collector(endpoint)
         return endpoint

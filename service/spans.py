@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from urllib.parse import urlsplit, urlunsplit
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -20,11 +19,11 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.collector import traces_address
 from service.jobs import Job
 from service.runtime import ClientGone
 from service.tracing import Stage
 
-_TRACES_PATH = "/v1/traces"
 _EXPORT_TIMEOUT_S = 5.0
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -119,10 +118,7 @@ class _Requests:
 
 def exporter_to(endpoint: str) -> SpanExporter:
     """To a collector of OTLP over HTTP: its whole URL, or without a path where it is the standard one."""
-    parts = urlsplit(endpoint)
-    if parts.path in ("", "/"):
-        endpoint = urlunsplit(parts._replace(path=_TRACES_PATH))
-    return OTLPSpanExporter(endpoint, timeout=_EXPORT_TIMEOUT_S)
+    return OTLPSpanExporter(traces_address(endpoint), timeout=_EXPORT_TIMEOUT_S)
 
 
 def _context(headers: Mapping[str, str]) -> Context:

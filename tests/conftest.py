@@ -15,9 +15,20 @@ if TYPE_CHECKING:
 # The tests state what the CPU does. accelerate allows one device in a process, and commands take the best one.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
+# Networks this small gain nothing from more threads, which wait for each other where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is no fault: time is measured in benchmarks, not in tests.
 settings.register_profile("fewstep", deadline=None)
 settings.load_profile("fewstep")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """No quick test may hang the suite; slow ones take what they need."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(0))
+
 
 TINY_DIGITS = """
 name = "tiny-digits"

@@ -9,16 +9,17 @@ const KEY = "fewstep-key";
 export const door = new EventTarget();
 
 export class ApiError extends Error {
-  constructor(message, { status = 0, code = "", param = null, requestId = "" } = {}) {
+  /** `status` is that of the answer, 0 without one. */
+  constructor(message, { status = 0, param = null, requestId = "" } = {}) {
     super(message);
     this.status = status;
-    this.code = code;
     this.param = param;
     this.requestId = requestId;
   }
 }
 
-async function call(path, options) {
+/** One request, with the key if there is one. Throws ApiError when the service is out of reach. */
+export async function call(path, options) {
   try {
     const headers = { ...options.headers, ...authorization() };
     const response = await fetch(new URL(path, BASE), { ...options, headers });
@@ -56,15 +57,16 @@ async function errorFrom(response) {
   } catch {
     body = null;
   }
+  const said = body?.message ? body : { message: `The service answered ${response.status} without saying why.` };
+  const error = errorOf(said, response.status);
   const retryAfter = Number(response.headers.get("Retry-After"));
-  let message = body?.message || `The service answered ${response.status} without saying why.`;
-  if (retryAfter > 0) message = `${sentence(message)} Try again in ${retryAfter} s.`;
-  return new ApiError(sentence(message), {
-    status: response.status,
-    code: body?.code,
-    param: body?.param ?? null,
-    requestId: body?.request_id ?? "",
-  });
+  if (retryAfter > 0) error.message += ` Try again in ${retryAfter} s.`;
+  return error;
+}
+
+/** The error of a body that tells of one; `status` is that of the answer, null in a job's own. */
+export function errorOf({ message, param = null, request_id }, status = null) {
+  return new ApiError(sentence(message), { status, param, requestId: request_id });
 }
 
 // The API's messages start in lower case, or with a field's name, which stays as it is.
@@ -106,40 +108,8 @@ export function addressOf(task) {
   return new URL(task, BASE).href;
 }
 
-async function answerOf(response) {
+/** The JSON of an answer. Throws ApiError where it is an error. */
+export async function answerOf(response) {
   if (!response.ok) throw await errorFrom(response);
   return response.json();
-}
-
-/** Posts one request to /generate, /edit or /inpaint; gives its images. Aborting `signal` abandons it. */
-export async function create(task, body, signal) {
-  const start = performance.now();
-  const response = await call(task, {
-    method: "POST",
-    headers: { "Content-Type": "application/json", Accept: "application/json" },
-    body: JSON.stringify({ ...body, output_format: "png" }),
-    signal,
-  });
-  if (!response.ok) throw await errorFrom(response);
-  const answer = await response.json();
-  const roundTripMs = performance.now() - start;
-  return answer.images.map((image) => ({
-    blob: blobFromBase64(image.b64_json, "image/png"),
-    seed: image.seed,
-    width: image.width,
-    height: image.height,
-    timings: answer.timings,
-    ticks: answer.batch?.ticks ?? [],
-    roundTripMs,
-  }));
-}
-
-// fetch("data:...") would be refused by the page's content security policy.
-function blobFromBase64(text, type) {
-  return new Blob([Uint8Array.from(atob(text), (character) => character.charCodeAt(0))], { type });
-}
-
-/** A canvas as base64 PNG without the data URI's prefix. */
-export function canvasToBase64(canvas) {
-  return canvas.toDataURL("image/png").split(",")[1];
 }

@@ -1,56 +1,42 @@
 // The page at /: joins the form, the input image, the mask and the result to the service.
 
-import { ApiError, capabilities, create, readiness } from "./api.js";
-import { announce, byId, choose, chosen, element, formatMs } from "./dom.js";
-import { clearError, clearErrors, showError } from "./errors.js";
+import { ApiError, capabilities } from "./api.js";
+import { blobFromBase64 } from "./base64.js";
+import { announce, byId, choose, chosen, formatMs } from "./dom.js";
+import { clearErrors, showError } from "./errors.js";
+import { create } from "./jobs.js";
 import "./key.js";
 import { Models } from "./models.js";
 import { Painter } from "./painter.js";
+import { Progress } from "./progress.js";
+import { settingsOf } from "./provenance.js";
 import { Result } from "./result.js";
 import { Settings } from "./settings.js";
 import { Source } from "./source.js";
+import { RETRY_MS, setState, showQueue, untilReady } from "./state.js";
+import { Subject } from "./subject.js";
+import { offers, offerTasks, titleOf } from "./tasks.js";
 
-const RETRY_MS = 1000;
-const WAITING = {
-  loading: "Loading the model…",
-  queue_unavailable: "Waiting for the queue…",
-  failed: "The model did not load",
-  draining: "Shutting down…",
-  stopped: "Stopped",
-};
 const CANCEL_SHOWN_AFTER_S = 0.3;
 
 const models = new Models();
+const subject = new Subject();
 const settings = new Settings();
 const source = new Source();
 const painter = new Painter();
 const result = new Result();
-let conditioning = "text";
+const progress = new Progress();
 let running = null;
-
-function setState(state, text) {
-  byId("state").dataset.state = state;
-  if (byId("state").textContent !== text) byId("state").textContent = text; // else it is announced again
-  byId("submit").disabled = state !== "ready";
-}
 
 /** Waits for the service, then takes what its bundle offers. */
 async function connect() {
-  for (;;) {
-    try {
-      const status = await readiness();
-      if (status === "ready") break;
-      setState(status === "failed" ? "down" : "loading", WAITING[status] ?? WAITING.loading);
-    } catch {
-      setState("down", "Service not reachable");
-    }
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
-  }
+  await untilReady();
   try {
     await models.offer();
     await useModel();
   } catch (error) {
-    unusable(error);
+    if (error.status === 0) setTimeout(connect, RETRY_MS);
+    else unusable(error);
   }
 }
 
@@ -62,20 +48,15 @@ function unusable(error) {
 async function useModel() {
   configure(await capabilities(models.chosen));
   setState("ready", "Ready");
+  showQueue();
 }
 
 function configure(bundle) {
   const { width, height } = bundle.image;
-  conditioning = bundle.conditioning;
   byId("model").textContent = `${bundle.model}, ${width} × ${height}`;
   byId("model").title = `revision ${bundle.revision}`;
-  byId("field-prompt").hidden = conditioning !== "text";
-  byId("field-class").hidden = conditioning !== "class";
-  byId("class").replaceChildren(...(bundle.classes ?? []).map((name) => element("option", { textContent: name })));
-  for (const input of document.querySelectorAll("input[name=task]")) {
-    input.closest("label").hidden = !bundle.tasks.includes(input.value);
-  }
-  byId("tasks").hidden = bundle.tasks.length < 2;
+  offerTasks(bundle.tasks);
+  subject.configure(bundle);
   settings.configure(bundle);
   source.configure(bundle.image);
   painter.configure(bundle.image);
@@ -92,11 +73,7 @@ function setTask(task) {
 }
 
 function nameSubmit() {
-  byId("submit").textContent = { generate: "Generate", edit: "Edit", inpaint: "Repaint" }[chosen("task")];
-}
-
-function offers(task) {
-  return !document.querySelector(`input[name=task][value=${task}]`).closest("label").hidden;
+  byId("submit").textContent = titleOf(chosen("task"));
 }
 
 /** Makes `blob` the input image; from "generate" that means an edit. Returns whether it worked. */
@@ -120,8 +97,8 @@ async function takeImage(blob, name) {
 
 /** The request as the API takes it, or null after saying what is missing. */
 function request(task) {
-  const body = { model: models.chosen, n: settings.count, steps: settings.steps, guidance_scale: settings.guidanceScale };
-  body[conditioning === "text" ? "prompt" : "class"] = byId(conditioning === "text" ? "prompt" : "class").value;
+  const body = { model: models.chosen, ...subject.body, ...settings.body };
+  if (byId("with-prompt").checked) body.metadata = "full";
   if (task !== "generate" && source.isEmpty) return missing("Choose an image first.", "image");
   if (task === "inpaint" && painter.isEmpty) return missing("Paint over what should change first.", "mask");
   if (task !== "generate") Object.assign(body, { image: source.toBase64(), strength: settings.strength });
@@ -132,6 +109,34 @@ function request(task) {
     return missing(error.message, "seed");
   }
   return body;
+}
+
+/** Takes over what an image was made with, `said` in the API's words; says what could not be taken. */
+async function useSettings(said, loadImages = () => {}) {
+  clearErrors();
+  const missed = [];
+  if (said.model !== models.chosen && models.has(said.model)) {
+    models.choose(said.model);
+    await useModel();
+  }
+  if (said.model !== models.chosen) missed.push(`the model ${said.model}`);
+  if (said.task && offers(said.task)) setTask(said.task);
+  missed.push(...settings.use(said, said.task));
+  if (said.prompt === null) missed.push("its prompt, which the file does not tell");
+  else if (!subject.use(said.prompt)) missed.push(`the class ${said.prompt}`);
+  await loadImages();
+  byId("form").scrollIntoView({ block: "nearest" });
+  byId("submit").focus({ preventScroll: true }); // the button that was pressed may be hidden now
+  if (missed.length) showError(`Taken over, but for ${missed.join(", ")}.`);
+  else announce(`Settings taken over, seed ${said.seed} kept.`);
+}
+
+/** The same for an image of this page, whose input and mask are known too. */
+function useEntry({ body, task, label, seed }) {
+  return useSettings({ ...body, task, prompt: label, seed }, async () => {
+    if (body.image) await takeImage(blobFromBase64(body.image), `The input of seed ${seed}`);
+    if (body.mask) await painter.load(body.mask);
+  });
 }
 
 function missing(message, param) {
@@ -145,26 +150,21 @@ async function submit() {
   const task = chosen("task");
   const body = request(task);
   if (!body) return;
+  const label = subject.text;
   running = new AbortController();
   showRunning(true);
   try {
-    const answers = await create(task, body, running.signal);
-    const label = byId(conditioning === "text" ? "prompt" : "class").value;
-    const before = task === "generate" ? null : await source.toBlob();
-    const entry = result.add(answers, { task, body, label, subject: subject() }, before);
+    const answers = await create(task, body, running.signal, (job) => progress.show(job));
+    const entry = result.add(answers, { task, body, label, subject: subject.title });
     const what = answers.length > 1 ? `${answers.length} images` : "Image";
     announce(`${what} ready in ${formatMs(entry.roundTripMs)}, seed ${entry.seed}.`);
-    reveal();
+    result.reveal();
   } catch (error) {
     fail(error);
   } finally {
     showRunning(false);
     running = null;
   }
-}
-
-function subject() {
-  return conditioning === "text" ? "Prompt" : "Class";
 }
 
 function fail(error) {
@@ -187,22 +187,17 @@ function showRunning(on) {
     // The focus must not fall off the page with the button that held it.
     if (document.activeElement === byId("cancel")) button.focus();
     byId("cancel").hidden = true;
-    result.stop();
+    progress.stop();
+    showQueue();
     nameSubmit();
     return;
   }
-  announce("Making the image.");
-  result.start((seconds) => {
+  progress.start((seconds) => {
     if (seconds < CANCEL_SHOWN_AFTER_S) return;
+    if (byId("cancel").hidden) result.reveal();
     byId("cancel").hidden = false;
     button.textContent = `Working, ${seconds.toFixed(1)} s`;
   });
-}
-
-/** On a narrow screen the result lies below the form. */
-function reveal() {
-  const box = byId("stage").getBoundingClientRect();
-  if (box.bottom > window.innerHeight || box.top < 0) byId("result").scrollIntoView({ block: "start" });
 }
 
 byId("form").addEventListener("submit", (event) => {
@@ -211,10 +206,11 @@ byId("form").addEventListener("submit", (event) => {
 });
 models.addEventListener("change", () => {
   clearErrors();
-  setState("loading", WAITING.loading);
+  setState("loading");
   useModel().catch(unusable);
 });
 byId("cancel").addEventListener("click", () => running?.abort());
+window.addEventListener("pagehide", () => running?.abort()); // nobody would see the image
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
@@ -223,15 +219,16 @@ byId("prompt").addEventListener("keydown", (event) => {
   event.preventDefault();
   submit();
 });
-byId("prompt").addEventListener("input", () => clearError("prompt"));
-byId("class").addEventListener("change", () => clearError("class"));
 byId("tasks").addEventListener("change", () => {
   clearErrors();
   setTask(chosen("task"));
 });
 source.addEventListener("offer", async ({ detail: file }) => {
-  if (await takeImage(file, file.name || "The image")) painter.reset();
+  if (!(await takeImage(file, file.name || "The image"))) return;
+  painter.reset();
+  source.tell(await settingsOf(file));
 });
+source.addEventListener("use-settings", ({ detail: said }) => useSettings(said).catch(fail));
 source.addEventListener("cleared", () => {
   painter.reset();
   setTask(chosen("task"));
@@ -242,8 +239,10 @@ result.addEventListener("use-as-input", async ({ detail: entry }) => {
   byId("field-image").scrollIntoView({ block: "nearest" });
   announce("The result is now the input image.");
 });
+result.addEventListener("use-settings", ({ detail: entry }) => useEntry(entry).catch(fail));
 result.addEventListener("keep-seed", ({ detail: seed }) => {
   settings.keepSeed(seed);
   announce(`Seed ${seed} kept.`);
 });
 connect();
+result.restore();

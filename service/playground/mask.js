@@ -46,12 +46,19 @@ export class Mask {
     this.pixels.fill(0);
   }
 
+  /** Sets every pixel by `rule(value, index)`, as one undoable change. */
+  change(rule) {
+    this.begin();
+    this.pixels = this.pixels.map(rule);
+    this.commit();
+  }
+
   clear() {
-    this.#change(() => 0);
+    this.change(() => 0);
   }
 
   invert() {
-    this.#change((value) => 1 - value);
+    this.change((value) => 1 - value);
   }
 
   /** Sets the pixels whose centres lie within `diameter` / 2 of (x, y), and the one under it. */
@@ -72,12 +79,6 @@ export class Mask {
       const point = { x: from.x + ((to.x - from.x) * k) / count, y: from.y + ((to.y - from.y) * k) / count };
       this.stamp(point, diameter, value);
     }
-  }
-
-  #change(rule) {
-    this.begin();
-    this.pixels = this.pixels.map(rule);
-    this.commit();
   }
 
   #set(column, row, value) {

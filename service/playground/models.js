@@ -19,6 +19,14 @@ export class Models extends EventTarget {
     byId("field-model").hidden = names.length < 2;
   }
 
+  has(name) {
+    return [...byId("models").options].some((option) => option.value === name);
+  }
+
+  choose(name) {
+    byId("models").value = name;
+  }
+
   get chosen() {
     return byId("models").value;
   }

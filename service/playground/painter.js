@@ -1,6 +1,6 @@
 // Paints a Mask over the input image, by pointer or by keyboard.
 
-import { canvasToBase64 } from "./api.js";
+import { canvasToBase64, dataUri } from "./base64.js";
 import { announce, byId, choose, chosen } from "./dom.js";
 import { clearError } from "./errors.js";
 import { Mask } from "./mask.js";
@@ -70,6 +70,20 @@ export class Painter {
     Object.assign(canvas, { width: this.#mask.width, height: this.#mask.height });
     paint(canvas, this.#mask, (value) => (value ? [255, 255, 255, 255] : [0, 0, 0, 255]));
     return canvasToBase64(canvas);
+  }
+
+  /** Takes a mask that `toBase64` gave; it can be undone. */
+  async load(base64) {
+    const { width, height } = this.#mask;
+    const image = new Image();
+    image.src = dataUri(base64);
+    await image.decode();
+    const context = new OffscreenCanvas(width, height).getContext("2d");
+    context.imageSmoothingEnabled = false;
+    context.drawImage(image, 0, 0, width, height);
+    const { data } = context.getImageData(0, 0, width, height);
+    this.#mask.change((_, index) => (data[4 * index] > 127 ? 1 : 0));
+    this.#refresh();
   }
 
   get #size() {

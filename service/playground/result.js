@@ -1,22 +1,16 @@
-// The image that came back, its facts and timings, and the ones before it.
+// The image that came back, those of its batch, and the ones before it.
 
-import { addressOf, hasKey, waiting } from "./api.js";
-import { announce, byId, element, formatMs } from "./dom.js";
+import { dataUri } from "./base64.js";
+import { copyCommand, fileName } from "./command.js";
+import { announce, byId, chosen, element } from "./dom.js";
+import { showFacts, showTimings } from "./facts.js";
+import * as history from "./history.js";
 
-const HISTORY_LENGTH = 12;
-const QUEUE_SHOWN_EVERY_MS = 1000;
-const STAGES = [
-  ["queue_ms", "Queue"],
-  ["encode_ms", "Encode"],
-  ["denoise_ms", "Denoise"],
-  ["decode_ms", "Decode"],
-];
+const NARROW = "(max-width: 52rem)"; // as in style.css
 
 export class Result extends EventTarget {
   #entries = [];
   #shown = null;
-  #clock = null;
-  #queue = null;
 
   constructor() {
     super();
@@ -24,50 +18,47 @@ export class Result extends EventTarget {
       for (const id of ["stage", "frame"]) byId(id).classList.toggle("crisp", !event.target.checked);
     });
     byId("use-as-input").addEventListener("click", () => this.#tell("use-as-input", this.#shown));
+    byId("use-settings").addEventListener("click", () => this.#tell("use-settings", this.#shown));
     byId("compare").addEventListener("input", () => this.#compare());
-    byId("copy-curl").addEventListener("click", () => this.#copyCommand());
+    byId("compare-ways").addEventListener("change", () => this.#compare());
+    byId("copy-curl").addEventListener("click", () => copyCommand(this.#shown));
+    byId("history-clear").addEventListener("click", () => this.#clearHistory());
   }
 
   /** Sets the frame's size before there is an image, so that nothing moves when it comes. */
   configure({ width, height }) {
-    document.documentElement.style.setProperty("--image-width", `${width}px`);
-    document.documentElement.style.setProperty("--image-ratio", `${width} / ${height}`);
+    const style = document.documentElement.style;
+    style.setProperty("--image-width", `${width}px`);
+    style.setProperty("--image-ratio", `${width} / ${height}`);
+    style.setProperty("--pair-width", `${2 * width}px`);
+    style.setProperty("--pair-ratio", `${2 * width} / ${height}`);
   }
 
-  /** Adds the images of one answer together with what was asked for, and the image that they came from; shows one. */
-  add(answers, request, before) {
-    const entries = answers.map((answer) => ({
-      ...answer,
-      ...request,
-      url: URL.createObjectURL(answer.blob),
-      beforeUrl: before && URL.createObjectURL(before),
-    }));
+  /** Shows what this browser kept from earlier visits. */
+  async restore() {
+    const kept = (await history.load()).map(withUrl);
+    if (!kept.length) return;
+    this.#entries.push(...kept);
+    if (this.#shown) this.#showLists();
+    else this.#show(kept[0]);
+  }
+
+  /** Adds the images of one answer together with what was asked for; shows the first. */
+  add(answers, request) {
+    const made = answers.map((answer) => ({ ...answer, ...request }));
+    history.keep(made);
+    const entries = made.map(withUrl);
     this.#entries.unshift(...entries);
-    for (const old of this.#entries.splice(HISTORY_LENGTH)) {
-      URL.revokeObjectURL(old.url);
-      if (old.beforeUrl) URL.revokeObjectURL(old.beforeUrl);
-    }
+    for (const old of this.#entries.splice(history.LENGTH)) URL.revokeObjectURL(old.url);
     this.#show(entries[0]);
     return entries[0];
   }
 
-  /** Shows that a request runs; calls `tick(seconds)` meanwhile. */
-  start(tick) {
-    const begin = performance.now();
-    byId("progress").hidden = false;
-    this.#queue = setInterval(showQueue, QUEUE_SHOWN_EVERY_MS);
-    byId("stage").classList.add("busy");
-    byId("empty").textContent = "Making the image…";
-    this.#clock = setInterval(() => tick((performance.now() - begin) / 1000), 100);
-  }
-
-  stop() {
-    clearInterval(this.#clock);
-    clearInterval(this.#queue);
-    byId("waiting").hidden = true;
-    byId("progress").hidden = true;
-    byId("stage").classList.remove("busy");
-    byId("empty").textContent = "The image appears here.";
+  /** On a narrow screen the result lies below the form. */
+  reveal() {
+    const box = byId("stage").getBoundingClientRect();
+    const outside = box.bottom > window.innerHeight || box.top < 0;
+    if (outside || matchMedia(NARROW).matches) byId("result").scrollIntoView({ block: "start" });
   }
 
   #tell(type, detail) {
@@ -78,112 +69,70 @@ export class Result extends EventTarget {
     this.#shown = entry;
     byId("empty").hidden = true;
     byId("details").hidden = false;
-    Object.assign(byId("image"), { src: entry.url, alt: `${entry.label}, seed ${entry.seed}`, hidden: false });
-    byId("before").hidden = byId("field-compare").hidden = !entry.beforeUrl;
-    if (entry.beforeUrl) Object.assign(byId("before"), { src: entry.beforeUrl, alt: "The input image" });
+    Object.assign(byId("image"), { src: entry.url, alt: titleOf(entry), hidden: false });
+    const before = entry.body.image;
+    byId("before").hidden = byId("field-compare").hidden = !before;
+    if (before) Object.assign(byId("before"), { src: dataUri(before), alt: "The input image" });
     byId("compare").value = 0;
     this.#compare();
     Object.assign(byId("download"), { href: entry.url, download: fileName(entry) });
-    this.#showFacts(entry);
+    byId("command").hidden = true;
+    showFacts(entry, () => this.#tell("keep-seed", entry.seed));
     showTimings(entry);
-    this.#showHistory();
+    this.#showLists();
   }
 
-  /** Uncovers the input image from the left. */
+  /** Shows the input image beside the result, or uncovers it from the left. */
   #compare() {
+    const beside = !byId("field-compare").hidden && chosen("way") === "beside";
+    byId("stage").classList.toggle("beside", beside);
+    byId("captions").hidden = !beside;
+    byId("compare").hidden = beside;
     const share = Number(byId("compare").value);
     byId("stage").style.setProperty("--uncovered", `${share}%`);
     byId("compare").setAttribute("aria-valuetext", share ? `${share}% of the input image` : "the result alone");
     byId("compare").style.setProperty("--filled", `${share}%`);
   }
 
-  async #copyCommand() {
-    const button = byId("copy-curl");
-    try {
-      await navigator.clipboard.writeText(commandOf(this.#shown));
-      announce("Copied.");
-      button.textContent = "Copied";
-    } catch {
-      button.textContent = "Not allowed to copy";
-    }
-    setTimeout(() => (button.textContent = "Copy as curl"), 2000);
+  #showLists() {
+    const batch = this.#entries.filter((entry) => entry.batch === this.#shown.batch);
+    byId("picker").hidden = batch.length < 2;
+    this.#fill("picker-list", batch);
+    byId("history").hidden = this.#entries.length === 0;
+    this.#fill("history-list", this.#entries);
   }
 
-  #showFacts(entry) {
-    const keep = element("button", { type: "button", className: "link", textContent: "keep" });
-    keep.setAttribute("aria-label", `Keep seed ${entry.seed} for the next image`);
-    keep.addEventListener("click", () => this.#tell("keep-seed", entry.seed));
-    const rows = [
-      [entry.subject, [entry.label]],
-      ["Seed", [String(entry.seed), " ", keep]],
-      ["Steps", [String(entry.body.steps)]],
-      ["Guidance", [String(entry.body.guidance_scale)]],
-      ...(entry.body.strength === undefined ? [] : [["Strength", [String(Number(entry.body.strength.toFixed(4)))]]]),
-      ["Size", [`${entry.width} × ${entry.height}`]],
-    ];
-    byId("facts").replaceChildren(...rows.map(([term, details]) => pair(term, ...details)));
-  }
-
-  #showHistory() {
-    byId("history").hidden = this.#entries.length < 2;
-    byId("history-list").replaceChildren(
-      ...this.#entries.map((entry) => {
-        const image = element("img", { src: entry.url, alt: `${entry.label}, seed ${entry.seed}` });
+  #fill(id, entries) {
+    const list = byId(id);
+    list.replaceChildren(
+      ...entries.map((entry) => {
+        const image = element("img", { src: entry.url, alt: titleOf(entry) });
         const button = element("button", { type: "button", title: image.alt }, image);
         if (entry === this.#shown) button.setAttribute("aria-current", "true");
         button.addEventListener("click", () => {
           this.#show(entry);
-          byId("history-list").querySelector("[aria-current]").focus();
+          list.querySelector("[aria-current]").focus();
         });
         return element("li", {}, button);
       }),
     );
   }
+
+  /** Forgets all but the image that is shown. */
+  #clearHistory() {
+    history.clear();
+    for (const entry of this.#entries) if (entry !== this.#shown) URL.revokeObjectURL(entry.url);
+    this.#entries = [];
+    this.#showLists();
+    byId("use-as-input").focus(); // the button that held it is gone
+    announce("The history is cleared.");
+  }
 }
 
-/** Says how many jobs wait, while the one of this page runs. */
-async function showQueue() {
-  const jobs = await waiting().catch(() => null);
-  byId("waiting").hidden = !jobs || byId("progress").hidden;
-  byId("waiting").textContent = jobs ? `${jobs} ${jobs === 1 ? "job waits" : "jobs wait"} in the queue.` : "";
+function withUrl(entry) {
+  return { ...entry, url: URL.createObjectURL(entry.blob) };
 }
 
-/** The command that makes this very image. A here-document needs no quoting, whatever is in the prompt. */
-function commandOf(entry) {
-  const body = JSON.stringify({ ...entry.body, n: 1, seed: entry.seed });
-  // The key itself is left out: what is copied is soon pasted where others read.
-  const key = hasKey() ? ' -H "Authorization: Bearer $FEWSTEP_KEY"' : "";
-  const types = `-H 'Content-Type: application/json' -H 'Accept: image/png'${key}`;
-  return `curl -s ${addressOf(entry.task)} ${types} -o ${fileName(entry)} -d @- <<'END'\n${body}\nEND\n`;
-}
-
-function pair(term, ...details) {
-  return element("div", {}, element("dt", { textContent: term }), element("dd", {}, ...details));
-}
-
-function fileName(entry) {
-  const words = entry.label.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40);
-  return `${words || "image"}-${entry.seed}.png`;
-}
-
-function showTimings({ timings, ticks, roundTripMs }) {
-  const known = STAGES.filter(([name]) => Number.isFinite(timings[name]));
-  const rows = known.map(([name, title]) => [title, formatMs(timings[name]), name]);
-  rows.push(["Total", formatMs(timings.total_ms)], ["Round trip", formatMs(roundTripMs)]);
-  if (ticks.length) rows.push(["Rows per tick", ticks.join(", ")]);
-  byId("timings").replaceChildren(
-    ...rows.map(([title, text, stage]) => {
-      const row = pair(title, text);
-      if (stage) row.dataset.stage = stage;
-      return row;
-    }),
-  );
-  byId("timeline").replaceChildren(
-    ...known.map(([name]) => {
-      const part = element("span");
-      part.dataset.stage = name;
-      part.style.flexGrow = timings[name];
-      return part;
-    }),
-  );
+function titleOf(entry) {
+  return `${entry.label}, seed ${entry.seed}`;
 }

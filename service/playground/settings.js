@@ -15,14 +15,14 @@ export class Settings {
 
   constructor() {
     const [slider, number] = [byId("guidance"), byId("guidance-value")];
-    slider.addEventListener("input", () => this.#setGuidance(slider.value));
+    slider.addEventListener("input", () => this.#setGuidance(shortened(slider.value)));
     number.addEventListener("input", () => {
       if (number.value !== "") slider.value = number.value;
       this.#fill(slider);
       clearError("guidance_scale");
     });
     number.addEventListener("change", () => {
-      if (number.value === "") this.#setGuidance(slider.value);
+      if (number.value === "") this.#setGuidance(shortened(slider.value));
     });
     byId("strength").addEventListener("input", () => {
       this.#kept[this.#task] = this.strength;
@@ -58,7 +58,7 @@ export class Settings {
     byId("guidance").disabled = minimum === maximum;
     byId("steps").hidden = byId("field-guidance").hidden = false;
     const shown = byId("guidance-value").value;
-    if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(initial);
+    if (shown === "" || Number(shown) < minimum || Number(shown) > maximum) this.#setGuidance(shortened(initial));
     this.#offerStrengths();
   }
 
@@ -69,15 +69,16 @@ export class Settings {
     this.#offerStrengths();
   }
 
-  get steps() {
+  /** As fields of the request, but for the strength and the seed. */
+  get body() {
+    return { n: Number(chosen("count")), steps: this.#steps, guidance_scale: this.#guidanceScale };
+  }
+
+  get #steps() {
     return Number(chosen("steps"));
   }
 
-  get count() {
-    return Number(chosen("count"));
-  }
-
-  get guidanceScale() {
+  get #guidanceScale() {
     return Number(byId("guidance-value").value || byId("guidance").value);
   }
 
@@ -94,6 +95,23 @@ export class Settings {
     }
     this.#seedIsUsed = true;
     return Number(text);
+  }
+
+  /** Takes over how an image was made, for one image; gives what this model cannot do of it, in words. */
+  use({ steps, guidance_scale: guidance, seed, strength }, task) {
+    const missed = [];
+    choose("count", 1);
+    if (this.#strengths[steps]) choose("steps", steps);
+    else missed.push(`${steps} steps`);
+    const { min, max } = byId("guidance-value");
+    if (guidance >= min && guidance <= max) this.#setGuidance(guidance);
+    else missed.push(`a guidance scale of ${guidance}`);
+    // A strength between two acts as the lower one.
+    const acting = this.#choices().filter((choice) => choice <= strength).pop();
+    if (task !== "generate" && acting) this.#kept[task] = acting;
+    this.#offerStrengths();
+    this.keepSeed(seed);
+    return missed;
   }
 
   keepSeed(seed) {
@@ -120,20 +138,20 @@ export class Settings {
   #setGuidance(value) {
     const slider = byId("guidance");
     slider.value = value;
-    byId("guidance-value").value = Number(Number(value).toFixed(2));
+    byId("guidance-value").value = value;
     this.#fill(slider);
     clearError("guidance_scale");
   }
 
   /** The strengths that keep 1, 2, ... N of the N steps. */
   #choices() {
-    return this.#strengths[this.steps] ?? [1];
+    return this.#strengths[this.#steps] ?? [1];
   }
 
   #offerStrengths() {
     const choices = this.#choices();
     const slider = byId("strength");
-    const initial = this.#task === "inpaint" ? 1 : this.#defaultStrength[this.steps];
+    const initial = this.#task === "inpaint" ? 1 : this.#defaultStrength[this.#steps];
     const wanted = this.#kept[this.#task] ?? initial ?? 1;
     const distance = (value) => Math.abs(value - wanted);
     const nearest = choices.reduce((best, value) => (distance(value) < distance(best) ? value : best));
@@ -174,6 +192,10 @@ function offer(name, numbers, initial) {
     ),
   );
   choose(name, numbers.some((number) => String(number) === before) ? before : initial);
+}
+
+function shortened(value) {
+  return Number(Number(value).toFixed(2));
 }
 
 // Tenths, unless the slider could then not reach its end.

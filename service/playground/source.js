@@ -1,6 +1,6 @@
 // The input image: picked, dropped or pasted, and fitted to the model's frame.
 
-import { canvasToBase64 } from "./api.js";
+import { canvasToBase64 } from "./base64.js";
 import { byId, chosen } from "./dom.js";
 
 export class ImageError extends Error {}
@@ -8,6 +8,7 @@ export class ImageError extends Error {}
 export class Source extends EventTarget {
   #original = null;
   #name = "";
+  #said = null;
   #canvas = byId("source");
 
   constructor() {
@@ -18,6 +19,9 @@ export class Source extends EventTarget {
       if (file) this.#offer(file);
     });
     byId("fits").addEventListener("change", () => this.#draw());
+    byId("reuse").addEventListener("click", () => {
+      this.dispatchEvent(new CustomEvent("use-settings", { detail: this.#said }));
+    });
     byId("image-remove").addEventListener("click", () => {
       this.#clear();
       byId("file").focus();
@@ -45,10 +49,6 @@ export class Source extends EventTarget {
     return canvasToBase64(this.#canvas);
   }
 
-  toBlob() {
-    return new Promise((resolve) => this.#canvas.toBlob(resolve));
-  }
-
   /** Takes an image file or blob. Throws ImageError when the browser cannot read it. */
   async load(blob, name) {
     const image = new Image();
@@ -64,11 +64,24 @@ export class Source extends EventTarget {
     if (!image.naturalWidth || !image.naturalHeight) throw new ImageError(`${name} has no size.`);
     this.#original = image;
     this.#name = name;
+    this.tell(null);
     this.#draw();
+  }
+
+  /** Offers the settings that the image's file tells, if any. */
+  tell(said) {
+    this.#said = said;
+    byId("field-reuse").hidden = said === null;
+    if (said === null) return;
+    const strength = said.task === "generate" || said.strength === null ? "" : `, strength ${said.strength}`;
+    const numbers = `${said.steps} steps, guidance ${said.guidance_scale}${strength}, seed ${said.seed}`;
+    const from = said.task === "generate" ? "" : " The image it came from is not in the file.";
+    byId("reuse-note").textContent = `Made by ${said.model}: ${numbers}.${from}`;
   }
 
   #clear() {
     this.#original = null;
+    this.tell(null);
     this.#draw();
     this.dispatchEvent(new Event("cleared"));
   }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 
+from service.gpus import GpuMemory
 from service.metrics import Metrics
 from service.queue.base import QueueStats
 
@@ -27,6 +28,7 @@ def exported() -> dict[str, frozenset[str]]:
     """The labels of every sample that the service exports, by the sample's name."""
     metrics = Metrics()
     metrics.watch_queue(lambda: QueueStats(0, 0, 0.0))
+    metrics.watch_gpus(lambda: (GpuMemory(0, 1),))
     for metric in vars(metrics).values():
         # A metric with labels exports nothing until it was counted once.
         if isinstance(metric, MetricWrapperBase) and metric._labelnames:

@@ -50,7 +50,7 @@ def started(own: ComposeService, monkeypatch: pytest.MonkeyPatch) -> Settings:
     given: list[Settings] = []
     monkeypatch.setattr(service.server, "run", lambda settings: given.append(settings) or 0)
     monkeypatch.setattr("service.logs.configure", lambda *_: None)
-    environment = {name: str(value) for name, value in own["environment"].items()}
+    environment = {name: str(value) for name, value in own["environment"].items() if value is not None}
     ended = CliRunner().invoke(main, own["command"], env=environment)
     assert ended.exit_code == 0, ended.output
     return given[0]
@@ -73,6 +73,14 @@ def test_every_variable_is_explained(root: Path) -> None:
     used = set(re.findall(r"\$\{(\w+)", (root / "docker-compose.yml").read_text()))
     rows = re.findall(r"^\| (`[A-Z].*?) \|", (root / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == used
+
+
+def test_what_is_handed_on_is_of_traces_and_explained(root: Path, own: ComposeService) -> None:
+    handed_on = {name for name, value in own["environment"].items() if value is None}
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in handed_on
+    assert all(name.startswith("OTEL_") for name in handed_on)
+    text = (root / "docs" / "operations.md").read_text()
+    assert {name for name in handed_on if f"`{name}" not in text} == set()
 
 
 def test_variables_of_the_environment_are_settings(own: ComposeService) -> None:

@@ -93,7 +93,7 @@ def test_extras_are_those_of_the_project_and_bring_no_torch(
         for name, value in instructions:
             if name == "RUN" and (own := re.search(r"-c requirements\.lock '?\.(?:\[([\w,-]+)\])?", value)):
                 extras[stage] = set((own[1] or "").split(",")) - {""}
-    assert extras == {"cpu-dependencies": set(), "gpu-dependencies": {"gpu", "tensorrt-rtx"}}
+    assert extras == {"cpu-dependencies": {"tracing"}, "gpu-dependencies": {"gpu", "tensorrt-rtx", "tracing"}}
     offered: dict[str, list[str]] = project["optional-dependencies"]
     for stage in extras.values():
         assert stage <= offered.keys()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
+from tests.service import webdriver
 from tests.service.helpers import SIZE, Gate, Running, running
 from tests.service.redis_server import RedisServer, redis_binary
+from tests.service.webdriver import Device
 
 
 @pytest.fixture
@@ -71,3 +75,28 @@ def redis_server(redis_process: RedisServer) -> RedisServer:
     with redis_process.client() as client:
         client.flushall()
     return redis_process
+
+
+@pytest.fixture(scope="session")
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Device], webdriver.Browser]]:
+    """Opens a browser on a device, once. Each service has an origin, and so a storage, of its own."""
+    if missing := webdriver.missing_programs():
+        pytest.skip(f"the browser test needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
+    with ExitStack() as stack:
+        yield cache(lambda device: stack.enter_context(webdriver.browser(tmp_path_factory.mktemp(device), device)))
+
+
+@pytest.fixture
+def window(browsers: Callable[[Device], webdriver.Browser]) -> webdriver.Browser:
+    """A browser on a desktop."""
+    browser = browsers("desktop")
+    browser.reset()
+    return browser
+
+
+@pytest.fixture(params=["desktop", "phone"])
+def any_window(request: pytest.FixtureRequest, browsers: Callable[[Device], webdriver.Browser]) -> webdriver.Browser:
+    """A browser on a desktop, then one on a phone."""
+    browser = browsers(request.param)
+    browser.reset()
+    return browser

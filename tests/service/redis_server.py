@@ -90,7 +90,7 @@ class RedisServer:
             return False
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, password=self.password, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+        return redis.Redis(port=self.port, password=self.password, retry=Retry(NoBackoff(), 0), socket_timeout=30)
 
 
 class Sentinel(RedisServer):

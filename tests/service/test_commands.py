@@ -65,7 +65,7 @@ def test_sigterm_drains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> 
     gate = Gate(pipeline_of(service), monkeypatch)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
         in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
-        assert gate.reached.wait(20)
+        assert gate.reached.wait(60)
         server.handle_exit(signal.SIGTERM, None)
         assert client.get("/readyz").json() == {"status": "draining"}
         assert client.get("/livez").status_code == 200
@@ -73,7 +73,7 @@ def test_sigterm_drains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> 
         assert thread.is_alive()
         gate.opened.set()
         assert in_flight.result().status_code == 200
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     assert not server.failed
 
@@ -89,12 +89,12 @@ def test_a_second_signal_gives_up_what_is_in_flight(settings: Settings, monkeypa
     gate = Gate(pipeline_of(service), monkeypatch)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
         in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
-        assert gate.reached.wait(20)
+        assert gate.reached.wait(60)
         server.handle_exit(signal.SIGTERM, None)
         server.handle_exit(signal.SIGTERM, None)
         error(in_flight.result(), 503, "shutting_down")
         gate.opened.set()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -109,9 +109,9 @@ def test_draining_has_an_end(settings: Settings, monkeypatch: pytest.MonkeyPatch
     gate = Gate(pipeline_of(service), monkeypatch)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor() as pool:
         in_flight = pool.submit(client.post, "/generate", json={"prompt": "a cat"})
-        assert gate.reached.wait(20)
+        assert gate.reached.wait(60)
         server.handle_exit(signal.SIGTERM, None)
         error(in_flight.result(), 503, "shutting_down")
         gate.opened.set()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()

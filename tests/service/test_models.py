@@ -205,7 +205,7 @@ async def test_a_wait_for_a_load_ends_with_the_deadline_and_the_load_goes_on(
     go = threading.Event()
 
     def slow(settings: Settings, path: Path) -> Pipeline:
-        assert path.name == "tiny" or go.wait(20)
+        assert path.name == "tiny" or go.wait(60)
         return open_pipeline(settings, path)
 
     async with running(several, opener=slow) as app:
@@ -225,12 +225,12 @@ def models(several: Settings) -> Iterator[Models]:
 def test_one_load_for_all_who_wait(models: Models) -> None:
     futures = [models.load("amber") for _ in range(5)]
     assert not futures[0].cancel()
-    assert [future.result(20) for future in futures] == [None] * 5
+    assert [future.result(60) for future in futures] == [None] * 5
     assert len([state for state in models.states() if state.loaded]) == 1
 
 
 def test_a_lease_keeps_it_open_and_is_given_back_once(models: Models) -> None:
-    models.load(None).result(20)
+    models.load(None).result(60)
     lease = models.lease(None)
     assert lease is not None
     other = lease.again()
@@ -241,7 +241,7 @@ def test_a_lease_keeps_it_open_and_is_given_back_once(models: Models) -> None:
     assert not gone.done()
     assert other.again().release() is None
     other.release()
-    assert gone.result(20) is None
+    assert gone.result(60) is None
     assert models.memory_bytes == 0
 
 
@@ -306,7 +306,7 @@ class Bench:
 
         stepping = asyncio.create_task(steps())
         try:
-            return await asyncio.wait_for(self.queue.outcome(name), 20)
+            return await asyncio.wait_for(self.queue.outcome(name), 60)
         finally:
             stepping.cancel()
 
@@ -348,7 +348,7 @@ async def test_a_job_that_waits_for_its_bundle_is_cancelled_expires_and_is_stopp
     go = threading.Event()
 
     def slow(path: Path) -> Pipeline:
-        assert go.wait(20)
+        assert go.wait(60)
         return open_pipeline(several, path)
 
     models = Models(Catalogue.of(several), slow, 2**30)

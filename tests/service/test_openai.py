@@ -270,14 +270,14 @@ def test_a_service_that_is_full_makes_their_client_wait_and_try_again(
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=8)
         with client:
             first = threads.submit(client.images.generate, prompt="a cat")
-            assert gate.reached.wait(20)
+            assert gate.reached.wait(60)
             with pytest.raises(openai.RateLimitError) as caught:
                 client.with_options(max_retries=0).images.generate(prompt="a cat")
             assert (caught.value.type, caught.value.code) == ("overloaded_error", "too_many_requests")
             assert int(caught.value.response.headers["retry-after"]) >= 1
             threading.Timer(0.5, gate.opened.set).start()
             assert client.images.generate(prompt="a cat").data
-            assert first.result(20).data
+            assert first.result(60).data
 
 
 @pytest.mark.anyio

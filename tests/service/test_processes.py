@@ -61,7 +61,7 @@ class Process:
         return next((match.group(1) for match in found if match), "")
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=10)
+        return httpx.get(f"{self.url}{path}", timeout=60)
 
     def ready(self) -> bool:
         assert self._process.poll() is None, self.lines
@@ -76,7 +76,7 @@ class Process:
 
     def wait(self) -> int:
         """The exit code."""
-        code = self._process.wait(20)
+        code = self._process.wait(60)
         self._reader.join()
         return code
 

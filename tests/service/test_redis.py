@@ -91,7 +91,7 @@ def taken(queue: RedisQueue, rows: int = 9, wait_s: float = 0.0) -> list[str]:
 
 
 async def soon(queue: RedisQueue, job_id: str) -> Finished | Failed:
-    return await asyncio.wait_for(queue.outcome(job_id), 10)
+    return await asyncio.wait_for(queue.outcome(job_id), 60)
 
 
 def mute(queue: RedisQueue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ async def test_a_slow_check_holds_up_neither_other_requests_nor_ticks(
         threads.add(threading.current_thread().name)
         if image is not None:
             asked.set()
-            assert go.wait(20)
+            assert go.wait(60)
         return None
 
     monkeypatch.setattr(checks, "refuse_dogs", slow)
@@ -110,7 +110,7 @@ async def test_a_check_that_never_answers_is_a_504(
     anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(checks, "refuse_dogs", lambda prompt, image: "late" if go.wait(20) else None)
+    monkeypatch.setattr(checks, "refuse_dogs", lambda prompt, image: "late" if go.wait(60) else None)
     async with running(checked(settings, "refuse_dogs")) as app:
         error(await app.post("/generate", prompt="a cat", timeout_ms=50), 504, "deadline_exceeded")
         assert app.metric("fewstep_tick_rows_count") == 0

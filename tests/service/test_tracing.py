@@ -261,3 +261,35 @@ def test_what_is_no_collector_is_refused_and_not_quoted(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="collector") as caught:
         Settings(tracing=endpoint)
     assert "secret" not in str(caught.value)
+
+
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+@pytest.mark.parametrize(
+    ("environment", "collector"),
+    [
+        ({}, None),
+        ({ENDPOINT: ""}, None),
+        ({ENDPOINT: "http://a:4318"}, "http://a:4318/v1/traces"),
+        ({ENDPOINT: "http://a:4318/otlp/"}, "http://a:4318/otlp/v1/traces"),
+        ({ENDPOINT: "http://a:4318", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://b/in"}, "http://b/in"),
+        ({ENDPOINT: "http://a:4318", "FEWSTEP_TRACING": "http://c:4318"}, "http://c:4318"),
+        ({ENDPOINT: "http://a:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "http://a:4318/v1/traces"),
+        ({ENDPOINT: "http://a:4318", "OTEL_SDK_DISABLED": "true"}, None),
+        ({ENDPOINT: "http://a:4318", "OTEL_TRACES_EXPORTER": "none"}, None),
+    ],
+)
+def test_the_standard_variables_name_the_collector(
+    environment: dict[str, str], collector: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().tracing == collector
+
+
+def test_a_protocol_that_is_not_spoken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENDPOINT, "http://collector:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    with pytest.raises(ValidationError, match="http/protobuf"):
+        Settings()

@@ -37,7 +37,7 @@ class Bench:
         self.model = pipeline.manifest.model
         self.queue = MemoryQueue(1000)
         self.models = Models(Catalogue(str(pipeline.bundle.path), None), lambda path: pipeline, 2**30)
-        self.models.load(None).result(20)
+        self.models.load(None).result(60)
         self.worker = Worker(self.models, self.queue, Scheduler(MAX_ROWS), self.metrics)
         self.ticks: list[list[str]] = []
 
@@ -50,7 +50,7 @@ class Bench:
         )
 
     async def outcome(self, name: str) -> Outcome:
-        return await asyncio.wait_for(self.queue.outcome(name), 10)
+        return await asyncio.wait_for(self.queue.outcome(name), 60)
 
     async def finished(self, name: str) -> Finished:
         outcome = await self.outcome(name)
@@ -303,7 +303,7 @@ async def test_decoding_overlaps_the_next_tick(bench: Bench, monkeypatch: pytest
 
     def slow_finish(rows: Sequence[Row]) -> Any:
         decoding.set()
-        assert ticked.wait(10), "no tick ran while the decoder was busy"
+        assert ticked.wait(60), "no tick ran while the decoder was busy"
         return finish(rows)
 
     def watched_tick(rows: Sequence[Row]) -> None:
@@ -329,7 +329,7 @@ async def test_prompts_of_others_are_encoded_beside_the_ticks(bench: Bench, monk
     def slow_prepare(tasks: Sequence[Task]) -> Any:
         if any(task.condition == "a dog" for task in tasks):
             encoding.set()
-            assert ticked.wait(10), "no tick ran while another's prompt was encoded"
+            assert ticked.wait(60), "no tick ran while another's prompt was encoded"
         return prepare(tasks)
 
     def watched_tick(rows: Sequence[Row]) -> None:
@@ -365,7 +365,7 @@ async def test_a_job_that_is_cancelled_while_it_is_encoded_never_ticks(
     def gated(tasks: Sequence[Task]) -> Any:
         if any(task.condition == "a dog" for task in tasks):
             reached.set()
-            assert opened.wait(10)
+            assert opened.wait(60)
         return prepare(tasks)
 
     monkeypatch.setattr(bench.pipeline, "prepare", gated)

@@ -43,7 +43,7 @@ def tls_door(port: int, certificate: Path, key: Path) -> Iterator[int]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     try:
         yield doors[0]
     finally:

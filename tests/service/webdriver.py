@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -11,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 PROGRAMS = ("chromium", "chromedriver")
 _FLAGS = (
@@ -25,10 +26,19 @@ _FLAGS = (
     "disable-background-networking",
     "disable-component-update",
     "disable-sync",
-    "window-size=1280,900",
 )
+Device = Literal["desktop", "phone"]
+_DEVICES: dict[Device, dict[str, Any]] = {
+    "desktop": {"width": 1280, "height": 800, "pixelRatio": 1, "touch": False, "mobile": False},
+    "phone": {"width": 390, "height": 844, "pixelRatio": 2, "touch": True, "mobile": True},
+}
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name of an element reference
 ENTER, SPACE, RIGHT, DOWN, CONTROL = "\ue007", " ", "\ue014", "\ue015", "\ue009"
+TAB, ESCAPE = "\ue004", "\ue00c"
+
+# The page at /: it can take a request; it has the answer to one.
+READY = "document.querySelector('#state').dataset.state === 'ready'"
+ANSWERED = "!document.querySelector('#image').hidden && document.querySelector('#progress').hidden"
 
 
 def missing_programs() -> list[str]:
@@ -42,6 +52,12 @@ class Browser:
     def __init__(self, session_url: str) -> None:
         self._url = session_url
 
+    def reset(self) -> None:
+        """Forget the page, what it logged and what it was made to find."""
+        self.go("about:blank")
+        self.emulate()
+        self.console()
+
     def go(self, url: str) -> None:
         _call("POST", f"{self._url}/url", {"url": url})
 
@@ -53,7 +69,7 @@ class Browser:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + seconds
         while not self.js(f"return Boolean({expression})"):
-            assert time.monotonic() < deadline, f"waited in vain for {expression}"
+            assert time.monotonic() < deadline, f"waited in vain for {expression}: {self.console()}"
             time.sleep(0.02)
 
     def text(self, selector: str) -> str:
@@ -78,6 +94,30 @@ class Browser:
         element = _call("POST", f"{self._url}/element", query)[_ELEMENT]
         _call("POST", f"{self._url}/element/{element}/value", {"text": str(path)})
 
+    def rgba(self, selector: str, size: int) -> list[int]:
+        """The pixels of an image or canvas of ``size`` x ``size`` in the page, row by row."""
+        script = """
+            const [selector, size] = arguments;
+            const context = new OffscreenCanvas(size, size).getContext("2d");
+            context.drawImage(document.querySelector(selector), 0, 0);
+            return [...context.getImageData(0, 0, size, size).data];
+        """
+        found: list[int] = self.js(script, selector, size)
+        return found
+
+    def screenshot(self, path: Path) -> None:
+        """Save what the window shows as PNG."""
+        path.write_bytes(base64.b64decode(_call("GET", f"{self._url}/screenshot")))
+
+    def emulate(self, **features: str) -> None:
+        """Have the page find these media features, such as ``prefers_color_scheme="dark"``."""
+        wanted = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.devtools("Emulation.setEmulatedMedia", features=wanted)
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        """What a command of the DevTools protocol answers."""
+        return _call("POST", f"{self._url}/goog/cdp/execute", {"cmd": command, "params": parameters})
+
     def console(self) -> list[str]:
         """What the page logged since the last call."""
         return [entry["message"] for entry in _call("POST", f"{self._url}/se/log", {"type": "browser"})]
@@ -88,11 +128,12 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
-    """A window with a profile of its own in the folder ``profile``."""
+def browser(profile: Path, device: Device) -> Iterator[Browser]:
+    """A window of the size of a device, with a profile of its own in the folder ``profile``."""
     options = {
         "binary": shutil.which("chromium"),
         "args": [*(f"--{flag}" for flag in _FLAGS), f"--user-data-dir={profile}"],
+        "mobileEmulation": {"deviceMetrics": _DEVICES[device]},
     }
     wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
     with subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver:

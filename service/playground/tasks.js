@@ -1,0 +1,22 @@
+// Which tasks the model offers, and what their button says.
+
+import { byId } from "./dom.js";
+
+const TITLES = { generate: "Generate", edit: "Edit", inpaint: "Repaint" };
+
+export function offerTasks(names) {
+  for (const task of Object.keys(TITLES)) labelOf(task).hidden = !names.includes(task);
+  byId("tasks").hidden = names.length < 2;
+}
+
+export function offers(task) {
+  return !labelOf(task).hidden;
+}
+
+export function titleOf(task) {
+  return TITLES[task];
+}
+
+function labelOf(task) {
+  return document.querySelector(`input[name=task][value=${task}]`).closest("label");
+}
