@@ -22,6 +22,8 @@ MaskMode = Literal["white", "black", "alpha"]
 FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MASK_MODES: tuple[str, ...] = get_args(MaskMode)
 DEFAULT_QUALITY = 90
+# zlib's fastest: files are a tenth larger than at its default, and made in a half to a third of the time.
+_PNG_LEVEL = 1
 
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
@@ -127,7 +129,7 @@ def encode_image(
         raise ValueError("quality is 1 to 100, for jpeg and webp only")
     options: dict[str, Any] = {}
     if format == "png":
-        options["pnginfo"] = _png_text(text or {})
+        options |= {"pnginfo": _png_text(text or {}), "compress_level": _PNG_LEVEL}
     else:
         options["quality"] = DEFAULT_QUALITY if quality is None else quality
         if text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, get_args
 
@@ -84,6 +85,7 @@ def settings_of(data: bytes, limits: ImageLimits | None = None) -> ImageSettings
         return None
 
 
+@cache
 def package_version() -> str:
     """The version of the installed distribution."""
     try:

@@ -1,4 +1,4 @@
-"""The Idempotency-Key header: which job a request names, and what it asks for."""
+"""What tells requests apart: the Idempotency-Key header, what is asked for, and who asks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,28 @@ def key_of(request: Request) -> str | None:
     if len(given) > 1 or not _KEY.fullmatch(given[0]):
         message = "one key of 1 to 255 visible ASCII characters, without spaces"
         raise ApiError(422, "invalid_value", message, param=HEADER.lower())
-    callers = (request.headers.get(name, "") for name in ("authorization", "x-api-key"))
-    return hashlib.sha256("\n".join((given[0], *callers)).encode()).hexdigest()
+    return _sha256(given[0], *_credentials(request))
 
 
 def digest_of(path: str, body: GenerateRequest, output_format: ImageFormat) -> str:
     """What tells requests apart: the endpoint and the fields, but not whether the client waits for the answer."""
     fields = body.model_dump(exclude={"asynchronous"})
-    said = json.dumps([path, output_format, fields], sort_keys=True, default=bytes.hex)
-    return hashlib.sha256(said.encode()).hexdigest()
+    # A digest in the place of a file: its bytes as text would be many times dearer.
+    said = json.dumps([path, output_format, fields], sort_keys=True, default=lambda file: _sha256(file))
+    return _sha256(said)
+
+
+def identity_of(request: Request, body: GenerateRequest, output_format: ImageFormat) -> str:
+    """What recognises a request that was refused and comes again: who asks, from where, for what, under which key."""
+    host = request.client.host if request.client else ""
+    asked = digest_of(request.url.path, body, output_format)
+    return _sha256(asked, host, *request.headers.getlist(HEADER), *_credentials(request))
+
+
+def _credentials(request: Request) -> list[str]:
+    return [request.headers.get(name, "") for name in ("authorization", "x-api-key")]
+
+
+def _sha256(*parts: str | bytes) -> str:
+    said = (part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(b"\n".join(said)).hexdigest()

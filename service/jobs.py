@@ -37,7 +37,8 @@ class Job:
 
     ``trace`` is the W3C `traceparent` of the request, "" where it is not traced.
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
-    translates them. ``model`` is the bundle that a worker must have, ``name@revision``.
+    translates them. ``model`` is the bundle that a worker must have, ``name@revision``. By its ``identity`` a request
+    is recognised that was refused and comes again, "" where it cannot be.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Job:
     model: str = ""
     trace: str = ""
     priority: Priority = Priority.NORMAL
+    identity: str = ""
 
     @property
     def cost(self) -> int:

@@ -174,9 +174,12 @@ class Scheduler:
         return sorted(candidates, key=partial(self._urgency, now + self._backlog_s(candidates, now)))
 
     def _urgency(self, done_by: float, candidate: Candidate) -> tuple[bool, float, float, str, int]:
-        """The place in the line: those at risk by priority and deadline, then the others by priority and age."""
+        """The place in the line: those at risk by deadline, then the others by priority and age.
+
+        The queue lets in what can be done in time: so by deadline all are, and a priority makes nobody late.
+        """
         if candidate.deadline < done_by:
-            return False, float(-candidate.priority), candidate.deadline, candidate.job_id, candidate.index
+            return False, candidate.deadline, candidate.arrived, candidate.job_id, candidate.index
         return True, self._rank(candidate), candidate.arrived, candidate.job_id, candidate.index
 
     def _rank(self, candidate: Candidate) -> float:

@@ -53,9 +53,9 @@ class Settings(BaseSettings):
     max_pixels: Annotated[Count, Field(description="most pixels of an image or mask")] = 12 * MIB
     max_images: Annotated[int, Field(ge=1, le=64, description="most images of one request")] = 8
     max_prompt_chars: Annotated[Count, Field(description="longest prompt, in characters")] = 1000
-    max_queue_cost: Annotated[Count, Field(description="most work that may wait, in images x steps")] = 1024
+    max_queue_cost: Annotated[Count, Field(description="most work that may wait of a model, in images x steps")] = 3072
     max_inflight_bytes: Annotated[Count, Field(description="most bytes of bodies at once")] = 64 * MIB
-    max_inflight: Annotated[Count, Field(description="most image requests at once")] = 256
+    max_inflight: Annotated[Count, Field(description="most image requests at once")] = 3072
 
     api_keys_file: Annotated[Path | None, Field(description="hashes of API keys; None: no key is asked for")] = None
     open_metrics: Annotated[bool, Field(description="whether /metrics answers without a key")] = True

@@ -17,21 +17,12 @@ WATCHED_S = 10.0
 FARTHEST_POSITION = 100
 """Jobs that wait behind more than so many others are told no position."""
 
-RATE_MEMORY_S = 10.0
 # A step of priority counts as so much age: so nothing is overtaken for ever.
 HEAD_START_S = 10.0
-_RETRY_AFTER_S = (1.0, 60.0)
-
-
-def retry_after_s(waiting_cost: float, cost_per_s: float) -> float:
-    """When a full queue should have room, at the rate at which cost is taken off it (0: not known yet)."""
-    shortest, longest = _RETRY_AFTER_S
-    expected = waiting_cost / cost_per_s if cost_per_s > 0 else shortest
-    return min(max(expected, shortest), longest)
 
 
 class QueueFull(Exception):
-    """The bound on queued cost is reached; ``retry_after_s`` is when there should be room again."""
+    """There is no room, or not in time. Who comes back after ``retry_after_s``, in whole seconds, finds some."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; room is expected in {retry_after_s:.0f} s")
@@ -133,6 +124,8 @@ class JobQueue(Protocol):
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """Accept the job, or raise QueueFull, also where it would come too late behind the others.
 
+        A job that was refused, and comes again when it was told to with the same ``identity``, goes before newcomers.
+
         An accepted job is settled or cancelled, never lost.
 
         Without ``keep`` the submitter waits for its ``outcome``; with it anybody asks for its ``status``. Returns the
@@ -162,6 +155,13 @@ class JobQueue(Protocol):
         Waits up to ``wait_s`` seconds for a first job and not at all for more. Every job taken must be
         settled, also one that was cancelled meanwhile. A job that is handed out again comes alone, and nothing
         comes beside it until it is settled: it may have been what its worker died of.
+        """
+        ...
+
+    def expect(self, model: str, per_second: float) -> None:
+        """Learn how many row-ticks a second the warm-up of ``model`` has shown, of which a worker has taken a job.
+
+        It counts for who is let in until more is known.
         """
         ...
 

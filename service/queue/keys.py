@@ -33,8 +33,13 @@ def jobs(model: str) -> str:
 
 
 def load(model: str) -> str:
-    """Hash: the cost that waits in a model's stream, and how fast it is taken."""
+    """Hash: the cost that waits in a model's stream, all that is outstanding, and how fast it is finished."""
     return f"{PREFIX}load:{model}"
+
+
+def promises(model: str) -> str:
+    """Sorted set: requests for a model that were refused, by the time in ms at which they should come back."""
+    return f"{PREFIX}promises:{model}"
 
 
 def record(job_id: str) -> str:

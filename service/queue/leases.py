@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from service.jobs import Failed, Job, Outcome
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.base import RATE_MEMORY_S, WATCHED_S, Bounds, state_after
+from service.queue.admission import EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
+from service.queue.base import WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
 from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
@@ -89,6 +90,11 @@ class Leases:
                 return taken
             self._wait(seen, left_s)
 
+    def expect(self, model: str, per_second: float) -> None:
+        """See JobQueue.expect."""
+        expected: Arguments = [str(EXPECTED * per_second * EXPECTATION_S), str(EXPECTATION_S)]
+        self._reach(partial(self._redis.run, "expect", [keys.load(model)], expected), None)
+
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """See JobQueue.cancelled. Among them are jobs that another worker has settled meanwhile."""
         with self._changed:
@@ -158,7 +164,7 @@ class Leases:
         # After an outage everybody seems silent; those that live get the time to say so.
         patient = time.monotonic() < self._reclaims_from
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
-        arguments: Arguments = [self._consumer, rows, silence, int(holding), str(RATE_MEMORY_S)]
+        arguments: Arguments = [self._consumer, rows, silence, int(holding)]
         now, given, seen = self._redis.run("take", [*streams, *map(keys.load, models)], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
@@ -199,10 +205,12 @@ class Leases:
 
     def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> bool:
         job_id = lease.job_id
-        names = [keys.jobs(lease.model), keys.record(job_id), keys.result(job_id), keys.DEAD]
+        names = [keys.jobs(lease.model), keys.load(lease.model), keys.record(job_id), keys.result(job_id), keys.DEAD]
         over: Arguments = [job_id, lease.entry, state_after(outcome), pack_outcome(outcome), milliseconds(RESULT_TTL_S)]
         dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
-        first = self._redis.run("settle", names, [*over, *dead, self._bounds.outcomes, self._bounds.bytes])
+        kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
+        throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE)]
+        first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput])
         with self._changed:
             self._held.pop(job_id, None)
             self._unsent.pop(job_id, None)

@@ -3,63 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from typing import ClassVar
 
 from service.jobs import Finished, Job, Outcome
+from service.queue.admission import Door
 from service.queue.base import (
     CANCELLED,
     DEFAULT_BOUNDS,
     FARTHEST_POSITION,
     HEAD_START_S,
-    RATE_MEMORY_S,
     Bounds,
     Keep,
     QueueFull,
     QueueStats,
     Stage,
     Status,
-    retry_after_s,
 )
 from service.queue.shelf import Shelf
-
-_SMOOTHING = 0.1
-# Jobs that were taken and then given up make the queue look faster than it is.
-_MARGIN = 1.25
-
-
-class DrainRate:
-    """How fast workers take cost off the queue, in row-ticks a second, forgetting over about ``memory_s``.
-
-    Only time in which something waited counts: an idle worker says nothing about its speed.
-    """
-
-    def __init__(self, memory_s: float) -> None:
-        self._memory_s = memory_s
-        self._cost = 0.0
-        self._seconds = 0.0
-        self._busy_since: float | None = None
-
-    def taken(self, cost: int, more_waiting: bool, now: float) -> None:
-        """Note that ``cost`` was taken at ``now``, and whether anything was left waiting."""
-        if self._busy_since is not None:
-            elapsed = max(0.0, now - self._busy_since)
-            kept = math.exp(-elapsed / self._memory_s)
-            self._cost = self._cost * kept + cost
-            self._seconds = self._seconds * kept + elapsed
-        self._busy_since = now if more_waiting else None
-
-    @property
-    def per_second(self) -> float:
-        """Row-ticks a second, 0 while nothing is known."""
-        return self._cost / self._seconds if self._seconds > 0 else 0.0
 
 
 def _rank(job: Job) -> float:
@@ -68,27 +36,20 @@ def _rank(job: Job) -> float:
 
 
 class MemoryQueue:
-    """A JobQueue in memory that holds jobs of at most ``max_cost`` row-ticks.
-
-    A job dearer than the whole bound is accepted when nothing else waits; otherwise it could never run. One that would
-    come too late behind the others, as fast as they are taken, is refused: better now than when its time is over.
-    """
+    """A JobQueue in memory, where at most ``max_cost`` row-ticks wait for each model. Its doors say who is let in."""
 
     durable: ClassVar[bool] = False
 
     def __init__(
         self, max_cost: int, clock: Callable[[], float] = time.monotonic, bounds: Bounds = DEFAULT_BOUNDS
     ) -> None:
-        self._max_cost = max_cost
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, Job] = OrderedDict()
-        self._waiting_cost = 0
+        self._doors: defaultdict[str, Door] = defaultdict(partial(Door, max_cost))
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
-        self._taken: dict[str, float] = {}
-        self._making_s = 0.0
-        self._rate = DrainRate(RATE_MEMORY_S)
+        self._taken: dict[str, Job] = {}
         self._shelf = Shelf(bounds, clock)
 
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
@@ -98,10 +59,11 @@ class MemoryQueue:
                 return holder
             if job.id in self._outcomes or job.id in self._shelf:
                 raise ValueError(f"job {job.id} was submitted before")
-            if self._waiting and (self._waiting_cost + job.cost > self._max_cost or self._too_late(job)):
-                raise QueueFull(self._retry_after_s())
+            now = self._clock()
+            wait_s = self._doors[job.model].knock(job.identity, job.cost, job.deadline - now, now)
+            if wait_s is not None:
+                raise QueueFull(wait_s)
             self._waiting[job.id] = job
-            self._waiting_cost += job.cost
             if keep is None:
                 self._outcomes[job.id] = _uncancellable()
             else:
@@ -131,7 +93,7 @@ class MemoryQueue:
             if not goes_on:
                 return None
             if (job := self._waiting.pop(job_id, None)) is not None:
-                self._waiting_cost -= job.cost
+                self._doors[job.model].withdrew(job.cost)
                 return "queued"
             self._cancelled.add(job_id)
             return "running"
@@ -143,19 +105,21 @@ class MemoryQueue:
                 self._changed.wait_for(lambda: self._next(models) is not None, wait_s)
             taken: list[Job] = []
             room = rows
-            # The sort is stable: without priorities the order is that of submission.
-            for job in sorted((job for job in self._waiting.values() if job.model in models), key=_rank):
+            for job in self._in_line(models):
                 if room <= 0 or (taken and len(job.tasks) > room):
                     break
                 taken.append(self._waiting.pop(job.id))
                 self._shelf.taken(job.id)
                 room -= len(job.tasks)
-            self._taken |= dict.fromkeys((job.id for job in taken), self._clock())
-            cost = sum(job.cost for job in taken)
-            self._waiting_cost -= cost
-            if taken:
-                self._rate.taken(cost, bool(self._waiting), self._clock())
+            self._taken |= {job.id: job for job in taken}
+            for job in taken:
+                self._doors[job.model].took(job.cost)
             return taken
+
+    def expect(self, model: str, per_second: float) -> None:
+        """See JobQueue.expect."""
+        with self._changed:
+            self._doors[model].throughput.expect(per_second)
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """See JobQueue.cancelled."""
@@ -176,8 +140,8 @@ class MemoryQueue:
         """See JobQueue.settle."""
         with self._changed:
             self._cancelled.discard(job_id)
-            if (taken := self._taken.pop(job_id, None)) is not None and isinstance(outcome, Finished):
-                self._making_s += _SMOOTHING * (self._clock() - taken - self._making_s)
+            if (job := self._taken.pop(job_id, None)) is not None:
+                self._doors[job.model].settled(job.cost, isinstance(outcome, Finished), self._clock())
             return self._end(job_id, outcome)
 
     def stats(self) -> QueueStats:
@@ -185,7 +149,8 @@ class MemoryQueue:
         with self._changed:
             oldest = next(iter(self._waiting.values()), None)
             age = max(0.0, self._clock() - oldest.submitted) if oldest else 0.0
-            return QueueStats(len(self._waiting), self._waiting_cost, age)
+            cost = sum(door.waiting for door in self._doors.values())
+            return QueueStats(len(self._waiting), cost, age)
 
     async def close(self) -> None:
         """See JobQueue.close."""
@@ -208,18 +173,23 @@ class MemoryQueue:
         position = sum(job.model == wanted.model for job in before)
         return position if position <= FARTHEST_POSITION else None
 
+    def _in_line(self, models: Collection[str]) -> list[Job]:
+        """Those whose deadline is at risk by their deadlines, then the others by age and priority.
+
+        All of them were let in because all can be done by their deadlines: so none is overtaken until it is late.
+        """
+        now = self._clock()
+        done_by = {model: now + self._doors[model].backlog_s for model in models}
+
+        def urgency(job: Job) -> tuple[bool, float]:
+            at_risk = job.deadline < done_by[job.model]
+            return not at_risk, job.deadline if at_risk else _rank(job)
+
+        # The sort is stable: without priorities the order is that of submission.
+        return sorted((job for job in self._waiting.values() if job.model in models), key=urgency)
+
     def _next(self, models: Collection[str]) -> Job | None:
         return next((job for job in self._waiting.values() if job.model in models), None)
-
-    def _too_late(self, job: Job) -> bool:
-        """Whether the job would be done after its deadline, as fast as others were taken and then made."""
-        if self._rate.per_second == 0:
-            return False
-        waits_s = (self._waiting_cost + job.cost) / self._rate.per_second
-        return self._clock() + _MARGIN * (waits_s + self._making_s) > job.deadline
-
-    def _retry_after_s(self) -> float:
-        return retry_after_s(self._waiting_cost, self._rate.per_second)
 
 
 def _uncancellable() -> Future[Outcome]:

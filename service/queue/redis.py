@@ -23,6 +23,7 @@ def _ignore() -> None:
 
 class RedisQueue:
     """A JobQueue in the Redis (6.2 or later) at ``url``, where at most ``max_cost`` row-ticks wait for each model.
+    Its script `submit` is the door of them all.
 
     Each model has a stream, which its workers read as one consumer group, at least once: the jobs of a worker
     that was silent for ``reclaim_after_s`` go to another, alone, and what has been tried three times goes to the
@@ -71,6 +72,10 @@ class RedisQueue:
     def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
         """See JobQueue.take."""
         return self._leases.take(models, rows, wait_s)
+
+    def expect(self, model: str, per_second: float) -> None:
+        """See JobQueue.expect."""
+        self._leases.expect(model, per_second)
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """See JobQueue.cancelled."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.jobs import Failed, Job, Outcome
-from service.queue import keys
+from service.queue import admission, keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import (
     CANCELLED,
@@ -25,9 +25,8 @@ from service.queue.base import (
     QueueUnavailable,
     Stage,
     Status,
-    retry_after_s,
 )
-from service.queue.clients import AWAY, CoroutinesRedis
+from service.queue.clients import AWAY, Arguments, CoroutinesRedis
 from service.queue.keys import GRACE_S, RESULT_TTL_S, milliseconds
 from service.queue.wire import WireError, pack_job, pack_outcome, unpack_outcome
 
@@ -37,6 +36,17 @@ logger = logging.getLogger(__name__)
 _POLL_S = LONGEST_BLOCK_S
 _AFTER_ERROR_S = 0.5
 _CANCELLED_WITHIN_S = 0.05
+
+# What the script needs of the policy in service/queue/admission.py.
+_DOOR: Arguments = [
+    str(admission.MARGIN),
+    str(admission.NEWCOMERS),
+    str(admission.PACE),
+    milliseconds(admission.SHORTEST_S),
+    milliseconds(admission.FARTHEST_S),
+    milliseconds(admission.KEPT_S),
+    admission.MOST_PROMISES,
+]
 
 _LOST = Failed("engine", "the queue lost the job", retryable=True)
 _UNREADABLE = Failed("engine", "the answer of the worker cannot be read")
@@ -58,7 +68,7 @@ class Submissions:
 
     def __init__(self, redis: CoroutinesRedis, max_cost: int, bounds: Bounds) -> None:
         self._redis = redis
-        self._max_cost = max_cost
+        self._door: Arguments = [max_cost, *_DOOR]
         self._bounds = bounds
         self._replies = keys.replies(uuid.uuid4().hex)
         self._waiting: dict[str, _Wait] = {}
@@ -144,14 +154,25 @@ class Submissions:
         ttl = max(0, left) + milliseconds(GRACE_S)
         if packed.images:
             await self._redis.client.set(keys.images(job.id), packed.images, px=ttl)
-        names = [keys.jobs(job.model), keys.load(job.model), keys.record(job.id), keys.MODELS]
-        costs = [job.cost, len(job.tasks), self._max_cost]
+        model = job.model
+        names = [keys.jobs(model), keys.load(model), keys.promises(model), keys.record(job.id), keys.MODELS]
+        costs = [job.cost, len(job.tasks)]
         times = [milliseconds(now - job.submitted), left, ttl]
         kept: list[str | int] = []
         if keep is not None:
             kept = [milliseconds(keep.seconds), keep.note, keep.digest]
             names += [keys.claim(keep.key)] if keep.key is not None else []
-        arguments = [job.id, job.model, packed.message, *costs, *times, self._replies, *kept]
+        arguments: Arguments = [
+            job.id,
+            model,
+            packed.message,
+            *costs,
+            *times,
+            self._replies,
+            job.identity,
+            *self._door,
+            *kept,
+        ]
         code, *answer = await self._redis.run("submit", names, arguments)
         if code == _ACCEPTED:
             return job.id
@@ -162,8 +183,7 @@ class Submissions:
             return holder.decode()
         if code == _CONFLICT:
             raise KeyConflict
-        waiting, drained, seconds = answer
-        raise QueueFull(retry_after_s(waiting, float(drained) / float(seconds) if float(seconds) else 0.0))
+        raise QueueFull(float(answer[0]))
 
     async def _listen(self) -> None:
         """Hand outcomes to those who wait, as replies tell of them, and now and then without a reply."""

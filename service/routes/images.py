@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
+from engines.images import ImageFormat
+from engines.pipeline import Pipeline
 from service.answers import Ticket, job_document, render_images
 from service.bodies import check_fields, read_fields
 from service.errors import ApiError
-from service.idempotency import digest_of, key_of
+from service.idempotency import digest_of, identity_of, key_of
 from service.intake import deadline_of, make_job
 from service.jobs import Finished, Job
 from service.negotiation import choose
@@ -20,6 +22,7 @@ from service.queue.base import Keep, Status
 from service.routes.openapi import documented
 from service.runtime import Service
 from service.schemas import EditRequest, GenerateRequest, ImageRequest, InpaintRequest
+from service.settings import Settings
 
 router = APIRouter(tags=["images"])
 
@@ -96,15 +99,7 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
     deadline = deadline_of(body, service.settings, began)
     gone = partial(_disconnected, request)
     async with service.leased(body.model, deadline, gone) as pipeline:
-        make = partial(
-            make_job,
-            body,
-            rendering.format,
-            pipeline,
-            service.settings,
-            request_id=request.state.request_id,
-            began=began,
-        )
+        make = partial(_job, request, body, rendering.format, pipeline)
         job = await service.decoded(make, deadline, gone) if isinstance(body, ImageRequest) else make()
         ticket = Ticket.of(job, pipeline.manifest)
         if not body.asynchronous and key is None:
@@ -120,6 +115,13 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
     status, finished = await service.completed(job_id, deadline, gone)
     ticket = Ticket.model_validate_json(status.note)
     return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
+
+
+def _job(request: Request, body: GenerateRequest, output_format: ImageFormat, pipeline: Pipeline) -> Job:
+    state = request.state
+    settings: Settings = request.app.state.service.settings
+    job = make_job(body, output_format, pipeline, settings, request_id=state.request_id, began=state.began)
+    return replace(job, identity=identity_of(request, body, output_format))
 
 
 async def _read(model: type[GenerateRequest], request: Request, service: Service) -> GenerateRequest:

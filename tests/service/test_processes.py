@@ -259,7 +259,7 @@ async def test_while_redis_is_away_requests_are_turned_away_and_nothing_accepted
     anyio_backend: str, settings: Settings, redis_path: str, tmp_path: Path
 ) -> None:
     with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
-        shared = settings.model_copy(update={"queue": server.url, "max_queue_cost": 8})
+        shared = settings.model_copy(update={"queue": server.url, "max_queue_cost": 24})
         async with running(shared.model_copy(update={"role": "api"})) as api:
             accepted = asyncio.create_task(api.post("/generate", prompt="a cat"))
             await until(lambda: api.metric("fewstep_queue_depth") == 1)

@@ -10,13 +10,11 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engines.pipeline import MAX_SEED, Edit, Generate, Inpaint
 from service.jobs import Failed, Finished, Job, Output, Timings
 from service.queue.base import FARTHEST_POSITION, Bounds, JobQueue, Keep, KeyConflict, QueueFull, QueueStats
-from service.queue.memory import DrainRate, MemoryQueue
+from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
 from tests.service.helpers import random_image
 from tests.service.redis_server import RedisServer
@@ -25,6 +23,7 @@ pytestmark = pytest.mark.anyio
 
 FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
 MODEL = "tiny@000000000000"
+# Of newcomers, who may fill a third of the room.
 MAX_COST = 32
 BOUNDS = Bounds(outcomes=3, bytes=1000)
 KEEP = Keep(60.0, "a note")
@@ -32,9 +31,9 @@ KEEP = Keep(60.0, "a note")
 
 def open_queue(kind: str, request: pytest.FixtureRequest) -> JobQueue:
     if kind == "memory":
-        return MemoryQueue(MAX_COST, bounds=BOUNDS)
+        return MemoryQueue(3 * MAX_COST, bounds=BOUNDS)
     server: RedisServer = request.getfixturevalue("redis_server")
-    return RedisQueue(server.url, MAX_COST, bounds=BOUNDS)
+    return RedisQueue(server.url, 3 * MAX_COST, bounds=BOUNDS)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -183,35 +182,80 @@ async def test_stats_tell_of_what_waits(queue: JobQueue) -> None:
     assert other.oldest_s == pytest.approx(30, abs=10)
 
 
+async def work(queue: JobQueue, jobs: int, seconds: float) -> float:
+    """Finish so many jobs, one after the other; row-ticks a second, of which each has 4."""
+    begin = time.monotonic()
+    for _ in range(jobs):
+        [name] = taken(queue, 1)
+        await asyncio.sleep(seconds)
+        queue.settle(name, FINISHED)
+    return jobs * 4 / (time.monotonic() - begin)
+
+
+def due_in(seconds: float, name: str, identity: str = "") -> Job:
+    return dataclasses.replace(job(name), deadline=time.monotonic() + seconds, identity=identity)
+
+
 async def test_a_job_that_would_come_too_late_behind_the_others_is_refused(queue: JobQueue) -> None:
     for k in range(8):
         await queue.submit(job(f"{k}"))
-    for _ in range(4):
-        taken(queue, 1)
-        await asyncio.sleep(0.1)
-    # Four jobs wait, of which one is taken every tenth of a second.
-    late = dataclasses.replace(job("late"), deadline=time.monotonic() + 0.05)
+    await work(queue, 4, 0.1)
     with pytest.raises(QueueFull):
-        await queue.submit(late)
+        await queue.submit(due_in(0.5, "late"))
     await queue.submit(job("in time"))
     assert taken(queue, 9) == ["4", "5", "6", "7", "in time"]
-    await queue.submit(dataclasses.replace(late, id="nobody before it"))
+    # What workers have is before it too.
+    with pytest.raises(QueueFull):
+        await queue.submit(due_in(0.5, "late"))
+    for name in ("4", "5", "6", "7", "in time"):
+        queue.settle(name, FINISHED)
+    await queue.submit(due_in(0.5, "nobody before it"))
 
 
-async def test_retry_after_follows_the_speed_at_which_jobs_were_taken(queue: JobQueue) -> None:
+async def test_a_queue_goes_by_what_it_expects_until_that_is_measured(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    taken(queue, 1)
+    await queue.submit(due_in(10.0, "b"))
+    queue.expect(MODEL, 0.1)
+    with pytest.raises(QueueFull):
+        await queue.submit(due_in(10.0, "c"))
+    queue.settle("a", FINISHED)
+    queue.expect(MODEL, 0.01)
+    await work(queue, 1, 0.01)
+    await queue.submit(due_in(10.0, "d"))
+
+
+async def test_who_was_refused_is_given_the_time_at_which_those_before_are_done(queue: JobQueue) -> None:
     for k in range(8):
         await queue.submit(job(f"{k}"))
-    takes = []
-    for _ in range(3):
-        await asyncio.sleep(0.3)
-        taken(queue, 1)
-        takes.append(time.monotonic())
+    speed = await work(queue, 3, 0.3)
     for k in range(8, 11):
         await queue.submit(job(f"{k}"))
+    waits = []
+    for k in range(16):
+        with pytest.raises(QueueFull) as caught:
+            await queue.submit(due_in(60.0, f"refused-{k}", f"client {k}"))
+        waits.append(caught.value.retry_after_s)
+    assert waits == sorted(waits)
+    assert all(wait == int(wait) >= 1 for wait in waits)
+    # The first comes when there is room, the last when the work of those before it is done too.
+    assert waits[-1] - waits[0] >= 0.5 * (len(waits) - 1) * 4 / speed - 1
+
+
+async def test_who_comes_back_as_told_goes_before_newcomers(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
     with pytest.raises(QueueFull) as caught:
-        await queue.submit(job("one more"))
-    # 8 row-ticks were taken since the first take, and 32 wait.
-    assert caught.value.retry_after_s == pytest.approx(32 / 8 * (takes[-1] - takes[0]), rel=0.1)
+        await queue.submit(due_in(60.0, "early", "client"))
+    with pytest.raises(QueueFull) as again:
+        await queue.submit(due_in(60.0, "too early", "client"))
+    assert again.value.retry_after_s <= caught.value.retry_after_s == 1
+    await asyncio.sleep(1.05)
+    with pytest.raises(QueueFull):
+        await queue.submit(due_in(60.0, "newcomer", "another"))
+    await queue.submit(due_in(60.0, "as told", "client"))
+    with pytest.raises(QueueFull):
+        await queue.submit(due_in(60.0, "once more", "client"))
 
 
 async def test_a_job_comes_as_it_was_submitted(queue: JobQueue) -> None:
@@ -457,26 +501,6 @@ async def test_many_workers_share_many_jobs_without_loss(queue: JobQueue) -> Non
     for worker in workers:
         await asyncio.to_thread(worker.join)
     assert sorted(seen) == sorted(names)
-
-
-@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 5)), min_size=1, max_size=30))
-def test_the_drain_rate_lies_between_the_slowest_and_the_fastest_seen(events: list[tuple[int, float]]) -> None:
-    rate, now = DrainRate(10.0), 0.0
-    rate.taken(1, True, now)
-    for cost, pause in events:
-        now += pause
-        rate.taken(cost, True, now)
-    speeds = [cost / pause for cost, pause in events]
-    assert min(speeds) * 0.999 <= rate.per_second <= max(speeds) * 1.001
-
-
-def test_idle_time_does_not_count_as_slowness() -> None:
-    rate = DrainRate(10.0)
-    rate.taken(4, True, 0.0)
-    rate.taken(4, False, 1.0)
-    rate.taken(4, True, 1000.0)
-    rate.taken(4, False, 1001.0)
-    assert rate.per_second == pytest.approx(4.0)
 
 
 def test_cost_counts_the_steps_that_run() -> None:

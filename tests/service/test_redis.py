@@ -54,7 +54,7 @@ def counts() -> Counts:
 @asynccontextmanager
 async def opened(url: str, reclaim_after_s: float = 60.0) -> AsyncIterator[RedisQueue]:
     """The queue at an address, closed whatever happens."""
-    queue = RedisQueue(url, 32, reclaim_after_s=reclaim_after_s)
+    queue = RedisQueue(url, 96, reclaim_after_s=reclaim_after_s)
     try:
         yield queue
     finally:
@@ -69,7 +69,7 @@ async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Coun
         def open_queue() -> RedisQueue:
             queue = RedisQueue(
                 redis_server.url,
-                32,
+                96,
                 reclaim_after_s=SILENCE_S,
                 on_redelivery=counts.redelivery,
                 on_dead_letter=counts.dead_letter,

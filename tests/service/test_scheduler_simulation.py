@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from service.queue.admission import Door
 from service.scheduler import Candidate, Scheduler
 
 SIZES = (1, 2, 4, 8, 16)
@@ -34,10 +35,11 @@ def best_rate(engine: Engine) -> float:
 
 @dataclass
 class Simulation:
-    """One worker, in time that passes by ticks alone. All that has arrived is there to be planned."""
+    """One worker, in time that passes by ticks alone. All that has arrived, and was let in, is there to be planned."""
 
     engines: dict[Hashable, Engine]
     warm: bool = True
+    door: Door | None = None
     now: float = 0.0
     done: dict[str, float] = field(default_factory=dict)
     given_up: dict[str, float] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Simulation:
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(MAX_ROWS)
         self.live: dict[str, Candidate] = {}
+        self.costs: dict[str, int] = {}
         if self.warm:
             for group, engine in self.engines.items():
                 self.scheduler.introduce(group, 1, {size: engine(size) for size in SIZES})
@@ -61,14 +64,30 @@ class Simulation:
                 self.now = max(self.now, coming[0][0])
             while coming and coming[0][0] <= self.now:
                 candidate = heapq.heappop(coming)[2]
-                self.live[candidate.job_id] = candidate
+                if self._lets_in(candidate):
+                    self.live[candidate.job_id] = candidate
             self._tick()
+
+    def _lets_in(self, candidate: Candidate) -> bool:
+        if self.door is None:
+            return True
+        cost, left_s = candidate.remaining, candidate.deadline - candidate.arrived
+        self.costs[candidate.job_id] = cost
+        let_in = self.door.knock(candidate.job_id, cost, left_s, candidate.arrived) is None
+        if let_in:
+            self.door.took(cost)
+        return let_in
+
+    def _settle(self, job_id: str, finished: bool) -> None:
+        del self.live[job_id]
+        (self.done if finished else self.given_up)[job_id] = self.now
+        if self.door is not None:
+            self.door.settled(self.costs[job_id], finished, self.now)
 
     def _tick(self) -> None:
         plan = self.scheduler.plan(self.live.values(), self.now)
         for job_id in plan.expired | plan.hopeless:
-            del self.live[job_id]
-            self.given_up[job_id] = self.now
+            self._settle(job_id, finished=False)
         assert plan.batch or not self.live, "there was work, and nothing ran"
         if not plan.batch:
             return
@@ -81,8 +100,7 @@ class Simulation:
         self.scheduler.ticked(group, len(plan.batch), seconds)
         for candidate in plan.batch:
             if candidate.remaining == 1:
-                del self.live[candidate.job_id]
-                self.done[candidate.job_id] = self.now
+                self._settle(candidate.job_id, finished=True)
             else:
                 self.live[candidate.job_id] = replace(candidate, remaining=candidate.remaining - 1)
 
@@ -180,3 +198,33 @@ def test_a_lone_row_runs_at_once_and_alone() -> None:
     simulation = Simulation({"a": line(0.003, 0.006)})
     simulation.run([Candidate("a", 0, "a", 1.0, 100.0, remaining=4)])
     assert [at for at, _ in simulation.ticks] == pytest.approx([1.0 + k * 0.009 for k in range(4)])
+
+
+@pytest.mark.parametrize("timeouts", [(5.0,), (3.0, 5.0, 20.0)])
+@pytest.mark.parametrize("load", [1.5, 10.0])
+def test_what_the_door_lets_in_is_in_time_whatever_its_priority_and_its_student(
+    load: float, timeouts: tuple[float, ...]
+) -> None:
+    rng = Random(7)
+    engine = line(0.02, 0.04)
+    simulation = Simulation({1: engine, 2: engine, 4: engine}, door=Door(100_000))
+    arrivals = [
+        one
+        for steps in (1, 2, 4)
+        for priority in (-1, 0, 1)
+        for timeout_s in timeouts
+        for one in poisson(
+            rng,
+            load * best_rate(engine) / (9 * steps * len(timeouts)),
+            30.0,
+            steps,
+            f"{steps}{priority}{timeout_s}",
+            timeout_s,
+            priority=priority,
+            remaining=steps,
+        )
+    ]
+    simulation.run(arrivals, until=30.0)
+    late = [one for one in arrivals if simulation.done.get(one.job_id, 0.0) > one.deadline]
+    assert len(simulation.given_up) + len(late) <= 0.01 * len(simulation.done)
+    assert sum(simulation.rows.values()) / simulation.now >= 0.8 * best_rate(engine)

@@ -10,8 +10,9 @@ if not kept then
   redis.call('DEL', result)
 end
 if state == 'queued' then
-  remove(PREFIX .. 'jobs:' .. model, entry)
-  redis.call('HINCRBY', PREFIX .. 'load:' .. model, 'cost', -cost)
+  local load = PREFIX .. 'load:' .. model
+  remove(PREFIX .. 'jobs:' .. model, load, entry)
+  redis.call('HINCRBY', load, 'cost', -cost)
   forget(id)
 elseif state == 'running' then
   redis.call('HSET', record, 'state', 'cancelled') -- Its worker sees that, and settles.

@@ -35,10 +35,15 @@ local function oldest_waiting(jobs, group)
   return redis.call('XRANGE', jobs, '(' .. group['last-delivered-id'], '+', 'COUNT', 1)[1]
 end
 
--- Acknowledged and deleted together: what is only acknowledged would stay in memory.
-local function remove(jobs, entry)
+-- Acknowledged and deleted together: what is only acknowledged would stay in memory. With it goes its cost from what
+-- is outstanding.
+local function remove(jobs, load, entry)
+  local found = redis.call('XRANGE', jobs, entry, entry)[1]
   redis.call('XACK', jobs, GROUP, entry)
   redis.call('XDEL', jobs, entry)
+  if found and redis.call('HINCRBY', load, 'outstanding', -by_name(found[2]).cost) <= 0 then
+    redis.call('HDEL', load, 'since')
+  end
 end
 
 -- What is left of a job that nobody works on any more: nothing, but for one whose outcome is kept.

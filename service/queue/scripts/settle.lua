@@ -1,13 +1,35 @@
 -- Hands over the outcome of a job, and takes it out of the queue. The first call for a job returns 1, later ones 0.
--- KEYS: stream of jobs, record, result, dead letters
+-- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
--- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes
-local jobs, record, result, dead = unpack(KEYS)
-local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
+-- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
+-- then of the throughput: seconds that it remembers, the shortest stall that counts as one, and the surprise
+local jobs, load, record, result, dead = unpack(KEYS)
+local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes, memory_s, stall_s, surprise = unpack(ARGV)
 
-local state, model, message, replies, kept =
-  unpack(redis.call('HMGET', record, 'state', 'model', 'message', 'replies', 'kept'))
-remove(jobs, entry)
+-- The throughput of service/queue/admission.py, kept where what every worker finishes is seen.
+local function note_finished(cost)
+  local outstanding, finished, seconds, since =
+    unpack(redis.call('HMGET', load, 'outstanding', 'finished', 'seconds', 'since'))
+  if not since then
+    return
+  end
+  finished, seconds = tonumber(finished or 0), tonumber(seconds or 0)
+  local now = now_ms()
+  local elapsed = math.max(0, now - since) / 1000
+  if finished > 0 then
+    elapsed = math.min(elapsed, math.max(stall_s, surprise * outstanding * seconds / finished))
+  end
+  local remembered = math.exp(-elapsed / memory_s)
+  redis.call('HSET', load, 'finished', finished * remembered + cost, 'seconds', seconds * remembered + elapsed,
+    'since', now)
+end
+
+local state, model, message, replies, kept, cost =
+  unpack(redis.call('HMGET', record, 'state', 'model', 'message', 'replies', 'kept', 'cost'))
+if state == 'running' and over == 'done' then
+  note_finished(cost)
+end
+remove(jobs, load, entry)
 forget(id)
 if state ~= 'running' then
   return 0 -- Settled by another worker, or cancelled.

@@ -1,11 +1,14 @@
--- Accepts a job, or says that there is no room for its cost, or that it would come too late.
--- KEYS: stream of jobs, load, record of the job, models, and the claim where the job has a key
--- ARGV: id, model, message, cost, rows, bound on cost, age in ms, ms to the deadline, ms to keep it all, reply stream,
--- then where its outcome is kept: ms to keep that, note, digest
--- Returns {1}; or {0, cost that waits, row-ticks taken, in how many seconds}; or {2, the job that has the key}; or {3}
--- where that one has another digest.
-local jobs, load, record, models, claim = unpack(KEYS)
-local id, model, message, cost, rows, bound, age, left, keep, replies, kept, note, digest = unpack(ARGV)
+-- Accepts a job, or says when it should come back because there is no room, or not in time.
+-- KEYS: stream of jobs, load, promises, record of the job, models, and the claim where the job has a key
+-- ARGV: id, model, message, cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
+-- the request; then of the door: bound on cost, margin, newcomers' part, pace, shortest and farthest wait in ms, ms that
+-- a promise is kept, the most promises; then where its outcome is kept: ms to keep that, note, digest
+-- Returns {1}; or {0, whole seconds until it should come back}; or {2, the job that has the key}; or {3} where that one
+-- has another digest.
+local jobs, load, promises, record, models, claim = unpack(KEYS)
+local id, model, message, cost, rows, age, left, keep, replies, identity = unpack(ARGV)
+local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 11, 18)
+local kept, note, digest = unpack(ARGV, 19)
 
 if claim then
   local holder, other = unpack(redis.call('HMGET', claim, 'id', 'digest'))
@@ -22,20 +25,61 @@ if redis.call('EXISTS', jobs) == 0 then
   redis.call('XGROUP', 'CREATE', jobs, GROUP, '0', 'MKSTREAM')
 end
 
-local waiting = tonumber(redis.call('HGET', load, 'cost') or 0)
-local drained, seconds = unpack(redis.call('HMGET', load, 'drained', 'seconds'))
-drained, seconds = drained or '0', seconds or '0'
--- One that would come too late behind the others, as fast as they are taken, is refused: better now than then. A quarter
--- is added, for jobs that were taken and then given up make the queue look faster than it is.
-local late = tonumber(drained) > 0 and 1250 * (waiting + cost) * seconds / drained > tonumber(left)
-if waiting > 0 and (waiting + cost > tonumber(bound) or late) then
-  return {0, waiting, drained, seconds}
+local now = now_ms()
+local waiting, outstanding, finished, seconds, next_promise =
+  unpack(redis.call('HMGET', load, 'cost', 'outstanding', 'finished', 'seconds', 'next_promise'))
+waiting, outstanding = tonumber(waiting or 0), tonumber(outstanding or 0)
+local ms_per_cost = tonumber(finished or 0) > 0 and 1000 * seconds / finished -- nil while nothing was finished
+
+-- Milliseconds until there is room if nobody else comes, not above 0 where there is now.
+local function missing_ms(share)
+  if outstanding <= 0 then
+    return 0
+  end
+  local over = waiting > 0 and waiting + cost - share * bound or 0
+  if not ms_per_cost then
+    return over > 0 and tonumber(shortest) or 0
+  end
+  return math.max(over * ms_per_cost, (outstanding + cost) * ms_per_cost - share * left / margin)
 end
 
-local now = now_ms()
+-- The whole seconds to the time that is promised.
+local function promise(earliest)
+  local at = math.max(tonumber(next_promise or 0), earliest)
+  local wait_s = math.ceil((at - now) / 1000)
+  redis.call('ZREM', promises, identity)
+  if identity == '' or wait_s * 1000 > tonumber(farthest) or redis.call('ZCARD', promises) >= tonumber(most) then
+    return math.min(wait_s, farthest / 1000)
+  end
+  redis.call('ZADD', promises, now + wait_s * 1000, identity)
+  redis.call('PEXPIRE', promises, farthest + promise_kept)
+  if ms_per_cost then
+    redis.call('HSET', load, 'next_promise', at + cost * ms_per_cost / pace)
+  end
+  return wait_s
+end
+
+-- The door of service/queue/admission.py, kept where all that ask to be let in are seen.
+redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - promise_kept)
+local due = tonumber(redis.call('ZSCORE', promises, identity) or nil)
+local in_turn = due and due <= now
+local missing = missing_ms(in_turn and 1 or tonumber(newcomers))
+if missing > 0 then
+  if due and not in_turn then
+    return {0, math.ceil((due - now) / 1000)}
+  end
+  return {0, promise(now + math.max(shortest, missing))}
+end
+redis.call('ZREM', promises, identity)
+if outstanding <= 0 then
+  -- Nobody came for a while: what was promised for later hinders nobody.
+  redis.call('HSET', load, 'next_promise', now, 'since', now)
+end
+
 local entry = redis.call('XADD', jobs, '*', 'id', id, 'cost', cost, 'rows', rows,
   'submitted', now - age, 'deadline', now + left)
 redis.call('HINCRBY', load, 'cost', cost)
+redis.call('HINCRBY', load, 'outstanding', cost)
 redis.call('HSET', record, 'state', 'queued', 'model', model, 'message', message, 'entry', entry, 'cost', cost,
   'replies', replies)
 redis.call('PEXPIRE', record, keep + (kept or 0))

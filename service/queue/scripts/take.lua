@@ -1,9 +1,10 @@
 -- Gives jobs to a consumer: one whose worker fell silent, alone, else those that wait longest.
 -- KEYS: streams of jobs, then their loads
--- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs, seconds that the rate remembers
+-- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
-local consumer, rows, silence, holding, memory_s = unpack(ARGV)
+local consumer, rows, silence, holding = unpack(ARGV)
+local streams = #KEYS / 2
 local room = tonumber(rows)
 local now = now_ms()
 local groups, given = {}, {}
@@ -14,7 +15,7 @@ local function job_of(stream, entry, wanted, tries)
   local record = PREFIX .. 'job:' .. fields.id
   local state, message, kept = unpack(redis.call('HMGET', record, 'state', 'message', 'kept'))
   if state ~= wanted then
-    remove(KEYS[stream], entry[1])
+    remove(KEYS[stream], KEYS[streams + stream], entry[1])
     forget(fields.id)
     return nil
   end
@@ -41,21 +42,6 @@ local function reclaim(stream, id)
   end
 end
 
--- The drain rate of service/queue/memory.py, kept where the takes of every worker are seen.
-local function note_taken(load, cost, more_waiting)
-  local drained, seconds, since = unpack(redis.call('HMGET', load, 'drained', 'seconds', 'since'))
-  if since then
-    local elapsed = math.max(0, now - since) / 1000
-    local kept = math.exp(-elapsed / memory_s)
-    redis.call('HSET', load, 'drained', (drained or 0) * kept + cost, 'seconds', (seconds or 0) * kept + elapsed)
-  end
-  if more_waiting then
-    redis.call('HSET', load, 'since', now)
-  else
-    redis.call('HDEL', load, 'since')
-  end
-end
-
 local function older(entry, other)
   local ms, count = entry[1]:match('(%d+)-(%d+)')
   local other_ms, other_count = other[1]:match('(%d+)-(%d+)')
@@ -77,7 +63,6 @@ local function longest_waiting()
   return stream, oldest
 end
 
-local streams = #KEYS / 2
 for stream = 1, streams do
   groups[stream] = group_of(KEYS[stream])
 end
@@ -92,7 +77,6 @@ for stream in pairs(groups) do
   end
 end
 
-local taken = {}
 while room > 0 do
   local stream, entry = longest_waiting()
   if not entry then
@@ -104,7 +88,6 @@ while room > 0 do
   end
   redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', KEYS[stream], '>')
   redis.call('HINCRBY', KEYS[streams + stream], 'cost', -fields.cost)
-  taken[stream] = (taken[stream] or 0) + fields.cost
   local job = job_of(stream, entry, 'queued', 1)
   if job then
     given[#given + 1] = job
@@ -116,8 +99,5 @@ local seen = {}
 for stream = 1, streams do
   local group = groups[stream] and group_of(KEYS[stream])
   seen[stream] = group and group['last-delivered-id'] or '0-0'
-  if taken[stream] then
-    note_taken(KEYS[streams + stream], taken[stream], oldest_waiting(KEYS[stream], group) ~= nil)
-  end
 end
 return {now, given, seen}

@@ -1,0 +1,186 @@
+"""Who is let into a queue, and when the others should come back. Pure policy: time is an argument.
+
+The scripts `submit` and `settle` of the Redis queue do the same with the same constants.
+"""
+
+from __future__ import annotations
+
+import math
+
+MARGIN = 1.25
+"""What is let in should be done in its time limit divided by this, at the speed measured so far."""
+
+EXPECTED = 0.5
+"""The part of a warm-up's speed that is counted on until there is a measurement: requests are more than their ticks."""
+
+NEWCOMERS = 1 / 3
+"""The part of the room that newcomers may fill. The rest is for those who come back when they were told to."""
+
+PACE = 0.75
+"""The part of the measured speed that is promised: so promises are kept also where it falls a little."""
+
+SHORTEST_S = 1.0
+"""The least that anybody is told to wait."""
+
+FARTHEST_S = 600.0
+"""The most that anybody is told to wait. Who would have to wait longer is promised nothing."""
+
+KEPT_S = 60.0
+"""How late one may come back and still find the promise."""
+
+MOST_PROMISES = 16384
+"""Promises that are kept in mind at once."""
+
+RATE_MEMORY_S = 10.0
+EXPECTATION_S = 1.0
+SURPRISE = 3.0
+SHORT_STALL_S = 1.0
+
+
+class Throughput:
+    """How fast work is finished, in row-ticks a second, forgetting over about ``memory_s`` seconds of work.
+
+    Only time in which there was work counts. An interval is cut where all the work should have been done thrice over
+    by then: a bundle that loads, or a worker that starts anew, is no new speed.
+    """
+
+    def __init__(self, memory_s: float = RATE_MEMORY_S) -> None:
+        self._memory_s = memory_s
+        self._cost = 0.0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def per_second(self) -> float:
+        """Row-ticks a second, 0 while nothing is known."""
+        return self._cost / self._seconds if self._seconds > 0 else 0.0
+
+    def expect(self, per_second: float) -> None:
+        """Start from what a warm-up has shown, unless something was measured."""
+        if self._seconds == 0:
+            self._cost, self._seconds = EXPECTED * per_second * EXPECTATION_S, EXPECTATION_S
+
+    def begin(self, now: float) -> None:
+        """There is work from now on."""
+        self._since = now
+
+    def finished(self, cost: float, outstanding: float, now: float) -> None:
+        """``cost`` of the ``outstanding`` work was finished."""
+        if self._since is None:
+            return
+        elapsed = max(0.0, now - self._since)
+        if (speed := self.per_second) > 0:
+            elapsed = min(elapsed, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
+        kept = math.exp(-elapsed / self._memory_s)
+        self._cost = self._cost * kept + cost
+        self._seconds = self._seconds * kept + elapsed
+        self._since = now
+
+    def end(self) -> None:
+        """There is no more work."""
+        self._since = None
+
+
+class Door:
+    """Lets in what will be done in time behind all that was let in, and promises the others a time to come back.
+
+    Newcomers may fill a part of the room: of the bound on what waits, and of what can be done within the time limit.
+    One who is refused is given the next time at which its work can be done if all who were refused before come back
+    at theirs. Who does is recognised, and may fill all the room; so a promise is kept while the overload lasts. Where
+    they stay away nothing is lost, as newcomers have their part in any case.
+
+    A request that is refused again before its time is told the rest of it, and gains nothing.
+    """
+
+    def __init__(self, max_cost: int) -> None:
+        """Let at most ``max_cost`` row-ticks wait, or one job that is dearer."""
+        self._max_cost = max_cost
+        self._promises: dict[str, float] = {}
+        self._next_promise = -math.inf
+        self.waiting = 0
+        self.outstanding = 0
+        self.throughput = Throughput()
+
+    def knock(self, identity: str, cost: int, left_s: float, now: float) -> float | None:
+        """None lets ``cost`` in, with ``left_s`` to its deadline; else it should come back after so many whole seconds.
+
+        ``identity`` recognises what comes again, "" does not.
+        """
+        self._forget_old(now)
+        due = self._promises.get(identity)
+        in_turn = due is not None and due <= now
+        missing_s = self._missing_s(cost, left_s, 1.0 if in_turn else NEWCOMERS)
+        if missing_s <= 0:
+            self._promises.pop(identity, None)
+            self._let_in(cost, now)
+            return None
+        if due is not None and not in_turn:
+            return math.ceil(due - now)
+        return self._promise(identity, cost, now, now + max(SHORTEST_S, missing_s))
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until all that was let in is done, 0 while that is not known."""
+        speed = self.throughput.per_second
+        return self.outstanding / speed if speed > 0 else 0.0
+
+    def took(self, cost: int) -> None:
+        """``cost`` that waited was given to a worker."""
+        self.waiting -= cost
+
+    def withdrew(self, cost: int) -> None:
+        """``cost`` that waited is not wanted any more."""
+        self.waiting -= cost
+        self._ended(cost)
+
+    def settled(self, cost: int, finished: bool, now: float) -> None:
+        """``cost`` that a worker had is over."""
+        if finished:
+            self.throughput.finished(cost, self.outstanding, now)
+        self._ended(cost)
+
+    def _let_in(self, cost: int, now: float) -> None:
+        if self.outstanding == 0:
+            # Nobody came for a while: what was promised for later hinders nobody.
+            self._next_promise = now
+            self.throughput.begin(now)
+        self.waiting += cost
+        self.outstanding += cost
+
+    def _ended(self, cost: int) -> None:
+        self.outstanding -= cost
+        if self.outstanding == 0:
+            self.throughput.end()
+
+    def _missing_s(self, cost: int, left_s: float, share: float) -> float:
+        """Seconds until there is room if nobody else comes, not above 0 where there is now.
+
+        Where there is nothing to do there is room for everything: an estimate that is wrong locks nobody out.
+        """
+        if self.outstanding == 0:
+            return 0.0
+        over = self.waiting + cost - share * self._max_cost if self.waiting > 0 else 0.0
+        speed = self.throughput.per_second
+        if speed == 0:
+            return SHORTEST_S if over > 0 else 0.0
+        return max(over / speed, (self.outstanding + cost) / speed - share * left_s / MARGIN)
+
+    def _promise(self, identity: str, cost: int, now: float, earliest: float) -> float:
+        """The whole seconds to the time that is promised."""
+        at = max(self._next_promise, earliest)
+        wait_s = math.ceil(at - now)
+        self._promises.pop(identity, None)
+        if not identity or wait_s > FARTHEST_S or len(self._promises) >= MOST_PROMISES:
+            return min(wait_s, FARTHEST_S)
+        self._promises[identity] = now + wait_s
+        if (speed := self.throughput.per_second) > 0:
+            self._next_promise = at + cost / (PACE * speed)
+        return wait_s
+
+    def _forget_old(self, now: float) -> None:
+        """Drop promises that nobody came for. They lie nearly in the order of their times."""
+        while self._promises:
+            identity, due = next(iter(self._promises.items()))
+            if due + KEPT_S > now:
+                return
+            del self._promises[identity]

@@ -1,0 +1,178 @@
+"""The door of the queue, in simulated time: who is let in is done in time, and who comes back as told is let in."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.queue.admission import EXPECTED, FARTHEST_S, MOST_PROMISES, PACE, Door, Throughput
+
+SPEED = 100.0
+LIMIT_S = 10.0
+COSTS = (1, 2, 4, 8, 16)
+MEAN_COST = sum(COSTS) / len(COSTS)
+
+
+@dataclass
+class Overload:
+    """One worker that does a job after the other, and clients of whom each refused one may come back when told to."""
+
+    returns: float = 1.0
+    speed: Callable[[float], float] = lambda now: SPEED
+    limit_s: float = LIMIT_S
+    seed: int = 1
+    max_cost: int = 100_000
+    late: list[float] = field(default_factory=list)
+    served: float = 0.0
+    back: Counter[bool] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.rng = Random(self.seed)
+        self.door = Door(self.max_cost)
+        self.door.throughput.expect(SPEED / EXPECTED)
+        self.line: deque[tuple[float, int]] = deque()
+        self.done_at = 0.0
+
+    def run(self, load: float, seconds: float) -> None:
+        """Poisson arrivals at ``load`` times what the worker can do."""
+        numbers = itertools.count()
+        arrivals = itertools.accumulate(
+            self.rng.expovariate(load * SPEED / MEAN_COST) for _ in range(int(load * seconds * SPEED / MEAN_COST))
+        )
+        coming = [(at, next(numbers), self.rng.choice(COSTS), 0) for at in arrivals]
+        while coming and coming[0][0] < seconds:
+            now, number, cost, told = heapq.heappop(coming)
+            self._work_until(now)
+            wait_s = self.door.knock(f"{number}", cost, self.limit_s, now)
+            self.back[wait_s is None] += told
+            if wait_s is None:
+                self._enter(cost, now)
+            elif self.rng.random() < self.returns:
+                heapq.heappush(coming, (now + wait_s + self.rng.uniform(0.0, 0.05), number, cost, 1))
+        self.used = self.served / (SPEED * seconds)
+
+    def _enter(self, cost: int, now: float) -> None:
+        if not self.line:
+            self.done_at = self._done_at(cost, now)
+        self.line.append((now, cost))
+
+    def _work_until(self, now: float) -> None:
+        while self.line and self.done_at <= now:
+            arrived, cost = self.line.popleft()
+            self.door.took(cost)
+            self.door.settled(cost, True, self.done_at)
+            self.served += cost
+            if self.done_at - arrived > self.limit_s:
+                self.late.append(self.done_at)
+            if self.line:
+                self.done_at = self._done_at(self.line[0][1], self.done_at)
+
+    def _done_at(self, cost: int, now: float) -> float:
+        return now + cost / self.speed(now) * self.rng.uniform(0.7, 1.3)
+
+
+@pytest.mark.parametrize("limit_s", [4.0, 10.0, 30.0])
+@pytest.mark.parametrize("load", [2.0, 10.0])
+def test_who_comes_back_as_told_is_let_in_and_nobody_is_late(load: float, limit_s: float) -> None:
+    overload = Overload(limit_s=limit_s)
+    overload.run(load, 120.0)
+    assert not overload.late
+    assert sum(overload.back.values()) > 1000
+    assert overload.back[False] <= 0.01 * overload.back[True]
+    assert overload.used >= 0.95
+
+
+@pytest.mark.parametrize("returns", [0.0, 0.05, 0.5])
+def test_capacity_is_used_also_where_few_come_back(returns: float) -> None:
+    overload = Overload(returns)
+    overload.run(10.0, 120.0)
+    assert not overload.late
+    assert overload.back[False] <= 0.01 * overload.back[True]
+    assert overload.used >= 0.95
+
+
+def test_below_capacity_nobody_is_refused() -> None:
+    overload = Overload()
+    overload.run(0.8, 120.0)
+    assert not overload.late
+    assert sum(overload.back.values()) == 0
+
+
+def test_a_worker_that_turns_half_as_fast_is_followed() -> None:
+    overload = Overload(speed=lambda now: SPEED if now < 40 else SPEED / 2)
+    overload.run(10.0, 120.0)
+    assert max(overload.late, default=0.0) < 40 + 3 * LIMIT_S
+    # What was promised before was too much by half; each such promise is broken once.
+    assert overload.back[False] <= 0.5 * overload.back[True]
+    assert overload.used >= 0.95 * (40 + 80 / 2) / 120
+
+
+def test_an_estimate_that_is_far_too_low_locks_nobody_out() -> None:
+    door = Door(1000)
+    door.throughput.expect(1e-3)
+    for turn in range(100):
+        assert door.knock("", 4, 10.0, float(turn)) is None
+        door.took(4)
+        door.settled(4, True, turn + 0.1)
+    assert door.knock("", 4, 10.0, 100.0) is None
+    assert door.knock("", 4, 10.0, 100.0) is None
+
+
+def test_what_is_promised_is_bounded_in_number_and_in_time() -> None:
+    door = Door(8)
+    door.throughput.expect(SPEED / EXPECTED)
+    assert door.knock("first", 8, LIMIT_S, 0.0) is None
+    waits = [door.knock(f"{k}", 8, LIMIT_S, 0.0) or 0.0 for k in range(MOST_PROMISES)]
+    assert max(waits) == FARTHEST_S
+    assert waits == sorted(waits)
+    assert len(door._promises) < MOST_PROMISES
+
+
+def test_who_knocks_all_the_time_is_told_the_same_time_and_hinders_nobody() -> None:
+    door = Door(8)
+    door.throughput.expect(1.0 / EXPECTED)
+    assert door.knock("first", 8, 100.0, 0.0) is None
+    told = door.knock("impatient", 4, 100.0, 0.0)
+    assert told is not None
+    for k in range(100):
+        assert door.knock("impatient", 4, 100.0, k / 1000) == told
+    other = door.knock("other", 4, 100.0, 0.1)
+    assert other is not None
+    assert other <= told + math.ceil(4 / PACE)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 0.9)), min_size=1, max_size=30))
+def test_the_throughput_lies_between_the_slowest_and_the_fastest_seen(events: list[tuple[int, float]]) -> None:
+    throughput, now = Throughput(), 0.0
+    throughput.begin(now)
+    for cost, pause in events:
+        now += pause
+        throughput.finished(cost, 100.0, now)
+    speeds = [cost / pause for cost, pause in events]
+    assert min(speeds) * 0.999 <= throughput.per_second <= max(speeds) * 1.001
+
+
+def test_idle_time_does_not_count_as_slowness() -> None:
+    door = Door(100)
+    for begin in (0.0, 1000.0):
+        door.knock("", 4, LIMIT_S, begin)
+        door.took(4)
+        door.settled(4, True, begin + 1.0)
+    assert door.throughput.per_second == pytest.approx(4.0)
+
+
+def test_a_stall_is_no_new_speed() -> None:
+    throughput = Throughput()
+    throughput.expect(SPEED / EXPECTED)
+    throughput.begin(0.0)
+    throughput.finished(SPEED, SPEED, 300.0)
+    assert throughput.per_second >= 0.3 * SPEED
