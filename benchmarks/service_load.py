@@ -16,7 +16,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -104,7 +104,12 @@ def made(answer: httpx.Response) -> dict[str, Any]:
 
 
 def picture(answer: httpx.Response) -> Pixels:
-    data = base64.b64decode(made(answer)["images"][0]["b64_json"])
+    return first_image(made(answer))
+
+
+def first_image(document: Mapping[str, Any]) -> Pixels:
+    """The first image of an answer in JSON."""
+    data = base64.b64decode(document["images"][0]["b64_json"])
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
