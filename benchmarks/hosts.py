@@ -70,5 +70,10 @@ class Host:
         _ip("link", "set", self._near, "up")
 
 
+def reached_from(*hosts: Host) -> list[str]:
+    """Options of a redis-server here without a password that those hosts, and nobody else, shall reach."""
+    return ["--bind", "127.0.0.1", *(host.gateway for host in hosts), "--protected-mode", "no"]
+
+
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)

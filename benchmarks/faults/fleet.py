@@ -14,8 +14,9 @@ from typing import Any, Literal
 import click
 
 from benchmarks.faults.clock import Clock
+from benchmarks.faults.crowd import GRACE_S, TIME_LIMIT_S
 from benchmarks.faults.door import Door
-from benchmarks.hosts import Host
+from benchmarks.hosts import Host, reached_from
 from service.queue import keys
 from tests.service.helpers import wait_until
 from tests.service.processes import Process
@@ -107,8 +108,8 @@ class Fleet:
     async def until_queue_is_empty(self) -> int:
         """Wait until nothing is in the queue, for as long as a job may last. Returns how many jobs were left."""
         with contextlib.suppress(AssertionError):
-            await asyncio.to_thread(wait_until, lambda: self._jobs() == 0, 60.0)
-        return self._jobs()
+            await asyncio.to_thread(wait_until, lambda: unsettled(self.redis) == 0, TIME_LIMIT_S + GRACE_S)
+        return unsettled(self.redis)
 
     async def total(self, role: Role, metric: str) -> int:
         """A counter of all processes of a role that live; ``metric`` is its name, or a pattern for that."""
@@ -136,18 +137,17 @@ class Fleet:
         yield from self.processes["api"]
         yield from self.processes["worker"]
 
-    def _streams(self) -> list[bytes]:
-        with self.redis.client() as client:
-            return list(client.scan_iter(keys.jobs("*")))
-
-    def _jobs(self) -> int:
-        with self.redis.client() as client:
-            return sum(client.xlen(stream) for stream in self._streams())
-
     def _busy_pids(self) -> set[int]:
         with self.redis.client() as client:
-            consumers = [one for stream in self._streams() for one in client.xinfo_consumers(stream, "workers")]
+            streams = list(client.scan_iter(keys.jobs("*")))
+            consumers = [one for stream in streams for one in client.xinfo_consumers(stream, "workers")]
         return {int(one["name"].split(b":")[1]) for one in consumers if one["pending"] > 0}
+
+
+def unsettled(server: RedisServer) -> int:
+    """How many jobs are in its queue: those that wait, and those that a worker has."""
+    with server.client() as client:
+        return sum(client.xlen(stream) for stream in client.scan_iter(keys.jobs("*")))
 
 
 @asynccontextmanager
@@ -161,7 +161,7 @@ async def running_fleet(kit: Kit, layout: Layout, folder: Path) -> AsyncIterator
         clock = Clock(folder) if layout.clock is not None else None
         options = list(_APPEND_ONLY if layout.persistent else ())
         if host is not None:
-            options += ["--bind", "127.0.0.1", host.gateway, "--protected-mode", "no"]
+            options += reached_from(host)
         environment = clock.environment if clock is not None and layout.clock == "redis" else None
         redis = stack.enter_context(RedisServer(binary, folder, *options, environment=environment))
         door = await stack.enter_async_context(Door(redis.port)) if layout.way == "door" else None
