@@ -23,7 +23,7 @@ AWAY_S = 3.0
 SLOW_S = 3.0
 GONE_AFTER_S = 0.15
 _SETTLE_S = 2.0
-_GONE = 30
+_GONE = 20
 PLAIN = Layout()
 
 
