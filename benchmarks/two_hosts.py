@@ -28,7 +28,7 @@ from benchmarks.faults.fleet import unsettled
 from benchmarks.hosts import Host, reached_from, why_no_hosts
 from benchmarks.service_load import Load, body, endpoint, made
 from engines.bundle import SHIPPED, find_bundle
-from engines.pipeline import Pipeline
+from engines.pipeline import Generate, Pipeline
 from tests.service.helpers import wait_until
 from tests.service.processes import Process
 from tests.service.redis_server import RedisServer, redis_binary
@@ -77,12 +77,14 @@ class Stand:
     async def _ask(self, client: httpx.AsyncClient) -> None:
         more = {"n": IMAGES_A_REQUEST, "timeout_ms": 1000 * TIME_LIMIT_S}
         while True:
-            task = self.load.task(STEPS)
+            some = self.load.task(STEPS)
+            task = Generate(some.condition, some.steps, some.guidance, some.seed)  # All alike, for equal work.
             made(await client.post(f"{self.api.url}{endpoint(task)}", json=body(task) | more))
 
     async def _images(self, working: Sequence[Process]) -> float:
-        counts = [asyncio.to_thread(worker.metric, "fewstep_images_total") for worker in working]
-        return sum(await asyncio.gather(*counts))
+        """How many images' worth of row-ticks they have run: finer than images, which come many at once."""
+        rows = [asyncio.to_thread(worker.metric, "fewstep_tick_rows_sum") for worker in working]
+        return sum(await asyncio.gather(*rows)) / STEPS
 
 
 @contextmanager

@@ -65,6 +65,8 @@ async def kill_workers(scene: Scene) -> str:
 
 
 async def kill_redis(scene: Scene) -> str:
+    """While a worker has jobs that it has not settled."""
+    await scene.fleet.until_working(0)
     scene.fleet.redis.stop()
     await asyncio.sleep(AWAY_S)
     await asyncio.to_thread(scene.fleet.redis.start)
@@ -145,6 +147,7 @@ async def step_clock(scene: Scene) -> str:
     """An hour ahead, then an hour behind, then right again."""
     assert scene.fleet.clock is not None
     for ahead_s in (HOUR_S, -HOUR_S, 0):
+        await scene.fleet.until_working(0)
         scene.fleet.clock.step(ahead_s)
         await asyncio.sleep(_SETTLE_S)
     return "+1 h, -2 h, +1 h"
