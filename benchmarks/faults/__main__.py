@@ -92,6 +92,8 @@ def _row(fault: Fault, pipeline: Pipeline, records: Sequence[Record], left: int,
     answered = [record for record in records if record.fate is Fate.ANSWERED]
     other = sum(apart(record.image, pipeline.run([record.task])[0]) > TOLERANCE for record in answered)
     codes = Counter(record.last.code for record in records if record.last is not None and record.last.code)
+    if forgotten := sum(record.forgotten for record in records):
+        told.append(f"{forgotten} were told that they are known no longer")
     told += [f"{count} x {code}" for code, count in sorted(codes.items())]
     twice = sum(not record.given_again for record in answered)
     slowest_s = max((record.seconds for record in answered), default=0.0)
