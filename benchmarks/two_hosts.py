@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,29 @@ CLIENTS = 24
 TIME_LIMIT_S = 100
 _RAMP_S = 1.5
 _START_S = 120.0
+_HEADER = (
+    "| ticks | one worker, images/s | two workers, images/s | two / one | CPU ms an image: workers | all else |",
+    "|---|--:|--:|--:|--:|--:|",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Images made, seconds, and the CPU time of the workers and of all else: API, Redis and clients."""
+
+    images: float
+    seconds: float
+    workers_cpu_s: float
+    others_cpu_s: float
+
+    def __sub__(self, before: Measured) -> Measured:
+        pairs = zip(astuple(self), astuple(before), strict=True)
+        return Measured(*(after - earlier for after, earlier in pairs))
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / self.seconds
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,8 @@ class Stand:
     workers: Sequence[Process]
     load: Load
 
-    async def rate(self, working: Sequence[Process], seconds: float) -> float:
-        """Images a second, from more clients than they can serve; the other workers stand still."""
+    async def measure(self, working: Sequence[Process], seconds: float) -> Measured:
+        """Let these work, for more clients than they can serve, while the other workers stand still."""
         resting = [worker for worker in self.workers if worker not in working]
         for worker in resting:  # The queue is empty, so they hold nothing.
             worker.send(signal.SIGSTOP)
@@ -60,9 +83,9 @@ class Stand:
             async with httpx.AsyncClient(timeout=TIME_LIMIT_S) as client:
                 asking = [asyncio.create_task(self._ask(client)) for _ in range(CLIENTS)]
                 await asyncio.sleep(_RAMP_S)
-                before, began = await self._images(working), time.monotonic()
+                before = await self._look(working)
                 await asyncio.sleep(seconds)
-                after, ended = await self._images(working), time.monotonic()
+                measured = await self._look(working) - before
                 for task in asking:
                     if task.done():
                         task.result()
@@ -72,7 +95,7 @@ class Stand:
         finally:
             for worker in resting:
                 worker.send(signal.SIGCONT)
-        return (after - before) / (ended - began)
+        return measured
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
         more = {"n": IMAGES_A_REQUEST, "timeout_ms": 1000 * TIME_LIMIT_S}
@@ -81,10 +104,22 @@ class Stand:
             task = Generate(some.condition, some.steps, some.guidance, some.seed)  # All alike, for equal work.
             made(await client.post(f"{self.api.url}{endpoint(task)}", json=body(task) | more))
 
-    async def _images(self, working: Sequence[Process]) -> float:
-        """How many images' worth of row-ticks they have run: finer than images, which come many at once."""
-        rows = [asyncio.to_thread(worker.metric, "fewstep_tick_rows_sum") for worker in working]
-        return sum(await asyncio.gather(*rows)) / STEPS
+    async def _look(self, working: Sequence[Process]) -> Measured:
+        # Images' worth of row-ticks: finer than images, which come many at once.
+        rows = await asyncio.gather(*(asyncio.to_thread(worker.metric, "fewstep_tick_rows_sum") for worker in working))
+        others = (self.api.pid, self.redis.pid, os.getpid())
+        return Measured(
+            sum(rows) / STEPS,
+            time.monotonic(),
+            sum(cpu_s(worker.pid) for worker in working),
+            sum(map(cpu_s, others)),
+        )
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -124,17 +159,19 @@ def standing(bundle: Path, backend: str, tick_s: float, load: Load) -> Iterator[
 
 async def compare(stand: Stand, rounds: int, seconds: float) -> str:
     """Rounds of one worker, now the one and now the other, and of both, in turn."""
-    ones: list[float] = []
-    twos: list[float] = []
+    ones: list[Measured] = []
+    twos: list[Measured] = []
     alone = itertools.cycle(stand.workers)
-    await stand.rate(stand.workers, seconds / 2)  # What is done only once is done before.
+    await stand.measure(stand.workers, seconds / 2)  # What is done only once is done before.
     for _ in range(rounds):
-        ones.append(await stand.rate([next(alone)], seconds))
-        twos.append(await stand.rate(stand.workers, seconds))
-    ratios = [two / one for one, two in zip(ones, twos, strict=True)]
-    one, two = statistics.median(ones), statistics.median(twos)
+        ones.append(await stand.measure([next(alone)], seconds))
+        twos.append(await stand.measure(stand.workers, seconds))
+    ratios = [two.rate / one.rate for one, two in zip(ones, twos, strict=True)]
+    one, two = (statistics.median(each.rate for each in side) for side in (ones, twos))
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return f"{one:.1f} | {two:.1f} | {spread}"
+    workers_ms = 1000 * statistics.median(each.workers_cpu_s / each.images for each in twos)
+    others_ms = 1000 * statistics.median(each.others_cpu_s / each.images for each in twos)
+    return f"{one:.1f} | {two:.1f} | {spread} | {workers_ms:.1f} | {others_ms:.1f}"
 
 
 def why_not() -> str | None:
@@ -164,7 +201,7 @@ def main(bundle: str, backend: str, tick_s: float, rounds: int, seconds: float) 
     click.echo(
         f"{cores} cores; {rounds} rounds of {seconds:.0f} s, {STEPS} steps, {IMAGES_A_REQUEST} images a request\n"
     )
-    click.echo("| ticks | one worker, images/s | two workers, images/s | two / one |\n|---|--:|--:|--:|")
+    click.echo("\n".join(_HEADER))
     with Pipeline.open(path, "fake", 1, [1]) as pipeline:
         load = Load(pipeline, random.Random(0))
         for title, name, wait_s in ((f"real ({backend})", backend, 0.0), (f"waits of {tick_s} s", "fake", tick_s)):
