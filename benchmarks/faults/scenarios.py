@@ -127,12 +127,14 @@ async def gone_clients(scene: Scene) -> str:
         except TimeoutError:
             pass
 
-    count = _GONE
-    for _ in range(count):
-        await asyncio.gather(ask_and_go(), asyncio.sleep(scene.rng.uniform(0, 0.1)))
+    async with asyncio.TaskGroup() as coming:
+        for _ in range(_GONE):
+            coming.create_task(ask_and_go())
+            await asyncio.sleep(scene.rng.uniform(0, 0.1))
     await asyncio.sleep(_SETTLE_S)
-    cancelled = await scene.fleet.total("api", r'fewstep_cancelled_total\{stage="(?:queued|running)"\}')
-    return f"{count} clients came and went besides; {cancelled} of their jobs were cancelled"
+    stages = [rf'fewstep_cancelled_total\{{stage="{stage}"\}}' for stage in ("queued", "running")]
+    cancelled = sum([await scene.fleet.total("api", stage) for stage in stages])
+    return f"{_GONE} clients came and went besides; {cancelled} of their jobs were cancelled"
 
 
 async def terminate(scene: Scene) -> str:
