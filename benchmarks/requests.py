@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,13 +65,17 @@ def endpoint(task: Task) -> str:
 
 
 def body(task: Task, **more: Any) -> bytes:
+    return json.dumps(fields_of(task) | more).encode()
+
+
+def fields_of(task: Task) -> dict[str, Any]:
     fields: dict[str, Any] = {"prompt": task.condition, "steps": task.steps, "seed": task.seed}
     fields["guidance_scale"] = 1 + task.guidance
     if isinstance(task, Edit | Inpaint):
         fields |= {"image": base64_png(task.image), "strength": task.strength}
     if isinstance(task, Inpaint):
         fields["mask"] = base64_png(task.repaint.astype(np.uint8) * 255)
-    return json.dumps(fields | more).encode()
+    return fields
 
 
 def base64_png(array: Pixels) -> str:
@@ -81,5 +86,10 @@ def base64_png(array: Pixels) -> str:
 
 def picture(answer: bytes) -> Pixels:
     """The first image of an answer."""
-    data = base64.b64decode(json.loads(answer)["images"][0]["b64_json"])
+    return first_image(json.loads(answer))
+
+
+def first_image(document: Mapping[str, Any]) -> Pixels:
+    """The first image of an answer in JSON."""
+    data = base64.b64decode(document["images"][0]["b64_json"])
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -40,14 +42,22 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """One server; what it was given survives ``stop`` and ``start``."""
+    """One server, with ``environment`` beside this process's own; what it keeps on disk survives ``stop``."""
 
-    def __init__(self, binary: str, folder: Path, *options: str, password: str | None = None) -> None:
+    def __init__(
+        self,
+        binary: str,
+        folder: Path,
+        *options: str,
+        password: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.password = password
         access = f":{quote(password)}@" if password else ""
         self.url = f"redis://{access}127.0.0.1:{self.port}/0"
         self._command = [binary, "--port", f"{self.port}", "--dir", str(folder), "--save", "", *options]
+        self._environment = {**os.environ, **(environment or {})}
         self._log = folder / f"redis-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -58,9 +68,14 @@ class RedisServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
         deadline = time.monotonic() + 20
         while not self.answers():
             assert self._process.poll() is None, self._log.read_text()

@@ -14,9 +14,9 @@ import pytest
 from service.queue import keys
 from service.settings import Settings
 from tests.service.helpers import running, until, wait_until
+from tests.service.processes import Process, processes
 from tests.service.redis_server import RedisServer
 from tests.service.test_jobs import ask, events_of, look, over, state
-from tests.service.test_processes import Process, processes
 
 pytestmark = pytest.mark.anyio
 
