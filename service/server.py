@@ -60,6 +60,7 @@ def run(settings: Settings) -> int:
         access_log=False,
         server_header=False,
         lifespan="on",
+        http="h11",  # it bounds the headers of a request, which httptools does not
         ws="none",
         timeout_graceful_shutdown=5,
     )

@@ -363,6 +363,8 @@ def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path)
             wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
             answer = httpx.post(f"{url}/generate", json={"prompt": "a cat", "seed": 1}, timeout=60)
             assert answer.status_code == 200, answer.text
+            with pytest.raises((httpx.HTTPStatusError, httpx.TransportError)):
+                httpx.get(f"{url}/livez", headers={"X-Long": "a" * 10_000_000}).raise_for_status()
             resident = re.search(r"^process_resident_memory_bytes (\S+)", httpx.get(f"{url}/metrics").text, re.M)
             assert resident is not None
             assert float(resident.group(1)) < 300e6
