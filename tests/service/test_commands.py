@@ -34,7 +34,8 @@ def test_help_lists_the_options() -> None:
         (["--port", "70000"], {}, "port"),
         (["--backend", "abacus"], {}, "abacus"),
         ([], {"FEWSTEP_MAX_BATCH": "many"}, "max_batch"),
-        (["--timeout-ms", "999999"], {}, "max_timeout_ms"),
+        (["--timeout-ms", "999999"], {}, "Error: timeout_ms must not exceed max_timeout_ms"),
+        (["--models", "nowhere"], {}, "Error: models: there is no such folder"),
     ],
 )
 def test_wrong_settings_end_at_once(options: list[str], environment: dict[str, str], says: str) -> None:
