@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from engines.images import ImageError
 from engines.pipeline import TaskError
+from service.catalogue import LoadsEnded
 from service.jobs import Failed
 from service.logs import request_id_var
 
@@ -140,7 +141,9 @@ def model_not_found(error: Exception) -> ApiError:
 
 
 def model_unavailable(error: Exception) -> ApiError:
-    """The answer where a bundle that is there cannot be loaded."""
+    """The answer where a bundle that is there cannot be loaded, or is not because the service ends."""
+    if isinstance(error, LoadsEnded):
+        return shutting_down()
     return ApiError(503, "model_unavailable", str(error), param="model", retryable=False, retry_after_s=60.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
 import subprocess
 import sys
@@ -97,6 +99,15 @@ def test_a_second_signal_gives_up_what_is_in_flight(settings: Settings, monkeypa
         gate.opened.set()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_an_end_before_the_bundle_is_loaded_is_no_failure(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    service = create_app(settings).state.service
+    service.models.cancel_loads()
+    service.start()
+    asyncio.run(service.stop())
+    assert service.failure is None
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_draining_has_an_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
