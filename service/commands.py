@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from engines.backends import AUTO, BACKENDS
 from engines.plans import PRECISIONS
+from engines.problems import problem_of
 from service.settings import Settings
 
 
@@ -39,18 +39,12 @@ def serve(**options: Any) -> None:
     try:
         settings = Settings(**given)
     except ValidationError as error:
-        raise click.UsageError("; ".join(map(_plain, error.errors()))) from error
+        raise click.UsageError("; ".join(map(problem_of, error.errors()))) from error
     # Imported late, so that --help and a wrong option answer at once.
     from service import logs, server
 
     logs.configure(settings.log_format, settings.log_level)
     raise SystemExit(server.run(settings))
-
-
-def _plain(problem: ErrorDetails) -> str:
-    """One of pydantic's problems without its own words; what is wrong with several settings has no name before it."""
-    message = problem["msg"].removeprefix("Value error, ")
-    return ": ".join([*map(str, problem["loc"]), message])
 
 
 if __name__ == "__main__":
