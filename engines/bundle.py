@@ -31,6 +31,7 @@ from engines.manifest import (
     plain_file_name,
     seal,
 )
+from engines.problems import problem_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -190,9 +191,7 @@ def _parse(document: Any, file: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise BundleError(f"{file}: {where}: {first['msg']}") from error
+        raise BundleError(f"{file}: {problem_of(error.errors(include_url=False)[0])}") from error
     if seal(document) != manifest.revision:
         raise BundleError(f"{file}: changed after it was written (revision does not match)")
     return manifest

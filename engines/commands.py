@@ -73,7 +73,10 @@ def generate(
         raise click.ClickException(str(error)) from error
     for i, (task, image) in enumerate(zip(tasks, images, strict=True)):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{i}")
-        path.write_bytes(encode_image(image, image_format, text=describe_image(task, manifest)))
+        try:
+            path.write_bytes(encode_image(image, image_format, text=describe_image(task, manifest)))
+        except OSError as error:
+            raise click.FileError(str(path), error.strerror) from error
         click.echo(f"{path}  seed {task.seed}")
 
 

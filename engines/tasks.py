@@ -130,8 +130,8 @@ def check_encoder(steps: int, manifest: Manifest) -> None:
     """Raise TaskError where the student of ``steps`` steps has no encoder."""
     if steps not in manifest.encoded_steps():
         listed = ", ".join(map(str, manifest.encoded_steps()))
-        there = f"only one of {listed}" if listed else "and none of other steps"
-        raise TaskError("unsupported_method", "method", f"there is no encoder of {steps} steps, {there}")
+        message = f"there is no encoder of {steps} steps, only of {listed}" if listed else "no student has an encoder"
+        raise TaskError("unsupported_method", "method", message)
 
 
 def _check_steps(task: Task, manifest: Manifest) -> None:
@@ -140,8 +140,9 @@ def _check_steps(task: Task, manifest: Manifest) -> None:
     listed = ", ".join(map(str, manifest.trained_steps(task.sampler)))
     if task.sampler == "deterministic":
         raise TaskError("unsupported_steps", "steps", f"no student of {task.steps} steps; there are {listed}")
-    there = f"only in {listed}" if listed else "in no number of steps"
-    message = f"no student was trained for the {task.sampler} sampler in {task.steps} steps, {there}"
+    message = f"no student was trained for the {task.sampler} sampler"
+    if listed:
+        message += f" in {task.steps} steps; there are {listed}"
     raise TaskError("unsupported_sampler", "sampler", message)
 
 

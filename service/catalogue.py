@@ -22,6 +22,13 @@ class ModelError(Exception):
     """A bundle cannot be loaded: it is damaged, does not open, or is larger than the bound on memory."""
 
 
+class LoadsEnded(ModelError):
+    """Nothing is loaded any more: the service is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is shutting down")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A bundle that may be loaded: its folder, and its manifest as it is there now."""

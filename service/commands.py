@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from engines.backends import AUTO, BACKENDS
 from engines.plans import PRECISIONS
+from engines.problems import problem_of
 from service.settings import Settings
 
 
@@ -38,8 +39,7 @@ def serve(**options: Any) -> None:
     try:
         settings = Settings(**given)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise click.UsageError(problems) from error
+        raise click.UsageError("; ".join(map(problem_of, error.errors()))) from error
     # Imported late, so that --help and a wrong option answer at once.
     from service import logs, server
 

@@ -11,9 +11,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from engines.images import ImageError
 from engines.pipeline import TaskError
+from service.catalogue import LoadsEnded
 from service.jobs import Failed
 from service.logs import request_id_var
 
@@ -39,6 +41,7 @@ _PROBLEM_CODES = {
     "missing": "missing_field",
     "unsupported_option": "unsupported_option",
 }
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
@@ -140,7 +143,9 @@ def model_not_found(error: Exception) -> ApiError:
 
 
 def model_unavailable(error: Exception) -> ApiError:
-    """The answer where a bundle that is there cannot be loaded."""
+    """The answer where a bundle that is there cannot be loaded, or is not because the service ends."""
+    if isinstance(error, LoadsEnded):
+        return shutting_down()
     return ApiError(503, "model_unavailable", str(error), param="model", retryable=False, retry_after_s=60.0)
 
 
@@ -197,12 +202,13 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def http_error(_: Request, error: Exception) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
         code = status.phrase.lower().replace(" ", "_").replace("-", "_")
         message = status.description or status.phrase
-        return ApiError(error.status_code, code, message, headers=error.headers).response()
+        headers = {"Allow": _allowed(request)} if status == HTTPStatus.METHOD_NOT_ALLOWED else error.headers
+        return ApiError(error.status_code, code, message, headers=headers).response()
 
     async def validation_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -211,6 +217,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
+
+
+def _allowed(request: Request) -> str:
+    """Every method that the request's path takes: the framework itself names those of the first route only."""
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return ", ".join(filter(takes, _METHODS))
 
 
 def shown(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engines.bundle import BundleError
 from engines.pipeline import Pipeline
-from service.catalogue import Catalogue, Entry, ModelError
+from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError
 from service.logs import describe
 from service.memory import trim
 
@@ -128,7 +128,7 @@ class Models:
         entry = self._find(name)
         with self._moved:
             if self._closed:
-                raise ModelError("the service is shutting down")
+                raise LoadsEnded()
             if any(loaded.answers_to(entry.key) and not loaded.retiring for loaded in self._loaded):
                 return _done()
             if entry.key not in self._loading:
@@ -196,7 +196,7 @@ class Models:
             return sum(loaded.memory_bytes for loaded in self._loaded)
 
     def cancel_loads(self) -> None:
-        """Load nothing more; what waits for a load fails with ModelError. A load that runs is finished."""
+        """Load nothing more; what waits for a load fails with LoadsEnded. A load that runs is finished."""
         with self._moved:
             self._closed = True
             self._moved.notify_all()
@@ -207,7 +207,7 @@ class Models:
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._closer.shutdown(wait=True)
         for future in self._loading.values():
-            future.set_exception(ModelError("the service is shutting down"))
+            future.set_exception(LoadsEnded())
         self._loading.clear()
         for loaded in self._loaded:
             loaded.pipeline.close()
@@ -228,6 +228,9 @@ class Models:
         try:
             self._make_room(entry.memory_bytes)
             pipeline = self._opener(entry.path)
+        except LoadsEnded as error:
+            self._settle(entry, future, error)
+            return
         except Exception as error:
             logger.error("a bundle does not load", extra={"model": entry.key, **describe(error)})
             self._settle(entry, future, error)
@@ -260,7 +263,7 @@ class Models:
                 else:
                     self._moved.wait()
             if self._closed:
-                raise ModelError("the service is shutting down")
+                raise LoadsEnded()
 
     def _retire(self, loaded: _Loaded) -> None:
         if not loaded.retiring:

@@ -21,7 +21,7 @@ from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
 from engines.provenance import package_version
-from service.catalogue import Catalogue, ModelError, UnknownModel
+from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
 from service.errors import (
     ApiError,
     deadline_exceeded,
@@ -354,6 +354,8 @@ class Service:
     def _begin(self) -> None:
         try:
             self.models.load(None).result()
+        except LoadsEnded:
+            return
         except Exception as error:
             logger.error("the bundle does not load", extra=describe(error))
             self.failure = error

@@ -104,6 +104,13 @@ class Settings(BaseSettings):
             check_address(queue)
         return queue
 
+    @field_validator("models")
+    @classmethod
+    def _folder_of_models(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_dir():
+            raise ValueError("there is no such folder")
+        return path
+
     @field_validator("api_keys_file")
     @classmethod
     def _readable_keys(cls, path: Path | None) -> Path | None:

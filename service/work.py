@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from engines.paths import Step
 from engines.pipeline import Pipeline, Row, Task, ticks
-from service.catalogue import ModelError, UnknownModel
+from service.catalogue import LoadsEnded, ModelError, UnknownModel
 from service.jobs import Failed, Job, Timings
 from service.models import Lease, Models
 
@@ -59,6 +59,8 @@ class Parked:
             if self.loading.done():
                 finished, self.loading = self.loading, None
                 finished.result()
+        except LoadsEnded:
+            return None  # The worker is about to stop: what it holds is for others, or fails then.
         except (ModelError, UnknownModel) as error:
             return Failed("engine", str(error), retryable=True)
         return None

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from engines.problems import problem_of
+
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Level = Annotated[int, Field(ge=0, le=255, strict=True)]
 Channels = Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -313,7 +315,6 @@ class Recipe(Section):
         try:
             return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".lstrip(": ") for fault in error.errors()]
-            raise RecipeError(f"{path}: {'; '.join(faults)}") from error
+            raise RecipeError(f"{path}: {'; '.join(map(problem_of, error.errors()))}") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path}: {error}") from error

@@ -50,6 +50,7 @@ async def openai_edits(request: Request) -> Response:
     return await _serve(request, ImagesEditBody)
 
 
+@router.head("/models", include_in_schema=False)
 @router.get("/models", summary="The bundles there are", responses={503: error(503)})
 async def openai_models(request: Request) -> ModelCards:
     """Each name once. /models says more."""
@@ -59,6 +60,7 @@ async def openai_models(request: Request) -> ModelCards:
     return ModelCards(data=tuple(_card(name, manifest) for name, manifest in found.items()))
 
 
+@router.head("/models/{name}", include_in_schema=False)
 @router.get("/models/{name}", summary="One bundle", responses={404: error(404), 503: error(503)})
 async def openai_model(request: Request, name: str) -> ModelCard:
     """By its name, or by name@revision."""

@@ -97,6 +97,12 @@ def test_generate_names_prompts_that_do_not_fit(text_bundle: Bundle, tmp_path: P
     assert "at most 8 fit" in call(generate, text_bundle.path, "cat " * 9, *options).output
 
 
+def test_generate_says_plainly_that_it_cannot_write(text_bundle: Bundle, tmp_path: Path) -> None:
+    result = call(generate, text_bundle.path, "moon", "--backend", "fake", "--out", tmp_path / f"{'a' * 300}.png")
+    assert result.exit_code == 1
+    assert "name too long" in result.output.lower()
+
+
 def test_generate_without_a_bundle_fails_plainly(tmp_path: Path) -> None:
     result = call(generate, tmp_path / "absent", "a cat", "--out", tmp_path / "x.png")
     assert result.exit_code == 1

@@ -175,9 +175,9 @@ def test_what_no_student_was_trained_for_is_refused(pipeline: Pipeline, task: Ta
 
 
 def test_a_bundle_without_either_says_so(text_pipeline: Pipeline) -> None:
-    with pytest.raises(TaskError, match="in no number of steps"):
+    with pytest.raises(TaskError, match=r"for the stochastic sampler$"):
         text_pipeline.validate(STOCHASTIC)
-    with pytest.raises(TaskError, match="none of other steps"):
+    with pytest.raises(TaskError, match="no student has an encoder"):
         text_pipeline.validate(TRANSFER)
     with pytest.raises(ValueError, match="stochastic sampler"):
         path_of(STOCHASTIC, text_pipeline.manifest)

@@ -343,6 +343,23 @@ async def test_routes_that_are_not_there(app: Running, method: str, path: str, s
     assert ("allow" in answer.headers) == (status == 405)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("OPTIONS", "/jobs/x", "GET, HEAD, DELETE"),
+        ("DELETE", "/models", "GET, HEAD"),
+        ("PUT", "/v1/models/tiny", "GET, HEAD"),
+        ("GET", "/generate", "POST"),
+    ],
+)
+async def test_a_refused_method_is_told_all_that_the_path_takes(
+    app: Running, method: str, path: str, allowed: str
+) -> None:
+    answer = await app.client.request(method, path)
+    error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == allowed
+
+
 async def test_a_class_bundle_wants_a_class_it_has(
     anyio_backend: str, settings: Settings, class_bundle_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
 import subprocess
 import sys
@@ -34,7 +36,8 @@ def test_help_lists_the_options() -> None:
         (["--port", "70000"], {}, "port"),
         (["--backend", "abacus"], {}, "abacus"),
         ([], {"FEWSTEP_MAX_BATCH": "many"}, "max_batch"),
-        (["--timeout-ms", "999999"], {}, "max_timeout_ms"),
+        (["--timeout-ms", "999999"], {}, "Error: timeout_ms must not exceed max_timeout_ms"),
+        (["--models", "nowhere"], {}, "Error: models: there is no such folder"),
     ],
 )
 def test_wrong_settings_end_at_once(options: list[str], environment: dict[str, str], says: str) -> None:
@@ -96,6 +99,15 @@ def test_a_second_signal_gives_up_what_is_in_flight(settings: Settings, monkeypa
         gate.opened.set()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_an_end_before_the_bundle_is_loaded_is_no_failure(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    service = create_app(settings).state.service
+    service.models.cancel_loads()
+    service.start()
+    asyncio.run(service.stop())
+    assert service.failure is None
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_draining_has_an_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from engines.pipeline import Generate, Pipeline
-from service.catalogue import Catalogue, ModelError, UnknownModel
+from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
 from service.jobs import Failed, Finished, Job, Outcome, Output
 from service.metrics import Metrics
 from service.models import Models
@@ -282,8 +283,30 @@ models.close()
 
 def test_nothing_is_loaded_once_it_is_closed(models: Models) -> None:
     models.close()
-    with pytest.raises(ModelError, match="shutting down"):
+    with pytest.raises(LoadsEnded, match="shutting down"):
         models.load("amber")
+
+
+def test_a_load_that_did_not_begin_ends_without_an_error_in_the_log(
+    several: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> Pipeline:
+        begun.set()
+        assert go.wait(60)
+        return open_pipeline(several, path)
+
+    models = Models(Catalogue.of(several), slow, 2**30)
+    models.load("blue")
+    assert begun.wait(60)
+    waits = models.load("amber")
+    models.cancel_loads()
+    go.set()
+    with pytest.raises(LoadsEnded):
+        waits.result(60)
+    models.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 class Bench:
@@ -342,6 +365,12 @@ async def test_a_job_for_a_bundle_that_is_not_here_is_left_to_others(bench: Benc
     assert bench.queue.stats().depth == 1
 
 
+async def test_what_needs_a_load_while_the_service_ends_may_be_tried_again(app: Running) -> None:
+    app.service.models.unload("tiny").result(60)
+    app.service.models.cancel_loads()
+    error(await app.post("/generate", prompt="a cat"), 503, "shutting_down")
+
+
 async def test_a_job_that_waits_for_its_bundle_is_cancelled_expires_and_is_stopped(
     several: Settings, folder: Path
 ) -> None:
@@ -361,6 +390,7 @@ async def test_a_job_that_waits_for_its_bundle_is_cancelled_expires_and_is_stopp
     await bench.submit("gone", key)
     await asyncio.to_thread(bench.worker.step)
     assert await bench.queue.cancel("gone") == "running"
+    models.cancel_loads()
     await bench.submit("left", key)
     await asyncio.to_thread(bench.worker.step)
     bench.worker.stop()

@@ -6,12 +6,13 @@ import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import redis
 
 from engines.pipeline import Generate
 from service.jobs import Failed, Finished, Job, Output, Timings
@@ -94,6 +95,17 @@ async def soon(queue: RedisQueue, job_id: str) -> Finished | Failed:
     return await asyncio.wait_for(queue.outcome(job_id), 60)
 
 
+@contextmanager
+def full(server: RedisServer) -> Iterator[None]:
+    """Let a server have no memory left."""
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("maxmemory", 1)
+        try:
+            yield
+        finally:
+            client.config_set("maxmemory", 0)
+
+
 def mute(queue: RedisQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on it renews nothing, as if its process stood still."""
     monkeypatch.setattr(queue._leases, "_renew", lambda: None)
@@ -169,6 +181,26 @@ async def test_times_cross_hosts_whose_clocks_differ(open_queue: OpenQueue, monk
         [came] = worker.take({MODEL}, 9, 0.0)
     assert came.submitted - ahead_s == pytest.approx(sent.submitted, abs=1)
     assert came.deadline - ahead_s == pytest.approx(sent.deadline, abs=1)
+
+
+async def test_a_full_redis_takes_no_job_and_lets_go_of_those_it_has(
+    open_queue: OpenQueue, redis_server: RedisServer
+) -> None:
+    api, worker = open_queue(), open_queue()
+    for name in "ab":
+        await api.submit(job(name))
+    assert taken(worker, 1) == ["a"]
+    with full(redis_server):
+        for refused in (job("c"), replace(job("d"), model="other@000000000000")):
+            with pytest.raises(QueueUnavailable):
+                await api.submit(refused)
+        assert worker.settle("a", FINISHED)
+        assert await soon(api, "a") == FINISHED
+        assert taken(worker) == ["b"]
+        assert worker.settle("b", FINISHED)
+        assert await soon(api, "b") == FINISHED
+    await api.submit(job("c"))
+    assert taken(worker) == ["c"]
 
 
 async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, counts: Counts) -> None:

@@ -43,6 +43,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("size = 8", "size = 8\nbackground = [300, 0, 0]", "background"),
         ("seed = 0", 'seed = 0\nprecision = "fp8"', "precision"),
         ("[teacher]", "[teacher", "Expected"),
+        ("guidance = [0.0, 4.0]", "guidance = [4.0, 0.0]", "faulty.toml: guidance must be"),
     ],
 )
 def test_faulty_recipes_are_refused_by_name(tmp_path: Path, change: str, to: str, named: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
 
+from engines.problems import problem_of
 from training.data.place import PAUSES_S, Place, StreamError, one_line, patiently
 from training.data.shard_contents import (
     DATA,
@@ -98,9 +99,7 @@ class ShardIndex(BaseModel):
         except FileNotFoundError:
             raise StreamError(f"{file} is missing: `fewstep data index {place.address}` makes it") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise StreamError(f"{file} is no index of shards: {where}: {first['msg']}".replace(": : ", ": ")) from None
+            raise StreamError(f"{file} is no index of shards: {problem_of(error.errors()[0])}") from None
         except OSError as error:
             raise StreamError(f"{file} cannot be read: {one_line(error)}") from error
 

@@ -26,11 +26,11 @@ end
 
 local state, model, message, replies, kept, cost =
   unpack(redis.call('HMGET', record, 'state', 'model', 'message', 'replies', 'kept', 'cost'))
+forget(id) -- First, as it only frees: after that a full Redis allows what follows.
 if state == 'running' and over == 'done' then
   note_finished(cost)
 end
 remove(jobs, load, entry)
-forget(id)
 if state ~= 'running' then
   return 0 -- Settled by another worker, or cancelled.
 end

@@ -20,9 +20,10 @@ end
 if redis.call('EXISTS', record) == 1 then
   return {1} -- Accepted before; the answer was lost on its way.
 end
+-- A full Redis refuses what may grow, but not once a script has written: so these come first, here and below.
 if redis.call('EXISTS', jobs) == 0 then
-  redis.call('DEL', load)
   redis.call('XGROUP', 'CREATE', jobs, GROUP, '0', 'MKSTREAM')
+  redis.call('DEL', load)
 end
 
 local now = now_ms()
@@ -47,6 +48,7 @@ end
 local function promise(earliest)
   local at = math.max(tonumber(next_promise or 0), earliest)
   local wait_s = math.ceil((at - now) / 1000)
+  redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - promise_kept)
   redis.call('ZREM', promises, identity)
   if identity == '' or wait_s * 1000 > tonumber(farthest) or redis.call('ZCARD', promises) >= tonumber(most) then
     return math.min(wait_s, farthest / 1000)
@@ -60,8 +62,10 @@ local function promise(earliest)
 end
 
 -- The door of service/queue/admission.py, kept where all that ask to be let in are seen.
-redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - promise_kept)
 local due = tonumber(redis.call('ZSCORE', promises, identity) or nil)
+if due and due <= now - promise_kept then
+  due = nil
+end
 local in_turn = due and due <= now
 local missing = missing_ms(in_turn and 1 or tonumber(newcomers))
 if missing > 0 then
@@ -70,14 +74,14 @@ if missing > 0 then
   end
   return {0, promise(now + math.max(shortest, missing))}
 end
+
+local entry = redis.call('XADD', jobs, '*', 'id', id, 'cost', cost, 'rows', rows,
+  'submitted', now - age, 'deadline', now + left)
 redis.call('ZREM', promises, identity)
 if outstanding <= 0 then
   -- Nobody came for a while: what was promised for later hinders nobody.
   redis.call('HSET', load, 'next_promise', now, 'since', now)
 end
-
-local entry = redis.call('XADD', jobs, '*', 'id', id, 'cost', cost, 'rows', rows,
-  'submitted', now - age, 'deadline', now + left)
 redis.call('HINCRBY', load, 'cost', cost)
 redis.call('HINCRBY', load, 'outstanding', cost)
 redis.call('HSET', record, 'state', 'queued', 'model', model, 'message', message, 'entry', entry, 'cost', cost,
