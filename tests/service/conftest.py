@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from service.queue.base import JobQueue
+from service.queue.memory import MemoryQueue
+from service.queue.redis import RedisQueue
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
 from tests.service.helpers import SIZE, Gate, Running, running
+from tests.service.queues import BOUNDS, ROOM
 from tests.service.redis_server import RedisServer, redis_binary
 from tests.service.webdriver import Device
 
@@ -75,6 +79,19 @@ def redis_server(redis_process: RedisServer) -> RedisServer:
     with redis_process.client() as client:
         client.flushall()
     return redis_process
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def queue(anyio_backend: str, request: pytest.FixtureRequest) -> AsyncIterator[JobQueue]:
+    """An empty queue of each kind."""
+    opened: JobQueue
+    if request.param == "memory":
+        opened = MemoryQueue(ROOM, bounds=BOUNDS)
+    else:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        opened = RedisQueue(server.url, ROOM, bounds=BOUNDS)
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture(scope="session")
