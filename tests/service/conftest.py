@@ -17,6 +17,7 @@ from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
 from tests.service.helpers import SIZE, Gate, Running, running
 from tests.service.queues import BOUNDS, ROOM
+from tests.service.redis_cluster import RedisCluster, redis_cluster
 from tests.service.redis_server import RedisServer, redis_binary
 from tests.service.webdriver import Device
 
@@ -81,14 +82,27 @@ def redis_server(redis_process: RedisServer) -> RedisServer:
     return redis_process
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(scope="session")
+def cluster_processes(redis_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    with redis_cluster(redis_path, tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(cluster_processes: RedisCluster) -> RedisCluster:
+    """A cluster of three nodes, with nothing in it."""
+    cluster_processes.clear()
+    return cluster_processes
+
+
+@pytest.fixture(params=["memory", "redis_server", "cluster"])
 async def queue(anyio_backend: str, request: pytest.FixtureRequest) -> AsyncIterator[JobQueue]:
     """An empty queue of each kind."""
     opened: JobQueue
     if request.param == "memory":
         opened = MemoryQueue(ROOM, bounds=BOUNDS)
     else:
-        server: RedisServer = request.getfixturevalue("redis_server")
+        server: RedisServer | RedisCluster = request.getfixturevalue(request.param)
         opened = RedisQueue(server.url, ROOM, bounds=BOUNDS)
     yield opened
     await opened.close()

@@ -7,10 +7,7 @@ import time
 
 import pytest
 
-from service.queue.base import (
-    JobQueue,
-    QueueFull,
-)
+from service.queue.base import JobQueue, QueueFull
 from tests.service.queues import FINISHED, MAX_COST, MODEL, job, taken
 
 pytestmark = pytest.mark.anyio

@@ -13,9 +13,7 @@ import pytest
 
 from service.jobs import Failed
 from service.queue import keys, leases
-from service.queue.base import (
-    QueueFull,
-)
+from service.queue.base import QueueFull
 from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
 from tests.service.queues import FINISHED, MODEL, OTHER, ROOM, job, mute, soon, taken

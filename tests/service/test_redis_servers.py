@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
 import pytest
 
 from service.queue import keys
-from service.queue.base import (
-    QueueStats,
-    QueueUnavailable,
-)
+from service.queue.base import QueueStats, QueueUnavailable
 from tests.service.helpers import wait_until
 from tests.service.queues import FINISHED, job, opened, soon, taken
+from tests.service.redis_cluster import RedisCluster
 from tests.service.redis_server import RedisServer, Sentinel
 from tests.service.tls import make_certificate, tls_door
 
@@ -31,12 +30,38 @@ async def works(url: str, name: str) -> None:
         assert queue.stats() == QueueStats(0, 0, 0.0)
 
 
-async def test_a_cluster(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+async def test_a_cluster_of_one_node(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
     with RedisServer(redis_path, tmp_path, "--cluster-enabled", "yes") as server:
         with server.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
             wait_until(lambda: client.cluster("info")["cluster_state"] == "ok")
         await works(f"redis+cluster://127.0.0.1:{server.port}", "a")
+
+
+async def test_a_cluster_is_asked_at_the_right_node_from_the_first_command_on(
+    anyio_backend: str, cluster: RedisCluster
+) -> None:
+    before = cluster.redirections()
+    async with opened(cluster.url) as queue:
+        await asyncio.gather(*(queue.submit(job(f"{k}", steps=1)) for k in range(20)))
+        assert len(taken(queue, 20)) == 20
+    assert cluster.redirections() == before
+
+
+async def test_a_cluster_whose_slots_move(anyio_backend: str, cluster: RedisCluster) -> None:
+    async with opened(cluster.url) as queue:
+        for name in "ab":
+            await queue.submit(job(name))
+        assert taken(queue, 1) == ["a"]
+        new = cluster.begin_move()
+        assert queue.stats() == QueueStats(1, 4, pytest.approx(0, abs=60))
+        cluster.end_move(new)
+        assert cluster.owner is new
+        assert queue.settle("a", FINISHED)
+        assert await soon(queue, "a") == FINISHED
+        await queue.submit(job("c"))
+        assert taken(queue) == ["b", "c"]
+    await works(cluster.url, "d")
 
 
 async def test_a_sentinel(anyio_backend: str, redis_path: str, redis_server: RedisServer, tmp_path: Path) -> None:
