@@ -91,8 +91,11 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
 
 
 async def close_for_coroutines(client: redis.asyncio.Redis) -> None:
-    """Close the client, and with it its clients of sentinels, which redis-py leaves open."""
+    """Close the client, and what redis-py leaves open: clients of sentinels, and nodes of a cluster after an error."""
     await client.aclose()
+    if (nodes := getattr(client, "nodes_manager", None)) is not None:
+        await nodes.aclose()
+        await nodes.aclose("startup_nodes")
     pool = getattr(client, "connection_pool", None)
     manager = getattr(pool, "sentinel_manager", None)
     for sentinel in manager.sentinels if manager else ():

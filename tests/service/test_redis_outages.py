@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from service.queue.base import (
-    QueueStats,
-    QueueUnavailable,
-)
+from service.queue.base import QueueStats, QueueUnavailable
+from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
 from tests.service.queues import FINISHED, OTHER, job, mute, opened, soon, taken
+from tests.service.redis_cluster import redis_cluster
 from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -96,3 +95,32 @@ async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> 
         with pytest.raises(KeyError):
             await queue.outcome("a")
         assert taken(queue) == []
+
+
+async def test_a_node_of_a_cluster_is_away(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    with redis_cluster(redis_path, tmp_path) as cluster:
+        owner = cluster.owner
+        async with opened(cluster.url) as queue:
+            await queue.submit(job("lost"))
+            owner.stop()
+            with pytest.raises(QueueUnavailable):
+                await queue.submit(job("refused"))
+            assert taken(queue) == []
+            owner.start()
+            wait_until(lambda: there(queue))
+            await queue.submit(job("a"))
+            wait_until(lambda: taken(queue, wait_s=0.1) == ["a"])
+            assert queue.settle("a", FINISHED)
+            assert await soon(queue, "a") == FINISHED
+            owner.stop()
+            # With this it closes: nothing of it must stay open.
+            with pytest.raises(QueueUnavailable):
+                await queue.submit(job("refused"))
+
+
+def there(queue: RedisQueue) -> bool:
+    try:
+        queue.stats()
+    except QueueUnavailable:
+        return False
+    return True
