@@ -1,19 +1,15 @@
-"""Who may ask what: API keys, their rates, and the endpoints that stay open. Without a file of keys, all may.
-
-The rate of a key is counted in each process on its own: with three API processes a key may make three times as many.
-"""
+"""Who may ask what: API keys, their rates, and the endpoints that stay open. Without a file of keys, all may."""
 
 from __future__ import annotations
-
-import time
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api_keys import ApiKey, KeyFile, TokenBuckets
+from service.api_keys import ApiKey, KeyFile
 from service.errors import ApiError
 from service.metrics import Metrics
+from service.rates import Rates
 from service.settings import Settings
 
 _OPEN = frozenset({"/livez", "/readyz"})
@@ -30,18 +26,18 @@ class Access:
     Everything is closed but what is named here, so an endpoint that is new is closed too.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyFile, open_metrics: bool, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyFile, rates: Rates, open_metrics: bool, metrics: Metrics) -> None:
         self.app = app
         self._keys = keys
         self._open = _OPEN | ({_METRICS} if open_metrics else set())
-        self._buckets = TokenBuckets(time.monotonic)
+        self._rates = rates
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http" and not self._is_open(scope["path"]):
             try:
-                scope.setdefault("state", {})["api_key"] = self._admitted(Headers(scope=scope))
+                scope.setdefault("state", {})["api_key"] = await self._admitted(Headers(scope=scope))
             except ApiError as refusal:
                 await refusal.response()(scope, receive, send)
                 return
@@ -50,7 +46,7 @@ class Access:
     def _is_open(self, path: str) -> bool:
         return path in self._open or path == _PAGE or path.startswith(_PAGE_FILES)
 
-    def _admitted(self, headers: Headers) -> ApiKey:
+    async def _admitted(self, headers: Headers) -> ApiKey:
         """The key of a request that may go on. Raises ApiError."""
         offered = _offered(headers)
         key = self._keys.find(offered)
@@ -58,7 +54,7 @@ class Access:
             self._metrics.rejected.labels("unauthorized").inc()
             message = "this API key is not known" if offered else "an API key is needed"
             raise ApiError(401, "unauthorized", message, headers=_CHALLENGE)
-        wait_s = self._buckets.wait_s(key)
+        wait_s = await self._rates.wait_s(key)
         if wait_s > 0:
             self._metrics.rejected.labels("rate_limited").inc()
             message = f"this key may make {key.per_minute:g} requests a minute"

@@ -1,4 +1,4 @@
-"""API keys: a file of their hashes, and how many requests a minute each may make. Knows nothing of HTTP.
+"""API keys: a file of their hashes, with the rate of each. Knows nothing of HTTP.
 
 A line of the file is `NAME:SHA256[:PER_MINUTE][:admin]`: the SHA-256 of the key in hex, the requests that it may make
 in a minute (no bound where absent), and whether it may load and unload bundles. Blank lines and those that begin with
@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ _PREFIX = "fs_"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ADMIN = "admin"
-_MINUTE_S = 60.0
 
 Stamp = tuple[int, int, int]
 
@@ -124,32 +123,6 @@ class KeyFile:
             logger.error("the keys stay as they were", extra={"detail": str(error)})
         else:
             logger.info("keys read again", extra={"keys": len(self._keys)})
-
-
-class TokenBuckets:
-    """How many requests each key may still make in this process. Belongs to one thread.
-
-    A key may make a minute's requests at once; then they come back one by one, evenly.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        # name: (tokens at a time, that time)
-        self._levels: dict[str, tuple[float, float]] = {}
-
-    def wait_s(self, key: ApiKey) -> float:
-        """Take a token and return 0, or take none and return the seconds until there is one."""
-        if key.per_minute is None:
-            return 0.0
-        now = self._clock()
-        size = max(1.0, key.per_minute)
-        level, since = self._levels.get(key.name, (size, now))
-        level = min(size, level + (now - since) * key.per_minute / _MINUTE_S)
-        # Rounding must not refuse one who waited for exactly as long as he was told.
-        if allowed := level > 1 - 1e-9:
-            level -= 1
-        self._levels[key.name] = level, now
-        return 0.0 if allowed else (1 - level) * _MINUTE_S / key.per_minute
 
 
 def _parse(line: str, number: int) -> ApiKey:

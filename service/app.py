@@ -16,7 +16,7 @@ from service.gpus import open_gpus
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
-from service.roles import open_queue, opener_of
+from service.roles import open_queue, open_rates, opener_of
 from service.routes import images, jobs, models, openai, status
 from service.routes.openapi import guarded
 from service.routes.page import page_router
@@ -52,6 +52,7 @@ def create_app(
     if settings.role != "api" and (gpus := open_gpus()) is not None:
         metrics.watch_gpus(gpus)
     tracing = tracing or open_tracing(settings.tracing)
+    rates = open_rates(settings)
     service = Service(settings, metrics, queue, opener or opener_of(settings.role), tracing)
 
     @asynccontextmanager
@@ -59,6 +60,7 @@ def create_app(
         service.start()
         yield
         await service.stop()
+        await rates.close()
 
     # The interactive pages of the framework would load their scripts from elsewhere.
     app = FastAPI(
@@ -81,7 +83,7 @@ def create_app(
     )
     if settings.api_keys_file is not None:
         keys = KeyFile(settings.api_keys_file)
-        app.add_middleware(Access, keys=keys, open_metrics=settings.open_metrics, metrics=metrics)
+        app.add_middleware(Access, keys=keys, rates=rates, open_metrics=settings.open_metrics, metrics=metrics)
     if settings.cors_origins:
         allow_origins(app, settings.cors_origins)
     tracing.watch(app)

@@ -1,7 +1,8 @@
-"""What a process of the service opens, by its settings: which queue, and a bundle with engines or without."""
+"""What a process of the service opens, by its settings: which queue and rates, and a bundle with engines or without."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from engines.bundle import load_bundle
@@ -9,6 +10,7 @@ from engines.pipeline import Pipeline
 from service.metrics import Metrics
 from service.queue.base import Bounds, JobQueue
 from service.queue.memory import MemoryQueue
+from service.rates import Rates, TokenBuckets
 from service.runtime import OpenPipeline, open_pipeline
 from service.settings import MEMORY, Role, Settings
 
@@ -29,6 +31,15 @@ def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
         on_redelivery=metrics.redeliveries.inc,
         on_dead_letter=metrics.dead_letters.inc,
     )
+
+
+def open_rates(settings: Settings) -> Rates:
+    """Where the rates of API keys are counted: where the queue is, so by all processes that share one."""
+    if settings.queue == MEMORY:
+        return TokenBuckets(time.monotonic)
+    from service.queue.rates import RedisRates
+
+    return RedisRates(settings.queue)
 
 
 def opener_of(role: Role) -> OpenPipeline:

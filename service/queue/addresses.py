@@ -25,6 +25,9 @@ _PORTS = {"sentinel": 26379, "cluster": 6379}
 _SOCKETS: dict[str, Any] = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0, "protocol": 2}
 # A connection that the server closed meanwhile is opened anew; more patience is the callers' affair.
 _RETRIES = 1
+# After some redirections the client of a cluster would close all its connections, also those in use. As all keys are
+# in one slot, each redirection teaches it all there is to know.
+_CLUSTER: dict[str, Any] = {"reinitialize_steps": 0}
 
 LONGEST_BLOCK_S = 1.0
 """The longest that one command may wait for something to happen."""
@@ -56,7 +59,7 @@ def open_for_threads(url: str) -> redis.Redis:
     client: Any
     if many.kind == "cluster":
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in many.hosts]
-        client = redis.cluster.RedisCluster(startup_nodes=nodes, **options, **many.access)
+        client = redis.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.access)
     else:
         sentinel = redis.sentinel.Sentinel(many.hosts, **_SOCKETS)
         client = sentinel.master_for(many.name, db=many.database, **options, **many.access)
@@ -79,7 +82,7 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
     client: Any
     if many.kind == "cluster":
         nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in many.hosts]
-        client = redis.asyncio.cluster.RedisCluster(startup_nodes=nodes, **options, **many.access)
+        client = redis.asyncio.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.access)
     else:
         sentinel = redis.asyncio.sentinel.Sentinel(many.hosts, **_SOCKETS)
         client = sentinel.master_for(many.name, db=many.database, **options, **many.access)
@@ -88,8 +91,11 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
 
 
 async def close_for_coroutines(client: redis.asyncio.Redis) -> None:
-    """Close the client, and with it its clients of sentinels, which redis-py leaves open."""
+    """Close the client, and what redis-py leaves open: clients of sentinels, and nodes of a cluster after an error."""
     await client.aclose()
+    if (nodes := getattr(client, "nodes_manager", None)) is not None:
+        await nodes.aclose()
+        await nodes.aclose("startup_nodes")
     pool = getattr(client, "connection_pool", None)
     manager = getattr(pool, "sentinel_manager", None)
     for sentinel in manager.sentinels if manager else ():

@@ -52,15 +52,19 @@ class CoroutinesRedis:
         self._url = url
 
     @cached_property
-    def client(self) -> redis.asyncio.Redis:
-        """The client, opened at the first use."""
+    def _client(self) -> redis.asyncio.Redis:
         return open_for_coroutines(self._url)
+
+    async def client(self) -> redis.asyncio.Redis:
+        """The client, opened at the first use: that of a cluster sends what comes before that to any node."""
+        return await self._client.initialize()
 
     async def run(self, name: str, keys: Sequence[str], arguments: Arguments = ()) -> Any:
         """The answer of a script."""
-        return await self.client.register_script(_script(name))(keys, arguments)
+        client = await self.client()
+        return await client.register_script(_script(name))(keys, arguments)
 
     async def close(self) -> None:
         """Close the connections there are."""
-        if "client" in self.__dict__:
-            await close_for_coroutines(self.client)
+        if "_client" in self.__dict__:
+            await close_for_coroutines(self._client)

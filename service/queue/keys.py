@@ -67,6 +67,11 @@ def preview(job_id: str) -> str:
     return f"{PREFIX}preview:{job_id}"
 
 
+def rate(key_name: str) -> str:
+    """Number: when the bucket of an API key is full again, in ms on the clock of Redis."""
+    return f"{PREFIX}rate:{key_name}"
+
+
 def replies(process: str) -> str:
     """Stream: the jobs of an API process that have an outcome since."""
     return f"{PREFIX}replies:{process}"

@@ -32,8 +32,10 @@ class RedisQueue:
     the process that settles. Connections are opened when they are needed.
 
     The tests run it on one server, by its port and by its socket, with a password and with TLS, behind a sentinel
-    through a failover, and on a cluster of one node. Clusters of more nodes are **not** verified, nor are sentinels
-    and clusters with TLS or a password.
+    through a failover, and on a cluster of three nodes with a password, whose slots move. Clusters with replicas are
+    **not** verified, nor are sentinels with a password, nor sentinels and clusters with TLS.
+
+    All keys lie in one slot: a cluster keeps the whole queue on one of its nodes.
     """
 
     durable: ClassVar[bool] = True

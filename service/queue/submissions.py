@@ -153,7 +153,8 @@ class Submissions:
         left = milliseconds(job.deadline - now)
         ttl = max(0, left) + milliseconds(GRACE_S)
         if packed.images:
-            await self._redis.client.set(keys.images(job.id), packed.images, px=ttl)
+            client = await self._redis.client()
+            await client.set(keys.images(job.id), packed.images, px=ttl)
         model = job.model
         names = [keys.jobs(model), keys.load(model), keys.promises(model), keys.record(job.id), keys.MODELS]
         costs = [job.cost, len(job.tasks)]
@@ -177,7 +178,8 @@ class Submissions:
         if code == _ACCEPTED:
             return job.id
         if packed.images:
-            await self._redis.client.unlink(keys.images(job.id))
+            client = await self._redis.client()
+            await client.unlink(keys.images(job.id))
         if code == _SAME:
             holder: bytes = answer[0]
             return holder.decode()
@@ -196,7 +198,8 @@ class Submissions:
                 if replies:
                     last = replies[-1][0]
                     await self._collect(reply[b"id"].decode() for _, reply in replies)
-                    await self._redis.client.xdel(self._replies, *(entry for entry, _ in replies))
+                    client = await self._redis.client()
+                    await client.xdel(self._replies, *(entry for entry, _ in replies))
                 if time.monotonic() - polled >= _POLL_S:
                     polled = time.monotonic()
                     await self._collect(job_id for job_id, wait in self._waiting.items() if wait.accepted)
@@ -215,7 +218,8 @@ class Submissions:
         self._away = False
 
     async def _read(self, last: bytes) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        found: Any = await self._redis.client.xread({self._replies: last}, block=milliseconds(_POLL_S))
+        client = await self._redis.client()
+        found: Any = await client.xread({self._replies: last}, block=milliseconds(_POLL_S))
         return found[0][1] if found else []
 
     async def _collect(self, job_ids: Iterable[str]) -> None:
@@ -232,7 +236,8 @@ class Submissions:
                 wait.outcome.set_result(outcome)
                 over.append(keys.result(job_id))
         if over:
-            await self._redis.client.unlink(*over)
+            client = await self._redis.client()
+            await client.unlink(*over)
 
 
 _ACCEPTED, _SAME, _CONFLICT = 1, 2, 3

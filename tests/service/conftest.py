@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from service.queue.base import JobQueue
+from service.queue.memory import MemoryQueue
+from service.queue.redis import RedisQueue
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
 from tests.service.helpers import SIZE, Gate, Running, running
+from tests.service.queues import BOUNDS, ROOM
+from tests.service.redis_cluster import RedisCluster, redis_cluster
 from tests.service.redis_server import RedisServer, redis_binary
 from tests.service.webdriver import Device
 
@@ -75,6 +80,32 @@ def redis_server(redis_process: RedisServer) -> RedisServer:
     with redis_process.client() as client:
         client.flushall()
     return redis_process
+
+
+@pytest.fixture(scope="session")
+def cluster_processes(redis_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    with redis_cluster(redis_path, tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(cluster_processes: RedisCluster) -> RedisCluster:
+    """A cluster of three nodes, with nothing in it."""
+    cluster_processes.clear()
+    return cluster_processes
+
+
+@pytest.fixture(params=["memory", "redis_server", "cluster"])
+async def queue(anyio_backend: str, request: pytest.FixtureRequest) -> AsyncIterator[JobQueue]:
+    """An empty queue of each kind."""
+    opened: JobQueue
+    if request.param == "memory":
+        opened = MemoryQueue(ROOM, bounds=BOUNDS)
+    else:
+        server: RedisServer | RedisCluster = request.getfixturevalue(request.param)
+        opened = RedisQueue(server.url, ROOM, bounds=BOUNDS)
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -132,17 +132,13 @@ async def test_loading_can_be_switched_off_with_keys_or_without(
                 error(answer, 403, "admin_off")
 
 
-async def test_a_key_that_asks_too_often_is_told_when_to_come_back(
-    app: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr("service.access.time.monotonic", lambda: now)
+async def test_a_key_that_asks_too_often_is_told_when_to_come_back(app: Running) -> None:
     for _ in range(2):
         assert (await app.client.get("/models", headers=bearer("slow"))).status_code == 200
     refused = await app.client.get("/models", headers=bearer("slow"))
     found = error(refused, 429, "rate_limited")
     assert (found["type"], found["retryable"]) == ("overloaded_error", True)
-    assert refused.headers["retry-after"] == "30"
+    assert 1 <= int(refused.headers["retry-after"]) <= 30
     assert app.metric("fewstep_rejected_total", reason="rate_limited") == 1
     assert (await app.client.get("/models", headers=bearer("ann"))).status_code == 200
 

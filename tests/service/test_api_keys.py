@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from service.api_keys import (
     ApiKey,
     KeyFile,
     KeyFileError,
-    TokenBuckets,
     digest_of,
     find_key,
     new_key,
@@ -24,15 +22,6 @@ from service.api_keys import (
 )
 
 DIGEST = digest_of("one")
-
-
-class Clock:
-    """A clock that goes when it is told to."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_file_has_keys_comments_and_blank_lines() -> None:
@@ -133,41 +122,6 @@ def test_a_file_that_is_damaged_leaves_the_keys_and_one_line(
 def test_a_file_that_is_not_there_is_an_error_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="cannot be read"):
         KeyFile(tmp_path / "none")
-
-
-def test_a_minute_at_once_and_then_evenly() -> None:
-    clock, key = Clock(), ApiKey("ann", DIGEST, per_minute=6)
-    buckets = TokenBuckets(clock)
-    assert [buckets.wait_s(key) for _ in range(6)] == [0.0] * 6
-    assert buckets.wait_s(key) == pytest.approx(10)
-    assert buckets.wait_s(ApiKey("ben", DIGEST, per_minute=6)) == 0.0
-    clock.now += 25
-    assert [buckets.wait_s(key), buckets.wait_s(key)] == [0.0, 0.0]
-    assert buckets.wait_s(key) == pytest.approx(5)
-    clock.now += 3600
-    assert sum(buckets.wait_s(key) == 0.0 for _ in range(20)) == 6
-
-
-def test_no_rate_is_no_bound() -> None:
-    buckets = TokenBuckets(Clock())
-    assert {buckets.wait_s(ApiKey("ann", DIGEST)) for _ in range(1000)} == {0.0}
-
-
-@given(st.floats(0.01, 1e4), st.lists(st.floats(0, 100), max_size=20))
-def test_who_waits_as_long_as_he_is_told_is_served_and_nobody_gets_more_than_his_rate(
-    per_minute: float, pauses: list[float]
-) -> None:
-    clock, key = Clock(), ApiKey("ann", DIGEST, per_minute)
-    buckets = TokenBuckets(clock)
-    served = 0
-    for pause in pauses:
-        clock.now += pause
-        if (wait_s := buckets.wait_s(key)) > 0:
-            # Retry-After has whole seconds.
-            clock.now += math.ceil(wait_s)
-            assert buckets.wait_s(key) == 0.0
-        served += 1
-    assert served <= max(1.0, per_minute) + clock.now * per_minute / 60 + 1e-6
 
 
 def test_the_command_prints_a_key_once_and_the_line_that_knows_it() -> None:

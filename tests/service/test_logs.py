@@ -21,8 +21,8 @@ from service.api_keys import ApiKey, digest_of, new_key
 from service.queue.wire import pack_job, request_of
 from service.settings import Settings
 from tests.service.helpers import Running, b64, random_image, running
+from tests.service.queues import job as some_job
 from tests.service.redis_server import RedisServer
-from tests.service.test_redis import job as some_job
 
 pytestmark = pytest.mark.anyio
 

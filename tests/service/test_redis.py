@@ -1,35 +1,28 @@
-"""What the queue in Redis promises beyond the contract: workers that die, a server that is away, several hosts."""
+"""What the queue in Redis promises beyond the contract: workers that die, and several hosts."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import redis
 
-from engines.pipeline import Generate
-from service.jobs import Failed, Finished, Job, Output, Timings
+from service.jobs import Failed
 from service.queue import keys, leases
-from service.queue.base import QueueFull, QueueStats, QueueUnavailable
+from service.queue.base import QueueFull, QueueUnavailable
 from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
-from tests.service.helpers import wait_until
-from tests.service.redis_server import RedisServer, Sentinel
-from tests.service.tls import make_certificate, tls_door
+from tests.service.queues import FINISHED, MODEL, OTHER, ROOM, job, mute, soon, taken
+from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
 
-MODEL = "tiny@000000000000"
 SILENCE_S = 0.4
-FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
-OTHER = Finished((b"other",), Timings(0, 0, 0, 0), (1,))
 
 OpenQueue = Callable[[], RedisQueue]
 
@@ -52,16 +45,6 @@ def counts() -> Counts:
     return Counts()
 
 
-@asynccontextmanager
-async def opened(url: str, reclaim_after_s: float = 60.0) -> AsyncIterator[RedisQueue]:
-    """The queue at an address, closed whatever happens."""
-    queue = RedisQueue(url, 96, reclaim_after_s=reclaim_after_s)
-    try:
-        yield queue
-    finally:
-        await queue.close()
-
-
 @pytest.fixture
 async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Counts) -> AsyncIterator[OpenQueue]:
     """Opens queues as processes of their own would have them."""
@@ -70,7 +53,7 @@ async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Coun
         def open_queue() -> RedisQueue:
             queue = RedisQueue(
                 redis_server.url,
-                96,
+                ROOM,
                 reclaim_after_s=SILENCE_S,
                 on_redelivery=counts.redelivery,
                 on_dead_letter=counts.dead_letter,
@@ -79,20 +62,6 @@ async def open_queue(anyio_backend: str, redis_server: RedisServer, counts: Coun
             return queue
 
         yield open_queue
-
-
-def job(name: str, steps: int = 4, seconds: float = 60.0) -> Job:
-    tasks = (Generate("a cat", steps, 0.0, 0),)
-    now = time.monotonic()
-    return Job(name, f"request-{name}", tasks, Output("png"), now, now + seconds, MODEL)
-
-
-def taken(queue: RedisQueue, rows: int = 9, wait_s: float = 0.0) -> list[str]:
-    return [job.id for job in queue.take({MODEL}, rows, wait_s)]
-
-
-async def soon(queue: RedisQueue, job_id: str) -> Finished | Failed:
-    return await asyncio.wait_for(queue.outcome(job_id), 60)
 
 
 @contextmanager
@@ -104,11 +73,6 @@ def full(server: RedisServer) -> Iterator[None]:
             yield
         finally:
             client.config_set("maxmemory", 0)
-
-
-def mute(queue: RedisQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on it renews nothing, as if its process stood still."""
-    monkeypatch.setattr(queue._leases, "_renew", lambda: None)
 
 
 async def test_what_a_silent_worker_held_goes_to_another_and_runs_alone(
@@ -207,7 +171,7 @@ async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, cou
     api, slow, other = open_queue(), open_queue(), open_queue()
     await api.submit(job("a"))
     assert taken(slow) == ["a"]
-    assert await asyncio.to_thread(taken, other, 9, 4 * SILENCE_S) == []
+    assert await asyncio.to_thread(taken, other, wait_s=4 * SILENCE_S) == []
     assert slow.settle("a", FINISHED)
     assert counts.redeliveries == 0
 
@@ -221,7 +185,7 @@ async def test_the_jobs_of_a_silent_worker_are_found_among_those_of_many_others(
         await api.submit(job(f"{k}", steps=1))
     assert len(taken(living, 24)) == 24
     assert taken(silent) == ["24"]
-    assert await asyncio.to_thread(taken, other, 9, 10.0) == ["24"]
+    assert await asyncio.to_thread(taken, other, wait_s=10.0) == ["24"]
 
 
 async def test_a_job_that_brings_down_every_worker_is_given_up(
@@ -307,7 +271,7 @@ async def test_the_bound_holds_for_all_processes_together(open_queue: OpenQueue)
 async def test_nothing_is_left_for_ever(open_queue: OpenQueue, redis_server: RedisServer) -> None:
     queue = open_queue()
     for name in "abc":
-        await queue.submit(job(name, seconds=1.0))
+        await queue.submit(job(name, left_s=1.0))
     taken(queue, 2)
     queue.settle("a", FINISHED)
     await soon(queue, "a")
@@ -348,150 +312,3 @@ async def test_who_waits_for_a_job_that_redis_lost_is_told(open_queue: OpenQueue
     assert failed.retryable
     await queue.submit(job("b"))
     assert taken(queue) == ["b"]
-
-
-@pytest.fixture
-def durable(redis_path: str, tmp_path: Path) -> Iterator[RedisServer]:
-    """A server that keeps what it was given through its own death."""
-    with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
-        yield server
-
-
-async def test_nothing_is_lost_while_the_server_is_away(anyio_backend: str, durable: RedisServer) -> None:
-    async with opened(durable.url) as queue:
-        await queue.submit(job("done"))
-        await queue.submit(job("waits"))
-        assert taken(queue, 1) == ["done"]
-        durable.stop()
-        with pytest.raises(QueueUnavailable):
-            await queue.submit(job("refused"))
-        with pytest.raises(QueueUnavailable):
-            await queue.cancel("refused")
-        with pytest.raises(QueueUnavailable):
-            queue.stats()
-        begin = time.monotonic()
-        assert taken(queue, wait_s=0.2) == []
-        assert time.monotonic() - begin >= 0.2
-        assert queue.cancelled(["done"]) == set()
-        assert queue.settle("done", FINISHED)
-        assert not queue.settle("done", OTHER)
-        outcomes = [asyncio.create_task(soon(queue, name)) for name in ("done", "waits")]
-        await asyncio.sleep(0.1)
-        durable.start()
-        assert await outcomes[0] == FINISHED
-        wait_until(lambda: taken(queue, wait_s=0.1) == ["waits"])
-        assert queue.settle("waits", OTHER)
-        assert await outcomes[1] == OTHER
-        assert queue.stats() == QueueStats(0, 0, 0.0)
-
-
-async def test_an_outage_is_no_silence(
-    anyio_backend: str, durable: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with opened(durable.url, 1.5) as holder, opened(durable.url, 1.5) as other:
-        await holder.submit(job("a"))
-        assert taken(holder) == ["a"]
-        assert taken(other) == []
-        mute(holder, monkeypatch)
-        durable.stop()
-        assert taken(other, wait_s=1.6) == []
-        durable.start()
-        # Who could say nothing gets his time anew, and then was silent indeed.
-        assert taken(other, wait_s=1.0) == []
-        assert taken(other, wait_s=10.0) == ["a"]
-
-
-@pytest.mark.slow
-async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: RedisServer) -> None:
-    async with opened(durable.url) as queue:
-        await queue.submit(job("a"))
-        assert taken(queue) == ["a"]
-        hanging = asyncio.create_task(asyncio.to_thread(durable.pause, 14.0))
-        await asyncio.sleep(0.1)
-        with pytest.raises(QueueUnavailable):
-            await queue.submit(job("refused"))
-        assert await asyncio.to_thread(queue.cancelled, ["a"]) == set()
-        assert queue.settle("a", FINISHED)
-        assert not hanging.done()
-        await hanging
-        assert await soon(queue, "a") == FINISHED
-        await queue.submit(job("b"))
-        wait_until(lambda: "b" in taken(queue, wait_s=0.1))
-
-
-async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:
-    async with opened("redis://127.0.0.1:1/0") as queue:
-        with pytest.raises(QueueUnavailable):
-            await queue.submit(job("a"))
-        with pytest.raises(KeyError):
-            await queue.outcome("a")
-        assert taken(queue) == []
-
-
-async def works(url: str, name: str) -> None:
-    """Take a job through the queue at this address."""
-    async with opened(url) as queue:
-        await queue.submit(job(name))
-        assert taken(queue, wait_s=0.1) == [name]
-        assert queue.cancelled([name]) == set()
-        assert queue.settle(name, FINISHED)
-        assert await soon(queue, name) == FINISHED
-        assert queue.stats() == QueueStats(0, 0, 0.0)
-
-
-async def test_a_cluster(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
-    with RedisServer(redis_path, tmp_path, "--cluster-enabled", "yes") as server:
-        with server.client() as client:
-            client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-            wait_until(lambda: client.cluster("info")["cluster_state"] == "ok")
-        await works(f"redis+cluster://127.0.0.1:{server.port}", "a")
-
-
-async def test_a_sentinel(anyio_backend: str, redis_path: str, redis_server: RedisServer, tmp_path: Path) -> None:
-    with Sentinel(redis_path, tmp_path, redis_server) as sentinel:
-        await works(sentinel.url, "a")
-
-
-@pytest.mark.slow
-async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
-    master = RedisServer(redis_path, tmp_path)
-    replica = RedisServer(redis_path, tmp_path, "--replicaof", "127.0.0.1", f"{master.port}")
-    sentinel = Sentinel(redis_path, tmp_path, master)
-    with master, replica, sentinel, replica.client() as client:
-        wait_until(lambda: client.info("replication")["master_link_status"] == "up")
-        async with opened(sentinel.url) as queue:
-            await queue.submit(job("a"))
-            wait_until(lambda: client.exists(keys.record("a")) == 1)
-            # A sentinel asks a master for its replicas every ten seconds.
-            with sentinel.client() as asking:
-                wait_until(lambda: asking.execute_command("SENTINEL", "REPLICAS", "main") != [], 30)
-            master.stop()
-            with pytest.raises(QueueUnavailable):
-                await queue.submit(job("refused"))
-            wait_until(lambda: taken(queue, wait_s=0.2) == ["a"], 30)
-            assert queue.settle("a", FINISHED)
-            assert await soon(queue, "a") == FINISHED
-            await works(sentinel.url, "b")
-
-
-async def test_tls(anyio_backend: str, redis_server: RedisServer, tmp_path: Path) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl to make a certificate with")
-    certificate, key = make_certificate(openssl, tmp_path)
-    with tls_door(redis_server.port, certificate, key) as port:
-        await works(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}", "a")
-        async with opened(f"rediss://127.0.0.1:{port}/0") as distrustful:
-            with pytest.raises(QueueUnavailable):
-                await distrustful.submit(job("b"))
-
-
-async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
-    socket = tmp_path / "redis.sock"
-    options = ("--requirepass", "p@ss", "--unixsocket", str(socket))
-    with RedisServer(redis_path, tmp_path, *options, password="p@ss") as server:
-        async with opened(server.url.replace("p%40ss", "guess")) as wrong:
-            with pytest.raises(QueueUnavailable):
-                await wrong.submit(job("a"))
-        await works(server.url, "b")
-        await works(f"unix://:p%40ss@{socket}", "c")

@@ -1,0 +1,103 @@
+"""The contract of a job queue: who is let in, and when the others may come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from service.queue.base import JobQueue, QueueFull
+from tests.service.queues import FINISHED, MAX_COST, MODEL, job, taken
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    with pytest.raises(QueueFull) as caught:
+        await queue.submit(job("one more"))
+    assert caught.value.retry_after_s >= 1
+    assert queue.stats().cost == MAX_COST
+    taken(queue, 1)
+    await queue.submit(job("one more"))
+
+
+async def test_a_job_dearer_than_the_bound_runs_when_nothing_else_waits(queue: JobQueue) -> None:
+    await queue.submit(job("huge", images=16, steps=4))
+    with pytest.raises(QueueFull):
+        await queue.submit(job("tiny", steps=1))
+    assert taken(queue, 1) == ["huge"]
+
+
+async def work(queue: JobQueue, jobs: int, seconds: float) -> float:
+    """Finish so many jobs, one after the other; row-ticks a second, of which each has 4."""
+    begin = time.monotonic()
+    for _ in range(jobs):
+        [name] = taken(queue, 1)
+        await asyncio.sleep(seconds)
+        queue.settle(name, FINISHED)
+    return jobs * 4 / (time.monotonic() - begin)
+
+
+async def test_a_job_that_would_come_too_late_behind_the_others_is_refused(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    await work(queue, 4, 0.1)
+    with pytest.raises(QueueFull):
+        await queue.submit(job("late", left_s=0.5))
+    await queue.submit(job("in time"))
+    assert taken(queue, 9) == ["4", "5", "6", "7", "in time"]
+    # What workers have is before it too.
+    with pytest.raises(QueueFull):
+        await queue.submit(job("late", left_s=0.5))
+    for name in ("4", "5", "6", "7", "in time"):
+        queue.settle(name, FINISHED)
+    await queue.submit(job("nobody before it", left_s=0.5))
+
+
+async def test_a_queue_goes_by_what_it_expects_until_that_is_measured(queue: JobQueue) -> None:
+    await queue.submit(job("a"))
+    taken(queue, 1)
+    await queue.submit(job("b", left_s=10.0))
+    queue.expect(MODEL, 0.1)
+    with pytest.raises(QueueFull):
+        await queue.submit(job("c", left_s=10.0))
+    queue.settle("a", FINISHED)
+    queue.expect(MODEL, 0.01)
+    await work(queue, 1, 0.01)
+    await queue.submit(job("d", left_s=10.0))
+
+
+async def test_who_was_refused_is_given_the_time_at_which_those_before_are_done(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    speed = await work(queue, 3, 0.3)
+    for k in range(8, 11):
+        await queue.submit(job(f"{k}"))
+    waits = []
+    for k in range(16):
+        with pytest.raises(QueueFull) as caught:
+            await queue.submit(job(f"refused-{k}", left_s=60.0, identity=f"client {k}"))
+        waits.append(caught.value.retry_after_s)
+    assert waits == sorted(waits)
+    assert all(wait == int(wait) >= 1 for wait in waits)
+    # The first comes when there is room, the last when the work of those before it is done too.
+    assert waits[-1] - waits[0] >= 0.5 * (len(waits) - 1) * 4 / speed - 1
+
+
+async def test_who_comes_back_as_told_goes_before_newcomers(queue: JobQueue) -> None:
+    for k in range(8):
+        await queue.submit(job(f"{k}"))
+    with pytest.raises(QueueFull) as caught:
+        await queue.submit(job("early", left_s=60.0, identity="client"))
+    with pytest.raises(QueueFull) as again:
+        await queue.submit(job("too early", left_s=60.0, identity="client"))
+    assert again.value.retry_after_s <= caught.value.retry_after_s == 1
+    await asyncio.sleep(1.05)
+    with pytest.raises(QueueFull):
+        await queue.submit(job("newcomer", left_s=60.0, identity="another"))
+    await queue.submit(job("as told", left_s=60.0, identity="client"))
+    with pytest.raises(QueueFull):
+        await queue.submit(job("once more", left_s=60.0, identity="client"))

@@ -1,0 +1,126 @@
+"""The queue in Redis while its server is away, hangs, or was never there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.queue.base import QueueStats, QueueUnavailable
+from service.queue.redis import RedisQueue
+from tests.service.helpers import wait_until
+from tests.service.queues import FINISHED, OTHER, job, mute, opened, soon, taken
+from tests.service.redis_cluster import redis_cluster
+from tests.service.redis_server import RedisServer
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def durable(redis_path: str, tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that keeps what it was given through its own death."""
+    with RedisServer(redis_path, tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        yield server
+
+
+async def test_nothing_is_lost_while_the_server_is_away(anyio_backend: str, durable: RedisServer) -> None:
+    async with opened(durable.url) as queue:
+        await queue.submit(job("done"))
+        await queue.submit(job("waits"))
+        assert taken(queue, 1) == ["done"]
+        durable.stop()
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        with pytest.raises(QueueUnavailable):
+            await queue.cancel("refused")
+        with pytest.raises(QueueUnavailable):
+            queue.stats()
+        begin = time.monotonic()
+        assert taken(queue, wait_s=0.2) == []
+        assert time.monotonic() - begin >= 0.2
+        assert queue.cancelled(["done"]) == set()
+        assert queue.settle("done", FINISHED)
+        assert not queue.settle("done", OTHER)
+        outcomes = [asyncio.create_task(soon(queue, name)) for name in ("done", "waits")]
+        await asyncio.sleep(0.1)
+        durable.start()
+        assert await outcomes[0] == FINISHED
+        wait_until(lambda: taken(queue, wait_s=0.1) == ["waits"])
+        assert queue.settle("waits", OTHER)
+        assert await outcomes[1] == OTHER
+        assert queue.stats() == QueueStats(0, 0, 0.0)
+
+
+async def test_an_outage_is_no_silence(
+    anyio_backend: str, durable: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(durable.url, 1.5) as holder, opened(durable.url, 1.5) as other:
+        await holder.submit(job("a"))
+        assert taken(holder) == ["a"]
+        assert taken(other) == []
+        mute(holder, monkeypatch)
+        durable.stop()
+        assert taken(other, wait_s=1.6) == []
+        durable.start()
+        # Who could say nothing gets his time anew, and then was silent indeed.
+        assert taken(other, wait_s=1.0) == []
+        assert taken(other, wait_s=10.0) == ["a"]
+
+
+@pytest.mark.slow
+async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: RedisServer) -> None:
+    async with opened(durable.url) as queue:
+        await queue.submit(job("a"))
+        assert taken(queue) == ["a"]
+        hanging = asyncio.create_task(asyncio.to_thread(durable.pause, 14.0))
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("refused"))
+        assert await asyncio.to_thread(queue.cancelled, ["a"]) == set()
+        assert queue.settle("a", FINISHED)
+        assert not hanging.done()
+        await hanging
+        assert await soon(queue, "a") == FINISHED
+        await queue.submit(job("b"))
+        wait_until(lambda: "b" in taken(queue, wait_s=0.1))
+
+
+async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:
+    async with opened("redis://127.0.0.1:1/0") as queue:
+        with pytest.raises(QueueUnavailable):
+            await queue.submit(job("a"))
+        with pytest.raises(KeyError):
+            await queue.outcome("a")
+        assert taken(queue) == []
+
+
+async def test_a_node_of_a_cluster_is_away(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    with redis_cluster(redis_path, tmp_path) as cluster:
+        owner = cluster.owner
+        async with opened(cluster.url) as queue:
+            await queue.submit(job("lost"))
+            owner.stop()
+            with pytest.raises(QueueUnavailable):
+                await queue.submit(job("refused"))
+            assert taken(queue) == []
+            owner.start()
+            wait_until(lambda: there(queue))
+            await queue.submit(job("a"))
+            wait_until(lambda: taken(queue, wait_s=0.1) == ["a"])
+            assert queue.settle("a", FINISHED)
+            assert await soon(queue, "a") == FINISHED
+            owner.stop()
+            # With this it closes: nothing of it must stay open.
+            with pytest.raises(QueueUnavailable):
+                await queue.submit(job("refused"))
+
+
+def there(queue: RedisQueue) -> bool:
+    try:
+        queue.stats()
+    except QueueUnavailable:
+        return False
+    return True
