@@ -82,8 +82,8 @@ class Status:
     """How far a job has come whose outcome is kept.
 
     ``done`` of ``total`` row-ticks have run, ``left_s`` seconds are left to its deadline. ``position`` is how many
-    jobs for its model wait before it, None where it does not wait or more than FARTHEST_POSITION do. ``preview`` is
-    the last one that its worker has shown, of a running job and only for who asked for it.
+    jobs for its model wait before it by age and priority, None where it does not wait or more than FARTHEST_POSITION
+    do. ``preview`` is the last one that its worker has shown, of a running job and only for who asked for it.
     """
 
     state: JobState
@@ -107,7 +107,7 @@ CANCELLED = Failed("cancelled", "the job was cancelled")
 
 
 class JobQueue(Protocol):
-    """Jobs wait here, oldest first, bounded by their cost.
+    """Jobs wait here, oldest first but for a head start of those with priority, bounded by their cost.
 
     The API side (coroutines) submits, waits and cancels; the worker side (blocking calls from threads of its
     own) takes and settles. Taking may hand out a job again after its worker died, so settling is idempotent.

@@ -5,6 +5,8 @@ Everything but the dead letters lasts only a little longer than the jobs it is f
 
 from __future__ import annotations
 
+from service.jobs import Priority
+
 # One hash tag: all keys lie in one slot of a cluster, so that a script may touch any of them.
 PREFIX = "{fewstep}:"
 
@@ -27,13 +29,16 @@ DEAD = f"{PREFIX}dead"
 """Stream: jobs that were given up, with their message."""
 
 
-def jobs(model: str) -> str:
-    """Stream: an entry for each job of a model that is not settled. Its consumer group is the model's workers."""
-    return f"{PREFIX}jobs:{model}"
+def jobs(model: str, priority: Priority) -> str:
+    """Stream: an entry for each job of a model and priority that is not settled.
+
+    Its consumer group is the model's workers.
+    """
+    return f"{PREFIX}jobs:{priority:d}:{model}"
 
 
 def load(model: str) -> str:
-    """Hash: the cost that waits in a model's stream, all that is outstanding, and how fast it is finished."""
+    """Hash: the cost that waits in a model's streams, all that is outstanding, and how fast it is finished."""
     return f"{PREFIX}load:{model}"
 
 

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, TypeVar
 
-from service.jobs import Failed, Job, Outcome
+from service.jobs import Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
-from service.queue.base import WATCHED_S, Bounds, state_after
+from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, milliseconds
 from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
@@ -39,10 +40,11 @@ _UNREADABLE = Failed("engine", "the workers cannot read the request")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A job that this process was given: its entry in the stream of its model, at which try, if it is kept."""
+    """A job that this process was given: its entry in a stream of its model, at which try, if it is kept."""
 
     job_id: str
     model: str
+    stream: str
     entry: bytes
     tries: int
     kept: bool
@@ -160,16 +162,20 @@ class Leases:
             holding = bool(self._held)
         if alone or rows < 1:
             return {}
-        streams = [keys.jobs(model) for model in models]
+        lines = list(product(models, Priority))
+        streams = [keys.jobs(model, priority) for model, priority in lines]
+        loads = [keys.load(model) for model, _ in lines]
+        head_starts = [milliseconds(HEAD_START_S * priority) for _, priority in lines]
         # After an outage everybody seems silent; those that live get the time to say so.
         patient = time.monotonic() < self._reclaims_from
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
-        arguments: Arguments = [self._consumer, rows, silence, int(holding)]
-        now, given, seen = self._redis.run("take", [*streams, *map(keys.load, models)], arguments)
+        arguments: Arguments = [self._consumer, rows, silence, int(holding), *head_starts]
+        now, given, seen = self._redis.run("take", [*streams, *loads], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
         for stream, entry, job_id, message, submitted, deadline, tries, kept in given:
-            lease = Lease(job_id.decode(), models[stream - 1], entry, tries, bool(kept))
+            model, _ = lines[stream - 1]
+            lease = Lease(job_id.decode(), model, streams[stream - 1], entry, tries, bool(kept))
             job = self._read(lease, message, offset_s + int(submitted) / 1000, offset_s + int(deadline) / 1000)
             if job is not None:
                 taken.append(job)
@@ -205,7 +211,7 @@ class Leases:
 
     def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> bool:
         job_id = lease.job_id
-        names = [keys.jobs(lease.model), keys.load(lease.model), keys.record(job_id), keys.result(job_id), keys.DEAD]
+        names = [lease.stream, keys.load(lease.model), keys.record(job_id), keys.result(job_id), keys.DEAD]
         over: Arguments = [job_id, lease.entry, state_after(outcome), pack_outcome(outcome), milliseconds(RESULT_TTL_S)]
         dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
@@ -243,15 +249,15 @@ class Leases:
     def _renew(self) -> None:
         with self._changed:
             held = list(self._held.values())
-        for model in {lease.model for lease in held}:
-            entries = [lease.entry for lease in held if lease.model == model]
-            self._redis.run("renew", [keys.jobs(model)], [self._consumer, *entries])
+        for stream in {lease.stream for lease in held}:
+            entries = [lease.entry for lease in held if lease.stream == stream]
+            self._redis.run("renew", [stream], [self._consumer, *entries])
 
     def _sweep(self) -> None:
         with self._changed:
             models = list(self._models)
-        for model in models:
-            self._redis.run("sweep", [keys.jobs(model)], [self._consumer, milliseconds(_FORGOTTEN_AFTER_S)])
+        for model, priority in product(models, Priority):
+            self._redis.run("sweep", [keys.jobs(model, priority)], [self._consumer, milliseconds(_FORGOTTEN_AFTER_S)])
 
     def _reach(self, call: Callable[[], Result], otherwise: Result) -> Result:
         """What the call gives; ``otherwise`` where Redis is away, which is then left alone for a moment."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from typing import ClassVar
 
 from service.jobs import Finished, Job, Outcome
@@ -169,8 +168,8 @@ class MemoryQueue:
         wanted = self._waiting.get(job_id)
         if wanted is None:
             return None
-        before = takewhile(lambda job: job is not wanted, self._waiting.values())
-        position = sum(job.model == wanted.model for job in before)
+        line = sorted((job for job in self._waiting.values() if job.model == wanted.model), key=_rank)
+        position = line.index(wanted)
         return position if position <= FARTHEST_POSITION else None
 
     def _in_line(self, models: Collection[str]) -> list[Job]:

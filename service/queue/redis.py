@@ -25,7 +25,8 @@ class RedisQueue:
     """A JobQueue in the Redis (6.2 or later) at ``url``, where at most ``max_cost`` row-ticks wait for each model.
     Its script `submit` is the door of them all.
 
-    Each model has a stream, which its workers read as one consumer group, at least once: the jobs of a worker
+    Each model has a stream for each priority, which its workers read as one consumer group, at least once. They take
+    the first of the streams' heads by age and priority, or by deadline where that is at risk. The jobs of a worker
     that was silent for ``reclaim_after_s`` go to another, alone, and what has been tried three times goes to the
     stream of dead letters. Redis must not evict keys (maxmemory-policy noeviction), and what it accepted outlives
     its own death only where it persists (appendonly). Outcomes that are kept lie there too, within the ``bounds`` of

@@ -17,6 +17,7 @@ from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import (
     CANCELLED,
     FARTHEST_POSITION,
+    HEAD_START_S,
     WATCHED_S,
     Bounds,
     Keep,
@@ -115,7 +116,9 @@ class Submissions:
         """See JobQueue.status."""
         names = [keys.record(job_id), keys.result(job_id)] + ([keys.preview(job_id)] if preview else [])
         try:
-            found = await self._redis.run("status", names, [FARTHEST_POSITION, milliseconds(WATCHED_S)])
+            found = await self._redis.run(
+                "status", names, [FARTHEST_POSITION, *map(milliseconds, (WATCHED_S, HEAD_START_S))]
+            )
         except AWAY as error:
             self._note_away(error)
             raise QueueUnavailable from error
@@ -156,7 +159,7 @@ class Submissions:
             client = await self._redis.client()
             await client.set(keys.images(job.id), packed.images, px=ttl)
         model = job.model
-        names = [keys.jobs(model), keys.load(model), keys.promises(model), keys.record(job.id), keys.MODELS]
+        names = [keys.load(model), keys.promises(model), keys.record(job.id), keys.MODELS]
         costs = [job.cost, len(job.tasks)]
         times = [milliseconds(now - job.submitted), left, ttl]
         kept: list[str | int] = []
@@ -171,6 +174,7 @@ class Submissions:
             *times,
             self._replies,
             job.identity,
+            int(job.priority),
             *self._door,
             *kept,
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.jobs import Priority
 from service.queue import keys
 from service.runtime import State
 from service.settings import Settings
@@ -63,7 +64,7 @@ async def test_a_worker_that_is_killed_in_the_middle_leaves_its_job_to_another(
             assert other.metric("fewstep_images_total") == 1
         assert api.metric("fewstep_queue_depth") == 0
         with redis_server.client() as client:
-            assert client.xlen(keys.jobs(api.pipeline.manifest.model)) == 0
+            assert client.xlen(keys.jobs(api.pipeline.manifest.model, Priority.NORMAL)) == 0
 
 
 async def test_a_worker_whose_device_is_lost_exits_and_leaves_what_it_held_to_the_next(

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import redis
 
-from service.jobs import Failed
+from service.jobs import Failed, Priority
 from service.queue import keys, leases
 from service.queue.base import QueueFull, QueueUnavailable
 from service.queue.leases import MAX_TRIES
@@ -100,6 +100,27 @@ async def test_what_a_silent_worker_held_goes_to_another_and_runs_alone(
     assert counts.redeliveries == 2
     for name in "abc":
         assert await soon(api, name) == FINISHED
+
+
+async def test_jobs_of_every_priority_are_kept_by_who_lives_and_go_on_when_he_falls_silent(
+    open_queue: OpenQueue, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, holder, other = open_queue(), open_queue(), open_queue()
+    for priority in Priority:
+        await api.submit(job(priority.name, priority=priority))
+    names = {priority.name for priority in Priority}
+    assert set(taken(holder)) == names
+    assert await asyncio.to_thread(taken, other, wait_s=2 * SILENCE_S) == []
+    mute(holder, monkeypatch)
+    found: set[str] = set()
+    for _ in names:
+        [name] = await asyncio.to_thread(taken, other, wait_s=60.0)
+        assert other.settle(name, FINISHED)
+        found.add(name)
+    assert found == names
+    await other.close()
+    with redis_server.client() as client:
+        assert all(client.xlen(keys.jobs(MODEL, priority)) == 0 for priority in Priority)
 
 
 async def test_who_wakes_up_too_late_is_told_and_changes_nothing(
@@ -208,7 +229,7 @@ async def test_a_job_that_brings_down_every_worker_is_given_up(
         [(_, letter)] = client.xrange(keys.DEAD)
         assert (letter[b"id"], letter[b"model"]) == (b"poison", MODEL.encode())
         assert b"request-poison" in letter[b"message"]
-        assert client.xlen(keys.jobs(MODEL)) == 0
+        assert client.xlen(keys.jobs(MODEL, Priority.NORMAL)) == 0
 
 
 async def test_a_job_that_no_worker_can_read_is_given_up_and_the_next_is_taken(
@@ -281,13 +302,13 @@ async def test_nothing_is_left_for_ever(open_queue: OpenQueue, redis_server: Red
         assert all(0 < ttl_ms <= 1000 * max(keys.GRACE_S + 1, keys.RESULT_TTL_S) for ttl_ms in left.values()), left
         assert keys.record("a").encode() not in left
         assert keys.result("a").encode() not in left
-        assert client.xlen(keys.jobs(MODEL)) == 2
+        assert client.xlen(keys.jobs(MODEL, Priority.NORMAL)) == 2
         queue.settle("b", FINISHED)
         taken(queue)
         queue.settle("c", FINISHED)
         await queue.close()
-        assert client.xlen(keys.jobs(MODEL)) == 0
-        assert client.xinfo_consumers(keys.jobs(MODEL), "workers") == []
+        assert client.xlen(keys.jobs(MODEL, Priority.NORMAL)) == 0
+        assert client.xinfo_consumers(keys.jobs(MODEL, Priority.NORMAL), "workers") == []
 
 
 async def test_an_outcome_whose_reply_was_lost_is_found(open_queue: OpenQueue, redis_server: RedisServer) -> None:

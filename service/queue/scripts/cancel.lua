@@ -4,14 +4,14 @@
 local record, result = unpack(KEYS)
 local id, outcome, keep, most, most_bytes = unpack(ARGV)
 
-local state, model, entry, cost, replies, kept =
-  unpack(redis.call('HMGET', record, 'state', 'model', 'entry', 'cost', 'replies', 'kept'))
+local state, model, priority, entry, cost, replies, kept =
+  unpack(redis.call('HMGET', record, 'state', 'model', 'priority', 'entry', 'cost', 'replies', 'kept'))
 if not kept then
   redis.call('DEL', result)
 end
 if state == 'queued' then
   local load = PREFIX .. 'load:' .. model
-  remove(PREFIX .. 'jobs:' .. model, load, entry)
+  remove(stream_of(model, priority), load, entry)
   redis.call('HINCRBY', load, 'cost', -cost)
   forget(id)
 elseif state == 'running' then

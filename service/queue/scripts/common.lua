@@ -2,6 +2,14 @@
 local PREFIX = '{fewstep}:'
 local GROUP = 'workers'
 
+-- Those of service/jobs.py.
+local PRIORITIES = {-1, 0, 1}
+
+-- The stream of a model's jobs of one priority. Those of a model are made together, and forgotten together.
+local function stream_of(model, priority)
+  return PREFIX .. 'jobs:' .. priority .. ':' .. model
+end
+
 -- The one clock that all hosts share.
 local function now_ms()
   local time = redis.call('TIME')
@@ -30,9 +38,9 @@ local function group_of(jobs)
   end
 end
 
--- The oldest entry that waits: those that were given out come before it.
-local function oldest_waiting(jobs, group)
-  return redis.call('XRANGE', jobs, '(' .. group['last-delivered-id'], '+', 'COUNT', 1)[1]
+-- The oldest entry that waits: those that were given out come before it, up to the last of them.
+local function oldest_waiting(jobs, last)
+  return redis.call('XRANGE', jobs, '(' .. last, '+', 'COUNT', 1)[1]
 end
 
 -- Acknowledged and deleted together: what is only acknowledged would stay in memory. With it goes its cost from what

@@ -2,15 +2,21 @@
 local depth, cost, oldest = 0, 0, 0
 local now = now_ms()
 for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local jobs = PREFIX .. 'jobs:' .. model
-  local group = group_of(jobs)
-  if group then
-    depth = depth + redis.call('XLEN', jobs) - group.pending
-    cost = cost + (redis.call('HGET', PREFIX .. 'load:' .. model, 'cost') or 0)
-    local entry = oldest_waiting(jobs, group)
-    if entry then
-      oldest = math.max(oldest, now - by_name(entry[2]).submitted)
+  local known = false
+  for _, priority in ipairs(PRIORITIES) do
+    local jobs = stream_of(model, priority)
+    local group = group_of(jobs)
+    if group then
+      known = true
+      depth = depth + redis.call('XLEN', jobs) - group.pending
+      local entry = oldest_waiting(jobs, group['last-delivered-id'])
+      if entry then
+        oldest = math.max(oldest, now - by_name(entry[2]).submitted)
+      end
     end
+  end
+  if known then
+    cost = cost + (redis.call('HGET', PREFIX .. 'load:' .. model, 'cost') or 0)
   else
     redis.call('SREM', KEYS[1], model)
   end

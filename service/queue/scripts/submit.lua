@@ -1,14 +1,14 @@
 -- Accepts a job, or says when it should come back because there is no room, or not in time.
--- KEYS: stream of jobs, load, promises, record of the job, models, and the claim where the job has a key
+-- KEYS: load, promises, record of the job, models, and the claim where the job has a key
 -- ARGV: id, model, message, cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
--- the request; then of the door: bound on cost, margin, newcomers' part, pace, shortest and farthest wait in ms, ms that
+-- the request, priority; then of the door: bound on cost, margin, newcomers' part, pace, shortest and farthest wait in ms, ms that
 -- a promise is kept, the most promises; then where its outcome is kept: ms to keep that, note, digest
 -- Returns {1}; or {0, whole seconds until it should come back}; or {2, the job that has the key}; or {3} where that one
 -- has another digest.
-local jobs, load, promises, record, models, claim = unpack(KEYS)
-local id, model, message, cost, rows, age, left, keep, replies, identity = unpack(ARGV)
-local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 11, 18)
-local kept, note, digest = unpack(ARGV, 19)
+local load, promises, record, models, claim = unpack(KEYS)
+local id, model, message, cost, rows, age, left, keep, replies, identity, priority = unpack(ARGV)
+local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 12, 19)
+local kept, note, digest = unpack(ARGV, 20)
 
 if claim then
   local holder, other = unpack(redis.call('HMGET', claim, 'id', 'digest'))
@@ -21,8 +21,17 @@ if redis.call('EXISTS', record) == 1 then
   return {1} -- Accepted before; the answer was lost on its way.
 end
 -- A full Redis refuses what may grow, but not once a script has written: so these come first, here and below.
-if redis.call('EXISTS', jobs) == 0 then
-  redis.call('XGROUP', 'CREATE', jobs, GROUP, '0', 'MKSTREAM')
+local streams = {}
+for k, each in ipairs(PRIORITIES) do
+  streams[k] = stream_of(model, each)
+end
+local fresh = redis.call('EXISTS', unpack(streams)) == 0
+for _, stream in ipairs(streams) do
+  if redis.call('EXISTS', stream) == 0 then
+    redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+  end
+end
+if fresh then
   redis.call('DEL', load)
 end
 
@@ -75,7 +84,7 @@ if missing > 0 then
   return {0, promise(now + math.max(shortest, missing))}
 end
 
-local entry = redis.call('XADD', jobs, '*', 'id', id, 'cost', cost, 'rows', rows,
+local entry = redis.call('XADD', stream_of(model, priority), '*', 'id', id, 'cost', cost, 'rows', rows,
   'submitted', now - age, 'deadline', now + left)
 redis.call('ZREM', promises, identity)
 if outstanding <= 0 then
@@ -84,8 +93,8 @@ if outstanding <= 0 then
 end
 redis.call('HINCRBY', load, 'cost', cost)
 redis.call('HINCRBY', load, 'outstanding', cost)
-redis.call('HSET', record, 'state', 'queued', 'model', model, 'message', message, 'entry', entry, 'cost', cost,
-  'replies', replies)
+redis.call('HSET', record, 'state', 'queued', 'model', model, 'priority', priority, 'message', message, 'entry', entry,
+  'cost', cost, 'replies', replies)
 redis.call('PEXPIRE', record, keep + (kept or 0))
 if kept then
   redis.call('HSET', record, 'kept', kept, 'note', note, 'deadline', now + left, 'done', 0)
@@ -96,7 +105,7 @@ if claim then
 end
 redis.call('SADD', models, model)
 -- A model that nobody asks for any more is forgotten with its last job.
-for _, key in ipairs({jobs, load, models}) do
+for _, key in ipairs({load, models, unpack(streams)}) do
   if redis.call('PTTL', key) < tonumber(keep) then
     redis.call('PEXPIRE', key, keep)
   end

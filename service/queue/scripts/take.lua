@@ -1,6 +1,6 @@
--- Gives jobs to a consumer: one whose worker fell silent, alone, else those that wait longest.
--- KEYS: streams of jobs, then their loads
--- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs
+-- Gives jobs to a consumer: one whose worker fell silent, alone, else those that are first in line.
+-- KEYS: streams of jobs, then the load of each
+-- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs, then the head start of each stream in ms
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
 local consumer, rows, silence, holding = unpack(ARGV)
@@ -42,32 +42,39 @@ local function reclaim(stream, id)
   end
 end
 
-local function older(entry, other)
-  local ms, count = entry[1]:match('(%d+)-(%d+)')
-  local other_ms, other_count = other[1]:match('(%d+)-(%d+)')
-  if ms ~= other_ms then
-    return tonumber(ms) < tonumber(other_ms)
-  end
-  return tonumber(count) < tonumber(other_count)
+-- Milliseconds until all that was let in of a stream's model is done, 0 while that is not known.
+local function backlog(stream)
+  local outstanding, finished, seconds =
+    unpack(redis.call('HMGET', KEYS[streams + stream], 'outstanding', 'finished', 'seconds'))
+  return tonumber(finished or 0) > 0 and 1000 * (outstanding or 0) * seconds / finished or 0
 end
 
--- The stream whose oldest waiting entry is the oldest of all, and that entry.
-local function longest_waiting()
-  local stream, oldest
-  for k in pairs(groups) do
-    local entry = oldest_waiting(KEYS[k], group_of(KEYS[k]))
-    if entry and (not oldest or older(entry, oldest)) then
-      stream, oldest = k, entry
-    end
+-- The entry behind the last one that was given of a stream, with its place in the line of service/queue/memory.py:
+-- before all others by its deadline where that is at risk, else by age and priority.
+local function head_behind(stream, last)
+  local entry = oldest_waiting(KEYS[stream], last)
+  if not entry then
+    return nil
   end
-  return stream, oldest
+  local fields = by_name(entry[2])
+  local deadline = tonumber(fields.deadline)
+  local at_risk = deadline < now + backlog(stream)
+  local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[4 + stream]
+  return {entry = entry, rows = tonumber(fields.rows), cost = fields.cost, at_risk = at_risk, rank = rank}
+end
+
+local function goes_before(head, other)
+  if head.at_risk ~= other.at_risk then
+    return head.at_risk
+  end
+  return head.rank < other.rank
 end
 
 for stream = 1, streams do
   groups[stream] = group_of(KEYS[stream])
 end
-for stream in pairs(groups) do
-  local id = abandoned(stream)
+for stream = 1, streams do
+  local id = groups[stream] and abandoned(stream)
   if id and holding == '1' then
     return {now, {}, {}} -- Comes back for that one with empty hands.
   end
@@ -77,27 +84,30 @@ for stream in pairs(groups) do
   end
 end
 
+local heads, seen = {}, {}
+for stream = 1, streams do
+  seen[stream] = groups[stream] and groups[stream]['last-delivered-id'] or '0-0'
+  heads[stream] = groups[stream] and head_behind(stream, seen[stream])
+end
 while room > 0 do
-  local stream, entry = longest_waiting()
-  if not entry then
-    break
+  local stream
+  for k = 1, streams do
+    if heads[k] and (not stream or goes_before(heads[k], heads[stream])) then
+      stream = k
+    end
   end
-  local fields = by_name(entry[2])
-  if #given > 0 and tonumber(fields.rows) > room then
+  local head = heads[stream]
+  if not head or (#given > 0 and head.rows > room) then
     break
   end
   redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', KEYS[stream], '>')
-  redis.call('HINCRBY', KEYS[streams + stream], 'cost', -fields.cost)
-  local job = job_of(stream, entry, 'queued', 1)
+  redis.call('HINCRBY', KEYS[streams + stream], 'cost', -head.cost)
+  local job = job_of(stream, head.entry, 'queued', 1)
   if job then
     given[#given + 1] = job
-    room = room - fields.rows
+    room = room - head.rows
   end
-end
-
-local seen = {}
-for stream = 1, streams do
-  local group = groups[stream] and group_of(KEYS[stream])
-  seen[stream] = group and group['last-delivered-id'] or '0-0'
+  seen[stream] = head.entry[1]
+  heads[stream] = head_behind(stream, seen[stream])
 end
 return {now, given, seen}
