@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 
-MARGIN = 1.25
+MARGIN = 2.0
 """What is let in should be done in its time limit divided by this, at the speed measured so far."""
 
 EXPECTED = 0.5
 """The part of a warm-up's speed that is counted on until there is a measurement: requests are more than their ticks."""
 
-NEWCOMERS = 1 / 3
+NEWCOMERS = 0.5
 """The part of the room that newcomers may fill. The rest is for those who come back when they were told to."""
 
-PACE = 0.75
+PACE = 0.5
 """The part of the measured speed that is promised: so promises are kept also where it falls a little."""
 
 SHORTEST_S = 1.0

@@ -19,7 +19,7 @@ FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
 OTHER = Finished((b"other",), Timings(0, 0, 0, 0), (1,))
 # Of newcomers, who may fill a third of the room.
 MAX_COST = 32
-ROOM = 3 * MAX_COST
+ROOM = 2 * MAX_COST
 BOUNDS = Bounds(outcomes=3, bytes=1000)
 KEEP = Keep(60.0, "a note")
 

@@ -39,7 +39,7 @@ async def knock(queue: JobQueue, jobs: list[Job], model: str) -> list[float]:
     for k, job in enumerate(jobs):
         now = time.monotonic()
         try:
-            # Room for 82.7 row-ticks of newcomers: no sum of the jobs' costs comes near it.
+            # Room for 77.5 row-ticks of newcomers: no sum of the jobs' costs comes near it.
             await queue.submit(replace(job, submitted=now, deadline=now + 31.0))
             waits.append(0.0)
         except QueueFull as full:
