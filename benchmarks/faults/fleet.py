@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+import redis
 
 from benchmarks.faults.clock import Clock
 from benchmarks.faults.crowd import GRACE_S, TIME_LIMIT_S
 from benchmarks.faults.door import Door
 from benchmarks.hosts import Host, reached_from
+from service.jobs import Priority
 from service.queue import keys
 from tests.service.helpers import wait_until
 from tests.service.processes import Process
@@ -139,15 +141,20 @@ class Fleet:
 
     def _busy_pids(self) -> set[int]:
         with self.redis.client() as client:
-            streams = list(client.scan_iter(keys.jobs("*")))
+            streams = _streams(client)
             consumers = [one for stream in streams for one in client.xinfo_consumers(stream, "workers")]
         return {int(one["name"].split(b":")[1]) for one in consumers if one["pending"] > 0}
+
+
+def _streams(client: redis.Redis) -> list[bytes]:
+    """Those of the jobs, of every model and priority."""
+    return [stream for priority in Priority for stream in client.scan_iter(keys.jobs("*", priority))]
 
 
 def unsettled(server: RedisServer) -> int:
     """How many jobs are in its queue: those that wait, and those that a worker has."""
     with server.client() as client:
-        return sum(client.xlen(stream) for stream in client.scan_iter(keys.jobs("*")))
+        return sum(client.xlen(stream) for stream in _streams(client))
 
 
 @asynccontextmanager

@@ -143,7 +143,7 @@ async def test_waiting_for_the_decoder_counts_too(app: Running) -> None:
 async def test_a_full_queue_is_a_429_that_says_when_to_come_back(
     anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(settings.model_copy(update={"max_batch": 1, "max_queue_cost": 24})) as app:
+    async with running(settings.model_copy(update={"max_batch": 1, "max_queue_cost": 16})) as app:
         gate = Gate(app.pipeline, monkeypatch)
         accepted = [asyncio.create_task(app.post("/generate", prompt="a cat"))]
         await asyncio.to_thread(gate.reached.wait, 20)

@@ -16,7 +16,7 @@ async def test_who_comes_back_when_told_to_is_let_in_before_newcomers(
     anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = {"prompt": "a cat", "image": b64(png(random_image())), "strength": 1.0, "seed": 1}
-    async with running(settings.model_copy(update={"max_batch": 1, "max_queue_cost": 24})) as app:
+    async with running(settings.model_copy(update={"max_batch": 1, "max_queue_cost": 16})) as app:
         gate = Gate(app.pipeline, monkeypatch)
         accepted = [asyncio.create_task(app.post("/generate", prompt="a cat"))]
         await asyncio.to_thread(gate.reached.wait, 20)
