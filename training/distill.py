@@ -136,7 +136,7 @@ def _match_outputs(run: Run) -> None:
 
 
 def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course, trial: Trial) -> None:
-    teacher = run.denoiser(previous)
+    teacher = run.compiled(run.denoiser(previous))
 
     def loss(network: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         return progressive_loss(

@@ -104,9 +104,10 @@ class AutoencoderRecipe(Optimisation):
 
 
 class NetworkRecipe(Section):
-    """The denoiser, a UNet2DConditionModel."""
+    """The denoiser, a UNet2DConditionModel. It sees patches of `patch` times `patch` pixels, or latents, as one."""
 
     channels: Channels
+    patch: Positive = 1
     layers_per_block: Positive = 1
     attention_heads: Positive = Field(default=4, description="Of networks that attend to text.")
     norm_groups: Positive = 32
@@ -274,13 +275,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def shapes_fit(self) -> Self:
-        """Every level of a network halves the side; normalisation divides its channels into equal groups."""
+        """Every level halves the side, exactly in an autoencoder; normalisation divides channels into equal groups."""
         side = self.data.size
         for name, part in (("autoencoder", self.autoencoder), ("network", self.network)):
             if part is None:
                 continue
+            if isinstance(part, NetworkRecipe):
+                if side % part.patch:
+                    raise ValueError(f"network: a side of {side} does not divide into patches of {part.patch}")
+                side //= part.patch
             halvings = 2 ** (len(part.channels) - 1)
-            if side % halvings:
+            if side < halvings or (side % halvings and isinstance(part, AutoencoderRecipe)):
                 raise ValueError(f"{name}: a side of {side} cannot be halved {len(part.channels) - 1} times")
             if unfit := [c for c in part.channels if c % part.norm_groups]:
                 raise ValueError(f"{name}: {unfit[0]} channels do not divide into {part.norm_groups} norm_groups")

@@ -20,23 +20,25 @@ from training.networks import NetworkDenoiser, build_unet, student_from
 from training.recipe import NetworkRecipe
 
 NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8)
-ROWS = {"z": (3, 8, 8), "known": (3, 8, 8), "keep": (1, 8, 8), "noise": (3, 8, 8)}
+PATCHES = NetworkRecipe(channels=(16, 32), norm_groups=8, patch=2)
+"""Of a side of 10 places it sees 5, and then 3."""
 
 
-def student() -> NetworkDenoiser:
+def student(recipe: NetworkRecipe = NETWORK, side: int = 8) -> NetworkDenoiser:
     torch.manual_seed(0)
-    made = student_from(NetworkDenoiser(build_unet(NETWORK, (3, 8, 8), None, 10), Schedule.cosine()))
+    made = student_from(NetworkDenoiser(build_unet(recipe, (3, side, side), None, 10), Schedule.cosine()))
     nn.init.normal_(made.network.time_embedding.cond_proj.weight, std=0.1)  # A trained student heeds w.
     return made.eval().requires_grad_(False)
 
 
-def step_example(graph: StepGraph) -> Example:
+def step_example(graph: StepGraph, side: int = 8) -> Example:
     schedule = Schedule.cosine(1024)
+    channels = {"z": 3, "known": 3, "keep": 1, "noise": 3}
 
     def make(batch: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(batch)
         place = torch.randint(1, 1024, (batch,), generator=generator)
-        values = {name: torch.randn(batch, *shape, generator=generator) for name, shape in ROWS.items()}
+        values = {name: torch.randn(batch, c, side, side, generator=generator) for name, c in channels.items()}
         values |= {"time": place / 1024, "alpha": schedule.alphas[place], "sigma": schedule.sigmas[place]}
         values |= {"alpha_next": schedule.alphas[place - 1], "sigma_next": schedule.sigmas[place - 1]}
         values |= {"guidance": torch.rand(batch, generator=generator) * 4, "label": place % 10}
@@ -74,9 +76,10 @@ def test_step_graph_is_the_sampler_in_torch() -> None:
         assert torch.equal(graph(*example.at(4)), expected)
 
 
-def test_step_graph_exports_within_the_tightest_tolerance(tmp_path: Path) -> None:
-    graph = StepGraph(student(), ("label",))
-    parity = export_graph(graph, step_example(graph), tmp_path / "step.onnx", ("fp32",))
+@pytest.mark.parametrize(("network", "side"), [(NETWORK, 8), (PATCHES, 10)])
+def test_step_graph_exports_within_the_tightest_tolerance(tmp_path: Path, network: NetworkRecipe, side: int) -> None:
+    graph = StepGraph(student(network, side), ("label",))
+    parity = export_graph(graph, step_example(graph, side), tmp_path / "step.onnx", ("fp32",))
     assert parity.error < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
     assert tuple(node.name for node in session.get_inputs()) == graph.input_names
