@@ -178,7 +178,7 @@ def overloaded(bundle: str, backend: str, threads: int, images: int, timeout_ms:
 @click.command()
 @click.option("--bundle", default=SHIPPED, show_default=True)
 @click.option("--backend", default="ort", show_default=True)
-@click.option("--threads", default=2, show_default=True, help="Threads of the engines.")
+@click.option("--threads", default=0, help="Of the engines; 0 (default): as many as the service takes by itself.")
 @click.option("--seconds", default=60.0, show_default=True, help="How long the overload lasts.")
 @click.option("--images", default=4, show_default=True, help="Of a request.")
 @click.option("--timeout-ms", default=10_000, show_default=True, help="Time limit of a request.")

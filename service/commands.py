@@ -24,7 +24,7 @@ from service.settings import Settings
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), help="What runs the graphs.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of plans that are compiled.")
 @click.option("--plans", type=click.Path(file_okay=False), help="Where compiled plans are kept.")
-@click.option("--threads", type=int, help="Threads of an engine, 0 leaves it to the backend.")
+@click.option("--threads", type=int, help="Threads of an engine; 0, the default, leaves one core to HTTP and images.")
 @click.option("--max-batch", type=int, help="Most images in one call of the step engine.")
 @click.option("--api-keys-file", type=click.Path(dir_okay=False), help="Hashes of API keys, which `keys new` prints.")
 @click.option("--timeout-ms", type=int, help="Time limit of a request that names none.")

@@ -8,10 +8,11 @@ from pathlib import Path
 from engines.bundle import load_bundle
 from engines.pipeline import Pipeline
 from service.metrics import Metrics
+from service.opening import open_pipeline
 from service.queue.base import Bounds, JobQueue
 from service.queue.memory import MemoryQueue
 from service.rates import Rates, TokenBuckets
-from service.runtime import OpenPipeline, open_pipeline
+from service.runtime import OpenPipeline
 from service.settings import MEMORY, Role, Settings
 
 

@@ -38,6 +38,7 @@ from service.jobs import Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
+from service.opening import open_pipeline
 from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Stage, Status
 from service.safety import open_safety
 from service.scheduler import Scheduler
@@ -68,16 +69,6 @@ class State(StrEnum):
 
 class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
-
-
-def open_pipeline(settings: Settings, path: Path) -> Pipeline:
-    """Open the bundle in folder ``path`` as the settings want it, and warm it up."""
-    sizes = {settings.max_batch} | {1 << k for k in range(settings.max_batch.bit_length())}
-    pipeline = Pipeline.open(
-        path, settings.backend, settings.threads, sorted(sizes), settings.precision, settings.plans
-    )
-    pipeline.warmup()
-    return pipeline
 
 
 class Service:

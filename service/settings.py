@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends, or auto")] = "ort"
     precision: Annotated[Precision, Field(description="of plans that are compiled")] = "fp32"
     plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None
-    threads: Annotated[int, Field(ge=0, description="threads of an engine, 0 leaves it to the backend")] = 0
+    threads: Annotated[int, Field(ge=0, description="threads of an engine; 0 leaves one core to all else")] = 0
     max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
 
     role: Annotated[Role, Field(description="what this process does; api and worker meet in a Redis queue")] = "all"

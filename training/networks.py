@@ -129,7 +129,9 @@ class NetworkDenoiser(nn.Module):
     def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
         seen = pixel_unshuffle(z, patch_side(self.network, z.shape[1]))
         with self.guidance_input.given(w) if self.guidance_input is not None else nullcontext():
-            output = self._output(seen, timestep, condition, w)[:, : seen.shape[1]]  # a DiT may give a variance after it
+            output = self._output(seen, timestep, condition, w)[
+                :, : seen.shape[1]
+            ]  # a DiT may give a variance after it
         return pixel_shuffle(output, patch_side(self.network, z.shape[1]))
 
     def _output(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:

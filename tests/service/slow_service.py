@@ -15,7 +15,7 @@ from pathlib import Path
 from engines.backends.base import DeviceLostError
 from engines.pipeline import Pipeline, Row
 from service import logs, roles, server
-from service.runtime import open_pipeline
+from service.opening import open_pipeline
 from service.settings import Settings
 
 DEADLY = "the moon"

@@ -27,7 +27,8 @@ from engines.pipeline import Pipeline
 from service.app import create_app
 from service.catalogue import ModelError
 from service.logs import Formatter
-from service.runtime import State, open_pipeline
+from service.opening import open_pipeline
+from service.runtime import State
 from service.settings import Settings
 from tests.service.helpers import (
     Gate,

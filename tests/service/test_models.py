@@ -21,8 +21,8 @@ from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
 from service.jobs import Failed, Finished, Job, Outcome, Output
 from service.metrics import Metrics
 from service.models import Models
+from service.opening import open_pipeline
 from service.queue.memory import MemoryQueue
-from service.runtime import open_pipeline
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.worker import Worker
@@ -260,7 +260,7 @@ def test_what_is_unloaded_gives_its_memory_back() -> None:
 from pathlib import Path
 from service.catalogue import Catalogue
 from service.models import Models
-from service.runtime import open_pipeline
+from service.opening import open_pipeline
 from service.settings import Settings
 
 def megabytes():

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from engines.pipeline import Pipeline, Row
 from service.app import create_app
-from service.runtime import open_pipeline
+from service.opening import open_pipeline
 from service.settings import Settings
 from tests.service import webdriver
 from tests.service.helpers import listening, wait_until
