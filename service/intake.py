@@ -122,7 +122,8 @@ def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> 
         if _encodes(request):
             check_encoder(first.steps, manifest)
         task = _with_images(first, request, manifest, settings)
-        pipeline.validate(task)
+        if task is not first:
+            pipeline.validate(task)
     except TaskError as error:
         raise from_task_error(error, names.get(error.param, error.param)) from error
     return tuple(replace(task, seed=task.seed + index) for index in range(request.n))
