@@ -53,9 +53,20 @@ async def read_fields(request: Request, service: Service, files: frozenset[str] 
 def check_fields(model: type[Model], fields: Fields, typed: bool) -> Model:
     """The fields as ``model``; typed ones are not coerced. Raises ApiError 422."""
     try:
-        return model.model_validate(fields, strict=typed)
+        checked = model.model_validate(fields, strict=typed)
     except ValidationError as error:
         raise from_validation(error.errors(include_url=False, include_context=False, include_input=False)) from None
+    if not typed:
+        _check_numbers(checked, fields)
+    return checked
+
+
+def _check_numbers(checked: BaseModel, fields: Fields) -> None:
+    """Refuse numbers in the spelling of Python, as 1_000."""
+    for name, field in type(checked).model_fields.items():
+        text = fields.get(field.alias or name)
+        if isinstance(getattr(checked, name), int | float) and isinstance(text, str) and "_" in text:
+            raise ApiError(422, "invalid_value", f"{field.alias or name}: not a number", param=field.alias or name)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

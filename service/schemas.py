@@ -341,7 +341,7 @@ class ModelList(Body):
 
     models: tuple[Model, ...]
     memory_bytes: Annotated[int, Field(description="Of those that are loaded, together.")]
-    max_memory_bytes: int
+    max_memory_bytes: Annotated[int | None, Field(description="The bound of that; null where workers hold them.")]
 
 
 class Health(Body):

@@ -69,9 +69,8 @@ def _listed(service: Service) -> ModelList:
         )
         for state in service.models.states()
     ]
-    return ModelList(
-        models=tuple(found), memory_bytes=service.models.memory_bytes, max_memory_bytes=service.models.max_bytes
-    )
+    bound = None if service.settings.role == "api" else service.models.max_bytes
+    return ModelList(models=tuple(found), memory_bytes=service.models.memory_bytes, max_memory_bytes=bound)
 
 
 async def _one(service: Service, name: str) -> Model:

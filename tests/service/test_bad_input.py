@@ -296,6 +296,7 @@ def parts(*extra: tuple[str, str | bytes], file: str = "") -> Parts:
         (parts(("prompt", "a cat"), ("image", IMAGE), ("image", IMAGE), file="image"), "duplicate_field", "image"),
         (parts(("prompt", "a cat"), ("image", IMAGE), ("steps", "four"), file="image"), "invalid_value", "steps"),
         (parts(("prompt", "a cat"), ("image", IMAGE), ("steps", "3"), file="image"), "unsupported_steps", "steps"),
+        (parts(("prompt", "a cat"), ("image", IMAGE), ("seed", "1_0"), file="image"), "invalid_value", "seed"),
         (
             parts(("prompt", "a cat"), ("image", IMAGE), ("guidance_scale", "nan"), file="image"),
             "invalid_value",

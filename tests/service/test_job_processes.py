@@ -102,6 +102,7 @@ async def test_a_worker_that_must_stop_leaves_its_job_to_another(
             worker.send(signal.SIGTERM)
             assert await asyncio.to_thread(worker.wait) == 0
         assert (await look(api, job_id))["status"] == "running"
+        assert (await api.client.get("/models")).json()["max_memory_bytes"] is None
         async with running(shared.model_copy(update={"role": "worker"})) as other:
             assert (await over(api, job_id))["status"] == "done"
             assert other.metric("fewstep_redeliveries_total") == 1
