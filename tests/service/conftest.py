@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from engines.pipeline import Pipeline
 from service.queue.base import JobQueue
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
+from tests.service.bench import Bench
 from tests.service.helpers import SIZE, Gate, Running, running
 from tests.service.queues import BOUNDS, ROOM
 from tests.service.redis_cluster import RedisCluster, redis_cluster
@@ -131,3 +133,19 @@ def any_window(request: pytest.FixtureRequest, browsers: Callable[[Device], webd
     browser = browsers(request.param)
     browser.reset()
     return browser
+
+
+@pytest.fixture
+def bench(bundle_path: Path) -> Iterator[Bench]:
+    with Pipeline.open(bundle_path, backend="fake") as pipeline:
+        bench = Bench(pipeline)
+        yield bench
+        bench.worker.stop()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def any_queue(request: pytest.FixtureRequest, settings: Settings) -> Settings:
+    if request.param == "memory":
+        return settings
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return settings.model_copy(update={"queue": server.url})

@@ -13,10 +13,10 @@ import pytest
 
 from service.queue import keys
 from service.settings import Settings
+from tests.service.asked import ask, events_of, look, over, state
 from tests.service.helpers import running, until, wait_until
 from tests.service.processes import Process, processes
 from tests.service.redis_server import RedisServer
-from tests.service.test_jobs import ask, events_of, look, over, state
 
 pytestmark = pytest.mark.anyio
 

@@ -5,101 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engines.backends.base import DeviceLostError, DeviceMemoryError, EngineError
-from engines.pipeline import Edit, Generate, Inpaint, Pipeline, Row, Task
-from service.catalogue import Catalogue
-from service.jobs import Failed, Finished, Job, Outcome, Output, Priority
-from service.metrics import Metrics
-from service.models import Models
-from service.queue.memory import MemoryQueue
-from service.scheduler import Scheduler
-from service.worker import Worker
+from engines.pipeline import Edit, Generate, Inpaint, Row, Task
+from service.jobs import Job, Output, Priority
+from tests.service.bench import MAX_ROWS, Bench, alone, task
 from tests.service.helpers import random_image, read_pixels, until
 
 pytestmark = pytest.mark.anyio
-
-MAX_ROWS = 4
-
-
-class Bench:
-    """A worker whose steps the test takes itself."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
-        self.metrics = Metrics()
-        self.model = pipeline.manifest.model
-        self.queue = MemoryQueue(1000)
-        self.models = Models(Catalogue(str(pipeline.bundle.path), None), lambda path: pipeline, 2**30)
-        self.models.load(None).result(60)
-        self.worker = Worker(self.models, self.queue, Scheduler(MAX_ROWS), self.metrics)
-        self.ticks: list[list[str]] = []
-
-    async def submit(
-        self, name: str, *tasks: Task, seconds: float = 60.0, priority: Priority = Priority.NORMAL
-    ) -> None:
-        now = time.monotonic()
-        await self.queue.submit(
-            Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority=priority)
-        )
-
-    async def outcome(self, name: str) -> Outcome:
-        return await asyncio.wait_for(self.queue.outcome(name), 60)
-
-    async def finished(self, name: str) -> Finished:
-        outcome = await self.outcome(name)
-        assert isinstance(outcome, Finished), outcome
-        return outcome
-
-    async def failed(self, name: str) -> Failed:
-        outcome = await self.outcome(name)
-        assert isinstance(outcome, Failed), outcome
-        return outcome
-
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            self.worker.step()
-
-    def count(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
-
-
-@pytest.fixture
-def bench(bundle_path: Path) -> Iterator[Bench]:
-    with Pipeline.open(bundle_path, backend="fake") as pipeline:
-        bench = Bench(pipeline)
-        yield bench
-        bench.worker.stop()
-
-
-def task(seed: int = 0, steps: int = 4, prompt: str = "a cat") -> Generate:
-    return Generate(prompt, steps, 1.0, seed)
-
-
-def alone(bench: Bench, *tasks: Task) -> list[np.ndarray[Any, Any]]:
-    return [image for one in tasks for image in bench.pipeline.run([one])]
-
-
-def sabotage(monkeypatch: pytest.MonkeyPatch, bench: Bench, method: str, bad: Callable[[Any], bool]) -> None:
-    """Make a method of the pipeline fail for every batch that holds a bad item."""
-    original = getattr(bench.pipeline, method)
-
-    def failing(items: Sequence[Any]) -> Any:
-        if any(bad(item) for item in items):
-            raise EngineError("sabotage")
-        return original(items)
-
-    monkeypatch.setattr(bench.pipeline, method, failing)
-
-
-def is_bad(item: Task | Row) -> bool:
-    return (item.task if isinstance(item, Row) else item).condition == "the moon"
 
 
 async def test_a_job_is_done_after_the_ticks_of_its_steps(bench: Bench) -> None:
@@ -182,90 +99,6 @@ async def test_a_job_past_its_deadline_never_ticks(bench: Bench) -> None:
     bench.steps(1)
     assert (await bench.failed("late")).reason == "expired"
     assert (await bench.finished("in time")).ticks == (1,)
-
-
-@pytest.mark.parametrize("method", ["prepare", "tick", "finish"])
-async def test_a_bad_row_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    sabotage(monkeypatch, bench, method, is_bad)
-    tasks = {name: task(seed, steps=1) for seed, name in enumerate("abc")}
-    for name, one in tasks.items():
-        await bench.submit(name, one)
-    await bench.submit("bad", task(9, steps=1, prompt="the moon"))
-    bench.steps(1)
-    failed = await bench.failed("bad")
-    assert (failed.reason, failed.retryable) == ("engine", False)
-    for name in tasks:
-        await bench.finished(name)
-    assert bench.count("fewstep_batch_failures_total", cause="EngineError") >= 3
-
-
-@pytest.mark.parametrize("method", ["prepare", "tick", "finish"])
-async def test_an_engine_that_fails_on_everything_makes_failures_retryable_and_the_worker_lives(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    with monkeypatch.context() as broken:
-        sabotage(broken, bench, method, lambda _: True)
-        await bench.submit("a", task(1, steps=1))
-        await bench.submit("b", task(2, steps=1))
-        bench.steps(1)
-        assert (await bench.failed("a")).retryable
-        assert (await bench.failed("b")).retryable
-    await bench.submit("c", task(3, steps=1))
-    bench.steps(1)
-    await bench.finished("c")
-
-
-async def test_one_bad_image_fails_its_job_and_frees_its_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    sabotage(monkeypatch, bench, "tick", lambda row: row.task.seed == 2)
-    await bench.submit("mixed", task(1), task(2), task(3))
-    await bench.submit("other", task(4))
-    bench.steps(4)
-    assert (await bench.failed("mixed")).reason == "engine"
-    assert (await bench.finished("other")).ticks[1:] == (1, 1, 1)
-
-
-async def test_a_job_that_fails_while_it_is_decoded_leaves_its_other_images_undone(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sabotage(monkeypatch, bench, "finish", lambda row: row.task.seed == 0)
-    await bench.submit("large", *(task(seed, steps=1) for seed in range(MAX_ROWS + 2)))
-    bench.steps(1)
-    assert (await bench.failed("large")).reason == "engine"
-    await bench.submit("other", task(9, steps=2))
-    bench.steps(2)
-    assert (await bench.finished("other")).ticks == (1, 1)
-    assert bench.count("fewstep_tick_rows_count") == 3
-
-
-async def test_what_the_bundle_cannot_honour_is_the_clients_error(bench: Bench) -> None:
-    await bench.submit("a", task(1, steps=3))
-    bench.steps(1)
-    failed = await bench.failed("a")
-    assert (failed.reason, failed.code, failed.param) == ("invalid", "unsupported_steps", "steps")
-
-
-async def test_a_fault_in_the_loop_fails_what_is_held_and_the_thread_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing = threading.Event()
-    failing.set()
-    original = bench.queue.cancelled
-
-    def cancelled(job_ids: Any) -> set[str]:
-        held = list(job_ids)
-        if held and failing.is_set():
-            failing.clear()
-            raise RuntimeError("the queue is broken")
-        return original(held)
-
-    monkeypatch.setattr(bench.queue, "cancelled", cancelled)
-    bench.worker.start()
-    await bench.submit("a", task(1))
-    assert (await bench.failed("a")).retryable
-    await bench.submit("b", task(2))
-    await bench.finished("b")
-    assert bench.worker.alive
-    assert bench.count("fewstep_worker_up") == 1
 
 
 async def test_stopping_fails_what_is_held_and_leaves_what_waits(bench: Bench) -> None:
@@ -397,67 +230,3 @@ async def test_what_cannot_be_in_time_is_given_up_before_its_time_is_over(bench:
     assert (await bench.failed("lost")).reason == "expired"
     assert time.monotonic() - began < 30
     assert bench.count("fewstep_tick_rows_count") == 0
-
-
-async def test_too_many_rows_for_the_memory_run_in_smaller_ticks_from_then_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tick = bench.pipeline.tick
-
-    def small(rows: Sequence[Row]) -> None:
-        if len(rows) > 2:
-            raise DeviceMemoryError("out of memory")
-        tick(rows)
-
-    monkeypatch.setattr(bench.pipeline, "tick", small)
-    for k in range(MAX_ROWS):
-        await bench.submit(f"{k}", task(k, steps=2))
-    bench.steps(4)
-    for k in range(MAX_ROWS):
-        assert set((await bench.finished(f"{k}")).ticks) == {2}
-    assert bench.count("fewstep_batch_failures_total", cause="DeviceMemoryError") == 1
-
-
-async def test_a_single_row_that_does_not_fit_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    tick = bench.pipeline.tick
-
-    def small(rows: Sequence[Row]) -> None:
-        if any(is_bad(row) for row in rows):
-            raise DeviceMemoryError("out of memory")
-        tick(rows)
-
-    monkeypatch.setattr(bench.pipeline, "tick", small)
-    await bench.submit("good", task(1, steps=1))
-    await bench.submit("bad", task(2, steps=1, prompt="the moon"))
-    bench.steps(1)
-    failed = await bench.failed("bad")
-    assert (failed.reason, failed.retryable) == ("engine", True)
-    assert "memory" in failed.message
-    await bench.finished("good")
-
-
-@pytest.mark.parametrize("method", ["prepare", "tick", "finish"])
-async def test_a_lost_device_fails_its_batch_ends_the_worker_and_leaves_the_rest_to_another(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    calls: list[int] = []
-
-    def lost(items: Sequence[Any]) -> Any:
-        calls.append(len(items))
-        raise DeviceLostError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(bench.pipeline, method, lost)
-    for k in range(MAX_ROWS):
-        await bench.submit(f"{k}", task(k, steps=1))
-    await bench.submit("waits", task(9, steps=2))
-    bench.worker.start()
-    for k in range(MAX_ROWS):
-        failed = await bench.failed(f"{k}")
-        assert (failed.reason, failed.retryable) == ("engine", True)
-    await until(lambda: not bench.worker.alive)
-    assert calls[0] == MAX_ROWS
-    assert sum(calls) <= MAX_ROWS + 1, "a lost device is not bisected"
-    bench.worker.stop()
-    assert bench.count("fewstep_worker_up") == 0
-    if method != "finish":  # its ticks go on until decoding has failed
-        assert await bench.queue.cancel("waits") == "running", "it was taken, and is not settled"
