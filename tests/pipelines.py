@@ -27,7 +27,7 @@ TOKENS = 12
 WIDTH = 16
 SIZE = 32
 LATENT = 16
-CLASSES = 4
+CLASSES = 3
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:

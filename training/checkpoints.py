@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training.store import to_disk
+
 LAST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint-previous.pt", "best.pt"
 
 State = dict[str, Any]
@@ -77,6 +79,7 @@ class Checkpoints:
 def _written(state: Any, partial: Path) -> bool:
     try:
         torch.save(state, partial)
+        to_disk(partial)
     except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -15,8 +15,10 @@ from training import distill as stages
 from training import run as runs
 from training.data.entries import DataError
 from training.export import export as export_run
+from training.features import FeatureError
 from training.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.loop import Stopped, TrainingError
+from training.metrics import MetricError
 from training.recipe import Recipe, RecipeError
 from training.report import Pace
 from training.teachers import TeacherError
@@ -28,6 +30,11 @@ STOPPED = 143  # as for a process that SIGTERM ended
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
 
+EXPECTED = (
+    RecipeError, TrainingError, TeacherError, DataError, ExportError, BundleError, FeatureError, MetricError, OSError,
+)  # fmt: skip
+
+
 class Reported(click.Command):
     """A command whose expected errors are one line, not a traceback."""
 
@@ -35,7 +42,7 @@ class Reported(click.Command):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (RecipeError, TrainingError, TeacherError, DataError, ExportError, BundleError, OSError) as error:
+        except EXPECTED as error:
             raise click.ClickException(str(error)) from error
         except Stopped as stopped:
             click.echo(str(stopped), err=True)

@@ -52,6 +52,7 @@ def train_teacher(run: Run) -> None:
         _train_autoencoder(run)
     if not run.is_done("teacher"):
         _train_teacher(run)
+    run.tidy("autoencoder", "teacher")
 
 
 def distill(run: Run) -> None:
@@ -59,6 +60,7 @@ def distill(run: Run) -> None:
     train_teacher(run)
     if not run.is_done("stage1"):
         _match_outputs(run)
+    run.tidy("stage1")
     _halve_all(run, run.recipe.stage2, student_stage)
     if run.recipe.encoder is not None:
         _halve_all(run, run.recipe.encoder, encoder_stage)

@@ -11,22 +11,18 @@ from click.core import ParameterSource
 
 from training.candidates import Candidate, ImageMaker, trained_students
 from training.clip_score import ClipScorer
-from training.commands import open_finished_run
-from training.data.entries import DataError
+from training.commands import Reported, open_finished_run
 from training.evaluate import Plan, save_picture
 from training.evaluate import evaluate as measure
 from training.evaluation_set import load_evaluation_set
-from training.features import DEFAULT_EXTRACTOR, EXTRACTORS, FeatureError, open_extractor
+from training.features import DEFAULT_EXTRACTOR, EXTRACTORS, open_extractor
 from training.inception import Inception
 from training.loop import TrainingError
-from training.metrics import MetricError
 from training.plots import save_plots
-from training.recipe import RecipeError
 from training.reports import SOUND_IMAGES, to_csv, to_json, to_markdown
 from training.run import Run
 from training.solvers import SAMPLERS, Sampler
 from training.store import Store, whole_file
-from training.teachers import TeacherError
 
 
 def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[float, ...] | None]:
@@ -54,7 +50,7 @@ def _solvers(context: click.Context, option: click.Parameter, value: str) -> tup
     return tuple(sampler for sampler in SAMPLERS if sampler in names)
 
 
-@click.command()
+@click.command(cls=Reported)
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--run", "folder", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]")
 @click.option(
@@ -159,22 +155,19 @@ def evaluate(
     The table, its plots, its picture and all that they are made of are kept in the run's folder under evaluation/.
     What was measured before is not measured again, and an evaluation that was stopped goes on where it was.
     """
-    try:
-        run = open_finished_run(recipe, folder, data)
-        plan = Plan(_candidates(run, steps, teacher_steps, solvers), _within_range(run, guidance), frechet_dims)
-        picture_w = _picture_guidance(plan, run.recipe.default_guidance, picture_guidance)
-        device = run.device
-        scorer = _clip_scorer(run, clip)
-        network = None if inception is None else Inception(inception, device)
-        maker = ImageMaker(
-            run,
-            load_evaluation_set(run, split, samples, seed, images),
-            seed,
-            Store(run.folder / "evaluation"),
-        )
-        quality = measure(maker, open_extractor(features, device), plan, network, scorer)
-    except (RecipeError, TrainingError, TeacherError, DataError, FeatureError, MetricError) as error:
-        raise click.ClickException(str(error)) from error
+    run = open_finished_run(recipe, folder, data)
+    plan = Plan(_candidates(run, steps, teacher_steps, solvers), _within_range(run, guidance), frechet_dims)
+    picture_w = _picture_guidance(plan, run.recipe.default_guidance, picture_guidance)
+    device = run.device
+    scorer = _clip_scorer(run, clip)
+    network = None if inception is None else Inception(inception, device)
+    maker = ImageMaker(
+        run,
+        load_evaluation_set(run, split, samples, seed, images),
+        seed,
+        Store(run.folder / "evaluation"),
+    )
+    quality = measure(maker, open_extractor(features, device), plan, network, scorer)
     folder = run.folder / "evaluation"
     legend = save_picture(maker, plan, picture_w, folder / "samples.png")
     reports = {

@@ -43,6 +43,10 @@ class Guard:
         """Whether more of the last hundred updates than the limit were skipped."""
         return sum(self._skips) > self.limit
 
+    def pardon(self) -> None:
+        """Forget which of the last updates were skipped: whoever goes on from here is counted anew."""
+        self._skips.clear()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"skipped": self.skipped, "losses": list(self._losses), "skips": list(self._skips)}

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from training.checkpoints import Checkpoints
+from training.data.entries import DataError
 from training.draws import Draws, generator_at
 from training.guard import Guard, signals
 from training.recipe import Optimisation, ScaleRecipe
@@ -137,12 +138,19 @@ def train(
     with Report(folder, recipe, state.update, pace, main=accelerator.is_main_process) as report, signals() as leave:
         while state.update < recipe.updates and not state.settled(validation):
             rate = learning_rate(recipe, state.update)
-            value, norm = _update(state, loss, parts, rate, recipe.clip, seed)
+            try:
+                value, norm = _update(state, loss, parts, rate, recipe.clip, seed)
+            except DataError:
+                state.save_alone()
+                raise
             state.update += 1
             if state.guard.exhausted:
+                state.guard.pardon()
+                state.save()
                 raise TrainingError(
                     f"{folder.name}: {state.guard.skipped} updates were skipped, the last one {state.update}, with a "
-                    f"loss of {value:.3g} and a gradient norm of {norm:.3g}; lower the learning rate"
+                    f"loss of {value:.3g} and a gradient norm of {norm:.3g}. What was trained before is kept: lower "
+                    "the stage's learning_rate, in the recipe and in the run's recipe.json, and go on"
                 )
             report.tell(state.update, value, norm, rate, state.guard.skipped)
             shown = sample and accelerator.is_main_process and not state.is_sharded
@@ -262,6 +270,11 @@ class _State:
             }
         )
 
+    def save_alone(self) -> None:
+        """Write a checkpoint if no other process is needed for it."""
+        if not self.is_sharded:
+            self.save()
+
     def load(self) -> None:
         state = self.checkpoints.load()
         if state is None:
@@ -289,17 +302,20 @@ class _State:
         return unwrapped
 
     def validate(self, validation: Validation) -> None:
-        """Take the distance, the same in all processes, and keep the network if it is the best one so far."""
+        """Take the distance, the same in all processes, and keep the network if it is the best one so far.
+
+        One that a full disk does not take is not the best: the next validation tries again.
+        """
         network = self.wrapped if self.is_sharded else self.result
         distance = torch.tensor(validation.distance(network), device=self.accelerator.device)
         value = float(self.accelerator.reduce(distance, "mean"))
-        if value < self.best:
-            self.best, self.stale = value, 0
-            weights = self._gathered() if self.is_sharded else network.state_dict()
-            if self.accelerator.is_main_process and not self.checkpoints.save_best(weights):
-                raise TrainingError(f"{self.checkpoints.folder}: the best network cannot be kept: the disk is full")
-        else:
+        if value >= self.best:
             self.stale += 1
+            return
+        weights = self._gathered() if self.is_sharded else network.state_dict()
+        lost = self.accelerator.is_main_process and not self.checkpoints.save_best(weights)
+        if not self.any(lost):
+            self.best, self.stale = value, 0
 
     def settled(self, validation: Validation | None) -> bool:
         """Whether the last validations brought nothing."""

@@ -31,7 +31,7 @@ def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipe
     stock pipeline can give w to (classes) get the scheduler alone.
     """
     stock_scheduler(denoiser.schedule).save_pretrained(folder / "scheduler")
-    if not isinstance(denoiser.network, UNet2DConditionModel) or denoiser.network.config["num_class_embeds"]:
+    if not has_pipeline(denoiser):
         return
     index = _of_teacher(folder, pipeline) if pipeline is not None else _of_scratch(folder)
     index |= {
@@ -43,13 +43,29 @@ def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipe
         partial.write_text(json.dumps(index, indent=2))
 
 
-def student_card(recipe: Recipe, steps: int, timesteps: int) -> str:
+def has_pipeline(denoiser: NetworkDenoiser) -> bool:
+    """Whether there is a stock pipeline that gives a student of this network its w."""
+    network = denoiser.network
+    return isinstance(network, UNet2DConditionModel) and not network.config["num_class_embeds"]
+
+
+def student_card(recipe: Recipe, steps: int, timesteps: int, has_pipeline: bool) -> str:
     """The README of a student's folder."""
     low, high = recipe.guidance
     exact = (
         "takes exactly the steps that it was trained for"
         if timesteps % steps == 0
         else f"takes its {steps} steps only roughly, since they do not divide {timesteps} timesteps"
+    )
+    scale = f"a `guidance_scale` of {1 + low:g} to {1 + high:g}"
+    in_diffusers = (
+        f"Run it with `num_inference_steps={steps}` and {scale}: guidance is an input\nof the network, which is called "
+        "once a step, and a negative prompt has no effect."
+    )
+    in_bundles = (
+        "No stock pipeline of diffusers gives its network the guidance weight: this folder has the network and its\n"
+        "scheduler. `fewstep export` makes a bundle of it, which `fewstep generate` and `fewstep serve` run\n"
+        f"with {scale}."
     )
     return f"""---
 license: {recipe.export.licence.lower()}
@@ -59,8 +75,7 @@ library_name: diffusers
 
 Distilled by fewstep (Meng et al., On Distillation of Guided Diffusion Models, CVPR 2023) from the recipe {recipe.name}.
 
-Run it with `num_inference_steps={steps}` and a `guidance_scale` of {1 + low:g} to {1 + high:g}: guidance is an input
-of the network, which is called once a step, and a negative prompt has no effect. The stock scheduler in this
+{in_diffusers if has_pipeline else in_bundles} The stock scheduler in this
 folder {exact}.
 """
 

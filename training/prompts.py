@@ -72,12 +72,16 @@ def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=".captions-"))
-        _write(encoder, captions, partial)
-        encoder.release()
         try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
+            _write(encoder, captions, partial)
+            encoder.release()
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c")) for file in sorted(folder.glob("*.npy"))}
 
 

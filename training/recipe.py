@@ -45,6 +45,13 @@ class Optimisation(Section):
         default=10, ge=0, description="A run in which more of the last hundred updates were skipped stops."
     )
 
+    @model_validator(mode="after")
+    def warm_up_ends(self) -> Self:
+        """The learning rate is reached before the stage is over."""
+        if self.warmup >= self.updates:
+            raise ValueError(f"a warmup of {self.warmup} updates does not end within {self.updates}")
+        return self
+
 
 class Distillation(Optimisation):
     """How a student learns from its teacher; `weighting` is omega(SNR) of the squared error of x."""
@@ -165,6 +172,13 @@ class Round(Distillation):
     validate_every: int = Field(default=0, ge=0)
     patience: Positive = 3
     stochastic: bool = False
+
+    @model_validator(mode="after")
+    def validations_happen(self) -> Self:
+        """A round that is to be validated is so at least once."""
+        if self.validate_every > self.updates:
+            raise ValueError(f"validate_every = {self.validate_every} never happens within {self.updates} updates")
+        return self
 
 
 class Stage2Recipe(Section):

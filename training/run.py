@@ -27,11 +27,11 @@ from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError
 from training.networks import NetworkDenoiser, load_network, save_network
-from training.pipelines import save_pipeline, student_card
+from training.pipelines import has_pipeline, save_pipeline, student_card
 from training.prompts import PromptEncoder
 from training.recipe import CheckpointRecipe, Recipe, ScheduleName, TeacherRecipe
 from training.report import Pace
-from training.store import hash_of_files, whole_file
+from training.store import hash_of, hash_of_files, to_disk, whole_file
 from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts
 
@@ -63,6 +63,9 @@ class Run:
     def __post_init__(self) -> None:
         """Claim the folder for the recipe. Raises TrainingError if another recipe has it."""
         _ = self.pipeline, self.unconditional  # a recipe that names an unfit one claims nothing
+        for ladder in filter(None, (self.recipe.stage2, self.recipe.encoder)):
+            if ladder.start > self.schedule.timesteps:
+                raise TrainingError(f"{ladder.start} steps cannot be taken on {self.schedule.timesteps} timesteps")
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.loads(self.recipe.portable_json())
         theirs = self._recorded(RECORD, ours)
@@ -119,15 +122,12 @@ class Run:
 
     @cached_property
     def unconditional(self) -> TeacherPipeline | None:
-        """The second pipeline of a teacher of two networks. Raises TrainingError if its schedule is another one."""
+        """The second pipeline of a teacher of two networks. Raises TrainingError for another schedule."""
         teacher = self.recipe.teacher
         if self.pipeline is None or not isinstance(teacher, CheckpointRecipe) or teacher.unconditional is None:
             return None
         second = TeacherPipeline.open(teacher.unconditional, teacher.revision, teacher.variant)
-        if second.channels != self.pipeline.channels:
-            raise TrainingError(
-                f"{self.pipeline.folder} has {self.pipeline.channels} channels, and {second.channels} {second.folder}"
-            )
+        self.pipeline.check_pair(second)
         same = second.schedule.angles.shape == self.schedule.angles.shape
         if not same or not torch.allclose(second.schedule.angles, self.schedule.angles, atol=1e-6):
             raise TrainingError(f"{second.folder} and {self.pipeline.folder} have different noise schedules")
@@ -298,19 +298,26 @@ class Run:
             return (self.folder / stage / AUTOENCODER_WEIGHTS).exists()
         return (stage == "teacher" and self.pipeline is not None) or (self.folder / stage / self.network_part).is_dir()
 
-    def tidy(self, stage: str) -> None:
-        """Remove what a stage that is done left when it was killed while it finished."""
-        if self.accelerator.is_main_process and (self.folder / stage).is_dir():
-            Checkpoints(self.folder / stage).remove()
+    def tidy(self, *stages: str) -> None:
+        """Remove what stages that are done left when they were killed while they finished."""
+        for stage in stages:
+            if self.accelerator.is_main_process and (self.folder / stage).is_dir():
+                Checkpoints(self.folder / stage).remove()
 
     def _check_done(self, stage: str) -> None:
         if not self.is_done(stage):
             raise TrainingError(f"{self.folder / stage} holds no trained network")
 
     def weights(self, stage: str) -> str:
-        """A hash of the weights of a stage. Raises TrainingError if it is not done."""
-        if self.pipeline is not None and stage in ("teacher", "autoencoder"):
-            return hash_of_files(self.pipeline.files(self.pipeline.part if stage == "teacher" else "vae"))
+        """A hash of the weights of a stage; of a teacher from a checkpoint, of all that it predicts by.
+
+        Raises TrainingError if the stage is not done.
+        """
+        if self.pipeline is not None and stage == "autoencoder":
+            return hash_of_files(self.pipeline.files("vae"))
+        if self.pipeline is not None and stage == "teacher":
+            second = None if self.unconditional is None else self.unconditional.identity
+            return hash_of({"conditional": self.pipeline.identity, "unconditional": second})
         self._check_done(stage)
         folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
         return hash_of_files(sorted(folder.glob("*.safetensors")))
@@ -324,7 +331,9 @@ class Run:
         if self.accelerator.is_main_process:
             try:
                 if stage.startswith(STUDENT):
-                    card = student_card(self.recipe, int(stage.removeprefix(STUDENT)), self.schedule.timesteps)
+                    assert isinstance(network, NetworkDenoiser)
+                    steps = int(stage.removeprefix(STUDENT))
+                    card = student_card(self.recipe, steps, self.schedule.timesteps, has_pipeline(network))
                     (folder / "README.md").write_text(card)
                 _save(folder, self.network_part, network, self.pipeline)
             except (OSError, SafetensorError) as error:
@@ -339,9 +348,12 @@ def _save(folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pip
     if isinstance(network, NetworkDenoiser):
         save_network(network, partial)
         save_pipeline(folder, network, pipeline)
+        to_disk(folder)
         partial.rename(folder / part)
+        to_disk(folder)
         return
     network.save_pretrained(partial)
+    to_disk(partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == AUTOENCODER_WEIGHTS):
         file.replace(folder / file.name)
     partial.rmdir()

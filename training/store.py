@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,16 @@ class Store:
 
     def _path(self, kind: str, inputs: Inputs, suffix: str) -> Path:
         return self.folder / kind / f"{hash_of(inputs)[:20]}.{suffix}"
+
+
+def to_disk(path: Path) -> None:
+    """Have the disk itself hold a file, or all files of a folder and their names, before anything relies on them."""
+    for part in [*sorted(path.rglob("*")), path] if path.is_dir() else [path]:
+        number = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 @contextmanager

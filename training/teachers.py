@@ -7,7 +7,7 @@ UNet2DConditionModel, in pixels or latents, and DiT.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.diffusion import Prediction, Schedule
-from training.guidance import Condition
 from training.networks import Network, NetworkDenoiser, never_drop
-from training.prompts import TextGraph
-from training.store import hash_of_files
+from training.pipeline_prompts import PipelinePrompts
+from training.store import hash_of, hash_of_files
 
 INDEX = "model_index.json"
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
@@ -77,14 +76,21 @@ class TeacherPipeline:
                 raise TeacherError(f"{self.folder}: {reason}")
         if (vae := self.autoencoder_class) not in (None, "AutoencoderKL"):
             raise TeacherError(f"{self.folder}: its autoencoder is a {vae}, not an AutoencoderKL")
+        if quantised := [part for part in ("vqvae", "movq") if self._class_of(part)]:
+            raise TeacherError(f"{self.folder}: its autoencoder is a {quantised[0]}, not an AutoencoderKL")
         if self.autoencoder_class is not None:
             config = self._config("vae/config.json")
+            if config["latent_channels"] != self.channels:
+                raise TeacherError(
+                    f"{self.folder}: its autoencoder has {config['latent_channels']} channels, its network "
+                    f"{self.channels}"
+                )
             if odd := [name for name in ("latents_mean", "latents_std", "shift_factor") if config.get(name)]:
                 raise TeacherError(f"{self.folder}: an autoencoder with {odd[0]} is not known")
         if self.is_text and self.autoencoder_class is None:
             raise TeacherError(f"{self.folder}: a text-to-image pipeline without an autoencoder is not known")
         self._check_pooled()
-        _ = self.schedule, self.prediction
+        _ = self.schedule, self.prediction, self.unit, self.only_side, self._numbers
 
     def _class_of(self, part: str) -> str | None:
         """The class of one of the pipeline's parts; None if it has none."""
@@ -173,16 +179,25 @@ class TeacherPipeline:
 
     def check_side(self, side: int) -> None:
         """Raise TeacherError if images of that side do not pass the autoencoder and the network."""
+        if side % self.unit:
+            raise TeacherError(f"{self.folder} takes images whose side is a multiple of {self.unit}, not {side}")
+        if self.only_side not in (None, side):
+            raise TeacherError(f"{self.folder} takes images of side {self.only_side}, not {side}")
+
+    @property
+    def unit(self) -> int:
+        """What the side of an image must be a multiple of."""
         config = self.network_config
-        is_dit = self.part == "transformer"
-        unit = int(config["patch_size"]) if is_dit else 1 << (len(config["block_out_channels"]) - 1)
-        unit <<= self.autoencoder_halvings
-        if side % unit:
-            raise TeacherError(f"{self.folder} takes images whose side is a multiple of {unit}, not {side}")
-        if is_dit and side >> self.autoencoder_halvings != config["sample_size"]:
-            raise TeacherError(
-                f"{self.folder} takes images of side {config['sample_size'] << self.autoencoder_halvings}, not {side}"
-            )
+        if self.part == "transformer":
+            return int(config["patch_size"]) << self.autoencoder_halvings
+        return 1 << (len(config["block_out_channels"]) - 1 + self.autoencoder_halvings)
+
+    @property
+    def only_side(self) -> int | None:
+        """The one side of an image that a transformer takes."""
+        if self.part != "transformer":
+            return None
+        return int(self.network_config["sample_size"]) << self.autoencoder_halvings
 
     @cached_property
     def channels(self) -> int:
@@ -248,6 +263,26 @@ class TeacherPipeline:
         parts = [part for part in self.index if part.startswith(("text_encoder", "tokenizer"))]
         return PipelinePrompts(hash_of_files([file for part in parts for file in self.files(part)]), load)
 
+    @cached_property
+    def identity(self) -> str:
+        """Names all that its predictions depend on: network, scheduler, autoencoder, and which weights of them."""
+        parts = [self.part, "scheduler", *(["vae"] if self.autoencoder_class is not None else [])]
+        return hash_of({"files": [hash_of_files(self.files(part)) for part in parts], "variant": self.variant})
+
+    def check_pair(self, second: TeacherPipeline) -> None:
+        """Raise TeacherError for a second pipeline whose network cannot predict beside this one's."""
+        ours, theirs = self._calling, second._calling
+        if unlike := [name for name in ours if ours[name] != theirs.get(name)]:
+            name = unlike[0]
+            raise TeacherError(f"{self.folder} has {name} {ours[name]}, and {theirs[name]} {second.folder}")
+
+    @property
+    def _calling(self) -> dict[str, Any]:
+        """How its network is called, less its classes, which a second one may lack."""
+        text = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+        called = {name: self.network_config.get(name) for name in text} if self.is_text else {}
+        return {"condition": "prompts" if self.is_text else "classes", "channels": self.channels} | called
+
     def files(self, part: str) -> list[Path]:
         """The files of a part, sorted; none if the pipeline lacks it."""
         return sorted(file for file in (self.folder / part).rglob("*") if file.is_file())
@@ -269,19 +304,46 @@ class TeacherPipeline:
             return int(config.get("num_embeds_ada_norm", 1000)) + 1
         return int(config.get("num_class_embeds") or 0)
 
-    def labels(self, classes: Sequence[str]) -> Tensor:
-        """The number (K,) of each of K classes: by the pipeline's `id2label` if it has one, else their order.
+    @cached_property
+    def _numbers(self) -> dict[str, set[int]]:
+        """The classes that a name of `id2label` may mean: it has several for some, divided by commas."""
+        known: dict[str, set[int]] = {}
+        for number, names in (self.index.get("id2label") or {}).items():
+            for name in {names, *names.split(",")}:
+                known.setdefault(name.strip(), set()).add(int(number))
+        return known
 
-        Raises TeacherError for a class that the teacher does not have.
+    def labels(self, classes: Sequence[str]) -> Tensor:
+        """The number (K,) of each of K classes.
+
+        That is what `id2label` says if the pipeline has one, else the number that is the class's name, else its place
+        among the names if there are as many as the teacher has classes. Raises TeacherError for what is none of these.
         """
-        if id2label := self.index.get("id2label"):
-            known = {name.strip(): int(k) for k, names in id2label.items() for name in names.split(",")}
-            if missing := sorted(set(classes) - set(known)):
-                raise TeacherError(f"{self.folder} has no class {missing[0]!r}")
-            return torch.tensor([known[name] for name in classes])
-        if len(classes) > self.labels_count:
-            raise TeacherError(f"{self.folder} has {self.labels_count} classes, the images have {len(classes)}")
-        return torch.arange(len(classes))
+        numbers = [self._number(name) for name in classes]
+        if not self._numbers and None in numbers:
+            if len(classes) not in (self.labels_count, self.labels_count - 1):
+                raise TeacherError(
+                    f"{self.folder} has {self.labels_count} classes, the images have {len(classes)}: name the classes "
+                    "of the images by the teacher's numbers"
+                )
+            return torch.arange(len(classes))
+        return torch.tensor(numbers)
+
+    def _number(self, name: str) -> int | None:
+        """The number of a class that is named; None for a name that says nothing where there is no `id2label`."""
+        meant = self._numbers.get(name, set())
+        if len(meant) > 1:
+            raise TeacherError(
+                f"{self.folder}: {name!r} may be any of the classes {', '.join(map(str, sorted(meant)))}: name it by "
+                "its number"
+            )
+        if meant:
+            return next(iter(meant))
+        if name.isdecimal() and int(name) < self.labels_count:
+            return int(name)
+        if self._numbers or name.isdecimal():
+            raise TeacherError(f"{self.folder} has no class {name!r}")
+        return None
 
 
 def _faults(config: Mapping[str, Any], text: bool, part: str) -> list[tuple[bool, str]]:
@@ -317,77 +379,6 @@ def _faults(config: Mapping[str, Any], text: bool, part: str) -> list[tuple[bool
         fits = out in (channels, 2 * channels) if part == "transformer" else out == channels
         faults.append((not fits, f"a network of {channels} channels in and {out} out is not known"))
     return faults
-
-
-class PipelinePrompts:
-    """The text encoders of a Stable Diffusion pipeline as a PromptEncoder, by the pipeline's own `encode_prompt`.
-
-    `context` (N, L, D), and `pooled` (N, P) for SDXL. Loaded when first used.
-    """
-
-    def __init__(self, identity: str, load: Callable[[], Any]) -> None:
-        """`load` gives the pipeline without its network."""
-        self.identity, self._load_pipeline = identity, load
-
-    @cached_property
-    def _pipeline(self) -> Any:
-        return self._load_pipeline()
-
-    @cached_property
-    def null(self) -> Condition:
-        """What the pipeline itself guides away from."""
-        _, context, *more = self._encoded(["a"], null=True)
-        return {name: rows[0] for name, rows in _named([context, *more[1:]]).items()}
-
-    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Context, and pooled text, of captions."""
-        return _named(self._encoded(captions, null=False)[0::2])
-
-    def release(self) -> None:
-        """Let go of the encoders until they are needed again."""
-        self.__dict__.pop("_pipeline", None)
-
-    def too_long(self, captions: Sequence[str]) -> int:
-        """How many of the captions have more tokens than the encoder takes."""
-        tokenizer = self._pipeline.tokenizer or self._pipeline.tokenizer_2
-        return sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
-
-    def text_graph(self) -> TextGraph:
-        """The text encoder and its tokenizer. Raises ValueError for a pipeline of two encoders."""
-        pipeline = self._pipeline
-        if getattr(pipeline, "text_encoder_2", None) is not None:
-            raise ValueError("a bundle has one text encoder, this pipeline has two")
-        tokenizer = pipeline.tokenizer
-        module = _ContextGraph(pipeline.text_encoder.cpu(), tokenizer.pad_token_id)
-        backend = tokenizer.backend_tokenizer.to_str()
-        return TextGraph(module.eval(), backend, tokenizer.model_max_length, tokenizer.pad_token_id)
-
-    @torch.no_grad()
-    def _encoded(self, captions: Sequence[str], *, null: bool) -> Sequence[Tensor]:
-        """Context and its null, and for SDXL pooled text and its null."""
-        pipeline = self._pipeline
-        found: Sequence[Tensor] = pipeline.encode_prompt(
-            prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=null
-        )
-        return found
-
-
-def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {name: rows.float().cpu() for name, rows in zip(("context", "pooled"), arrays, strict=False)}
-
-
-class _ContextGraph(nn.Module):
-    """Context of (input_ids, attention_mask) as the pipeline makes it: padding is attended to, if by its own token."""
-
-    def __init__(self, encoder: nn.Module, pad_id: int) -> None:
-        super().__init__()
-        self.encoder, self.pad_id = encoder, pad_id
-        self.masks = bool(getattr(encoder.config, "use_attention_mask", False))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
-        context: Tensor = self.encoder(padded, attention_mask=attention_mask if self.masks else None)[0]
-        return context
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from engines.bundle import Bundle
 from tests import pipelines
 from training.data.place import StreamError
-from training.distill import distill, encoder_stage, student_stage
+from training.distill import distill, encoder_stage, student_stage, train_teacher
 from training.draws import Draws
 from training.export import export
 from training.graphs import ExportError
@@ -119,7 +119,7 @@ def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path:
 
 def test_two_networks_of_different_shapes_are_refused(images: Path, tmp_path: Path) -> None:
     unconditional = pipelines.class_unet(tmp_path / "unconditional", classes=None)
-    with pytest.raises(TrainingError, match="4 channels, and 3"):
+    with pytest.raises(TeacherError, match="channels 4, and 3"):
         make_run(tmp_path / "run", images, 32, checkpoint=pipelines.dit(tmp_path / "dit"), unconditional=unconditional)
 
 
@@ -180,6 +180,31 @@ def test_another_teacher_in_the_same_place_is_noticed(images: Path, tmp_path: Pa
     pipelines.class_unet(tmp_path / "unet", seed=5)
     with pytest.raises(TrainingError, match="another teacher"):
         distill(make_run(tmp_path / "run", images, 8, checkpoint=tmp_path / "unet"))
+
+
+def test_a_second_network_that_comes_later_or_is_another_is_noticed(images: Path, tmp_path: Path) -> None:
+    first = pipelines.class_unet(tmp_path / "first")
+    seconds = [pipelines.class_unet(tmp_path / f"{seed}", classes=None, seed=seed) for seed in (1, 2)]
+    train_teacher(make_run(tmp_path / "alone", images, 8, checkpoint=first))
+    train_teacher(make_run(tmp_path / "pair", images, 8, checkpoint=first, unconditional=seconds[0]))
+    for run, unconditional in (("alone", seconds[0]), ("pair", seconds[1])):
+        with pytest.raises(TrainingError, match="another teacher"):
+            train_teacher(make_run(tmp_path / run, images, 8, checkpoint=first, unconditional=unconditional))
+
+
+def test_a_ladder_longer_than_the_schedule_is_refused(images: Path, tmp_path: Path) -> None:
+    recipe = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet")).recipe
+    longer = recipe.stage2.model_copy(update={"start": 2048})
+    with pytest.raises(TrainingError, match="2048 steps cannot be taken on 1000 timesteps"):
+        Run(recipe.model_copy(update={"stage2": longer}), tmp_path / "longer", Accelerator(cpu=True))
+
+
+def test_the_students_card_names_no_pipeline_where_there_is_none(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet"))
+    distill(run)
+    card = (run.folder / student_stage(2) / "README.md").read_text()
+    assert "num_inference_steps" not in card
+    assert "fewstep export" in card
 
 
 def test_a_recipe_whose_teacher_cannot_be_opened_claims_no_folder(images: Path, tmp_path: Path) -> None:

@@ -309,6 +309,13 @@ def test_a_folder_without_a_run_is_refused_and_not_made(folder: Path) -> None:
     assert "no trained teacher" in result.output
 
 
+def test_a_disk_that_takes_nothing_is_one_line(folder: Path) -> None:
+    (folder / "run" / "evaluation").write_text("in the way")
+    result = invoke(folder, *QUICK)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("Error: [Errno")
+
+
 def test_students_that_are_not_trained_yet_are_left_out(run: Run) -> None:
     assert trained_students(run) == (4, 2)
 

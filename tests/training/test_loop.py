@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from training.data.entries import DataError
 from training.draws import Draws
 from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, train
 from training.recipe import Optimisation, ScaleRecipe
@@ -76,11 +77,14 @@ def test_it_minimises(tmp_path: Path) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def train_with(faults: dict[int, float], folder: Path, **changes: object) -> nn.Module:
-    """Train with the loss of some updates multiplied by a factor."""
+def train_with(faults: dict[int, float | Killed], folder: Path, **changes: object) -> nn.Module:
+    """Train with the loss of some updates multiplied by a factor, or killed there."""
 
     def faulty(module: nn.Module, update: int, draws: Draws) -> Tensor:
-        return loss(module, update, draws) * faults.get(update, 1.0)
+        fault = faults.get(update, 1.0)
+        if isinstance(fault, Killed):
+            raise fault
+        return loss(module, update, draws) * fault
 
     recipe = RECIPE.model_copy(update=changes)
     return train(network(), faulty, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE)
@@ -111,13 +115,30 @@ def test_a_loss_that_jumps_is_skipped(tmp_path: Path) -> None:
 
 
 def test_more_skips_than_the_limit_stop_the_run_with_a_message(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"3 updates were skipped, the last one 9, .* lower the learning rate"):
+    with pytest.raises(TrainingError, match="3 updates were skipped, the last one 9, .* learning_rate, in the recipe"):
         train_with({2: math.nan, 5: math.nan, 8: math.nan}, tmp_path, skip_limit=2)
 
 
+@pytest.mark.parametrize("error", [DataError("too many shards are lost"), None], ids=["lost shards", "skips"])
+def test_what_was_trained_before_a_run_gives_up_is_kept(tmp_path: Path, error: Exception | None) -> None:
+    def failing(module: nn.Module, update: int, draws: Draws) -> Tensor:
+        if update >= 7 and error is not None:
+            raise error
+        return loss(module, update, draws) * (math.nan if update >= 7 else 1.0)
+
+    with pytest.raises((DataError, TrainingError)):
+        train(
+            network(), failing, RECIPE.model_copy(update={"skip_limit": 2}), tmp_path / "run",
+            accelerator=Accelerator(cpu=True), seed=3, pace=Pace(checkpoint_every_s=3600.0),
+        )  # fmt: skip
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert kept["update"] == (7 if error else 10)
+    run(tmp_path / "run")
+
+
 def test_skips_are_remembered_by_a_run_that_resumes(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError):
-        train_with({2: math.nan, 8: math.nan}, tmp_path, skip_limit=1)
+    with pytest.raises(Killed):
+        train_with({2: math.nan, 7: Killed()}, tmp_path, skip_limit=1)
     with pytest.raises(TrainingError, match="2 updates were skipped"):
         train_with({8: math.nan}, tmp_path, skip_limit=1)
 
@@ -170,6 +191,26 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     resumed = run(tmp_path / "full")
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_a_full_disk_costs_a_validation_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distances = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    save, tried = torch.save, []
+
+    def full_at_first(state: Any, path: Path) -> None:
+        if path.name.startswith("best"):
+            tried.append(path)
+            if len(tried) <= 2:
+                raise OSError("No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_at_first)
+    train(
+        network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE,
+        validation=Validation(lambda module: next(distances), every=2, patience=2),
+    )  # fmt: skip
+    assert len(tried) == 3, "the best one that was kept is of the third validation"
+    assert next(distances) == 2.0, "two more validations brought nothing"
 
 
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:

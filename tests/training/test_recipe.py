@@ -22,6 +22,8 @@ def test_shipped_recipes_load(path: Path) -> None:
     ("change", "to", "named"),
     [
         ("seed = 0", "sede = 0", "sede"),
+        ("warmup = 50", "warmup = 1500", "does not end within 1500"),
+        ("steps = 4, updates = 300", "steps = 4, validate_every = 301, updates = 300", "never happens within 300"),
         ("steps = 4, updates", "steps = 5, updates", "each round halves"),
         ("start = 16", "start = 24", "each round halves"),
         ("guidance = [0.0, 4.0]", "guidance = [4.0, 0.0]", "guidance"),

@@ -227,17 +227,74 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 def test_classes_are_found_by_name_or_by_order(folders: dict[str, Path], tmp_path: Path) -> None:
     teacher = TeacherPipeline.open(str(folders["dit"]))
     assert teacher.null_label(None) == pipelines.CLASSES
-    assert teacher.labels(["cat", "dog"]).tolist() == [0, 1]
-    with pytest.raises(TeacherError, match="5 classes"):
-        teacher.labels([str(k) for k in range(6)])
+    assert teacher.labels(["ant", "cat", "dog"]).tolist() == [0, 1, 2]
+    assert teacher.labels(["0", "2"]).tolist() == [0, 2]
+    with pytest.raises(TeacherError, match="has 4 classes, the images have 2: name the classes"):
+        teacher.labels(["cat", "dog"])
+    with pytest.raises(TeacherError, match="no class '4'"):
+        teacher.labels(["0", "4"])
     with pytest.raises(TeacherError, match="9 is none of them"):
         teacher.null_label(9)
     named = pipelines.dit(tmp_path / "named")
-    changed(named, "model_index.json", id2label={"0": "tench, Tinca", "3": "dog"})
+    changed(named, "model_index.json", id2label={"0": "tench, Tinca", "1": "crane, bird", "2": "crane"})
     teacher = TeacherPipeline.open(str(named))
-    assert teacher.labels(["dog", "Tinca"]).tolist() == [3, 0]
+    assert teacher.labels(["crane, bird", "Tinca", "2"]).tolist() == [1, 0, 2]
+    with pytest.raises(TeacherError, match="'crane' may be any of the classes 1, 2"):
+        teacher.labels(["crane"])
     with pytest.raises(TeacherError, match="no class 'cat'"):
         teacher.labels(["cat"])
+
+
+def test_classes_that_are_named_by_numbers_are_not_taken_in_the_order_of_words(tmp_path: Path) -> None:
+    teacher = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "unet", classes=13)))
+    names = sorted(str(number) for number in range(12))
+    assert teacher.labels(names).tolist() == [int(name) for name in names]
+
+
+def test_an_autoencoder_that_is_not_the_networks_is_refused(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    changed(folder, "vae/config.json", latent_channels=8)
+    with pytest.raises(TeacherError, match="autoencoder has 8 channels, its network 4"):
+        TeacherPipeline.open(str(folder))
+    quantised = pipelines.class_unet(tmp_path / "ldm")
+    changed(quantised, "model_index.json", vqvae=["diffusers", "VQModel"])
+    with pytest.raises(TeacherError, match="its autoencoder is a vqvae"):
+        TeacherPipeline.open(str(quantised))
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("model_index.json", {"id2label": ["cat", "dog"]}),
+        ("transformer/config.json", {"sample_size": None}),
+        ("transformer/config.json", {"patch_size": None}),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_when_it_is_opened(
+    tmp_path: Path, file: str, values: dict[str, Any]
+) -> None:
+    folder = pipelines.dit(tmp_path / "dit")
+    changed(folder, file, **values)
+    with pytest.raises(TeacherError, match="a setting is missing or of a wrong type"):
+        TeacherPipeline.open(str(folder))
+
+
+def test_a_second_network_that_is_called_otherwise_is_refused(folders: dict[str, Path]) -> None:
+    first = TeacherPipeline.open(str(folders["sd1"]))
+    first.check_pair(TeacherPipeline.open(str(folders["sd2"])))
+    for name, says in (("inpainting", "in_channels 4, and 9"), ("sdxl", "cross_attention_dim"), ("dit", "prompts")):
+        with pytest.raises(TeacherError, match=says):
+            first.check_pair(TeacherPipeline.open(str(folders[name])))
+
+
+def test_what_a_teacher_predicts_by_is_its_identity(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion(tmp_path / "sd")
+    first = TeacherPipeline.open(str(folder)).identity
+    assert TeacherPipeline.open(str(folder)).identity == first
+    changed(folder, "vae/config.json", scaling_factor=0.5)
+    second = TeacherPipeline.open(str(folder)).identity
+    changed(folder, SCHEDULER, prediction_type="v_prediction")
+    assert len({first, second, TeacherPipeline.open(str(folder)).identity}) == 3
 
 
 @pytest.mark.parametrize(("name", "side", "says"), [("sd1", 33, "multiple of 4"), ("dit", 64, "side 32, not 64")])

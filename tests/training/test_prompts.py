@@ -1,0 +1,50 @@
+"""Captions that are encoded: once, and whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.prompts import TextGraph, encode_captions
+
+
+class Lengths:
+    """A PromptEncoder that says how long captions are, until its disk is full."""
+
+    def __init__(self) -> None:
+        self.identity, self.null = "lengths", {"context": torch.zeros(1)}
+        self.calls, self.full = 0, True
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.full and self.calls > 1:
+            raise OSError("No space left on device")
+        return {"context": torch.tensor([[float(len(caption))] for caption in captions])}
+
+    def too_long(self, captions: Sequence[str]) -> int:
+        return 0
+
+    def release(self) -> None:
+        pass
+
+    def text_graph(self) -> TextGraph:
+        raise ValueError("it has none")
+
+
+def test_captions_are_encoded_once_and_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    encoder, captions = Lengths(), ["a" * (k % 7) for k in range(200)]
+    for _ in range(2):
+        encoder.calls = 0
+        with pytest.raises(OSError, match="No space"):
+            encode_captions(encoder, captions, tmp_path)
+    assert not list(tmp_path.iterdir())
+    encoder.full = False
+    arrays = encode_captions(encoder, captions, tmp_path)
+    assert arrays["context"].flatten().tolist() == [len(caption) for caption in captions]
+    calls = encoder.calls
+    encode_captions(encoder, captions, tmp_path)
+    assert encoder.calls == calls

@@ -1,0 +1,84 @@
+"""The text encoders of Stable Diffusion pipelines, as prompt encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.guidance import Condition
+from training.prompts import TextGraph
+
+
+class PipelinePrompts:
+    """The text encoders of a Stable Diffusion pipeline as a PromptEncoder, by the pipeline's own `encode_prompt`.
+
+    `context` (N, L, D), and `pooled` (N, P) for SDXL. Loaded when first used.
+    """
+
+    def __init__(self, identity: str, load: Callable[[], Any]) -> None:
+        """`load` gives the pipeline without its network."""
+        self.identity, self._load_pipeline = identity, load
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        return self._load_pipeline()
+
+    @cached_property
+    def null(self) -> Condition:
+        """What the pipeline itself guides away from."""
+        _, context, *more = self._encoded(["a"], null=True)
+        return {name: rows[0] for name, rows in _named([context, *more[1:]]).items()}
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Context, and pooled text, of captions."""
+        return _named(self._encoded(captions, null=False)[0::2])
+
+    def release(self) -> None:
+        """Let go of the encoders until they are needed again."""
+        self.__dict__.pop("_pipeline", None)
+
+    def too_long(self, captions: Sequence[str]) -> int:
+        """How many of the captions have more tokens than the encoder takes."""
+        tokenizer = self._pipeline.tokenizer or self._pipeline.tokenizer_2
+        return sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
+
+    def text_graph(self) -> TextGraph:
+        """The text encoder and its tokenizer. Raises ValueError for a pipeline of two encoders."""
+        pipeline = self._pipeline
+        if getattr(pipeline, "text_encoder_2", None) is not None:
+            raise ValueError("a bundle has one text encoder, this pipeline has two")
+        tokenizer = pipeline.tokenizer
+        module = _ContextGraph(pipeline.text_encoder.cpu(), tokenizer.pad_token_id)
+        backend = tokenizer.backend_tokenizer.to_str()
+        return TextGraph(module.eval(), backend, tokenizer.model_max_length, tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def _encoded(self, captions: Sequence[str], *, null: bool) -> Sequence[Tensor]:
+        """Context and its null, and for SDXL pooled text and its null."""
+        pipeline = self._pipeline
+        found: Sequence[Tensor] = pipeline.encode_prompt(
+            prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=null
+        )
+        return found
+
+
+def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {name: rows.float().cpu() for name, rows in zip(("context", "pooled"), arrays, strict=False)}
+
+
+class _ContextGraph(nn.Module):
+    """Context of (input_ids, attention_mask) as the pipeline makes it: padding is attended to, if by its own token."""
+
+    def __init__(self, encoder: nn.Module, pad_id: int) -> None:
+        super().__init__()
+        self.encoder, self.pad_id = encoder, pad_id
+        self.masks = bool(getattr(encoder.config, "use_attention_mask", False))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
+        context: Tensor = self.encoder(padded, attention_mask=attention_mask if self.masks else None)[0]
+        return context
