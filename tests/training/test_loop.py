@@ -115,7 +115,7 @@ def test_a_loss_that_jumps_is_skipped(tmp_path: Path) -> None:
 
 
 def test_more_skips_than_the_limit_stop_the_run_with_a_message(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="3 updates were skipped, the last one 9, .* learning_rate, in the recipe"):
+    with pytest.raises(TrainingError, match=r"3 updates were skipped, the last one 9, .* learning_rate, in the recipe"):
         train_with({2: math.nan, 5: math.nan, 8: math.nan}, tmp_path, skip_limit=2)
 
 
