@@ -49,7 +49,7 @@ def train_teacher(run: Run) -> None:
     if run.pipeline is not None:
         run.known("teacher", run.weights("teacher"))
     if run.recipe.autoencoder and not run.is_done("autoencoder"):
-        _train_autoencoder(run)
+        train_autoencoder(run)
     if not run.is_done("teacher"):
         _train_teacher(run)
     run.tidy("autoencoder", "teacher")
@@ -78,7 +78,8 @@ def _halve_all(run: Run, recipe: Stage2Recipe, name: Callable[[int], str]) -> No
         previous = stage
 
 
-def _train_autoencoder(run: Run) -> None:
+def train_autoencoder(run: Run) -> None:
+    """The autoencoder of the recipe, on the images of its folder."""
     recipe = run.recipe.autoencoder
     assert recipe is not None
     images = load_pixels(run.recipe.data, "train")

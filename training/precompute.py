@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,15 @@ from tqdm import tqdm
 
 from training import networks
 from training.commands import FOLDER, RECIPE, Reported, open_run
+from training.data.captioned import CaptionedImages
+from training.data.place import Place
 from training.data.shard_contents import DATA
+from training.data.shard_index import ShardIndex
 from training.data.shard_writer import TensorShardWriter
+from training.data.stream import ShardStream
 from training.data.streamed import open_stream
 from training.data.training_set import open_images, to_tensor
+from training.distill import train_autoencoder
 from training.loop import TrainingError
 from training.run import Run
 from training.store import hash_of
@@ -36,52 +42,74 @@ class Some:
     labels: NDArray[np.int64] | None = None
 
 
+@dataclass(frozen=True)
+class Images:
+    """The training images of a recipe: `parts` gives a few at a time, from one on."""
+
+    count: int
+    fingerprint: str
+    parts: Callable[[int], Iterator[Some]]
+    classes: tuple[str, ...] = ()
+
+
 def precompute(run: Run, address: str, per_shard: int) -> int:
     """Write x and the conditions of every training image of the run's recipe; returns how many there are.
 
-    Goes on where it was stopped. Raises StreamError for a place that holds other data, TrainingError for a recipe whose
-    images are tensors already.
+    An autoencoder that the recipe trains is trained first, unless it is there. Goes on where it was stopped. Raises
+    StreamError for a place that holds other data, TrainingError for a recipe whose images are tensors already.
     """
-    fingerprint, total, parts = _images(run)
+    images = _images(run)
+    if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
+        train_autoencoder(run)
+    made_with = run.made_with(images.classes)
     source = hash_of(
         {
-            "images": fingerprint,
+            "images": images.fingerprint,
             "size": run.recipe.data.size,
-            "autoencoder": run.weights("autoencoder") if run.is_latent else None,
-            "prompts": run.prompts.identity if run.prompts else None,
+            "autoencoder": made_with.autoencoder,
+            "prompts": made_with.prompts,
         }
     )
-    with TensorShardWriter(address, per_shard, source) as writer:
+    with TensorShardWriter(address, per_shard, source, made_with) as writer:
         first = writer.done
-        with tqdm(total=total, initial=first, desc="precomputing", unit="image", disable=None) as bar:
-            for sample in _encoded(run, parts(first)):
+        with tqdm(total=images.count, initial=first, desc="precomputing", unit="image", disable=None) as bar:
+            for sample in _encoded(run, images.parts(first)):
                 writer.write(sample)
                 bar.update()
         return writer.count
 
 
-def _images(run: Run) -> tuple[str, int, Callable[[int], Iterator[Some]]]:
-    """A hash of the images, how many they are, and what gives them a few at a time from an item on."""
+def _images(run: Run) -> Images:
+    """Raises TrainingError for a recipe that has none to precompute."""
     recipe = run.recipe.data
     if recipe.source == "stream":
-        stream = open_stream(recipe)
-        if stream.index.kind != "images":
-            raise TrainingError(f"{recipe.address} holds tensors already")
-
-        def streamed(first: int) -> Iterator[Some]:
-            for items in torch.arange(first, len(stream)).split(ROWS):
-                pixels = stream.parts(items)[DATA].float().div(127.5).sub(1)
-                yield Some(pixels, stream.texts(items))
-
-        return stream.fingerprint, len(stream), streamed
+        return _streamed(run, open_stream(recipe))
     if recipe.source == "digits":
         raise TrainingError("the digits fit in memory: there is nothing to precompute")
-    images = open_images(recipe, "train")
+    return _in_folder(run, open_images(recipe, "train"))
+
+
+def _streamed(run: Run, stream: ShardStream) -> Images:
+    address = run.recipe.data.address
+    if stream.index.kind != "images":
+        raise TrainingError(f"{address} holds tensors already")
+    if run.prompts is None:
+        raise TrainingError(f"{address}: shards of images have captions and no classes; precompute those of a folder")
+
+    def read(first: int) -> Iterator[Some]:
+        for rows in _rows(first, len(stream)):
+            items = torch.tensor(rows)
+            pixels = stream.parts(items)[DATA].float().div(127.5).sub(1)
+            yield Some(pixels, stream.texts(items))
+
+    return Images(len(stream), stream.fingerprint, read)
+
+
+def _in_folder(run: Run, images: CaptionedImages) -> Images:
     labels = images.labels if run.prompts is None else None
 
     def read(first: int) -> Iterator[Some]:
-        for start in range(first, len(images), ROWS):
-            rows = range(start, min(start + ROWS, len(images)))
+        for rows in _rows(first, len(images)):
             pixels = to_tensor(np.stack([images.image(i) for i in rows]))
             own = None if labels is None else labels[rows.start : rows.stop]
             yield Some(pixels, [images.texts(i) for i in rows], own)
@@ -90,7 +118,14 @@ def _images(run: Run) -> tuple[str, int, Callable[[int], Iterator[Some]]]:
     for i in tqdm(range(len(images)), desc="hashing", unit="image", leave=False, disable=None):
         pixels.update(images.image(i).tobytes())
     texts = [images.texts(i) for i in range(len(images))]
-    return hash_of({"pixels": pixels.hexdigest(), "texts": texts}), len(images), read
+    fingerprint = hash_of({"pixels": pixels.hexdigest(), "texts": texts})
+    return Images(len(images), fingerprint, read, images.classes if run.prompts is None else ())
+
+
+def _rows(first: int, count: int) -> Iterator[range]:
+    """The numbers from `first` to `count`, a few at a time; nothing where none is left."""
+    for start in range(first, count, ROWS):
+        yield range(start, min(start + ROWS, count))
 
 
 @torch.inference_mode()
@@ -125,8 +160,26 @@ def _conditions(run: Run, some: Some) -> Iterator[dict[str, NDArray[np.generic]]
 def command(recipe: Path, address: str, out: Path | None, data: Path | None, per_shard: int) -> None:
     """Write the latents and conditions of RECIPE's images as shards at ADDRESS, a folder or any fsspec address.
 
-    A recipe streams them with data = { source = "stream", address = ADDRESS, size = ... }. An autoencoder that the
-    recipe trains must be trained before. What was stopped goes on where it was.
+    An autoencoder that the recipe trains is trained first, unless the run's folder has it. What was stopped goes on
+    where it was. At the end the [data] section is printed with which another recipe streams the shards. That recipe
+    has no [autoencoder], and a run folder of its own: another name, or --out.
     """
-    count = precompute(open_run(recipe, out, data), address, per_shard)
-    click.echo(f"{address}: {count} items")
+    run = open_run(recipe, out, data)
+    count = precompute(run, address, per_shard)
+    click.echo(f"{address}: {count} items. The recipe that streams them has\n\n{section(run, address)}")
+
+
+def section(run: Run, address: str) -> str:
+    """The [data] section of a recipe that streams what a run precomputed, in TOML."""
+    made_with = ShardIndex.read(Place(address)).made_with
+    entries: dict[str, str | int | Sequence[str]] = {
+        "source": "stream",
+        "address": address,
+        "size": run.recipe.data.size,
+    }
+    if made_with is not None and made_with.classes:
+        entries["classes"] = made_with.classes
+    if run.is_latent and run.pipeline is None:
+        entries["autoencoder"] = str(run.folder / "autoencoder")
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in entries.items()]
+    return "\n".join(["[data]", *lines])

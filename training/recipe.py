@@ -63,7 +63,8 @@ class DataRecipe(Section):
     """Which images: an imagefolder (or shards) on disk, scikit-learn's digits, or shards that are streamed.
 
     A stream has an `address`, a folder or any that fsspec knows, and mixes `window` shards at a time; its `classes`
-    are named here, if it has any.
+    are named here, if it has any, and so is the folder of the `autoencoder` that makes its latents, if it was trained
+    in another run.
     """
 
     source: Literal["folder", "digits", "stream"] = "folder"
@@ -74,6 +75,7 @@ class DataRecipe(Section):
     groups: tuple[str, ...] = ()
     window: Positive = 2
     classes: tuple[str, ...] = ()
+    autoencoder: Path | None = None
 
     @model_validator(mode="after")
     def source_is_whole(self) -> Self:
@@ -83,8 +85,8 @@ class DataRecipe(Section):
         if self.source == "stream" and self.address is None:
             raise ValueError("source 'stream' needs an address")
         foreign = {
-            "folder": {"address", "window", "classes"},
-            "digits": {"address", "window", "classes", "path", "background", "groups"},
+            "folder": {"address", "window", "classes", "autoencoder"},
+            "digits": {"address", "window", "classes", "autoencoder", "path", "background", "groups"},
             "stream": {"path", "groups"},
         }
         if unfit := self.model_fields_set & foreign[self.source]:
@@ -118,6 +120,21 @@ class NetworkRecipe(Section):
     layers_per_block: Positive = 1
     attention_heads: Positive = Field(default=4, description="Of networks that attend to text.")
     norm_groups: Positive = 32
+
+    def check_side(self, side: int) -> None:
+        """Raise ValueError for a side, in pixels or of a latent, that the network cannot see."""
+        if side % self.patch:
+            raise ValueError(f"network: a side of {side} does not divide into patches of {self.patch}")
+        places, halvings = side // self.patch, len(self.channels) - 1
+        if places < 2**halvings:
+            raise ValueError(f"network: a side of {places} cannot be halved {halvings} times")
+
+
+def halved(name: str, side: int, halvings: int) -> int:
+    """The side of a latent. Raises ValueError, with the name of what halves, for one that does not come out whole."""
+    if side % 2**halvings:
+        raise ValueError(f"{name}: a side of {side} cannot be halved {halvings} times")
+    return side >> halvings
 
 
 class TeacherRecipe(Optimisation):
@@ -267,6 +284,8 @@ class Recipe(Section):
                 raise ValueError("a teacher that is trained here needs a network")
         elif unfit := self.model_fields_set & {"network", "autoencoder", "max_tokens"}:
             raise ValueError(f"a teacher from a checkpoint brings its own {', '.join(sorted(unfit))}")
+        elif self.data.autoencoder is not None:
+            raise ValueError("a teacher from a checkpoint brings its own autoencoder: data.autoencoder names another")
         return self
 
     @model_validator(mode="after")
@@ -275,7 +294,10 @@ class Recipe(Section):
         if self.data.source == "stream" and bool(self.data.classes) != (self.conditioning == "class"):
             raise ValueError("a stream names its classes if, and only if, they are the condition")
         if self.data.source == "stream" and self.autoencoder is not None:
-            raise ValueError("an autoencoder is trained on a folder of images: train it first, then precompute")
+            raise ValueError(
+                "an autoencoder is trained on a folder of images: precompute with that recipe, and name the folder of "
+                "its autoencoder as data.autoencoder here"
+            )
         if self.conditioning == "text":
             if self.data.source == "digits":
                 raise ValueError("the digits have no captions: conditioning must be 'class'")
@@ -294,16 +316,12 @@ class Recipe(Section):
         for name, part in (("autoencoder", self.autoencoder), ("network", self.network)):
             if part is None:
                 continue
-            if isinstance(part, NetworkRecipe):
-                if side % part.patch:
-                    raise ValueError(f"network: a side of {side} does not divide into patches of {part.patch}")
-                side //= part.patch
-            halvings = 2 ** (len(part.channels) - 1)
-            if side < halvings or (side % halvings and isinstance(part, AutoencoderRecipe)):
-                raise ValueError(f"{name}: a side of {side} cannot be halved {len(part.channels) - 1} times")
             if unfit := [c for c in part.channels if c % part.norm_groups]:
                 raise ValueError(f"{name}: {unfit[0]} channels do not divide into {part.norm_groups} norm_groups")
-            side //= halvings
+            if isinstance(part, NetworkRecipe):
+                part.check_side(side)
+            else:
+                side = halved(name, side, len(part.channels) - 1)
         return self
 
     @property
@@ -325,7 +343,7 @@ class Recipe(Section):
     def portable_json(self) -> str:
         """The recipe as JSON without where data and teacher lie, which may differ from machine to machine."""
         return self.model_dump_json(
-            exclude={"data": {"path", "address"}, "teacher": {"checkpoint", "unconditional", "variant"}}
+            exclude={"data": {"path", "address", "autoencoder"}, "teacher": {"checkpoint", "unconditional", "variant"}}
         )
 
     @classmethod

@@ -17,11 +17,14 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from training import networks
+from training.autoencoder import AUTOENCODER_WEIGHTS, latent_shape, take_autoencoder
 from training.checkpoints import Checkpoints
 from training.data.inpainting import InpaintingSet, all_masked
-from training.data.streamed import StreamedImages, StreamedTensors, open_stream
+from training.data.shard_index import MadeWith
+from training.data.streamed import StreamedImages, StreamedTensors, open_stream, require_fit
 from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
@@ -39,7 +42,8 @@ RECORD = "recipe.json"
 PIXELS_AT_ONCE = 1 << 20
 NETWORK = "unet"
 STUDENT = "student-"
-AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+AUTOENCODER = "autoencoder"
+UNCHECKED = "its index does not say which autoencoder, encoder of prompts and classes made it: they are unchecked"
 LEFT_OUT_OF_RECORD = frozenset({"export", "scale"})
 """What does not touch what was trained: what is exported, under which words, and how it fits its machines."""
 
@@ -61,7 +65,7 @@ class Run:
     pace: Pace = Pace()
 
     def __post_init__(self) -> None:
-        """Claim the folder for the recipe. Raises TrainingError if another recipe has it."""
+        """Claim the folder for the recipe. Raises TrainingError if another recipe, or autoencoder, has it."""
         _ = self.pipeline, self.unconditional  # a recipe that names an unfit one claims nothing
         for ladder in filter(None, (self.recipe.stage2, self.recipe.encoder)):
             if ladder.start > self.schedule.timesteps:
@@ -74,6 +78,9 @@ class Run:
                 f"{self.folder} was made with another recipe (it differs in: {', '.join(changed)}); "
                 "choose another folder, or edit its recipe.json if you mean to go on"
             )
+        if self.recipe.data.autoencoder is not None:
+            with self.accelerator.main_process_first():
+                take_autoencoder(self.recipe.data.autoencoder, self.folder / AUTOENCODER)
 
     def _recorded(self, name: str, ours: dict[str, Any]) -> dict[str, Any]:
         """What a record of the run says; at first, what we write into it. Raises TrainingError for a broken one."""
@@ -146,7 +153,7 @@ class Run:
         """Whether z is an autoencoder's latent."""
         if self.pipeline is not None:
             return self.pipeline.autoencoder_class is not None
-        return self.recipe.autoencoder is not None
+        return self.recipe.autoencoder is not None or self.recipe.data.autoencoder is not None
 
     @cached_property
     def prompts(self) -> PromptEncoder | None:
@@ -193,15 +200,23 @@ class Run:
                 )
             encode = partial(networks.encode, self.autoencoder()) if self.is_latent else lambda images: images
             return StreamedImages(stream, self.prompts, encode, self.shape, self.constants)
-        wanted = {"label"} if self.prompts is None else set(self.prompts.null)
-        if stream.shape != self.shape or set(stream.specs) - {"x"} != wanted:
-            found = ", ".join(f"{name} {spec.shape}" for name, spec in stream.specs.items())
-            raise TrainingError(f"{recipe.address} holds {found}; x {self.shape} with {', '.join(wanted)} is needed")
+        condition = {"label": torch.tensor(0)} if self.prompts is None else self.prompts.null
+        require_fit(stream, self.shape, condition, self.made_with(recipe.classes))
+        if stream.index.made_with is None and self.accelerator.is_main_process:
+            tqdm.write(f"{recipe.address}: {UNCHECKED}")
         numbers = None
         if recipe.classes:
             count = torch.arange(len(recipe.classes))
             numbers = count if self.pipeline is None else self.pipeline.labels(recipe.classes)
         return StreamedTensors(stream, recipe.classes, numbers, self.constants)
+
+    def made_with(self, classes: tuple[str, ...]) -> MadeWith:
+        """What makes x and its condition of images. Raises TrainingError if the autoencoder is not trained yet."""
+        return MadeWith(
+            autoencoder=self.weights(AUTOENCODER) if self.is_latent else None,
+            prompts=self.prompts.identity if self.prompts else None,
+            classes=classes,
+        )
 
     def labels(self, labels: Tensor) -> Tensor:
         """The teacher's numbers for labels that count the classes of the data."""
@@ -218,6 +233,8 @@ class Run:
         elif self.recipe.autoencoder is not None:
             channels = self.recipe.autoencoder.latent_channels
             halvings = len(self.recipe.autoencoder.channels) - 1
+        elif self.recipe.data.autoencoder is not None:
+            return latent_shape(self.autoencoder(), self.recipe)
         return channels, side >> halvings, side >> halvings
 
     @cached_property
@@ -263,8 +280,8 @@ class Run:
             model = self.pipeline.autoencoder()
             assert model is not None
         else:
-            self._check_done("autoencoder")
-            model = AutoencoderKL.from_pretrained(self.folder / "autoencoder", local_files_only=True)
+            self._check_done(AUTOENCODER)
+            model = AutoencoderKL.from_pretrained(self.folder / AUTOENCODER, local_files_only=True)
         return model.to(self.device).eval().requires_grad_(False)
 
     def denoiser(self, stage: str) -> NetworkDenoiser:

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ import fewstep
 from tests import pipelines
 from tests.training.test_pipelines import recipe, write_squares
 from training.data.entries import DataError
+from training.data.place import StreamError
 from training.data.shard_order import ShardOrder
+from training.data.shard_writer import PROGRESS
 from training.distill import distill, student_stage
 from training.draws import Draws
 from training.evaluation_set import load_evaluation_set
@@ -66,11 +69,7 @@ def test_a_streamed_run_is_distilled_and_repeats_itself(in_memory: Run, tmp_path
 
 
 def test_images_are_encoded_as_they_are_streamed_and_learned_from(in_memory: Run, tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    write_shard(tmp_path / "shards" / "0.tar", in_memory)
-    indexed = CliRunner().invoke(fewstep.main, ["data", "index", str(tmp_path / "shards")])
-    assert indexed.exit_code == 0, indexed.output
-    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    run = image_stream(in_memory, tmp_path)
     items = torch.arange(4)
     batch = run.data.batch(items, Draws(0, 0, range(4)), DEVICE)
     theirs = in_memory.data.batch(items, Draws(0, 0, range(4)), DEVICE)
@@ -79,6 +78,15 @@ def test_images_are_encoded_as_they_are_streamed_and_learned_from(in_memory: Run
     assert precompute(run, str(tmp_path / "tensors"), per_shard=4) == 4
     distill(run)
     assert run.is_done(student_stage(1))
+
+
+def image_stream(run: Run, folder: Path) -> Run:
+    """A run that streams the images of another one, out of an indexed shard."""
+    (folder / "shards").mkdir()
+    write_shard(folder / "shards" / "0.tar", run)
+    indexed = CliRunner().invoke(fewstep.main, ["data", "index", str(folder / "shards")])
+    assert indexed.exit_code == 0, indexed.output
+    return streaming(run, folder / "run", str(folder / "shards"))
 
 
 def write_shard(path: Path, run: Run) -> None:
@@ -101,8 +109,55 @@ def test_tensors_of_another_shape_are_refused(in_memory: Run, tmp_path: Path) ->
     precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
     data = DataRecipe(source="stream", address=str(tmp_path / "shards"), size=2 * pipelines.SIZE)
     other = Run(in_memory.recipe.model_copy(update={"data": data}), tmp_path / "run", Accelerator(cpu=True))
-    with pytest.raises(TrainingError, match=r"x \(4, 32, 32\) with"):
+    with pytest.raises(StreamError, match=r"x \(4, 32, 32\) is needed"):
         _ = other.data
+
+
+def test_contexts_of_another_width_are_refused(in_memory: Run, tmp_path: Path) -> None:
+    """As those of Stable Diffusion 1 for Stable Diffusion 2."""
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    null = {name: value[..., : pipelines.WIDTH] for name, value in in_memory.null.items()}
+    run.__dict__["prompts"] = SimpleNamespace(null=null, identity="another")
+    with pytest.raises(StreamError, match=r"context \(12, 32\), .* context \(12, 16\), .* is needed"):
+        _ = run.data
+
+
+def test_contexts_of_another_encoder_of_the_same_width_are_refused(in_memory: Run, tmp_path: Path) -> None:
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    run.__dict__["prompts"] = SimpleNamespace(null=in_memory.null, identity="another")
+    with pytest.raises(StreamError, match="made with another encoder of prompts"):
+        _ = run.data
+
+
+def test_shards_of_images_have_no_classes_to_precompute(in_memory: Run, tmp_path: Path) -> None:
+    run = image_stream(in_memory, tmp_path)
+    run.__dict__["prompts"] = None
+    with pytest.raises(TrainingError, match="captions and no classes"):
+        precompute(run, str(tmp_path / "tensors"), per_shard=4)
+
+
+def test_streamed_images_are_encoded_in_full_precision(in_memory: Run, tmp_path: Path) -> None:
+    run = image_stream(in_memory, tmp_path)
+    items = torch.arange(4)
+    plain = run.data.batch(items, Draws(0, 0, range(4)), DEVICE)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run.data.batch(items, Draws(0, 0, range(4)), DEVICE)
+    assert torch.equal(mixed.x, plain.x)
+    assert torch.equal(mixed.condition["context"], plain.condition["context"])
+
+
+def test_precomputing_streamed_images_again_leaves_them_as_they_are(in_memory: Run, tmp_path: Path) -> None:
+    """Where all is there, and where the shards are and their index was not written."""
+    run = image_stream(in_memory, tmp_path)
+    assert precompute(run, str(tmp_path / "tensors"), per_shard=2) == 4
+    index = tmp_path / "tensors" / "index.json"
+    written = index.read_bytes()
+    assert precompute(run, str(tmp_path / "tensors"), per_shard=2) == 4
+    index.rename(tmp_path / "tensors" / PROGRESS)
+    assert precompute(run, str(tmp_path / "tensors"), per_shard=2) == 4
+    assert index.read_bytes() == written
 
 
 def test_tensors_are_not_precomputed_again(in_memory: Run, tmp_path: Path) -> None:

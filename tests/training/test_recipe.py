@@ -36,6 +36,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("norm_groups = 8", "norm_groups = 7", "norm_groups"),
         ("norm_groups = 8", "attention_heads = 2", "text conditioning only"),
         ('conditioning = "class"', 'conditioning = "text"', "no captions"),
+        ("size = 8", 'size = 8\nautoencoder = "runs/a/autoencoder"', "takes no autoencoder"),
         ("size = 8", 'size = 8\ngroups = ["face"]', "takes no groups"),
         ("learning_rate = 2e-3", "learning_rate = -1", "learning_rate"),
         ("learning_rate = 2e-3", "learning_rate = inf", "learning_rate"),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from training.data.entries import DataError, Entry, Record, Skipped
+from training.data.entries import IMAGE_SUFFIXES, DataError, Entry, Record, Skipped
 from training.data.folder import METADATA
 from training.data.imagefolder import read_imagefolder
 from training.data.pixels import Colour, composite, decode, fit_square
@@ -156,15 +156,20 @@ def splits_of(path: Path) -> dict[str, Path]:
     """Folder of each split of a set. Raises DataError when `path` is not a folder.
 
     Splits are folders with a usual name, or with metadata or shards in them. A folder that has metadata
-    or shards itself, or no such folder in it, is one split: "train".
+    or shards itself, or no such folder in it, is one split: "train". Beside the folder of a class, one that
+    looks like it is a class too, whatever its name.
     """
     if not path.is_dir():
         raise DataError(f"{path} is not a folder")
     if _is_split(path):
         return {"train": path}
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    splits = {folder.name: folder for folder in folders if folder.name in SPLITS or _is_split(folder)}
-    return splits or {"train": path}
+    splits = {folder.name: folder for folder in folders if _is_split(folder)}
+    usual = {folder.name: folder for folder in folders if folder.name in SPLITS}
+    others = [folder for folder in folders if folder.name not in {**splits, **usual}]
+    if any(map(_is_class, others)):
+        usual = {name: folder for name, folder in usual.items() if not _is_class(folder)}
+    return dict(sorted({**splits, **usual}.items())) or {"train": path}
 
 
 def split_folder(path: Path, split: str) -> Path:
@@ -177,6 +182,15 @@ def split_folder(path: Path, split: str) -> Path:
 
 def _is_split(folder: Path) -> bool:
     return (folder / METADATA).is_file() or bool(shard_paths(folder))
+
+
+def _is_class(folder: Path) -> bool:
+    """Whether images lie in a folder itself, without captions beside them."""
+    if folder.name.startswith("."):
+        return False
+    files = [file for file in folder.iterdir() if file.is_file()]
+    suffixes = {file.suffix.lower() for file in files}
+    return bool(suffixes & set(IMAGE_SUFFIXES)) and ".txt" not in suffixes
 
 
 def _fitted(entry: Entry, size: int) -> NDArray[np.uint8]:

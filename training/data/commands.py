@@ -73,7 +73,7 @@ def check(path: Path, strict: bool) -> None:
 
     PATH holds images with metadata.jsonl ({"file_name": ..., "text": ...}), with a caption file name.txt
     beside name.png, or in folders named after their class; or WebDataset shards; or folders train/ and
-    heldout/ of these.
+    heldout/ of these. A class may be called train, beside others.
     """
     from training.data.convert import check as check_set
 
@@ -93,12 +93,13 @@ def check(path: Path, strict: bool) -> None:
 @click.option("--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Images in a shard.")
 @OVERWRITE
 def shards(source: Path, out: Path, per_shard: int, overwrite: bool) -> None:
-    """Pack the set at SOURCE into WebDataset tar shards in the folder OUT."""
+    """Pack the set at SOURCE into WebDataset tar shards, each split in a folder of its name in the folder OUT."""
     from training.data.convert import write_shards
 
     with _told():
-        _print_reports(write_shards(source, out, per_shard, overwrite))
-    click.echo(f"wrote {out}")
+        reports = write_shards(source, out, per_shard, overwrite)
+    _print_reports(reports)
+    click.echo(f"wrote {', '.join(str(out / report.split) for report in reports)}")
 
 
 @data.command()

@@ -54,12 +54,12 @@ class InpaintingSet:
         """All is in memory."""
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
-        """The items (B,) on `device`, each with one of its captions, a mask and what it leaves."""
+        """The items (B,) on `device`, each with one of its captions, a mask and what it leaves, encoded in fp32."""
         batch = self.latents.batch(items, draws, device)
         mask = random_masks(draws, self.pixels.shape[-1]).to(device)
-        return Batch(
-            batch.x, {**batch.condition, **masked_condition(self.autoencoder, self.pixels[items].to(device), mask)}
-        )
+        with torch.autocast(device.type, enabled=False):
+            masked = masked_condition(self.autoencoder, self.pixels[items].to(device), mask)
+        return Batch(batch.x, {**batch.condition, **masked})
 
 
 def random_masks(draws: Draws, side: int) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tqdm import tqdm
 
 from engines.problems import problem_of
+from training.data.captioned import SPLITS
 from training.data.place import PAUSES_S, Place, StreamError, one_line, patiently
 from training.data.shard_contents import (
     DATA,
@@ -54,8 +55,25 @@ class IndexedShard(BaseModel):
             raise ValueError("its SHA-256 is not that of the index")
 
 
+class MadeWith(BaseModel):
+    """What precomputed items were made with.
+
+    A hash of the `autoencoder`, None where x are pixels; what names the encoder of `prompts`; or the `classes` that
+    labels count, in their order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    autoencoder: str | None = None
+    prompts: str | None = None
+    classes: tuple[str, ...] = ()
+
+
 class ShardIndex(BaseModel):
-    """A set of shards. `arrays` says what an item of tensors has; `source` is a hash of what it was computed from."""
+    """A set of shards. `arrays` says what an item of tensors has; `source` is a hash of what it was computed from.
+
+    `made_with` is None where it is not known: the shards are not of `fewstep precompute`, or older than the field.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,6 +81,7 @@ class ShardIndex(BaseModel):
     kind: Kind
     arrays: Mapping[str, ArraySpec] = {}
     source: str = ""
+    made_with: MadeWith | None = None
     shards: Annotated[tuple[IndexedShard, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -84,11 +103,11 @@ class ShardIndex(BaseModel):
     @property
     def fingerprint(self) -> str:
         """A hash of all that the index says, and so of all bytes of the set."""
-        return hash_of(self.model_dump(mode="json"))
+        return hash_of(self.model_dump(mode="json", exclude_none=True))
 
     def write(self, place: Place, name: str = INDEX) -> None:
         """Writes the index beside the shards. Raises StreamError."""
-        place.write(name, (self.model_dump_json(indent=1) + "\n").encode())
+        place.write(name, (self.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
     @classmethod
     def read(cls, place: Place, name: str = INDEX, pauses: Sequence[float] = PAUSES_S) -> ShardIndex:
@@ -107,15 +126,19 @@ class ShardIndex(BaseModel):
 def make_index(address: str, pauses: Sequence[float] = PAUSES_S) -> ShardIndex:
     """Reads every shard at an address once, and writes the index of all beside them, in the order of their names.
 
-    Raises StreamError, with the name, for a shard that is empty, broken or unlike the first, a sample that comes twice
-    or whose parts are unlike those of the others, and for an index.json there that is none.
+    An index of the same shards stays as it is, with what it says of their origin. Raises StreamError, with the name,
+    for a shard that is empty, broken or unlike the first, a sample that comes twice or whose parts are unlike those of
+    the others, and for an index.json there that is none.
     """
     place = Place(address)
     names = place.names(".tar")
     if not names:
-        raise StreamError(f"{address} holds no .tar shard")
+        splits = [f"{address.rstrip('/')}/{split}" for split in SPLITS]
+        lie = [split for split in splits if Place(split).names(".tar")]
+        raise StreamError(f"{address} holds no .tar shard" + (f"; index one of {', '.join(lie)}" if lie else ""))
+    before = None
     if place.size(INDEX) is not None:
-        ShardIndex.read(place, pauses=pauses)  # nothing else is overwritten
+        before = ShardIndex.read(place, pauses=pauses)  # nothing else is overwritten
     scan = _Scan()
     for name in tqdm(names, desc="indexing", unit="shard", disable=None):
         try:
@@ -123,6 +146,8 @@ def make_index(address: str, pauses: Sequence[float] = PAUSES_S) -> ShardIndex:
         except (OSError, ValueError) as error:
             raise StreamError(f"{address}/{name} cannot be indexed: {one_line(error)}") from error
     index = scan.index()
+    if before is not None and before.shards == index.shards:
+        return before
     index.write(place)
     return index
 

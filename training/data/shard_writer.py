@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from training.data.place import Place, StreamError
 from training.data.shard_contents import Arrays, ArraySpec, described, require_finite, specs_of
-from training.data.shard_index import INDEX, IndexedShard, ShardIndex
+from training.data.shard_index import INDEX, IndexedShard, MadeWith, ShardIndex
 from training.data.shards import add_file
 
 # The index as far as the shards go, while they are being written.
@@ -23,16 +23,17 @@ class TensorShardWriter:
 
     A writer that is opened where another was stopped goes on after the shards that are whole: the caller leaves out
     the first `done` samples. The same input gives the same bytes, stopped or not. `source`, a hash of what the samples
-    are computed from, keeps those of different sources apart.
+    are computed from, keeps those of different sources apart, as `made_with` does where the place has it.
     """
 
-    def __init__(self, address: str, per_shard: int, source: str = "") -> None:
+    def __init__(self, address: str, per_shard: int, source: str = "", made_with: MadeWith | None = None) -> None:
         """Opens the address. Raises StreamError when what is there was not begun with the same arguments."""
         if per_shard < 1:
             raise StreamError("a shard needs a sample at least")
         self.place = Place(address)
         self.per_shard = per_shard
         self.source = source
+        self.made_with = made_with
         self._arrays: dict[str, ArraySpec] | None = None
         self._shards: list[IndexedShard] = []
         self._complete = False
@@ -91,7 +92,13 @@ class TensorShardWriter:
     def _index(self) -> ShardIndex:
         if self._arrays is None:
             raise StreamError(f"no sample was written to {self.place.address}")
-        return ShardIndex(kind="tensors", arrays=self._arrays, source=self.source, shards=tuple(self._shards))
+        return ShardIndex(
+            kind="tensors",
+            arrays=self._arrays,
+            source=self.source,
+            made_with=self.made_with,
+            shards=tuple(self._shards),
+        )
 
     def _find(self) -> None:
         """Takes over the shards that are whole already."""
@@ -101,7 +108,8 @@ class TensorShardWriter:
                 raise StreamError(f"{self.place.address} holds shards that were not begun here; choose another place")
             return
         index = ShardIndex.read(self.place, indices[0])
-        if index.source != self.source or any(count != self.per_shard for count in index.counts[:-1]):
+        same = index.source == self.source and index.made_with in (None, self.made_with)
+        if not same or any(count != self.per_shard for count in index.counts[:-1]):
             raise StreamError(
                 f"{self.place.address} was begun from another source, or with another number of samples to a shard; "
                 "choose another place"

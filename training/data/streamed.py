@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from training.data.place import Place, StreamError
 from training.data.shard_contents import DATA, ImageFit
-from training.data.shard_index import ShardIndex
+from training.data.shard_index import MadeWith, ShardIndex
 from training.data.shard_order import ShardOrder
 from training.data.stream import ShardStream
 from training.draws import Draws
@@ -25,6 +26,31 @@ def open_stream(recipe: DataRecipe) -> ShardStream:
     assert recipe.address is not None
     of_images = ShardIndex.read(Place(recipe.address)).kind == "images"
     return ShardStream(recipe.address, recipe.window, ImageFit(recipe.size, recipe.background) if of_images else None)
+
+
+def require_fit(stream: ShardStream, shape: tuple[int, int, int], condition: Condition, made_with: MadeWith) -> None:
+    """Raise StreamError for tensors unlike what a run needs: x of a `shape`, and a `condition` like that of one row.
+
+    What the shards were made with is compared where their index says it.
+    """
+    address, told = stream.place.address, stream.index.made_with
+    found = {name: tuple(spec.shape) for name, spec in stream.specs.items()}
+    wanted = {DATA: shape, **{name: tuple(value.shape) for name, value in condition.items()}}
+    if found != wanted:
+        raise StreamError(f"{address} holds {_listed(found)}; {_listed(wanted)} is needed")
+    if told is None:
+        return
+    for label, (theirs, ours) in enumerate(zip_longest(told.classes, made_with.classes, fillvalue="no class")):
+        if theirs != ours:
+            raise StreamError(f"{address}: label {label} is {theirs} there, and {ours} in the recipe's classes")
+    if told.autoencoder != made_with.autoencoder:
+        raise StreamError(f"{address} was made with another autoencoder than this run has; precompute again")
+    if told.prompts != made_with.prompts:
+        raise StreamError(f"{address} was made with another encoder of prompts than this run has; precompute again")
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
 
 
 @dataclass(frozen=True)
@@ -103,11 +129,11 @@ class StreamedImages:
         self.stream.prefetch(items)
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
-        """The items (B,) on `device`, encoded now, each with one of its captions."""
+        """The items (B,) on `device`, encoded now, in fp32 like those in memory, each with one of its captions."""
         texts, choices = self.stream.texts(items), draws.uniform().tolist()
         chosen = [own[int(choice * len(own))] for own, choice in zip(texts, choices, strict=True)]
         images = self.stream.parts(items)[DATA].to(device).float().div(127.5).sub(1)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             x = self.to_x(images)
-        context = {name: value.to(device) for name, value in self.prompts.encode(chosen).items()}
+            context = {name: value.to(device) for name, value in self.prompts.encode(chosen).items()}
         return Batch(x, {**context, **{name: of_rows(value, x) for name, value in self.constants.items()}})

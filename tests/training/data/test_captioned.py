@@ -234,6 +234,22 @@ def test_splits(tmp_path: Path) -> None:
         CaptionedImages.open(tmp_path, split="test")
 
 
+def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
+    for name in ("bus", "car", "train"):
+        picture(tmp_path / name / "1.png")
+    assert splits_of(tmp_path) == {"train": tmp_path}
+    assert CaptionedImages.open(tmp_path).classes == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize("inside", ["train/dog/1.png", "train/1.png"])
+def test_a_split_beside_a_folder_of_other_images_stays_one(tmp_path: Path, inside: str) -> None:
+    """Its classes, or the captions of its images, tell it from a class."""
+    picture(tmp_path / inside)
+    picture(tmp_path / "drafts/1.png")
+    (tmp_path / "train/1.txt").write_text("a dog")
+    assert splits_of(tmp_path) == {"train": tmp_path / "train"}
+
+
 def test_padding_and_transparency_show_the_background(tmp_path: Path) -> None:
     picture(tmp_path / "a/wide.png", (16, 8))
     picture(tmp_path / "a/x_clear.png", (8, 8), "RGBA", (0, 0, 0, 0))

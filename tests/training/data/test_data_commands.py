@@ -46,6 +46,7 @@ def test_shards_then_check(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(data, ["shards", str(folder), str(tmp_path / "out"), "--per-shard", "1"])
     assert result.exit_code == 0, result.output
     assert "dog/2.png: not an image" in result.output
+    assert result.output.endswith(f"wrote {tmp_path}/out/train\n")
     assert len(list((tmp_path / "out/train").glob("*.tar"))) == 2
     assert "train: 2 images" in CliRunner().invoke(data, ["check", str(tmp_path / "out")]).output
     again = CliRunner().invoke(data, ["shards", str(folder), str(tmp_path / "out")])

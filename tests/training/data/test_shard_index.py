@@ -19,6 +19,7 @@ from PIL import Image
 from training.data.commands import data
 from training.data.place import Place, StreamError
 from training.data.shard_index import ShardIndex, make_index
+from training.store import hash_of
 
 
 def npy(array: Any) -> bytes:
@@ -92,6 +93,22 @@ def test_shards_that_the_data_command_packed_can_be_indexed(tmp_path: Path) -> N
     CliRunner().invoke(data, ["shards", str(tmp_path / "set"), str(tmp_path / "out"), "--per-shard", "2"])
     result = CliRunner().invoke(data, ["index", str(tmp_path / "out/train")])
     assert result.output.endswith("3 samples in 2 shards: captioned images\n")
+
+
+def test_the_folders_of_splits_are_named_where_the_shards_lie_in_them(tmp_path: Path) -> None:
+    for split in ("train", "heldout"):
+        (tmp_path / split).mkdir()
+        shard(tmp_path / split / "0.tar", PICTURE)
+    with pytest.raises(StreamError, match=rf"no \.tar shard; index one of {tmp_path}/train, {tmp_path}/heldout$"):
+        make_index(str(tmp_path))
+
+
+def test_an_index_from_before_the_origin_was_noted_has_the_same_fingerprint(tmp_path: Path) -> None:
+    """A run that was begun with it goes on."""
+    shard(tmp_path / "1.tar", FIRST)
+    made = make_index(str(tmp_path))
+    assert made.fingerprint == hash_of(json.loads((tmp_path / "index.json").read_text()))
+    assert "made_with" not in (tmp_path / "index.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from webdataset import tariterators
 
 from training.data.place import StreamError
-from training.data.shard_index import ShardIndex, make_index
+from training.data.shard_index import MadeWith, ShardIndex, make_index
 from training.data.shard_writer import PROGRESS, TensorShardWriter
 
 
@@ -69,8 +69,25 @@ def test_the_webdataset_library_reads_the_shards(tmp_path: Path) -> None:
 def test_the_index_at_the_end_is_the_one_that_reading_every_shard_gives(tmp_path: Path) -> None:
     write(str(tmp_path), 7)
     written = (tmp_path / "index.json").read_bytes()
+    (tmp_path / "index.json").unlink()
     assert make_index(str(tmp_path)).counts == [3, 3, 1]
     assert (tmp_path / "index.json").read_bytes() == written
+
+
+def test_what_shards_were_made_with_is_in_their_index_and_stays_when_they_are_indexed_again(tmp_path: Path) -> None:
+    made_with = MadeWith(classes=("cat", "dog"))
+    with TensorShardWriter(str(tmp_path), 2, "a source", made_with) as writer:
+        writer.write(sample(0))
+    index = ShardIndex.read(writer.place)
+    assert index.made_with == made_with
+    assert make_index(str(tmp_path)) == index == ShardIndex.read(writer.place)
+
+
+def test_what_was_begun_with_other_classes_is_not_gone_on_with(tmp_path: Path) -> None:
+    with TensorShardWriter(str(tmp_path), 2, made_with=MadeWith(classes=("cat", "dog"))) as writer:
+        writer.write(sample(0))
+    with pytest.raises(StreamError, match="another source"):
+        TensorShardWriter(str(tmp_path), 2, made_with=MadeWith(classes=("cat", "cow")))
 
 
 def test_the_same_input_gives_the_same_bytes_on_disk_and_in_memory(tmp_path: Path, memory: str) -> None:
