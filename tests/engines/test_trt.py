@@ -15,6 +15,7 @@ import pytest
 
 from engines.backends import open_engine, trt
 from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
+from engines.backends.cuda import Captured
 from engines.backends.standin import StandIn
 from engines.backends.trt import TrtEngine
 from engines.backends.trt_library import Library
@@ -29,13 +30,24 @@ PROFILE = Profile((1, 4))
 class MadeUpCuda:
     """A device whose memory is the host's, and whose stream does at once what it is given."""
 
-    target, stream = "sm89", 7
+    target = "sm89"
+    STREAM = 7
 
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}
         self.uploads = 0
         self.captured = 0
+        self.open = 0
+        """Streams and captured launches that were not given back."""
         self.limit = 1 << 40
+
+    @property
+    def stream(self) -> int:
+        self.open = self.open or 1
+        return self.STREAM
+
+    def close(self) -> None:
+        self.open -= 1
 
     def allocate(self, size: int) -> int:
         if size > self.limit:
@@ -60,9 +72,10 @@ class MadeUpCuda:
     def synchronize(self) -> None:
         pass
 
-    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launch: Callable[[], None]) -> Captured:
         self.captured += 1
-        return launch
+        self.open += 1
+        return Captured(launch, self.close)
 
 
 class MadeUpContext:
@@ -72,7 +85,7 @@ class MadeUpContext:
         self.session, self.shapes, self.addresses = session, dict[str, Any](), dict[str, int]()
 
     def set_optimization_profile_async(self, place: int, stream: int) -> None:
-        assert stream == MadeUpCuda.stream
+        assert stream == MadeUpCuda.STREAM
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
         self.shapes[name] = shape
@@ -171,7 +184,9 @@ def test_memory_is_given_back(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
     with opened(graph_of(text_bundle, "step"), cuda) as engine:
         engine.warmup((1, 4))
         assert cuda.memory
+        assert cuda.open == 3
     assert not cuda.memory
+    assert cuda.open == 0
     with pytest.raises(EngineError, match="closed"):
         engine.run(random_inputs(engine, 1))
 
