@@ -13,6 +13,7 @@ import numpy as np
 
 from engines.backends import open_engines
 from engines.backends.base import BATCH_SIZES, Engine, EngineError, EngineOptions
+from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
@@ -134,6 +135,11 @@ class Pipeline:
     def max_rows(self) -> int:
         """Rows of the largest batch that is warmed up."""
         return self.batch_sizes[-1]
+
+    def wait_until_built(self) -> None:
+        """Wait for graphs that are compiled while others answer for them. Raises EngineError where one cannot be."""
+        for engine in self._engines.values():
+            wait_until_built(engine)
 
     def warmup(self) -> dict[str, dict[int, float]]:
         """Run every graph at every batch size; return seconds of a tick by step graph and rows.

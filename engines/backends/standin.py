@@ -24,7 +24,7 @@ class StandIn:
 
     def __init__(self, stand_in: Engine, make: Callable[[], Engine], name: str) -> None:
         """Begin to make the engine in the background, after those that are being made already."""
-        self._engine, self._make, self._name = stand_in, make, name
+        self._engine, self._make, self.name = stand_in, make, name
         self._closed = False
         self._lock = Lock()
         self.failure: Exception | None = None
@@ -77,13 +77,13 @@ class StandIn:
                 made = self._make()
             except Exception as error:  # whatever it is, the stand-in goes on
                 self.failure = error
-                _log.warning("%s could not be built and stays on its stand-in: %s", self._name, error)
+                _log.warning("%s could not be built and stays on its stand-in: %s", self.name, error)
                 return
         with self._lock:
             unwanted = made if self._closed else self._engine
             if not self._closed:
                 self._engine = made
-                _log.info("%s is built and has taken over", self._name)
+                _log.info("%s is built and has taken over", self.name)
         unwanted.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
@@ -107,4 +107,4 @@ def wait_until_built(engine: Engine) -> None:
     if isinstance(engine, StandIn):
         engine.wait()
         if engine.failure is not None:
-            raise EngineError(f"it could not be built: {engine.failure}") from engine.failure
+            raise EngineError(f"{engine.name} could not be built: {engine.failure}") from engine.failure
