@@ -30,7 +30,7 @@ from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
 from engines.backends.trt_library import Library, build_plan, error_logger, find_library
 from engines.compile import prepare
-from engines.plans import PlanCache, PlanError, PlanKey, Profile
+from engines.plans import PlanCache, PlanKey, Profile
 
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 
@@ -43,21 +43,20 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     library, cuda = find_library(), Cuda()
     cache = PlanCache(options.plans)
     key = PlanKey(graph.sha256, library.name, cuda.target, options.precision, options.profile)
-    try:
-        plan = cache.load(key)
-    except PlanError:
-        plan = None  # it is built anew
-    if plan is not None:
-        return TrtEngine(graph, plan, library, cuda, options.profile)
+    if (found := cache.find(key)) is not None:
+        plan, profile = found
+        return TrtEngine(graph, plan, library, cuda, profile)
 
     def build() -> Engine:
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
             made = build_plan(library, prepared, options.profile, target)
-        cache.save(key, made)
-        engine = TrtEngine(graph, made, library, cuda, options.profile)
-        engine.warmup(options.profile.batch_sizes)
+        with ExitStack() as closing:
+            engine = closing.enter_context(TrtEngine(graph, made, library, cuda, options.profile))
+            engine.warmup(options.profile.batch_sizes)
+            cache.keep(key, made)
+            closing.pop_all()
         return engine
 
     return StandIn(OrtEngine(graph, replace(options, precision="fp32")), build, graph.path.name)

@@ -68,5 +68,8 @@ def test_waiting_for_what_cannot_be_built_is_an_error(text_bundle: Bundle) -> No
 
     plain = FakeEngine(graph_of(text_bundle, "step"), EngineOptions())
     wait_until_built(plain)
-    with StandIn(plain, fail, "step") as engine, pytest.raises(EngineError, match="step could not be built: there is no compiler"):
+    with (
+        StandIn(plain, fail, "step") as engine,
+        pytest.raises(EngineError, match="step could not be built: there is no compiler"),
+    ):
         wait_until_built(engine)

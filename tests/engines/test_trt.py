@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from engines.backends.trt import TrtEngine
 from engines.backends.trt_library import Library
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Pipeline
-from engines.plans import PlanCache, PlanKey, Profile
+from engines.plans import PlanCache, PlanError, PlanKey, Profile
 from tests.engines.test_engine_contract import graph_of, random_inputs
 
 PROFILE = Profile((1, 4))
@@ -278,3 +279,49 @@ def test_a_plan_that_cannot_be_built_leaves_the_stand_in(
         assert str(engine.failure) == "it cannot be built"
         engine.run(random_inputs(engine, 2))
     assert "stays on its stand-in: it cannot be built" in caplog.text
+
+
+def test_a_plan_that_cannot_be_kept_is_used_all_the_same(text_bundle: Bundle, made_up: EngineOptions) -> None:
+    assert made_up.plans is not None
+    plans = made_up.plans / "plans"
+    plans.write_text("a file where the folder should be")
+    with open_engine("trt", graph_of(text_bundle, "step"), replace(made_up, plans=plans)) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
+
+
+@pytest.mark.parametrize("built", [Profile((1, 2, 4, 8)), Profile((4,), dynamic=True)])
+def test_a_plan_of_a_wider_profile_is_used_with_that_profile(
+    text_bundle: Bundle, made_up: EngineOptions, reference: Engine, built: Profile
+) -> None:
+    graph = graph_of(text_bundle, "step")
+    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", built)
+    PlanCache(made_up.plans).save(key, graph.path.read_bytes())
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, TrtEngine)
+        for batch in (1, 3):
+            inputs = random_inputs(engine, batch)
+            np.testing.assert_allclose(engine.run(inputs)["z_next"], reference.run(inputs)["z_next"], atol=1e-5)
+
+
+def test_an_engine_that_does_not_get_warm_gives_all_back(
+    text_bundle: Bundle, made_up: EngineOptions, cuda: MadeUpCuda
+) -> None:
+    cuda.limit = 1000
+    with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.failure, DeviceMemoryError)
+    assert (cuda.open, cuda.memory) == (0, {})
+
+
+def test_without_a_folder_for_plans_the_backend_does_not_open(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Path:
+        raise PlanError("there is no folder to keep plans in")
+
+    monkeypatch.setattr("engines.plans.plans_folder", none)
+    with pytest.raises(EngineError, match="backend 'trt': there is no folder"):
+        open_engine("trt", graph_of(text_bundle, "step"), replace(made_up, plans=None))
