@@ -14,6 +14,7 @@ from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_prob
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
+from engines.plans import PRECISIONS, Precision
 from engines.provenance import describe_image
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -37,7 +38,15 @@ def _image_format(out: Path) -> ImageFormat:
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Image i of N takes SEED + i; random by default.")
 @click.option("--n", "count", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of images.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("image.png"), show_default=True)
-@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default="ort", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice([AUTO, *BACKENDS]),
+    default="ort",
+    show_default=True,
+    help="One that compiles is waited for; auto answers with what is there.",
+)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="0 (default): every core it may use.")
 def generate(
     bundle: str,
@@ -49,6 +58,8 @@ def generate(
     count: int,
     out: Path,
     backend: str,
+    precision: Precision,
+    plans: Path | None,
     threads: int,
 ) -> None:
     """Make N images of PROMPT (a class name, for class bundles) with BUNDLE: a folder, or "shipped".
@@ -58,7 +69,9 @@ def generate(
     image_format = _image_format(out)
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
-        with Pipeline.open(find_bundle(bundle), backend=backend, threads=threads) as pipeline:
+        with Pipeline.open(find_bundle(bundle), backend, threads, precision=precision, plans=plans) as pipeline:
+            if backend != AUTO:
+                pipeline.wait_until_built()
             manifest = pipeline.manifest
             w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
             if steps is None:
