@@ -100,7 +100,9 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
         from engines.precision import cast, emulate
         from engines.weights import Writer
     except ImportError as error:
-        raise EngineError(f"casting a graph to {precision} needs the package onnx ({error}): pip install onnx") from error
+        raise EngineError(
+            f"casting a graph to {precision} needs the package onnx ({error}): pip install onnx"
+        ) from error
 
     model = onnx.load(unpacked, load_external_data=False)
     emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))

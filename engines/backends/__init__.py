@@ -40,7 +40,8 @@ class Opened:
 def open_engine(backend: str, graph: GraphSpec, options: EngineOptions = EngineOptions()) -> Engine:
     """Open ``graph`` on ``backend``.
 
-    Raises EngineError for an unknown backend, a missing library, no folder for plans, or a graph that differs from its specs.
+    Raises EngineError for an unknown backend, a missing library, no folder for plans, or a graph that differs from its
+    specs.
     """
     if backend not in BACKENDS:
         raise EngineError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")

@@ -113,7 +113,7 @@ def test_without_a_home_it_says_what_to_name(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("FEWSTEP_PLANS", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(PlanError, match="no folder to keep plans in .*: name one in FEWSTEP_PLANS"):
+    with pytest.raises(PlanError, match=r"no folder to keep plans in .*: name one in FEWSTEP_PLANS"):
         plans_folder()
 
 
