@@ -26,6 +26,7 @@ from engines.operations import count_operations
 from engines.pipeline import Generate, Pipeline
 from engines.plans import Precision, Profile
 
+PROMPTS = ("a red apple", "a smiling face", "a dog", "the sun")
 _WARM_RUNS = 2
 _ON_DEVICE = ("trt", "ort-tensorrt", "ort-cuda")
 _PRODUCTS = 8
@@ -82,12 +83,15 @@ class Bench:
         batch_sizes: Sequence[int],
         options: EngineOptions,
         skip: bool = False,
+        prompts: Sequence[str] = (),
     ) -> None:
         """Open them. Raises EngineError for a backend that does not open the bundle, naming it.
 
-        With ``skip`` such a backend is left out, and `left_out` says why; at least one must open.
+        Images are of ``prompts`` in turn; where there are none, of every class, or of `PROMPTS`. With ``skip`` such a
+        backend is left out, and `left_out` says why; at least one must open.
         """
         self.bundle, self.batch_sizes, self.options = bundle, tuple(batch_sizes), options
+        self.prompts = tuple(prompts) or bundle.manifest.classes or PROMPTS
         self._closing = ExitStack()
         self.pipelines: dict[Contender, Pipeline] = {}
         self.left_out: dict[Contender, str] = {}
@@ -111,7 +115,10 @@ class Bench:
         self._closing.close()
 
     def speeds(self, steps: int, rounds: int) -> list[Speed]:
-        """Time whole images of the student of so many steps. In every round all contenders have their turn."""
+        """Time whole images of the student of so many steps. In every round all contenders have their turn.
+
+        Raises TaskError for a prompt that the bundle does not take.
+        """
         speeds = []
         for batch in self.batch_sizes:
             tasks, operations = self._tasks(steps, batch), self._operations(steps, batch)
@@ -150,10 +157,8 @@ class Bench:
         return parities
 
     def _tasks(self, steps: int, batch: int) -> list[Generate]:
-        manifest = self.bundle.manifest
-        conditions = manifest.classes or ("a red apple", "a smiling face", "a dog", "the sun")
-        w = manifest.guidance.default
-        return [Generate(conditions[seed % len(conditions)], steps, w, seed) for seed in range(batch)]
+        w = self.bundle.manifest.guidance.default
+        return [Generate(self.prompts[seed % len(self.prompts)], steps, w, seed) for seed in range(batch)]
 
     def _operations(self, steps: int, batch: int) -> int:
         """Of a batch of whole images: the step graph at every step, and the text and decode graphs once."""

@@ -13,7 +13,7 @@ from engines.backends.base import EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, Sampler
-from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
+from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
 from engines.plans import PRECISIONS, Precision
 from engines.provenance import describe_image
 
@@ -99,12 +99,13 @@ def generate(
 def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
 
-    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have.
+    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have; the tokenizer
+    is opened. Torch programs, which are code, are held to their hashes only.
     """
     try:
         path = find_bundle(bundle)
         manifest = read_manifest(path)
-        problems = find_problems(path, manifest) or _graph_problems(Bundle(path, manifest))
+        problems = find_problems(path, manifest) or _opening_problems(Bundle(path, manifest))
     except (BundleError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -114,15 +115,20 @@ def inspect(bundle: str, as_json: bool) -> None:
         for line in _report(path, manifest):
             click.echo(line)
         click.echo(
-            "\n".join(f"  DIFFERS  {problem}" for problem in problems) or "  files and graphs are as the manifest says"
+            "\n".join(f"  DIFFERS  {problem}" for problem in problems)
+            or "  files, graphs and tokenizer are as the manifest says"
         )
     if problems:
         raise SystemExit(1)
 
 
-def _graph_problems(bundle: Bundle) -> list[str]:
-    """What is wrong with graphs whose files are whole."""
+def _opening_problems(bundle: Bundle) -> list[str]:
+    """What is wrong with the graphs and the tokenizer of a bundle whose files are whole."""
     problems = []
+    try:
+        open_tokenizer(bundle)
+    except BundleError as error:
+        problems.append(str(error))
     for graph in bundle.graphs().values():
         try:
             with open_engine("ort", graph, EngineOptions(threads=1)):
@@ -158,6 +164,8 @@ def _report(path: Path, manifest: Manifest) -> list[str]:
     lines.append(f"  licence {manifest.licence}; made from:")
     lines += [f"    {work.name} ({work.licence}) {work.source}" for work in manifest.attributions]
     total = sum(record.size_bytes for record in manifest.files.values())
-    lines.append(f"  files, {total / 1e6:.1f} MB:")
-    lines += [f"    {record.size_bytes:>11,}  {name}" for name, record in sorted(manifest.files.items())]
+    lines.append(f"  files, {total / 1e6:.1f} MB, with the first digits of their SHA-256:")
+    lines += [
+        f"    {record.size_bytes:>11,}  {record.sha256[:12]}  {name}" for name, record in sorted(manifest.files.items())
+    ]
     return lines

@@ -56,6 +56,7 @@ __all__ = [
     "kept_steps",
     "lowest_strength",
     "noise_of",
+    "open_tokenizer",
     "ticks",
 ]
 
@@ -79,7 +80,7 @@ class Pipeline:
         self.seconds: dict[str, dict[int, float]] = {}
         self._inputs = TickInputs()
         self._conditions = ConditionCache()
-        self._tokenizer = _open_tokenizer(bundle)
+        self._tokenizer = open_tokenizer(bundle)
 
     @classmethod
     def open(
@@ -291,7 +292,8 @@ def _paste(task: Task, image: Pixels) -> Pixels:
     return np.where(task.repaint[..., None], image, task.image)
 
 
-def _open_tokenizer(bundle: Bundle) -> Tokenizer | None:
+def open_tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """The tokenizer of a bundle that takes prompts. Raises BundleError for a file that is none."""
     text = bundle.manifest.text
     if text is None:
         return None

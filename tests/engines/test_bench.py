@@ -60,6 +60,13 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(bench, [str(argument) for argument in arguments])
 
 
+def strict_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def spec(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(name=name, dtype="float32", shape=("batch", *shape))
 
@@ -113,7 +120,8 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
     assert result.output.count("| `ort` |") == 2
     assert result.output.count("| `fake` |") == 3
     assert "1 CPU thread." in result.output
-    document = json.loads(call(text_bundle.path, *options, "--json").output)
+    document = strict_json(call(text_bundle.path, *options, "--json").output)
+    assert [parity["image_psnr_db"] for parity in document["parities"]] == [None]
     assert [speed["batch"] for speed in document["speeds"]] == [1, 2]
     assert document["peaks"]["ort"] > 1e8
 
@@ -126,6 +134,8 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
         (("--backend", "ort:fp16"), "ort:fp16: ONNX Runtime computes in fp32 on a CPU"),
         (("--batch-sizes", "0"), "not a list of batch sizes"),
         (("--steps", "3"), "no student of 3 steps"),
+        (("--prompt", "zebra", "--no-memory"), "Invalid value for --prompt: the text encoder knows none of the words"),
+        (("--prompt", "cat " * 9, "--no-memory"), "Invalid value for --prompt"),
     ],
 )
 def test_what_cannot_be_is_refused(text_bundle: Bundle, arguments: tuple[str, ...], message: str) -> None:
@@ -167,4 +177,11 @@ def test_what_cannot_be_compiled_is_left_out_and_not_timed_on_its_stand_in(
         Bench(text_bundle, contenders, (1,), EngineOptions(1))
     running = Bench(text_bundle, contenders, (1,), EngineOptions(1), skip=True)
     assert list(running.pipelines) == contenders[:1]
+    running.close()
+
+
+def test_images_are_of_the_prompts_that_it_is_told(bundle: Bundle) -> None:
+    told = ("one", "three") if bundle.manifest.classes else ("the moon", "a cat")
+    running = Bench(bundle, [Contender("fake")], (3,), EngineOptions(1), prompts=told)
+    assert [task.condition for task in running._tasks(1, 3)] == [told[0], told[1], told[0]]
     running.close()

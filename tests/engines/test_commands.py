@@ -142,6 +142,8 @@ def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
     assert result.exit_code == 0
     for expected in ("step-4.onnx", "README.md", "CC0-1.0", bundle.manifest.revision, "as the manifest says"):
         assert expected in result.output
+    for name, record in bundle.manifest.files.items():
+        assert f"{record.sha256[:12]}  {name}" in result.output
     assert ("classes: zero" in result.output) == (bundle.manifest.conditioning == "class")
 
 
@@ -168,6 +170,15 @@ def test_inspect_names_a_graph_that_is_not_what_the_manifest_says(text_bundle: B
     result = call(inspect, other.path)
     assert result.exit_code == 1
     assert "DIFFERS  step-2.onnx: its inputs are" in result.output
+
+
+def test_inspect_names_a_tokenizer_that_does_not_open(text_bundle: Bundle, tmp_path: Path) -> None:
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text('{"version": "1.0"}')
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files} | {broken.name: broken}
+    result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    assert result.exit_code == 1
+    assert "tokenizer.json: not a tokenizer" in result.output
 
 
 def test_shipped_means_the_bundle_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
