@@ -99,11 +99,14 @@ class TrtEngine(GraphEngine):
 
     def close(self) -> None:
         """Give the device's memory back; a run in another thread ends first."""
-        with self._lock, ExitStack() as closing:
-            closing.callback(self._cuda.close)
-            while self._shapes:
-                closing.callback(self._shapes.popitem()[1].close)
-            self._engine = self._runtime = None
+        with self._lock:
+            try:
+                with ExitStack() as closing:
+                    closing.callback(self._cuda.close)
+                    while self._shapes:
+                        closing.callback(self._shapes.popitem()[1].close)
+            finally:  # contexts go before the engine that they are of
+                self._engine = self._runtime = None
 
 
 class _Shape:

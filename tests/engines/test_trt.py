@@ -192,6 +192,26 @@ def test_memory_is_given_back(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
         engine.run(random_inputs(engine, 1))
 
 
+def test_what_cannot_be_given_back_keeps_nothing_else(
+    text_bundle: Bundle, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened(graph_of(text_bundle, "step"), cuda)
+    engine.warmup((1, 4))
+    stuck, free = next(iter(cuda.memory)), cuda.free
+
+    def fail(pointer: int) -> None:
+        if pointer == stuck:
+            raise EngineError("CUDA: cudaFree failed")
+        free(pointer)
+
+    monkeypatch.setattr(cuda, "free", fail)
+    with pytest.raises(EngineError, match="cudaFree failed"):
+        engine.close()
+    assert (cuda.open, list(cuda.memory)) == (0, [stuck])
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(random_inputs(engine, 1))
+
+
 def test_a_device_without_memory_says_so_and_loses_nothing(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
     with opened(graph_of(text_bundle, "step"), cuda) as engine:
         engine.warmup((1,))
