@@ -8,9 +8,9 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from engines.backends import open_engine
-from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle
 from engines.compile import typical_inputs
 from engines.operations import count_operations
 from engines.pipeline import Generate, Pipeline
 from engines.plans import Precision, Profile
 
+PROMPTS = ("a red apple", "a smiling face", "a dog", "the sun")
 _WARM_RUNS = 2
 _ON_DEVICE = ("trt", "ort-tensorrt", "ort-cuda")
 _PRODUCTS = 8
@@ -72,7 +74,7 @@ class Parity:
 
 
 class Bench:
-    """A bundle, open once for every contender; all are warm."""
+    """A bundle, open once for every contender; all are warm, and what is compiled for one is there."""
 
     def __init__(
         self,
@@ -81,19 +83,23 @@ class Bench:
         batch_sizes: Sequence[int],
         options: EngineOptions,
         skip: bool = False,
+        prompts: Sequence[str] = (),
     ) -> None:
         """Open them. Raises EngineError for a backend that does not open the bundle, naming it.
 
-        With ``skip`` such a backend is left out, and `left_out` says why; at least one must open.
+        Images are of ``prompts`` in turn; where there are none, of every class, or of `PROMPTS`. With ``skip`` such a
+        backend is left out, and `left_out` says why; at least one must open.
         """
         self.bundle, self.batch_sizes, self.options = bundle, tuple(batch_sizes), options
+        self.prompts = tuple(prompts) or bundle.manifest.classes or PROMPTS
         self._closing = ExitStack()
         self.pipelines: dict[Contender, Pipeline] = {}
         self.left_out: dict[Contender, str] = {}
         try:
             for contender in contenders:
                 try:
-                    self.pipelines[contender] = self._closing.enter_context(self._open(contender))
+                    opened = _opened(bundle.path, contender, self.batch_sizes, options)
+                    self.pipelines[contender] = self._closing.enter_context(opened)
                 except EngineError as error:
                     if not skip:
                         raise
@@ -104,20 +110,15 @@ class Bench:
             self.close()
             raise
 
-    def _open(self, contender: Contender) -> Pipeline:
-        backend, precision = contender.backend, contender.precision
-        threads, plans = self.options.threads, self.options.plans
-        try:
-            return Pipeline.open(self.bundle.path, backend, threads, self.batch_sizes, precision, plans)
-        except EngineError as error:
-            raise EngineError(f"{contender}: {error}") from error
-
     def close(self) -> None:
         """Close every engine."""
         self._closing.close()
 
     def speeds(self, steps: int, rounds: int) -> list[Speed]:
-        """Time whole images of the student of so many steps. In every round all contenders have their turn."""
+        """Time whole images of the student of so many steps. In every round all contenders have their turn.
+
+        Raises TaskError for a prompt that the bundle does not take.
+        """
         speeds = []
         for batch in self.batch_sizes:
             tasks, operations = self._tasks(steps, batch), self._operations(steps, batch)
@@ -156,10 +157,8 @@ class Bench:
         return parities
 
     def _tasks(self, steps: int, batch: int) -> list[Generate]:
-        manifest = self.bundle.manifest
-        conditions = manifest.classes or ("a red apple", "a smiling face", "a dog", "the sun")
-        w = manifest.guidance.default
-        return [Generate(conditions[seed % len(conditions)], steps, w, seed) for seed in range(batch)]
+        w = self.bundle.manifest.guidance.default
+        return [Generate(self.prompts[seed % len(self.prompts)], steps, w, seed) for seed in range(batch)]
 
     def _operations(self, steps: int, batch: int) -> int:
         """Of a batch of whole images: the step graph at every step, and the text and decode graphs once."""
@@ -172,10 +171,30 @@ class Bench:
         )
 
 
-def _step(graph: GraphSpec, contender: Contender, options: EngineOptions, inputs: Mapping[str, Array]) -> Array:
-    batch = len(inputs["z"])
+def _opened(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> Pipeline:
+    """The bundle on a contender, with all built that it compiles. Raises EngineError naming the contender."""
+    backend, precision = contender.backend, contender.precision
+    try:
+        with ExitStack() as closing:
+            pipeline = Pipeline.open(bundle, backend, options.threads, batch_sizes, precision, options.plans)
+            closing.enter_context(pipeline).wait_until_built()
+            closing.pop_all()
+    except EngineError as error:
+        raise EngineError(f"{contender}: {error}") from error
+    return pipeline
+
+
+@contextmanager
+def _built(graph: GraphSpec, contender: Contender, batch: int, options: EngineOptions) -> Iterator[Engine]:
+    """A graph on a contender, for one batch size. Raises EngineError where it does not open or cannot be built."""
     options = replace(options, precision=contender.precision, profile=Profile((batch,)))
     with open_engine(contender.backend, graph, options) as engine:
+        wait_until_built(engine)
+        yield engine
+
+
+def _step(graph: GraphSpec, contender: Contender, options: EngineOptions, inputs: Mapping[str, Array]) -> Array:
+    with _built(graph, contender, len(inputs["z"]), options) as engine:
         return engine.run(inputs)["z_next"].astype(np.float64)
 
 
@@ -187,10 +206,9 @@ def peak_operations_per_second(contender: Contender, options: EngineOptions) -> 
     size, repeats = (4096, 20) if contender.backend in _ON_DEVICE else (1024, 3)
     with tempfile.TemporaryDirectory() as folder:
         graph = _products(Path(folder) / "products.onnx", size)
-        options = replace(options, precision=contender.precision, profile=Profile((size,)))
         generator = np.random.default_rng(0)
         inputs: dict[str, Array] = {"rows": generator.standard_normal((size, size), np.float32)}
-        with open_engine(contender.backend, graph, options) as engine:
+        with _built(graph, contender, size, options) as engine:
             seconds = []
             for _ in range(_WARM_RUNS + repeats):
                 start = time.perf_counter()
@@ -226,8 +244,7 @@ def memory_bytes(
 def _grown(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> dict[str, int]:
     device = _device_bytes() if contender.backend in _ON_DEVICE else None
     before = _peak_resident_bytes()
-    backend, precision = contender.backend, contender.precision
-    with Pipeline.open(bundle, backend, options.threads, batch_sizes, precision, options.plans) as pipeline:
+    with _opened(bundle, contender, batch_sizes, options) as pipeline:
         pipeline.warmup()
         grown = {"host": _peak_resident_bytes() - before}
         if device is not None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from engines.backends import BACKENDS
 from engines.backends.base import EngineError, EngineOptions
 from engines.backends.cores import usable_cores
-from engines.bench import Bench, Contender, Parity, Speed, memory_bytes, peak_operations_per_second
+from engines.bench import PROMPTS, Bench, Contender, Parity, Speed, memory_bytes, peak_operations_per_second
 from engines.build_command import sizes_option
 from engines.bundle import BundleError, find_bundle, load_bundle
+from engines.pipeline import TaskError
 from engines.plans import PRECISIONS
 
 _REFERENCES = ("pytorch", "ort", "fake")
@@ -45,6 +48,12 @@ def _contenders(context: click.Context, option: click.Parameter, value: str) -> 
     help="Backends to compare, each with a precision if not fp32: ort,trt:fp16. The first is what ratios refer to.",
 )
 @click.option("--steps", type=int, help="Of the student.  [default: the student with the most]")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help=f"Of the images, in turn; may be repeated.  [default: every class, or {', '.join(map(repr, PROMPTS))}]",
+)
 @click.option("--batch-sizes", callback=sizes_option, default="1,4,16", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Runs that medians are taken of.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Of a CPU; 0 (default): every core it may use.")
@@ -56,6 +65,7 @@ def bench(
     bundle: str,
     contenders: tuple[Contender, ...],
     steps: int | None,
+    prompts: tuple[str, ...],
     batch_sizes: tuple[int, ...],
     rounds: int,
     threads: int,
@@ -66,6 +76,8 @@ def bench(
 ) -> None:
     """Time whole images of BUNDLE (a folder, or "shipped") on several backends in turn, and compare what they make.
 
+    What a backend compiles is built first, and kept; that may take minutes.
+
     The share of the peak is that of large matrix products on the same backend, measured here; it needs the package
     onnx. Errors are those against the first of pytorch, ort and fake that is compared, in fp32, else the first named.
     """
@@ -74,7 +86,7 @@ def bench(
         opened = load_bundle(find_bundle(bundle))
         steps = max(student.steps for student in opened.manifest.students) if steps is None else steps
         opened.student(steps)
-        running = Bench(opened, contenders, batch_sizes, options, skip)
+        running = Bench(opened, contenders, batch_sizes, options, skip, prompts)
         contenders = tuple(running.pipelines)
         try:
             speeds = running.speeds(steps, rounds)
@@ -83,6 +95,8 @@ def bench(
             running.close()
         peaks = {contender: _peak(contender, options) for contender in contenders}
         taken = {one: memory_bytes(opened.path, one, batch_sizes, options) for one in contenders if memory}
+    except TaskError as error:
+        raise click.BadParameter(f"{error.message}; name others", param_hint="--prompt") from error
     except (BundleError, EngineError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -90,12 +104,12 @@ def bench(
             "bundle": f"{opened.manifest.name}@{opened.manifest.revision}",
             "machine": _machine(options.threads),
             "speeds": [asdict(speed) for speed in speeds],
-            "parities": [asdict(parity) for parity in parities],
+            "parities": [_finite(asdict(parity)) for parity in parities],
             "peaks": {str(one): peak for one, peak in peaks.items()},
             "memory": {str(one): grown for one, grown in taken.items()},
             "left_out": {str(one): why for one, why in running.left_out.items()},
         }
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
         return
     click.echo(f"{opened.manifest.name} {opened.manifest.revision}, {steps} steps. {_machine(options.threads)}.\n")
     click.echo("\n".join(_speed_table(speeds, peaks, contenders[0])))
@@ -107,6 +121,13 @@ def bench(
         click.echo(
             f"\n{one} took " + " and ".join(f"{size / 1e6:.0f} MB of the {what}" for what, size in grown.items())
         )
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with null for numbers that JSON has not, such as the PSNR of two images that are the same."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
 
 
 def _reference(contenders: Sequence[Contender]) -> Contender:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from engines.backends.base import EngineError
+from engines.backends.base import BATCH_SIZES, EngineError
 from engines.backends.trt_library import Progress
 from engines.bundle import BundleError, find_bundle, load_bundle
-from engines.plans import PRECISIONS, PlanCache, Precision, Profile
+from engines.plans import PRECISIONS, PlanCache, PlanError, Precision, Profile, batch_sizes_up_to
 
-BATCH_SIZES = "1,2,4,8,16"
+_SIZES = ",".join(map(str, BATCH_SIZES))
 
 
 def sizes_option(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
     try:
         return Profile(tuple(int(part) for part in value.split(","))).batch_sizes
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of batch sizes such as {BATCH_SIZES}") from None
+        raise click.BadParameter(f"{value!r} is not a list of batch sizes such as {_SIZES}") from None
 
 
 @click.command()
@@ -29,7 +29,7 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
 @click.option("--target", help="The chip, such as sm89.  [default: the one that is there]")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option(
-    "--batch-sizes", callback=sizes_option, default=BATCH_SIZES, show_default=True, help="Each a shape of its own."
+    "--batch-sizes", callback=sizes_option, default=_SIZES, show_default=True, help="Each a shape of its own."
 )
 @click.option("--dynamic", is_flag=True, help="One shape for all batches up to the largest, instead of one for each.")
 @click.option(
@@ -46,7 +46,11 @@ def build(
     dynamic: bool,
     plans: Path | None,
 ) -> None:
-    """Compile the graphs of BUNDLE (a folder, or "shipped") and keep the plans. What is there is not built again."""
+    """Compile the graphs of BUNDLE (a folder, or "shipped") and keep the plans. What is there is not built again.
+
+    A plan is found by whoever asks for batch sizes that it has, or, with --dynamic, for none that is larger. The last
+    lines say which options of serve and generate do.
+    """
     from engines.compile import build_bundle
 
     profile = Profile(batch_sizes, dynamic)
@@ -59,8 +63,24 @@ def build(
                 f"{built.graph}  {built.key.library}, {built.key.target}, {built.key.precision}, "
                 f"batches of {profile}: {how}, {built.size_bytes / 1e6:.1f} MB{fidelity}  {built.path}"
             )
-    except (BundleError, EngineError, OSError) as error:
+    except (BundleError, EngineError, PlanError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    click.echo("\n".join(_finders(backend, precision, profile, plans)))
+
+
+def _finders(backend: str, precision: Precision, profile: Profile, plans: Path | None) -> list[str]:
+    """Which options of `serve` and `generate` find plans of a profile, in lines for people."""
+    options = f"--backend {backend} --precision {precision}" + (f" --plans {plans}" if plans else "")
+    found = [n for n in range(1, profile.batch_sizes[-1] + 1) if profile.covers(Profile(batch_sizes_up_to(n)))]
+    if not found:
+        largest = profile.batch_sizes[-1]
+        sizes = ",".join(map(str, batch_sizes_up_to(largest)))
+        return [f"No serve finds them: with --max-batch {largest} it wants --batch-sizes {sizes}, or --dynamic."]
+    others = ", ".join(map(str, found[:-1])) if not profile.dynamic else f"every one from 1 to {found[-1]}"
+    lines = ["Found by:", f"  fewstep serve {options} --max-batch {found[-1]}" + (f"  (or {others})" if others else "")]
+    if profile.covers(Profile(BATCH_SIZES)):
+        lines.append(f"  fewstep generate {options}")
+    return lines
 
 
 def _progress(graph: str) -> Progress:

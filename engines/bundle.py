@@ -62,6 +62,7 @@ __all__ = [
 SHIPPED = "emoji"
 
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_NO_WEIGHTS = (".md", ".png")
 _BUNDLES = Path(__file__).parent / "bundles"
 
 
@@ -83,12 +84,17 @@ class Bundle:
         return self.path / name
 
     def _digest(self, graph: str) -> str:
-        """The SHA-256 of a graph; where it has weights in files of their own, of the hashes of all."""
+        """The SHA-256 of a graph; where the bundle has files that may be weights, of the names and hashes of all.
+
+        Which of them are this graph's is known to the graph only, so every one counts.
+        """
         files = self.manifest.files
-        shards = sorted(name for name in files if name.startswith(f"{graph}."))
-        if not shards:
+        known = set(self.manifest.named_files())
+        weights = sorted(name for name in files if name not in known and not name.endswith(_NO_WEIGHTS))
+        if not weights:
             return files[graph].sha256
-        return hashlib.sha256("".join(files[name].sha256 for name in (graph, *shards)).encode()).hexdigest()
+        listed = "\n".join(f"{files[name].sha256} {name}" for name in (graph, *weights))
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def student(self, steps: int) -> Student:
         """The student of ``steps`` steps. Raises BundleError naming those there are."""

@@ -13,7 +13,8 @@ from engines.backends.base import EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, Sampler
-from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
+from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
+from engines.plans import PRECISIONS, Precision
 from engines.provenance import describe_image
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -37,7 +38,15 @@ def _image_format(out: Path) -> ImageFormat:
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Image i of N takes SEED + i; random by default.")
 @click.option("--n", "count", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of images.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("image.png"), show_default=True)
-@click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), default="ort", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice([AUTO, *BACKENDS]),
+    default="ort",
+    show_default=True,
+    help="One that compiles is waited for; auto answers with what is there.",
+)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="0 (default): every core it may use.")
 def generate(
     bundle: str,
@@ -49,6 +58,8 @@ def generate(
     count: int,
     out: Path,
     backend: str,
+    precision: Precision,
+    plans: Path | None,
     threads: int,
 ) -> None:
     """Make N images of PROMPT (a class name, for class bundles) with BUNDLE: a folder, or "shipped".
@@ -58,7 +69,9 @@ def generate(
     image_format = _image_format(out)
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
-        with Pipeline.open(find_bundle(bundle), backend=backend, threads=threads) as pipeline:
+        with Pipeline.open(find_bundle(bundle), backend, threads, precision=precision, plans=plans) as pipeline:
+            if backend != AUTO:
+                pipeline.wait_until_built()
             manifest = pipeline.manifest
             w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
             if steps is None:
@@ -86,12 +99,13 @@ def generate(
 def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
 
-    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have.
+    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have; the tokenizer
+    is opened. Torch programs, which are code, are held to their hashes only.
     """
     try:
         path = find_bundle(bundle)
         manifest = read_manifest(path)
-        problems = find_problems(path, manifest) or _graph_problems(Bundle(path, manifest))
+        problems = find_problems(path, manifest) or _opening_problems(Bundle(path, manifest))
     except (BundleError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -101,15 +115,20 @@ def inspect(bundle: str, as_json: bool) -> None:
         for line in _report(path, manifest):
             click.echo(line)
         click.echo(
-            "\n".join(f"  DIFFERS  {problem}" for problem in problems) or "  files and graphs are as the manifest says"
+            "\n".join(f"  DIFFERS  {problem}" for problem in problems)
+            or "  files, graphs and tokenizer are as the manifest says"
         )
     if problems:
         raise SystemExit(1)
 
 
-def _graph_problems(bundle: Bundle) -> list[str]:
-    """What is wrong with graphs whose files are whole."""
+def _opening_problems(bundle: Bundle) -> list[str]:
+    """What is wrong with the graphs and the tokenizer of a bundle whose files are whole."""
     problems = []
+    try:
+        open_tokenizer(bundle)
+    except BundleError as error:
+        problems.append(str(error))
     for graph in bundle.graphs().values():
         try:
             with open_engine("ort", graph, EngineOptions(threads=1)):
@@ -145,6 +164,8 @@ def _report(path: Path, manifest: Manifest) -> list[str]:
     lines.append(f"  licence {manifest.licence}; made from:")
     lines += [f"    {work.name} ({work.licence}) {work.source}" for work in manifest.attributions]
     total = sum(record.size_bytes for record in manifest.files.values())
-    lines.append(f"  files, {total / 1e6:.1f} MB:")
-    lines += [f"    {record.size_bytes:>11,}  {name}" for name, record in sorted(manifest.files.items())]
+    lines.append(f"  files, {total / 1e6:.1f} MB, with the first digits of their SHA-256:")
+    lines += [
+        f"    {record.size_bytes:>11,}  {record.sha256[:12]}  {name}" for name, record in sorted(manifest.files.items())
+    ]
     return lines

@@ -88,15 +88,21 @@ def _chip(library: Library, target: str | None) -> str:
 def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:
     """The graph as compilers take it, in `folder`, and its fidelity: weights unpacked to fp32, then cast.
 
-    Raises EngineError for a graph that does not load, or whose fidelity is below `FLOOR_DB`.
+    Raises EngineError for a graph that does not load, or whose fidelity is below `FLOOR_DB`, and without the package
+    onnx in any precision but fp32.
     """
     unpacked = unpack(graph.path, folder / f"unpacked-{graph.path.name}")
     if precision == "fp32":
         return unpacked, None
-    import onnx
+    try:
+        import onnx
 
-    from engines.precision import cast, emulate
-    from engines.weights import Writer
+        from engines.precision import cast, emulate
+        from engines.weights import Writer
+    except ImportError as error:
+        raise EngineError(
+            f"casting a graph to {precision} needs the package onnx ({error}): pip install onnx"
+        ) from error
 
     model = onnx.load(unpacked, load_external_data=False)
     emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))

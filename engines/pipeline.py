@@ -13,6 +13,7 @@ import numpy as np
 
 from engines.backends import open_engines
 from engines.backends.base import BATCH_SIZES, Engine, EngineError, EngineOptions
+from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
@@ -55,6 +56,7 @@ __all__ = [
     "kept_steps",
     "lowest_strength",
     "noise_of",
+    "open_tokenizer",
     "ticks",
 ]
 
@@ -78,7 +80,7 @@ class Pipeline:
         self.seconds: dict[str, dict[int, float]] = {}
         self._inputs = TickInputs()
         self._conditions = ConditionCache()
-        self._tokenizer = _open_tokenizer(bundle)
+        self._tokenizer = open_tokenizer(bundle)
 
     @classmethod
     def open(
@@ -134,6 +136,11 @@ class Pipeline:
     def max_rows(self) -> int:
         """Rows of the largest batch that is warmed up."""
         return self.batch_sizes[-1]
+
+    def wait_until_built(self) -> None:
+        """Wait for graphs that are compiled while others answer for them. Raises EngineError where one cannot be."""
+        for engine in self._engines.values():
+            wait_until_built(engine)
 
     def warmup(self) -> dict[str, dict[int, float]]:
         """Run every graph at every batch size; return seconds of a tick by step graph and rows.
@@ -285,7 +292,8 @@ def _paste(task: Task, image: Pixels) -> Pixels:
     return np.where(task.repaint[..., None], image, task.image)
 
 
-def _open_tokenizer(bundle: Bundle) -> Tokenizer | None:
+def open_tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """The tokenizer of a bundle that takes prompts. Raises BundleError for a file that is none."""
     text = bundle.manifest.text
     if text is None:
         return None

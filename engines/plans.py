@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,16 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
 
+_log = logging.getLogger(__name__)
+
 
 class PlanError(Exception):
-    """A plan on disk that is damaged, or of another key than its name says."""
+    """A plan on disk that is damaged, or of another key than its name says; or no folder for plans."""
+
+
+def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
+    """The batch sizes that a service of so many rows a tick runs at: the powers of two below them, and all of them."""
+    return tuple(sorted({largest} | {1 << k for k in range(largest.bit_length())}))
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class Profile:
             largest = self.batch_sizes[-1]
             return ((1, largest, largest),)
         return tuple((size, size, size) for size in self.batch_sizes)
+
+    def covers(self, other: Profile) -> bool:
+        """Whether a plan of this profile serves who asks for the other: static, with its sizes; dynamic, as large."""
+        if self.dynamic:
+            return self.batch_sizes[-1] >= other.batch_sizes[-1]
+        return not other.dynamic and set(self.batch_sizes) >= set(other.batch_sizes)
 
     def bucket(self, batch: int) -> int:
         """The place in `ranges` of the smallest shape that a batch fits. Raises ValueError for one too large."""
@@ -75,10 +89,13 @@ class PlanKey:
 
 
 def plans_folder() -> Path:
-    """Where plans are kept: $FEWSTEP_PLANS, or the user's cache."""
+    """Where plans are kept: $FEWSTEP_PLANS, or the user's cache. Raises PlanError for a user without a home."""
     if given := os.environ.get(DIRECTORY_VARIABLE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "plans"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep" / "plans"
+    except RuntimeError as error:
+        raise PlanError(f"there is no folder to keep plans in ({error}): name one in {DIRECTORY_VARIABLE}") from error
 
 
 class PlanCache:
@@ -91,6 +108,35 @@ class PlanCache:
     def path(self, key: PlanKey) -> Path:
         """Where the plan of a key is, or would be."""
         return self.folder / f"{key.digest}.plan"
+
+    def find(self, key: PlanKey) -> tuple[bytes, Profile] | None:
+        """A plan that serves who asks for that of a key, and its profile: that very plan, or one that covers it.
+
+        What is damaged is passed over.
+        """
+        for profile in (key.profile, *self._covering(key)):
+            try:
+                plan = self.load(replace(key, profile=profile))
+            except PlanError as error:
+                _log.warning("a plan is passed over: %s", error)
+            else:
+                if plan is not None:
+                    return plan, profile
+        return None
+
+    def _covering(self, key: PlanKey) -> list[Profile]:
+        """The wider profiles of which there are plans for a key, best first: static ones, then the smallest."""
+        found = []
+        for path in self.folder.glob("*.json"):
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))["key"]
+                profile = Profile(tuple(document["profile"]["batch_sizes"]), document["profile"]["dynamic"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            is_wider = profile != key.profile and profile.covers(key.profile)
+            if is_wider and document == replace(key, profile=profile).document:
+                found.append(profile)
+        return sorted(found, key=lambda profile: (profile.dynamic, profile.batch_sizes[-1], len(profile.batch_sizes)))
 
     def load(self, key: PlanKey) -> bytes | None:
         """The plan of a key, or None. Raises PlanError for one that is damaged or of another key."""
@@ -116,6 +162,13 @@ class PlanCache:
         _replace(path, plan)
         _replace(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
         return path
+
+    def keep(self, key: PlanKey, plan: bytes) -> None:
+        """Save a plan that is in use already: one that cannot be written is built again at the next start."""
+        try:
+            self.save(key, plan)
+        except OSError as error:
+            _log.warning("a plan cannot be kept, and is built again at every start: %s", error)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engines.backends.cores import usable_cores
 from engines.pipeline import Pipeline
+from engines.plans import batch_sizes_up_to
 from service.settings import Settings
 
 
@@ -16,8 +17,8 @@ def default_threads() -> int:
 
 def open_pipeline(settings: Settings, path: Path) -> Pipeline:
     """Open the bundle in folder ``path`` as the settings want it, and warm it up."""
-    sizes = {settings.max_batch} | {1 << k for k in range(settings.max_batch.bit_length())}
+    sizes = batch_sizes_up_to(settings.max_batch)
     threads = settings.threads or default_threads()
-    pipeline = Pipeline.open(path, settings.backend, threads, sorted(sizes), settings.precision, settings.plans)
+    pipeline = Pipeline.open(path, settings.backend, threads, sizes, settings.precision, settings.plans)
     pipeline.warmup()
     return pipeline

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 from engines.backends.base import Engine, EngineError, EngineOptions, GraphSpec
+from engines.plans import PlanError
 
 BACKENDS: dict[str, str] = {
     "trt": "engines.backends.trt:open_trt",
@@ -39,7 +40,8 @@ class Opened:
 def open_engine(backend: str, graph: GraphSpec, options: EngineOptions = EngineOptions()) -> Engine:
     """Open ``graph`` on ``backend``.
 
-    Raises EngineError for an unknown backend, a missing library, or a graph that differs from its specs.
+    Raises EngineError for an unknown backend, a missing library, no folder for plans, or a graph that differs from its
+    specs.
     """
     if backend not in BACKENDS:
         raise EngineError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -49,7 +51,10 @@ def open_engine(backend: str, graph: GraphSpec, options: EngineOptions = EngineO
     except ImportError as error:
         raise EngineError(f"backend {backend!r} cannot be imported: {error}") from error
     factory: Callable[[GraphSpec, EngineOptions], Engine] = getattr(module, factory_name)
-    return factory(graph, options)
+    try:
+        return factory(graph, options)
+    except PlanError as error:
+        raise EngineError(f"backend {backend!r}: {error}") from error
 
 
 def open_engines(backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions = EngineOptions()) -> Opened:

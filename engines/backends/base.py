@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from engines.plans import Precision, Profile
+from engines.plans import Precision, Profile, batch_sizes_up_to
 
 Array = NDArray[Any]
 Role = Literal["text", "encode", "decode", "step"]
 
 BATCH = "batch"
-BATCH_SIZES = (1, 2, 4, 8, 16)
+BATCH_SIZES = batch_sizes_up_to(16)
 
 
 class EngineError(Exception):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,8 +14,23 @@ from engines.backends.faults import kind_of
 Pointer = int
 
 
+class Captured:
+    """Launches that were captured from a stream: every call puts all of them there again."""
+
+    def __init__(self, launch: Callable[[], object], destroy: Callable[[], object]) -> None:
+        self._launch, self._destroy = launch, destroy
+
+    def __call__(self) -> None:
+        """Launch all that was captured."""
+        self._launch()
+
+    def close(self) -> None:
+        """Give the graph back, once; nothing may be launched afterwards."""
+        self._destroy()
+
+
 class Cuda:
-    """The first CUDA device, by NVIDIA's own bindings."""
+    """The first CUDA device, by NVIDIA's own bindings. Its stream is made when it is first needed."""
 
     def __init__(self) -> None:
         """Find the device. Raises EngineError without the bindings, a driver or a device."""
@@ -23,7 +40,7 @@ class Cuda:
             raise EngineError(f"the CUDA bindings are not installed ({error}): pip install cuda-bindings") from error
         if self._call("cudaGetDeviceCount") < 1:
             raise EngineError("there is no CUDA device")
-        self._stream = self._call("cudaStreamCreate")
+        self._made: Any = None
 
     @property
     def target(self) -> str:
@@ -49,6 +66,12 @@ class Cuda:
         """The stream on which all is done in order."""
         return int(self._stream)
 
+    def close(self) -> None:
+        """Give the stream back, if there is one."""
+        stream, self._made = self._made, None
+        if stream is not None:
+            self._call("cudaStreamDestroy", stream)
+
     def allocate(self, size: int) -> Pointer:
         """Device memory of so many bytes. Raises DeviceMemoryError where there is none left."""
         return int(self._call("cudaMalloc", size))
@@ -73,16 +96,27 @@ class Cuda:
         """Wait until all is done. Raises EngineError for what failed on the way."""
         self._call("cudaStreamSynchronize", self._stream)
 
-    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """What launches again, in one call, all that `launch` puts on the stream."""
+    def capture(self, launch: Callable[[], None]) -> Captured:
+        """What launches again, in one call, all that `launch` puts on the stream. Whoever asks for it closes it."""
         modes = self._runtime.cudaStreamCaptureMode
-        self._call("cudaStreamBeginCapture", self._stream, modes.cudaStreamCaptureModeThreadLocal)
-        try:
-            launch()
-        finally:
-            graph = self._call("cudaStreamEndCapture", self._stream)
-        executable = self._call("cudaGraphInstantiate", graph, 0)
-        return lambda: self._call("cudaGraphLaunch", executable, self._stream) and None
+        with ExitStack() as closing:
+            self._call("cudaStreamBeginCapture", self._stream, modes.cudaStreamCaptureModeThreadLocal)
+            try:
+                launch()
+            finally:
+                graph = self._call("cudaStreamEndCapture", self._stream)
+                closing.callback(self._call, "cudaGraphDestroy", graph)
+            executable = self._call("cudaGraphInstantiate", graph, 0)
+        return Captured(
+            partial(self._call, "cudaGraphLaunch", executable, self._stream),
+            partial(self._call, "cudaGraphExecDestroy", executable),
+        )
+
+    @property
+    def _stream(self) -> Any:
+        if self._made is None:
+            self._made = self._call("cudaStreamCreate")
+        return self._made
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         kinds = self._runtime.cudaMemcpyKind

@@ -12,7 +12,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -42,7 +42,7 @@ from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
 from engines.compile import CHECKED_ROWS, check_fidelity, typical_inputs
-from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
+from engines.plans import PlanCache, PlanKey, Precision, Profile
 
 Device = Literal["cpu", "cuda"]
 Tensors = dict[str, Tensor]
@@ -68,23 +68,22 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
     cache = PlanCache(options.plans)
     version = f"torch {torch.__version__}"
     key = PlanKey(graph.program_sha256, version, target(device), options.precision, ANY_BATCH)
-    try:
-        package = cache.load(key)
-    except PlanError:
-        package = None  # it is compiled anew
-    if package is not None:
+    if (found := cache.find(key)) is not None:
+        package, _ = found
         return PytorchEngine(graph, options, device, package)
 
     def build() -> Engine:
         made = compile_program(load_program(graph, device), options, device)
-        engine = PytorchEngine(graph, options, device, made)
-        with PytorchEngine(graph, options, device) as program:
-            for rows in (1, CHECKED_ROWS):
-                inputs = typical_inputs(graph, rows)
-                found = [list(either.run(inputs).values()) for either in (engine, program)]
-                check_fidelity(graph.path.name, options.precision, *found)
-        engine.warmup(options.profile.batch_sizes)
-        cache.save(key, made)
+        with ExitStack() as closing:
+            engine = closing.enter_context(PytorchEngine(graph, options, device, made))
+            with PytorchEngine(graph, options, device) as program:
+                for rows in (1, CHECKED_ROWS):
+                    inputs = typical_inputs(graph, rows)
+                    found = [list(either.run(inputs).values()) for either in (engine, program)]
+                    check_fidelity(graph.path.name, options.precision, *found)
+            engine.warmup(options.profile.batch_sizes)
+            cache.keep(key, made)
+            closing.pop_all()
         return engine
 
     return StandIn(PytorchEngine(graph, options, device), build, graph.path.name)

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from engines.backends.base import Array, Engine, TensorSpec
+from engines.backends.base import Array, Engine, EngineError, TensorSpec
+
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 _one_at_a_time = Lock()
@@ -22,7 +24,7 @@ class StandIn:
 
     def __init__(self, stand_in: Engine, make: Callable[[], Engine], name: str) -> None:
         """Begin to make the engine in the background, after those that are being made already."""
-        self._engine, self._make, self._name = stand_in, make, name
+        self._engine, self._make, self.name = stand_in, make, name
         self._closed = False
         self._lock = Lock()
         self.failure: Exception | None = None
@@ -46,16 +48,26 @@ class StandIn:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the engine that is there. Raises EngineError as it does."""
-        return self._engine.run(inputs)
+        return self._ask(lambda engine: engine.run(inputs))
 
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """Warm up the engine that is there; the one to come is warm when it comes."""
-        self._engine.warmup(batch_sizes)
+        self._ask(lambda engine: engine.warmup(batch_sizes))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until the engine is made, or has failed; whether that is so."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def _ask(self, question: Callable[[Engine], _Result]) -> _Result:
+        """Ask the engine that is there; where another one has taken over meanwhile, and closed it, ask that one."""
+        asked = self._engine
+        try:
+            return question(asked)
+        except EngineError:
+            if asked is self._engine:
+                raise
+        return question(self._engine)
 
     def _replace(self) -> None:
         with _one_at_a_time:
@@ -65,13 +77,13 @@ class StandIn:
                 made = self._make()
             except Exception as error:  # whatever it is, the stand-in goes on
                 self.failure = error
-                _log.warning("%s could not be built and stays on its stand-in: %s", self._name, error)
+                _log.warning("%s could not be built and stays on its stand-in: %s", self.name, error)
                 return
         with self._lock:
             unwanted = made if self._closed else self._engine
             if not self._closed:
                 self._engine = made
-                _log.info("%s is built and has taken over", self._name)
+                _log.info("%s is built and has taken over", self.name)
         unwanted.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
@@ -88,3 +100,11 @@ class StandIn:
         with self._lock:
             self._closed = True
         self._engine.__exit__(kind, error, trace)
+
+
+def wait_until_built(engine: Engine) -> None:
+    """Wait until an engine is the one that was asked for and no stand-in. Raises EngineError where it cannot be."""
+    if isinstance(engine, StandIn):
+        engine.wait()
+        if engine.failure is not None:
+            raise EngineError(f"{engine.name} could not be built: {engine.failure}") from engine.failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,13 @@ from engines.backends.base import (
     TensorSpec,
     check_arrays,
 )
-from engines.backends.cuda import Cuda, Pointer
+from engines.backends.cuda import Captured, Cuda, Pointer
 from engines.backends.ort import OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
 from engines.backends.trt_library import Library, build_plan, error_logger, find_library
 from engines.compile import prepare
-from engines.plans import PlanCache, PlanError, PlanKey, Profile
+from engines.plans import PlanCache, PlanKey, Profile
 
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 
@@ -42,21 +43,20 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     library, cuda = find_library(), Cuda()
     cache = PlanCache(options.plans)
     key = PlanKey(graph.sha256, library.name, cuda.target, options.precision, options.profile)
-    try:
-        plan = cache.load(key)
-    except PlanError:
-        plan = None  # it is built anew
-    if plan is not None:
-        return TrtEngine(graph, plan, library, cuda, options.profile)
+    if (found := cache.find(key)) is not None:
+        plan, profile = found
+        return TrtEngine(graph, plan, library, cuda, profile)
 
     def build() -> Engine:
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
             made = build_plan(library, prepared, options.profile, target)
-        cache.save(key, made)
-        engine = TrtEngine(graph, made, library, cuda, options.profile)
-        engine.warmup(options.profile.batch_sizes)
+        with ExitStack() as closing:
+            engine = closing.enter_context(TrtEngine(graph, made, library, cuda, options.profile))
+            engine.warmup(options.profile.batch_sizes)
+            cache.keep(key, made)
+            closing.pop_all()
         return engine
 
     return StandIn(OrtEngine(graph, replace(options, precision="fp32")), build, graph.path.name)
@@ -100,10 +100,13 @@ class TrtEngine(GraphEngine):
     def close(self) -> None:
         """Give the device's memory back; a run in another thread ends first."""
         with self._lock:
-            for shape in self._shapes.values():
-                shape.close()
-            self._shapes.clear()
-            self._engine = self._runtime = None
+            try:
+                with ExitStack() as closing:
+                    closing.callback(self._cuda.close)
+                    while self._shapes:
+                        closing.callback(self._shapes.popitem()[1].close)
+            finally:  # contexts go before the engine that they are of
+                self._engine = self._runtime = None
 
 
 class _Shape:
@@ -118,7 +121,8 @@ class _Shape:
         self._context.set_optimization_profile_async(place, cuda.stream)
         self._resident: Resident[int] = Resident()
         self._pointers: dict[str, Pointer] = {}
-        self._runs, self._launch = 0, self._execute
+        self._runs = 0
+        self._captured: Captured | None = None
         try:
             for spec in (*graph.inputs, *graph.outputs):
                 self._pointers[spec.name] = cuda.allocate(spec.zeros(self._largest).nbytes)
@@ -133,7 +137,7 @@ class _Shape:
         for spec in self._graph.inputs:
             self._context.set_input_shape(spec.name, spec.sized(size))
             self._resident.get(spec.name, inputs[spec.name], partial(self._send, spec, size))
-        self._launch()
+        (self._captured or self._execute)()
         outputs = {spec.name: np.empty(spec.sized(batch), spec.dtype) for spec in self._graph.outputs}
         for name, array in outputs.items():
             self._cuda.download(array, self._pointers[name])
@@ -141,14 +145,17 @@ class _Shape:
         self._cuda.synchronize()
         self._runs += 1
         if self._runs == 1 and not self._dynamic:  # a plain run first: it sets up what cannot be captured
-            self._launch = self._cuda.capture(self._execute)
+            self._captured = self._cuda.capture(self._execute)
         return outputs
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._context = None
-        while self._pointers:
-            self._cuda.free(self._pointers.popitem()[1])
+        """Give the captured launches and the memory back."""
+        with ExitStack() as closing:
+            while self._pointers:
+                closing.callback(self._cuda.free, self._pointers.popitem()[1])
+            if self._captured is not None:
+                self._captured.close()
+            self._context = self._captured = None
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._cuda.stream):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,20 @@ def test_a_provider_that_is_missing_is_named(text_bundle: Bundle, backend: str) 
         pytest.skip("this ONNX Runtime has providers for devices")
     with pytest.raises(EngineError, match=r"has no (CUDA|Tensorrt)ExecutionProvider, only .*fewstep\[gpu\]"):
         open_engine(backend, graph_of(text_bundle, "step"))
+
+
+def test_a_precision_without_the_package_that_casts_is_passed_over(
+    text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "host", "tests.engines.test_backends:HostEngine")
+    monkeypatch.setattr(backends, "BEST_FIRST", ("host", "fake"))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    options = EngineOptions(threads=1, precision="fp16")
+    with pytest.raises(EngineError, match=r"casting a graph to fp16 needs the package onnx .*pip install onnx"):
+        open_engine("host", graph_of(text_bundle, "step"), options)
+    opened = open_engines("auto", text_bundle.graphs(), options)
+    assert opened.backend == "fake"
+    assert "pip install onnx" in opened.passed_over["host"]
 
 
 def test_no_engine_stays_open_when_one_does_not_open(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

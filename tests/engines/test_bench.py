@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines import bench as benching
+from engines.backends import BACKENDS
+from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.backends.ort import OrtEngine
+from engines.backends.standin import StandIn
 from engines.bench import Bench, Contender, memory_bytes, peak_operations_per_second
 from engines.bench_command import bench
 from engines.bundle import Bundle
@@ -17,8 +25,46 @@ from engines.operations import count_operations
 from tests.bundles import CONTEXT_DIM, MAX_TOKENS, GraphBuilder
 
 
+class Built(OrtEngine):
+    """What a backend has compiled: it remembers what it was asked, and doubles what it gives."""
+
+    asked: ClassVar[list[str]] = []
+
+    def _run(self, session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.asked.append(self._name)
+        return {name: 2 * array for name, array in super()._run(session, inputs).items()}
+
+
+def open_slowly(graph: GraphSpec, options: EngineOptions) -> StandIn:
+    """A backend that compiles, while ONNX Runtime answers, what is not in a precision that it cannot have."""
+
+    def make() -> Built:
+        if options.precision != "fp32":
+            raise EngineError("it cannot be compiled")
+        time.sleep(0.1)
+        return Built(graph, options)
+
+    return StandIn(OrtEngine(graph, replace(options, precision="fp32")), make, graph.path.name)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Contender:
+    """A contender that compiles, and that is measured by the products for a CPU."""
+    monkeypatch.setattr(benching, "_ON_DEVICE", ())
+    monkeypatch.setitem(BACKENDS, "trt", "tests.engines.test_bench:open_slowly")
+    monkeypatch.setattr(Built, "asked", [])
+    return Contender("trt")
+
+
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(bench, [str(argument) for argument in arguments])
+
+
+def strict_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def spec(name: str, *shape: int) -> TensorSpec:
@@ -74,7 +120,8 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
     assert result.output.count("| `ort` |") == 2
     assert result.output.count("| `fake` |") == 3
     assert "1 CPU thread." in result.output
-    document = json.loads(call(text_bundle.path, *options, "--json").output)
+    document = strict_json(call(text_bundle.path, *options, "--json").output)
+    assert [parity["image_psnr_db"] for parity in document["parities"]] == [None]
     assert [speed["batch"] for speed in document["speeds"]] == [1, 2]
     assert document["peaks"]["ort"] > 1e8
 
@@ -87,6 +134,8 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
         (("--backend", "ort:fp16"), "ort:fp16: ONNX Runtime computes in fp32 on a CPU"),
         (("--batch-sizes", "0"), "not a list of batch sizes"),
         (("--steps", "3"), "no student of 3 steps"),
+        (("--prompt", "zebra", "--no-memory"), "Invalid value for --prompt: the text encoder knows none of the words"),
+        (("--prompt", "cat " * 9, "--no-memory"), "Invalid value for --prompt"),
     ],
 )
 def test_what_cannot_be_is_refused(text_bundle: Bundle, arguments: tuple[str, ...], message: str) -> None:
@@ -105,3 +154,34 @@ def test_a_backend_that_does_not_open_leaves_none_open(text_bundle: Bundle) -> N
     running.close()
     with pytest.raises(EngineError, match=r"^ort-tensorrt: "):
         Bench(text_bundle, contenders[:1], (1,), EngineOptions(1), skip=True)
+
+
+def test_what_a_backend_compiles_is_waited_for(text_bundle: Bundle, slow: Contender) -> None:
+    running = Bench(text_bundle, [Contender("ort"), slow], (1,), EngineOptions(1))
+    running.speeds(1, 1)
+    assert {"text.onnx", "step-1.onnx", "decode.onnx"} == set(Built.asked)
+    same, other = running.parities(1, Contender("ort"))
+    assert same.step_maximum == 0
+    assert other.step_maximum > 0
+    running.close()
+    Built.asked.clear()
+    peak_operations_per_second(slow, EngineOptions(1))
+    assert set(Built.asked) == {"products.onnx"}
+
+
+def test_what_cannot_be_compiled_is_left_out_and_not_timed_on_its_stand_in(
+    text_bundle: Bundle, slow: Contender
+) -> None:
+    contenders = [Contender("ort"), Contender("trt", "fp16")]
+    with pytest.raises(EngineError, match=r"^trt:fp16: .*\.onnx could not be built: it cannot be compiled"):
+        Bench(text_bundle, contenders, (1,), EngineOptions(1))
+    running = Bench(text_bundle, contenders, (1,), EngineOptions(1), skip=True)
+    assert list(running.pipelines) == contenders[:1]
+    running.close()
+
+
+def test_images_are_of_the_prompts_that_it_is_told(bundle: Bundle) -> None:
+    told = ("one", "three") if bundle.manifest.classes else ("the moon", "a cat")
+    running = Bench(bundle, [Contender("fake")], (3,), EngineOptions(1), prompts=told)
+    assert [task.condition for task in running._tasks(1, 3)] == [told[0], told[1], told[0]]
+    running.close()

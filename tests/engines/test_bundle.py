@@ -173,6 +173,33 @@ def test_a_graph_knows_its_program(text_bundle: Bundle, tmp_path: Path) -> None:
     assert graphs["step-2.onnx"].program is None
 
 
+@pytest.mark.parametrize("name", ["step-1.onnx.weights-0", "step-1.onnx_data", "weights.bin"])
+def test_a_graph_with_other_weights_in_a_file_of_their_own_is_another_graph(
+    text_bundle: Bundle, tmp_path: Path, name: str
+) -> None:
+    files = {file: text_bundle.path / file for file in text_bundle.manifest.files}
+    digests = set()
+    for content in ("ones", "twos"):
+        weights = tmp_path / content
+        weights.write_text(content)
+        made = write_bundle(tmp_path / f"bundle-of-{content}", text_bundle.manifest, files | {name: weights})
+        digests.add(made.graphs()["step-1.onnx"].sha256)
+    assert len(digests) == 2
+    assert text_bundle.graphs()["step-1.onnx"].sha256 == text_bundle.manifest.files["step-1.onnx"].sha256
+
+
+def test_what_tells_of_a_bundle_and_its_programs_do_not_change_a_graph(text_bundle: Bundle, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("something else")
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    files |= {"README.md": other, "samples.png": other, "step-4.pt2": other}
+    description = text_bundle.manifest.model_copy(update={"programs": {"step-4.onnx": "step-4.pt2"}})
+    graphs = write_bundle(tmp_path / "made", description, files).graphs()
+    assert {name: graph.sha256 for name, graph in graphs.items()} == {
+        name: graph.sha256 for name, graph in text_bundle.graphs().items()
+    }
+
+
 @pytest.mark.parametrize(
     "edit",
     [

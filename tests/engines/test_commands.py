@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from engines import backends
 from engines import bundle as bundles
+from engines.backends.base import EngineOptions, GraphSpec
+from engines.backends.fake import FakeEngine
+from engines.backends.ort import OrtEngine
+from engines.backends.standin import StandIn
 from engines.bundle import Bundle, write_bundle
 from engines.commands import generate, inspect
 from engines.images import decode_image
@@ -47,6 +53,28 @@ def test_generate_takes_the_sampler_and_inspect_tells_of_it(tmp_path: Path) -> N
     shown = call(inspect, bundle.path).output
     assert "for the stochastic sampler in 4 steps too" in shown
     assert "with an encoder: encoder-4.onnx" in shown
+
+
+def test_generate_waits_for_what_its_backend_compiles(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the precision, and with the plans, that it was told."""
+    opened: list[EngineOptions] = []
+
+    def open_slowly(graph: GraphSpec, options: EngineOptions) -> StandIn:
+        opened.append(options)
+        plain = replace(options, precision="fp32")
+        return StandIn(OrtEngine(graph, plain), lambda: FakeEngine(graph, options), graph.path.name)
+
+    monkeypatch.setattr(backends.fake, "open_slowly", open_slowly, raising=False)
+    monkeypatch.setitem(backends.BACKENDS, "trt", "engines.backends.fake:open_slowly")
+    options = ("--seed", 1, "--out", tmp_path / "cat.png", "--backend", "trt")
+    result = call(generate, text_bundle.path, "a cat", *options, "--precision", "bf16", "--plans", tmp_path / "plans")
+    assert result.exit_code == 0, result.output
+    assert {(one.precision, one.plans) for one in opened} == {("bf16", tmp_path / "plans")}
+    with Pipeline.open(text_bundle.path, "fake") as pipeline:
+        (expected,) = pipeline.run([Generate("a cat", 4, 2.0, 1)])
+    np.testing.assert_array_equal(decode_image((tmp_path / "cat.png").read_bytes()), expected)
 
 
 def test_generate_numbers_several_images_and_their_seeds(text_bundle: Bundle, tmp_path: Path) -> None:
@@ -114,6 +142,8 @@ def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
     assert result.exit_code == 0
     for expected in ("step-4.onnx", "README.md", "CC0-1.0", bundle.manifest.revision, "as the manifest says"):
         assert expected in result.output
+    for name, record in bundle.manifest.files.items():
+        assert f"{record.sha256[:12]}  {name}" in result.output
     assert ("classes: zero" in result.output) == (bundle.manifest.conditioning == "class")
 
 
@@ -140,6 +170,15 @@ def test_inspect_names_a_graph_that_is_not_what_the_manifest_says(text_bundle: B
     result = call(inspect, other.path)
     assert result.exit_code == 1
     assert "DIFFERS  step-2.onnx: its inputs are" in result.output
+
+
+def test_inspect_names_a_tokenizer_that_does_not_open(text_bundle: Bundle, tmp_path: Path) -> None:
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text('{"version": "1.0"}')
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files} | {broken.name: broken}
+    result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    assert result.exit_code == 1
+    assert "tokenizer.json: not a tokenizer" in result.output
 
 
 def test_shipped_means_the_bundle_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from engines.backends.trt_library import Library, build_plan, find_library
 from engines.build_command import build
 from engines.bundle import Bundle, load_bundle, shipped_bundle
 from engines.compile import build_bundle, prepare
-from engines.plans import PRECISIONS, PlanCache, Precision, Profile
+from engines.plans import PRECISIONS, PlanCache, PlanKey, Precision, Profile, batch_sizes_up_to
 
 PROFILE = Profile((1, 4))
 TARGETS = ("sm86", "sm89", "sm120")
@@ -167,7 +167,9 @@ def test_the_command_builds_and_says_where(library: Library, text_bundle: Bundle
     for how in (" s, ", "was there"):
         result = CliRunner().invoke(build, arguments)
         assert result.exit_code == 0, result.output
-        lines = result.stdout.splitlines()
+        lines, found_by = result.stdout.splitlines()[:-2], result.stdout.splitlines()[-2:]
+        assert found_by[1].strip().startswith("fewstep serve --backend trt --precision fp32 --plans ")
+        assert found_by[1].endswith("--max-batch 2  (or 1)")
         assert [line.split()[0] for line in lines] == list(text_bundle.graphs())
         assert all(how in line and library.name in line and "batches of 1, 2" in line for line in lines)
 
@@ -191,3 +193,31 @@ def test_without_a_library_the_message_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr("engines.backends.trt_library.MODULES", ("absent_library",))
     with pytest.raises(EngineError, match=r"pip install 'fewstep\[tensorrt\]'"):
         find_library()
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "finding"),
+    [
+        ("--batch-sizes 1,2,4,8,16", "--max-batch 16  (or 1, 2, 4, 8)\n  fewstep generate --backend trt", {1, 8, 16}),
+        ("--batch-sizes 1,2,4,8,12", "--max-batch 12  (or 1, 2, 4, 8)\n", {1, 8, 12}),
+        ("--batch-sizes 1", "--max-batch 1\n", {1}),
+        ("--batch-sizes 16 --dynamic", "--max-batch 16  (or every one from 1 to 16)\n", {1, 8, 12, 16}),
+        ("--batch-sizes 4,16", "No serve finds them: with --max-batch 16 it wants --batch-sizes 1,2,4,8,16,", set()),
+    ],
+)
+def test_the_command_says_who_finds_its_plans_and_they_do(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, said: str, finding: set[int]
+) -> None:
+    made_up = Library(SimpleNamespace(__name__="made_up_rtx", __version__="1"))
+    monkeypatch.setattr(compiling, "find_library", lambda: made_up)
+    monkeypatch.setattr(compiling, "build_plan", lambda *_: b"plan")
+    arguments = [str(text_bundle.path), "--target", "sm89", "--plans", str(tmp_path), *options.split()]
+    result = CliRunner().invoke(build, arguments)
+    assert result.exit_code == 0, result.output
+    assert said in result.stdout
+    assert ("fewstep generate" in result.stdout) == (16 in finding)
+    for largest in (1, 8, 12, 16, 32):
+        wanted = Profile(batch_sizes_up_to(largest))
+        for graph in text_bundle.graphs().values():
+            found = PlanCache(tmp_path).find(PlanKey(graph.sha256, made_up.name, "sm89", "fp32", wanted))
+            assert (found is not None) == (largest in finding)

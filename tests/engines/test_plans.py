@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.plans import PlanCache, PlanError, PlanKey, Profile, plans_folder
+from engines.plans import PlanCache, PlanError, PlanKey, Profile, batch_sizes_up_to, plans_folder
 
 KEY = PlanKey("a" * 64, "tensorrt 10.9", "sm89", "fp16", Profile((1, 4)))
 OTHERS: dict[str, Any] = {
@@ -104,3 +104,52 @@ def test_the_folder_of_plans_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert plans_folder() == tmp_path / "fewstep" / "plans"
     monkeypatch.setenv("FEWSTEP_PLANS", str(tmp_path / "here"))
     assert plans_folder() == tmp_path / "here"
+
+
+def test_without_a_home_it_says_what_to_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FEWSTEP_PLANS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(PlanError, match=r"no folder to keep plans in .*: name one in FEWSTEP_PLANS"):
+        plans_folder()
+
+
+@pytest.mark.parametrize(("largest", "sizes"), [(1, (1,)), (12, (1, 2, 4, 8, 12)), (16, (1, 2, 4, 8, 16))])
+def test_a_service_runs_at_powers_of_two_and_at_its_largest(largest: int, sizes: tuple[int, ...]) -> None:
+    assert batch_sizes_up_to(largest) == sizes
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1).map(tuple)
+
+
+@given(SIZES, SIZES, st.booleans())
+def test_a_profile_covers_another_when_all_its_sizes_run(ours: Any, theirs: Any, dynamic: bool) -> None:
+    assert Profile(ours, dynamic=True).covers(Profile(theirs, dynamic)) == (max(ours) >= max(theirs))
+    assert Profile(ours).covers(Profile(theirs)) == set(ours).issuperset(theirs)
+    assert not Profile(ours).covers(Profile(theirs, dynamic=True))
+
+
+def test_a_plan_that_covers_what_is_asked_for_is_found(cache: PlanCache) -> None:
+    """The very one first, then static ones, then the smallest; never one of another key, or one that is damaged."""
+    assert cache.find(KEY) is None
+    wider = [Profile((64,), dynamic=True), Profile((8,), dynamic=True), Profile((1, 2, 4)), KEY.profile]
+    for other in (*OTHERS, "narrower"):
+        narrow = {"profile": Profile((1,))} if other in ("profile", "narrower") else {other: OTHERS[other]}
+        cache.save(replace(KEY, **narrow), b"unfit")
+    (cache.folder / "odd.json").write_text('{"key": {"profile": {"batch_sizes": ["a"], "dynamic": 1}}}')
+    assert cache.find(KEY) is None
+    for profile in wider:
+        cache.save(replace(KEY, profile=profile), str(profile).encode())
+        assert cache.find(KEY) == (str(profile).encode(), profile)
+    for profile, next_best in zip(wider[::-1], [*wider[-2::-1], None], strict=True):
+        cache.path(replace(KEY, profile=profile)).write_bytes(b"damaged")
+        assert cache.find(KEY) == (next_best and (str(next_best).encode(), next_best))
+
+
+def test_a_plan_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "plans").write_text("a file where the folder should be")
+    PlanCache(tmp_path / "plans").keep(KEY, b"plan")
+    assert "cannot be kept, and is built again at every start" in caplog.text

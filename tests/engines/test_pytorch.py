@@ -279,6 +279,19 @@ def test_a_package_is_compiled_once(halving: GraphSpec, tmp_path: Path, compilat
     assert len(compilations) == 1
 
 
+def test_a_package_that_cannot_be_kept_is_used_all_the_same(
+    halving: GraphSpec, tmp_path: Path, compilations: list[str]
+) -> None:
+    (tmp_path / "plans").write_text("a file where the folder should be")
+    with open_engine("pytorch-aot", halving, replace(ONE, plans=tmp_path / "plans")) as engine:
+        assert isinstance(engine, StandIn)
+        stand_in = engine.current
+        assert engine.wait(60)
+        assert engine.failure is None
+        assert engine.current is not stand_in
+    assert len(compilations) == 1
+
+
 @pytest.mark.parametrize("fault", ["another graph", "another precision", "another chip", "another torch", "damaged"])
 def test_a_package_that_does_not_fit_is_compiled_anew(
     halving: GraphSpec, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, fault: str

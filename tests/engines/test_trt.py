@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 
 from engines.backends import open_engine, trt
 from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
+from engines.backends.cuda import Captured
 from engines.backends.standin import StandIn
 from engines.backends.trt import TrtEngine
 from engines.backends.trt_library import Library
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Pipeline
-from engines.plans import PlanCache, PlanKey, Profile
+from engines.plans import PlanCache, PlanError, PlanKey, Profile
 from tests.engines.test_engine_contract import graph_of, random_inputs
 
 PROFILE = Profile((1, 4))
@@ -29,13 +31,24 @@ PROFILE = Profile((1, 4))
 class MadeUpCuda:
     """A device whose memory is the host's, and whose stream does at once what it is given."""
 
-    target, stream = "sm89", 7
+    target = "sm89"
+    STREAM = 7
 
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}
         self.uploads = 0
         self.captured = 0
+        self.open = 0
+        """Streams and captured launches that were not given back."""
         self.limit = 1 << 40
+
+    @property
+    def stream(self) -> int:
+        self.open = self.open or 1
+        return self.STREAM
+
+    def close(self) -> None:
+        self.open -= 1
 
     def allocate(self, size: int) -> int:
         if size > self.limit:
@@ -60,9 +73,10 @@ class MadeUpCuda:
     def synchronize(self) -> None:
         pass
 
-    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launch: Callable[[], None]) -> Captured:
         self.captured += 1
-        return launch
+        self.open += 1
+        return Captured(launch, self.close)
 
 
 class MadeUpContext:
@@ -72,7 +86,7 @@ class MadeUpContext:
         self.session, self.shapes, self.addresses = session, dict[str, Any](), dict[str, int]()
 
     def set_optimization_profile_async(self, place: int, stream: int) -> None:
-        assert stream == MadeUpCuda.stream
+        assert stream == MadeUpCuda.STREAM
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
         self.shapes[name] = shape
@@ -171,7 +185,29 @@ def test_memory_is_given_back(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
     with opened(graph_of(text_bundle, "step"), cuda) as engine:
         engine.warmup((1, 4))
         assert cuda.memory
+        assert cuda.open == 3
     assert not cuda.memory
+    assert cuda.open == 0
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(random_inputs(engine, 1))
+
+
+def test_what_cannot_be_given_back_keeps_nothing_else(
+    text_bundle: Bundle, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened(graph_of(text_bundle, "step"), cuda)
+    engine.warmup((1, 4))
+    stuck, free = next(iter(cuda.memory)), cuda.free
+
+    def fail(pointer: int) -> None:
+        if pointer == stuck:
+            raise EngineError("CUDA: cudaFree failed")
+        free(pointer)
+
+    monkeypatch.setattr(cuda, "free", fail)
+    with pytest.raises(EngineError, match="cudaFree failed"):
+        engine.close()
+    assert (cuda.open, list(cuda.memory)) == (0, [stuck])
     with pytest.raises(EngineError, match="closed"):
         engine.run(random_inputs(engine, 1))
 
@@ -263,3 +299,49 @@ def test_a_plan_that_cannot_be_built_leaves_the_stand_in(
         assert str(engine.failure) == "it cannot be built"
         engine.run(random_inputs(engine, 2))
     assert "stays on its stand-in: it cannot be built" in caplog.text
+
+
+def test_a_plan_that_cannot_be_kept_is_used_all_the_same(text_bundle: Bundle, made_up: EngineOptions) -> None:
+    assert made_up.plans is not None
+    plans = made_up.plans / "plans"
+    plans.write_text("a file where the folder should be")
+    with open_engine("trt", graph_of(text_bundle, "step"), replace(made_up, plans=plans)) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
+
+
+@pytest.mark.parametrize("built", [Profile((1, 2, 4, 8)), Profile((4,), dynamic=True)])
+def test_a_plan_of_a_wider_profile_is_used_with_that_profile(
+    text_bundle: Bundle, made_up: EngineOptions, reference: Engine, built: Profile
+) -> None:
+    graph = graph_of(text_bundle, "step")
+    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", built)
+    PlanCache(made_up.plans).save(key, graph.path.read_bytes())
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, TrtEngine)
+        for batch in (1, 3):
+            inputs = random_inputs(engine, batch)
+            np.testing.assert_allclose(engine.run(inputs)["z_next"], reference.run(inputs)["z_next"], atol=1e-5)
+
+
+def test_an_engine_that_does_not_get_warm_gives_all_back(
+    text_bundle: Bundle, made_up: EngineOptions, cuda: MadeUpCuda
+) -> None:
+    cuda.limit = 1000
+    with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.failure, DeviceMemoryError)
+    assert (cuda.open, cuda.memory) == (0, {})
+
+
+def test_without_a_folder_for_plans_the_backend_does_not_open(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Path:
+        raise PlanError("there is no folder to keep plans in")
+
+    monkeypatch.setattr("engines.plans.plans_folder", none)
+    with pytest.raises(EngineError, match="backend 'trt': there is no folder"):
+        open_engine("trt", graph_of(text_bundle, "step"), replace(made_up, plans=None))
