@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from service.models import Models
 from service.opening import open_pipeline
 from service.settings import Settings
 from tests.service.helpers import wait_until
-from tests.service.several import MAX_ROWS, NAMES, SeveralBench, room_for
+from tests.service.several import MAX_ROWS, NAMES, SeveralBench, replace, room_for
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +46,20 @@ async def test_a_job_whose_bundle_does_not_load_fails_and_may_be_tried_again(ben
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.retryable) == ("engine", True)
     assert "step-4.onnx" in outcome.message
+
+
+async def test_a_job_whose_bundle_is_replaced_before_it_is_loaded_may_be_tried_again(
+    bench: SeveralBench, folder: Path
+) -> None:
+    key = bench.models.catalogue.find("amber").key
+    assert key in bench.models.takeable()
+    replace(folder, "amber")
+    await bench.submit("a", key)
+    bench.models._look_again = math.inf  # As if all this were within a second.
+    outcome = await bench.outcome("a")
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.retryable) == ("engine", True)
+    assert f"{key} was replaced" in outcome.message
 
 
 async def test_a_job_for_a_bundle_that_is_not_here_is_left_to_others(bench: SeveralBench) -> None:
