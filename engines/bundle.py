@@ -178,6 +178,8 @@ def read_manifest(path: Path | str) -> Manifest:
     """Read and check `manifest.json` of the folder ``path`` without looking at the other files."""
     file = Path(path) / MANIFEST_NAME
     try:
+        if file.exists() and not file.is_file():
+            raise BundleError(f"{path} is not a bundle: {file.name} is no regular file")
         if file.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleError(f"{file}: larger than {_MAX_MANIFEST_BYTES} bytes")
         document = json.loads(file.read_text(encoding="utf-8"))

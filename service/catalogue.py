@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +12,9 @@ from pathlib import Path
 from engines.bundle import MANIFEST_NAME, BundleError, Manifest, find_bundle, read_manifest
 from service.settings import Settings
 
-# What a stored weight takes once it is unpacked to fp32.
-_UNPACKED = {"float32": 1, "fp16": 2, "float16": 2, "int8": 4}
+_FP32_BITS = 32
+# Of a type whose name tells no width: the fewest that are in use, so that its memory is not reckoned too small.
+_FEWEST_BITS = 4
 
 
 class UnknownModel(Exception):
@@ -44,8 +47,17 @@ class Entry:
     @property
     def memory_bytes(self) -> int:
         """What its weights take when loaded. An upper bound: every graph unpacked to fp32."""
-        factor = max(_UNPACKED.get(dtype, 1) for dtype in self.manifest.weights_dtype.split("+"))
-        return factor * sum(record.size_bytes for record in self.manifest.files.values())
+        narrowest = min(map(_bits, self.manifest.weights_dtype.split("+")))
+        stored = sum(record.size_bytes for record in self.manifest.files.values())
+        return max(1, _FP32_BITS // narrowest) * stored
+
+    def fingerprint(self) -> Hashable:
+        """What changes with the files in its folder: their names, sizes and times."""
+        try:
+            found = [(file.name, file.stat()) for file in os.scandir(self.path)]
+        except OSError:
+            return None
+        return frozenset((name, status.st_size, status.st_mtime_ns) for name, status in found)
 
     def answers_to(self, name: str) -> bool:
         """Whether ``name`` is its name, or its name@revision."""
@@ -77,12 +89,14 @@ class Catalogue:
     def find(self, name: str | None) -> Entry:
         """The bundle of that name or name@revision, the default for None.
 
-        Raises UnknownModel where there is none, and BundleError where two have the name.
+        Raises UnknownModel where there is none, and BundleError where two have the name, or the default is away.
         """
         if name is None:
             return self.default()
         entries, _ = self.read()
         found = [entry for entry in entries if entry.answers_to(name)]
+        if not found and name.partition("@")[0] == self.default_name:
+            self.default()  # Where it is away for a moment, this says so.
         if not found:
             known = ", ".join(sorted(entry.manifest.name for entry in entries))
             raise UnknownModel(f"no model {name[:100]!r}; there are: {known}")
@@ -92,10 +106,14 @@ class Catalogue:
 
     def read(self) -> tuple[list[Entry], Mapping[Path, str]]:
         """Every bundle that can be read, the default first, and what is wrong with the folders of the others."""
-        paths = {find_bundle(self._default).resolve(): None} | dict.fromkeys(self._in_folder())
         entries: list[Entry] = []
         problems: dict[Path, str] = {}
-        for path in paths:
+        paths = self._in_folder()
+        try:
+            paths.insert(0, find_bundle(self._default).resolve())
+        except BundleError as error:
+            problems[Path(self._default)] = str(error)
+        for path in dict.fromkeys(paths):
             try:
                 entries.append(_entry(path))
             except BundleError as error:
@@ -109,6 +127,12 @@ class Catalogue:
             return sorted(path.parent.resolve() for path in self._folder.glob(f"*/{MANIFEST_NAME}"))
         except OSError as error:
             raise BundleError(f"{self._folder}: {error}") from error
+
+
+def _bits(dtype: str) -> int:
+    """The width that the name of a type tells: float32, fp16, bfloat16, int8, float8_e4m3fn."""
+    width = re.search(r"\d+", dtype)
+    return max(1, int(width.group())) if width else _FEWEST_BITS
 
 
 def _entry(path: Path) -> Entry:

@@ -88,8 +88,16 @@ class Service:
         self.inflight = 0
         self.failure: Exception | None = None
         # Without engines a bundle takes next to nothing.
-        bound = sys.maxsize if settings.role == "api" else settings.max_model_bytes
-        self.models = Models(Catalogue.of(settings), partial(opener, settings), bound, self._changed)
+        fronts = settings.role == "api"
+        self.models = Models(
+            Catalogue.of(settings),
+            partial(opener, settings),
+            sys.maxsize if fronts else settings.max_model_bytes,
+            self._changed,
+            owes=queue.owes,
+            drain_s=settings.job_timeout_ms / 1000,
+            fronts=fronts,
+        )
         self._queue = queue
         self._state = State.LOADING
         scheduler = Scheduler(settings.max_batch)

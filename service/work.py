@@ -61,7 +61,10 @@ class Parked:
                 finished.result()
         except LoadsEnded:
             return None  # The worker is about to stop: what it holds is for others, or fails then.
-        except (ModelError, UnknownModel) as error:
+        except UnknownModel:
+            message = f"{self.job.model} was replaced or removed before the images were made"
+            return Failed("engine", message, retryable=True)
+        except ModelError as error:
             return Failed("engine", str(error), retryable=True)
         return None
 

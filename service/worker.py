@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -36,7 +37,8 @@ class Worker:
     """Runs jobs until stopped, with continuous batching: waiting rows are admitted at every tick.
 
     It holds two full ticks of images for every number of steps among them. So the next tick of each can be full, and
-    what waits longer stays in the queue, where its cost bounds admission and another worker could take it.
+    what waits longer stays in the queue, where its cost bounds admission and another worker could take it. Of a bundle
+    that is not loaded yet it parks no more than that, and those that are loaded do not wait for it.
 
     Where the device is lost the thread ends: the service then fails, and its process with it. What it holds and has not
     settled is for a process that comes after it.
@@ -148,21 +150,29 @@ class Worker:
 
     def _admit(self, wait_s: float) -> None:
         wait_s = 0.0 if self._held else wait_s
-        rows = sum(1 for _ in self._units()) + sum(len(parked.job.tasks) for parked in self._parked.values())
+        rows = sum(1 for _ in self._units())
         groups = {(unit.work.job.model, unit.task.steps) for unit in self._units()}
         room = 2 * self._scheduler.max_rows * max(1, len(groups)) - rows
-        if room > 0 and not self._draining.is_set():
-            for job in self._queue.take(self._models.takeable(), room, wait_s):
+        wanted = self._wanted() if room > 0 and not self._draining.is_set() else frozenset()
+        if wanted:
+            for job in self._queue.take(wanted, room, wait_s):
                 self._parked[job.id] = Parked(job)
         elif wait_s > 0:  # nothing to do until a bundle is loaded
             self._stopping.wait(wait_s)
         for parked in list(self._parked.values()):
             self._begin(parked)
 
+    def _wanted(self) -> frozenset[str]:
+        """What may be taken, but for bundles that a full tick waits for already."""
+        rows: Counter[str] = Counter()
+        for parked in self._parked.values():
+            rows[parked.job.model] += len(parked.job.tasks)
+        return self._models.takeable() - {model for model, count in rows.items() if count >= self._scheduler.max_rows}
+
     def _begin(self, parked: Parked) -> None:
         """Hold a job whose bundle is loaded; else have it loaded, and look again at the next step."""
         job = parked.job
-        if (lease := self._models.lease(job.model, retiring=True)) is not None:
+        if (lease := self._models.take_on(job.model)) is not None:
             del self._parked[job.id]
             self._held[job.id] = work = Work(job, lease)
             self._expect(work)

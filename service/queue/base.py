@@ -181,6 +181,10 @@ class JobQueue(Protocol):
         """Hand over the outcome. The first call for a job counts and returns True, later ones do nothing."""
         ...
 
+    def owes(self, model: str) -> bool:
+        """Whether a job for ``model`` is not settled, waiting or with any worker. True while the queue is away."""
+        ...
+
     def stats(self) -> QueueStats:
         """What waits now."""
         ...

@@ -139,6 +139,11 @@ class Leases:
                 self._unsent[job_id] = lease, outcome
         return first is not False
 
+    def owes(self, model: str) -> bool:
+        """See JobQueue.owes."""
+        streams = [keys.jobs(model, priority) for priority in Priority]
+        return self._reach(lambda: any(self._redis.client.xlen(stream) for stream in streams), True)
+
     def close(self) -> None:
         """Hand over what is left, and leave the groups of workers."""
         self._closing.set()

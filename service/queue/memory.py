@@ -143,6 +143,11 @@ class MemoryQueue:
                 self._doors[job.model].settled(job.cost, isinstance(outcome, Finished), self._clock())
             return self._end(job_id, outcome)
 
+    def owes(self, model: str) -> bool:
+        """See JobQueue.owes."""
+        with self._changed:
+            return any(job.model == model for jobs in (self._waiting, self._taken) for job in jobs.values())
+
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
         with self._changed:

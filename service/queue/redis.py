@@ -96,6 +96,10 @@ class RedisQueue:
         """See JobQueue.settle."""
         return self._leases.settle(job_id, outcome)
 
+    def owes(self, model: str) -> bool:
+        """See JobQueue.owes."""
+        return self._leases.owes(model)
+
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
         try:

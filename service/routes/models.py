@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
+from engines.bundle import BundleError
 from service.access import require_admin
-from service.errors import ApiError
+from service.errors import ApiError, model_unavailable
 from service.routes.openapi import error
 from service.runtime import Service
 from service.schemas import Model, ModelList
@@ -32,9 +33,10 @@ async def models(request: Request) -> ModelList:
 async def load(request: Request, name: str) -> Model:
     """Load it as its folder has it now; answered when it is warm.
 
-    Requests that name it have it loaded by themselves; this spares the first of them the wait. A new revision takes
-    over from the one that is loaded, and nothing in flight is lost. Where there is no room, the bundles that were used
-    the least recently go first, when they are no longer in use.
+    Requests that name it have it loaded by themselves; this spares the first of them the wait. Only this process loads
+    it: workers elsewhere do so with the first job. A new revision takes over from the one that is loaded, which
+    processes find out by themselves too. Where there is no room, the bundles that were used the least recently go
+    first, when they are no longer in use.
     """
     service: Service = request.app.state.service
     service.require_loaded()
@@ -58,6 +60,10 @@ def _deadline(request: Request, service: Service) -> float:
 
 def _listed(service: Service) -> ModelList:
     default = service.models.catalogue.default_name
+    try:
+        states = service.models.states()
+    except BundleError as problem:
+        raise model_unavailable(problem) from problem
     found = [
         Model(
             name=state.name,
@@ -67,7 +73,7 @@ def _listed(service: Service) -> ModelList:
             in_use=state.holders,
             memory_bytes=state.memory_bytes,
         )
-        for state in service.models.states()
+        for state in states
     ]
     bound = None if service.settings.role == "api" else service.models.max_bytes
     return ModelList(models=tuple(found), memory_bytes=service.models.memory_bytes, max_memory_bytes=bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,13 @@ def test_an_enormous_manifest_is_not_read(tmp_path: Path) -> None:
         out.truncate(5 * 1024 * 1024)
     with pytest.raises(BundleError, match="larger"):
         load_bundle(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(BundleError, match="no regular file"):
+        read_manifest(tmp_path)
 
 
 def test_no_folder_is_no_bundle(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from engines.pipeline import Pipeline
+from service.catalogue import Catalogue
+from service.models import Models
+from service.opening import open_pipeline
 from service.queue.base import JobQueue
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
@@ -21,6 +24,7 @@ from tests.service.helpers import SIZE, Gate, Running, running
 from tests.service.queues import BOUNDS, ROOM
 from tests.service.redis_cluster import RedisCluster, redis_cluster
 from tests.service.redis_server import RedisServer, redis_binary
+from tests.service.several import NAMES
 from tests.service.webdriver import Device
 
 
@@ -149,3 +153,25 @@ def any_queue(request: pytest.FixtureRequest, settings: Settings) -> Settings:
         return settings
     server: RedisServer = request.getfixturevalue("redis_server")
     return settings.model_copy(update={"queue": server.url})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in NAMES:
+        make_tiny_bundle(tmp_path / "made", size=SIZE, name=name)
+    (tmp_path / "models").mkdir()
+    for name in NAMES:
+        (tmp_path / "made" / name).rename(tmp_path / "models" / name)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def several(settings: Settings, folder: Path) -> Settings:
+    return settings.model_copy(update={"models": folder})
+
+
+@pytest.fixture
+def models(several: Settings) -> Iterator[Models]:
+    made = Models(Catalogue.of(several), lambda path: open_pipeline(several, path), 2**30)
+    yield made
+    made.close()

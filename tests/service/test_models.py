@@ -3,68 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.pipeline import Generate, Pipeline
 from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
-from service.jobs import Failed, Finished, Job, Outcome, Output
-from service.metrics import Metrics
 from service.models import Models
 from service.opening import open_pipeline
-from service.queue.memory import MemoryQueue
-from service.scheduler import Scheduler
 from service.settings import Settings
-from service.worker import Worker
 from tests.bundles import make_tiny_bundle
-from tests.service.helpers import SIZE, Gate, Running, error, pipeline_of, pixels, running, until
+from tests.service.helpers import SIZE, Gate, Running, error, pipeline_of, running, until
+from tests.service.several import NAMES, damage, generate, loaded, room_for
 
 pytestmark = pytest.mark.anyio
-
-NAMES = ("amber", "blue", "coral")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in NAMES:
-        make_tiny_bundle(tmp_path / "made", size=SIZE, name=name)
-    (tmp_path / "models").mkdir()
-    for name in NAMES:
-        (tmp_path / "made" / name).rename(tmp_path / "models" / name)
-    return tmp_path / "models"
-
-
-@pytest.fixture
-def several(settings: Settings, folder: Path) -> Settings:
-    return settings.model_copy(update={"models": folder})
-
-
-def room_for(settings: Settings, count: int) -> Settings:
-    """Room for that many of the bundles, which are all alike."""
-    entry = Catalogue.of(settings).find("amber")
-    return settings.model_copy(update={"max_model_bytes": int(entry.memory_bytes * (count + 0.5))})
-
-
-async def loaded(app: Running) -> set[str]:
-    listed = (await app.client.get("/models")).json()["models"]
-    return {model["name"] for model in listed if model["loaded"]}
-
-
-async def generate(app: Running, model: str | None, **fields: Any) -> np.ndarray[Any, Any]:
-    answer = await app.post("/generate", prompt="a red heart", seed=3, model=model, **fields)
-    assert answer.status_code == 200, answer.text
-    assert model is None or answer.json()["model"] == model
-    return pixels(answer)
 
 
 async def test_a_model_is_loaded_when_it_is_first_named(anyio_backend: str, several: Settings, folder: Path) -> None:
@@ -150,21 +109,30 @@ async def test_load_by_name(anyio_backend: str, several: Settings) -> None:
         )
 
 
-async def test_a_new_revision_takes_over_and_a_bundle_that_appears_is_found(
+async def test_a_bundle_that_appears_is_found(
     anyio_backend: str, several: Settings, folder: Path, tmp_path: Path
 ) -> None:
     async with running(several) as app:
-        await generate(app, "blue")
-        old = pipeline_of(app.service, "blue").manifest.revision
-        shutil.rmtree(folder / "blue")
-        make_tiny_bundle(tmp_path / "newer", size=SIZE, name="blue", steps=(1, 8)).path.rename(folder / "blue")
-        assert (await app.post("/generate", prompt="a cat", model="blue")).json()["revision"] == old
-        new = (await app.client.post("/models/blue/load")).json()["revision"]
-        assert new != old
-        assert (await app.post("/generate", prompt="a cat", model="blue", steps=8)).json()["revision"] == new
-        error(await app.post("/generate", prompt="a cat", model=f"blue@{old}"), 404, "model_not_found", "model")
         make_tiny_bundle(tmp_path / "newer", size=SIZE, name="dusk").path.rename(folder / "dusk")
         await generate(app, "dusk")
+
+
+async def test_bundles_are_listed_while_the_default_is_away(
+    anyio_backend: str, several: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(several.bundle, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    async with running(several.model_copy(update={"bundle": "mine"})) as app:
+        await app.client.post("/models/tiny/unload")
+        (tmp_path / "mine").rename(tmp_path / "away")
+        listed = await app.client.get("/models")
+        assert listed.status_code == 200
+        assert {model["name"] for model in listed.json()["models"]} == {"amber", "blue", "coral"}
+        await generate(app, "amber")
+        for name in (None, "tiny"):
+            error(await app.post("/generate", prompt="a cat", model=name), 503, "model_unavailable", "model")
+        (tmp_path / "away").rename(tmp_path / "mine")
+        await generate(app, None)
 
 
 async def test_a_model_that_does_not_load_is_said_and_harms_no_other(
@@ -216,13 +184,6 @@ async def test_a_wait_for_a_load_ends_with_the_deadline_and_the_load_goes_on(
         await until(lambda: app.service.models.lease("blue") is not None)
 
 
-@pytest.fixture
-def models(several: Settings) -> Iterator[Models]:
-    made = Models(Catalogue.of(several), lambda path: open_pipeline(several, path), 2**30)
-    yield made
-    made.close()
-
-
 def test_one_load_for_all_who_wait(models: Models) -> None:
     futures = [models.load("amber") for _ in range(5)]
     assert not futures[0].cancel()
@@ -252,6 +213,78 @@ def test_two_bundles_of_one_name_are_refused(models: Models, folder: Path, tmp_p
         models.load("amber")
     with pytest.raises(UnknownModel, match="azure"):
         models.load("azure")
+
+
+async def test_an_unload_that_is_given_up_goes_on(anyio_backend: str, several: Settings) -> None:
+    async with running(several.model_copy(update={"max_timeout_ms": 50, "timeout_ms": 50})) as app:
+        app.service.models.load("amber").result(60)
+        lease = app.service.models.lease("amber")
+        assert lease is not None
+        for _ in range(2):
+            error(await app.client.post("/models/amber/unload"), 504, "deadline_exceeded")
+        lease.release()
+        app.service.models.unload("amber").result(60)
+        assert await loaded(app) == {"tiny"}
+
+
+def test_what_cannot_be_loaded_costs_no_other_its_place(several: Settings, folder: Path) -> None:
+    opened: list[str] = []
+
+    def opener(path: Path) -> Pipeline:
+        opened.append(path.name)
+        return open_pipeline(several, path)
+
+    models = Models(Catalogue.of(several), opener, room_for(several, 1).max_model_bytes)
+    good = (folder / "blue" / "step-4.onnx").read_bytes()
+    damage(folder / "blue")
+    try:
+        models.load("amber").result(60)
+        with pytest.raises(ModelError, match=r"step-4\.onnx"):
+            models.load("blue").result(60)
+        with pytest.raises(ModelError, match=r"step-4\.onnx"):
+            models.load("blue")
+        assert [state.name for state in models.states() if state.loaded and not state.retiring] == ["amber"]
+        (folder / "blue" / "step-4.onnx").write_bytes(good)
+        models.load("blue").result(60)
+        assert opened == ["amber", "blue"]
+    finally:
+        models.close()
+
+
+def test_what_did_not_open_is_tried_again_after_a_minute(several: Settings) -> None:
+    seconds = [0.0]
+    tries: list[Path] = []
+
+    def opener(path: Path) -> Pipeline:
+        tries.append(path)
+        if len(tries) == 1:
+            raise MemoryError("the device is full")
+        return open_pipeline(several, path)
+
+    models = Models(Catalogue.of(several), opener, 2**30, clock=lambda: seconds[0])
+    try:
+        with pytest.raises(ModelError, match="the device is full"):
+            models.load("amber").result(60)
+        seconds[0] = 59
+        with pytest.raises(ModelError, match="the device is full"):
+            models.load("amber")
+        seconds[0] = 61
+        models.load("amber").result(60)
+        assert len(tries) == 2
+    finally:
+        models.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [("float32", 1), ("fp32", 1), ("fp16+fp32", 2), ("bfloat16", 2), ("bf16", 2), ("fp32+int8", 4),
+     ("float8_e4m3fn", 4), ("int4", 8), ("nibbles", 8)],
+)  # fmt: skip
+def test_memory_is_reckoned_in_fp32_whatever_is_stored(several: Settings, dtype: str, factor: int) -> None:
+    entry = Catalogue.of(several).find("amber")
+    stored = sum(record.size_bytes for record in entry.manifest.files.values())
+    manifest = entry.manifest.model_copy(update={"weights_dtype": dtype})
+    assert dataclasses.replace(entry, manifest=manifest).memory_bytes == factor * stored
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
@@ -309,93 +342,7 @@ def test_a_load_that_did_not_begin_ends_without_an_error_in_the_log(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-class Bench:
-    """A worker that the test steps, with jobs from elsewhere: nobody holds their bundles."""
-
-    def __init__(self, models: Models) -> None:
-        self.queue = MemoryQueue(1000)
-        self.models = models
-        self.worker = Worker(models, self.queue, Scheduler(4), Metrics())
-
-    async def submit(self, name: str, model: str, seconds: float = 30.0) -> None:
-        now = time.monotonic()
-        task = Generate("a red heart", 4, 2.0, 3)
-        await self.queue.submit(Job(name, name, (task,), Output("png"), now, now + seconds, model))
-
-    async def outcome(self, name: str) -> Outcome:
-        async def steps() -> None:
-            while True:
-                await asyncio.to_thread(self.worker.step, 0.01)
-
-        stepping = asyncio.create_task(steps())
-        try:
-            return await asyncio.wait_for(self.queue.outcome(name), 60)
-        finally:
-            stepping.cancel()
-
-
-@pytest.fixture
-def bench(models: Models) -> Iterator[Bench]:
-    bench = Bench(models)
-    yield bench
-    bench.worker.stop()
-
-
-async def test_a_worker_loads_what_a_job_needs(bench: Bench) -> None:
-    for name in NAMES:
-        await bench.submit(name, bench.models.catalogue.find(name).key)
-    outcomes = [await bench.outcome(name) for name in NAMES]
-    assert all(isinstance(outcome, Finished) for outcome in outcomes)
-    assert {state.name for state in bench.models.states() if state.loaded} == set(NAMES)
-
-
-async def test_a_job_whose_bundle_does_not_load_fails_and_may_be_tried_again(bench: Bench, folder: Path) -> None:
-    key = bench.models.catalogue.find("amber").key
-    (folder / "amber" / "step-4.onnx").write_bytes(b"")
-    await bench.submit("a", key)
-    outcome = await bench.outcome("a")
-    assert isinstance(outcome, Failed)
-    assert (outcome.reason, outcome.retryable) == ("engine", True)
-    assert "step-4.onnx" in outcome.message
-
-
-async def test_a_job_for_a_bundle_that_is_not_here_is_left_to_others(bench: Bench) -> None:
-    await bench.submit("a", "amber@000000000000")
-    await asyncio.to_thread(bench.worker.step)
-    assert bench.queue.stats().depth == 1
-
-
 async def test_what_needs_a_load_while_the_service_ends_may_be_tried_again(app: Running) -> None:
     app.service.models.unload("tiny").result(60)
     app.service.models.cancel_loads()
     error(await app.post("/generate", prompt="a cat"), 503, "shutting_down")
-
-
-async def test_a_job_that_waits_for_its_bundle_is_cancelled_expires_and_is_stopped(
-    several: Settings, folder: Path
-) -> None:
-    go = threading.Event()
-
-    def slow(path: Path) -> Pipeline:
-        assert go.wait(60)
-        return open_pipeline(several, path)
-
-    models = Models(Catalogue.of(several), slow, 2**30)
-    bench = Bench(models)
-    key = models.catalogue.find("blue").key
-    await bench.submit("late", key, seconds=0.05)
-    outcome = await bench.outcome("late")
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == "expired"
-    await bench.submit("gone", key)
-    await asyncio.to_thread(bench.worker.step)
-    assert await bench.queue.cancel("gone") == "running"
-    models.cancel_loads()
-    await bench.submit("left", key)
-    await asyncio.to_thread(bench.worker.step)
-    bench.worker.stop()
-    stopped = await bench.queue.outcome("left")
-    assert isinstance(stopped, Failed)
-    assert stopped.reason == "stopped"
-    go.set()
-    models.close()

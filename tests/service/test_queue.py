@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engines.pipeline import MAX_SEED, Edit, Inpaint
-from service.jobs import Failed, Job, Output
+from service.jobs import Failed, Job, Output, Priority
 from service.queue.base import (
     JobQueue,
     QueueFull,
@@ -28,6 +28,19 @@ async def test_jobs_are_taken_once_and_oldest_first(queue: JobQueue) -> None:
     assert taken(queue, 2) == ["a", "b"]
     assert taken(queue, 2) == ["c"]
     assert taken(queue, 2) == []
+
+
+async def test_a_job_is_owed_until_it_is_settled_or_cancelled(queue: JobQueue) -> None:
+    assert not queue.owes(MODEL)
+    await queue.submit(job("a", priority=Priority.HIGH))
+    await queue.submit(job("b"))
+    assert queue.owes(MODEL)
+    assert not queue.owes("other@000000000000")
+    await queue.cancel("b")
+    taken(queue, 1)
+    assert queue.owes(MODEL)
+    queue.settle("a", FINISHED)
+    assert not queue.owes(MODEL)
 
 
 async def test_take_counts_images_but_gives_at_least_one_job(queue: JobQueue) -> None:
