@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -246,6 +247,19 @@ class ExportRecipe(Section):
     notes: str = Field(default="", description="What its users should know; it goes into the model card.")
 
 
+def _agree(ours: Any, theirs: Any, given: Any) -> bool:
+    """Whether values are the same, or ours have by default what theirs lack; `given` are ours that are no defaults."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        given = given or {}
+        if not theirs.keys() <= ours.keys() or not given.keys() <= theirs.keys():
+            return False
+        return all(_agree(ours[name], value, given.get(name)) for name, value in theirs.items())
+    if isinstance(ours, list) and isinstance(theirs, list):
+        given = given or [None] * len(ours)
+        return len(ours) == len(theirs) and all(map(_agree, ours, theirs, given))
+    return bool(ours == theirs)
+
+
 class Recipe(Section):
     """A whole run: data -> (autoencoder) -> teacher -> stage 1 -> stage 2."""
 
@@ -340,11 +354,18 @@ class Recipe(Section):
             raise ValueError("export.steps names a student twice")
         return self
 
-    def portable_json(self) -> str:
+    def portable_json(self, *, exclude_defaults: bool = False) -> str:
         """The recipe as JSON without where data and teacher lie, which may differ from machine to machine."""
         return self.model_dump_json(
-            exclude={"data": {"path", "address", "autoencoder"}, "teacher": {"checkpoint", "unconditional", "variant"}}
+            exclude={"data": {"path", "address", "autoencoder"}, "teacher": {"checkpoint", "unconditional", "variant"}},
+            exclude_defaults=exclude_defaults,
         )
+
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """The parts that differ from an earlier `portable_json`, which may lack settings that are newer than it."""
+        ours, given = (json.loads(self.portable_json(exclude_defaults=only)) for only in (False, True))
+        names = ours.keys() | record.keys()
+        return sorted(name for name in names if not _agree(ours.get(name), record.get(name), given.get(name)))
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

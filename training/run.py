@@ -73,7 +73,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.loads(self.recipe.portable_json())
         theirs = self._recorded(RECORD, ours)
-        if changed := sorted(key for key in ours.keys() - LEFT_OUT_OF_RECORD if ours[key] != theirs.get(key)):
+        if changed := [name for name in self.recipe.differences(theirs) if name not in LEFT_OUT_OF_RECORD]:
             raise TrainingError(
                 f"{self.folder} was made with another recipe (it differs in: {', '.join(changed)}); "
                 "choose another folder, or edit its recipe.json if you mean to go on"

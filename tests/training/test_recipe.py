@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -81,6 +82,21 @@ def test_where_the_data_lies_is_not_part_of_what_a_run_is() -> None:
     moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": Path("elsewhere")})})
     assert moved.portable_json() == recipe.portable_json()
     assert "elsewhere" not in moved.portable_json()
+
+
+def test_a_record_may_be_older_than_a_setting_that_has_its_default() -> None:
+    recipe = Recipe.load(next(path for path in SHIPPED if path.stem == "mnist"))
+    record = json.loads(recipe.portable_json())
+    assert recipe.differences(record) == []
+    del record["teacher"]["spike"], record["stage2"]["rounds"][0]["patience"], record["scale"]
+    assert recipe.differences(record) == ["scale"], "compile is not its default"
+    del record["network"]["patch"], record["stage2"]["rounds"][0]["steps"]
+    record["stage1"]["gone"] = 1
+    assert recipe.differences(record) == ["network", "scale", "stage1", "stage2"]
+    record = json.loads(recipe.portable_json())
+    record["stage2"]["rounds"].pop()
+    record["seed"] = 1
+    assert recipe.differences(record) == ["seed", "stage2"]
 
 
 def test_digits_lie_in_no_folder() -> None:
