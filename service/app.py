@@ -11,6 +11,7 @@ from engines.provenance import package_version
 from service import errors
 from service.access import Access
 from service.api_keys import KeyFile
+from service.browsers import Foreign
 from service.cross_origin import allow_origins
 from service.gpus import open_gpus
 from service.metrics import Metrics
@@ -18,7 +19,7 @@ from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, open_rates, opener_of
 from service.routes import images, jobs, models, openai, status
-from service.routes.openapi import guarded
+from service.routes.openapi import FOREIGN, guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service
 from service.settings import Settings
@@ -38,12 +39,13 @@ def create_app(
     queue: JobQueue | None = None,
     opener: OpenPipeline | None = None,
     tracing: Tracing | None = None,
+    local: bool = False,
 ) -> FastAPI:
     """The service as an ASGI application; it loads its bundle in the background once it is started.
 
     ``queue`` is where jobs wait, ``opener`` opens the pipeline of a folder, warm, and ``tracing`` is where spans go;
-    the settings say which by default. A service whose role is ``worker`` has no endpoints but those that tell how it
-    is.
+    the settings say which by default. ``local`` says that it listens to this host only, and so has only this host's
+    names. A service whose role is ``worker`` has no endpoints but those that tell how it is.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -72,6 +74,7 @@ def create_app(
         openapi_url=None if settings.role == "worker" else "/openapi.json",
         docs_url=None,
         redoc_url=None,
+        responses={403: FOREIGN},
     )
     app.state.service = service
     errors.install(app)
@@ -86,6 +89,7 @@ def create_app(
         app.add_middleware(Access, keys=keys, rates=rates, open_metrics=settings.open_metrics, metrics=metrics)
     if settings.cors_origins:
         allow_origins(app, settings.cors_origins)
+    app.add_middleware(Foreign, origins=settings.cors_origins, local=local, metrics=metrics)
     tracing.watch(app)
     app.add_middleware(RequestContext, metrics=metrics)
     app.include_router(status.router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
+_AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?")
+_PORTS = {"http": "80", "https": "443"}
 _METHODS = ("GET", "POST", "DELETE")
 _REQUEST_HEADERS = (
     "Authorization",
@@ -32,6 +35,38 @@ def read_origins(text: str) -> tuple[str, ...]:
         if not _ORIGIN.fullmatch(origin):
             raise ValueError(f"{origin[:100]!r} is no origin, such as https://example.org or http://localhost:3000")
     return origins
+
+
+def is_own(origin: str, host: str) -> bool:
+    """Whether an Origin header names the service as its Host header does.
+
+    Whether either says http or https is no matter: a proxy in front may end TLS.
+    """
+    scheme, _, authority = origin.lower().partition("://")
+    port = _PORTS.get(scheme)
+    return port is not None and _split(authority, port) == _split(host.lower(), port)
+
+
+def name_of(host: str) -> str:
+    """The name or address in a Host header or behind an origin's scheme, without its port, in lower case."""
+    return _split(host.lower(), "")[0]
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or an address always is that of the host itself."""
+    name = name.removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _split(authority: str, port: str) -> tuple[str, str]:
+    """Name and port, which is ``port`` where none is said."""
+    found = _AUTHORITY.fullmatch(authority)
+    return (found[1], found[2] or port) if found else (authority, "")
 
 
 def allow_origins(app: Starlette, origins: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from types import FrameType
 import uvicorn
 
 from service.app import create_app
+from service.cross_origin import is_loopback
 from service.runtime import Service, State
 from service.settings import Settings
 
@@ -51,7 +52,7 @@ class Server(uvicorn.Server):
 
 def run(settings: Settings) -> int:
     """Serve until a signal. Returns the exit code: 0, or 1 where the service could not start or go on."""
-    app = create_app(settings)
+    app = create_app(settings, local=is_loopback(settings.host))
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -45,7 +45,7 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
 # The same, of what not every endpoint or not every service answers.
 _ACCESS: dict[int, tuple[str, str, str, str | None]] = {
     401: ("No API key, or none that is known", "unauthorized", "an API key is needed", None),
-    403: ("Only for admins, or off", "not_an_admin", "this needs the key of an admin", None),
+    403: ("Only for admins, or off; or as elsewhere", "not_an_admin", "this needs the key of an admin", None),
 }
 
 IMAGE_CONTENT: dict[str, Any] = {
@@ -122,6 +122,15 @@ def example(status: int, text: str, code: str, message: str, param: str | None) 
     if status in (429, 503):
         answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
     return answer
+
+
+FOREIGN = example(
+    403,
+    "A page of another origin asks, or the service has no such name: see docs/security.md",
+    "foreign_origin",
+    "a page of another origin may not ask for this, unless ...",
+    "origin",
+)
 
 
 def _successes() -> dict[int | str, dict[str, Any]]:

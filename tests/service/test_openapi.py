@@ -41,6 +41,12 @@ def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
     assert set(document["paths"]) == {*MODELS, *status, *models, *jobs, *openai}
 
 
+def test_every_endpoint_tells_of_foreign_pages_and_names(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert "403" in operation["responses"], path
+
+
 @pytest.mark.parametrize("path", MODELS)
 def test_bodies_have_every_field_in_both_forms(document: dict[str, Any], path: str) -> None:
     content = document["paths"][path]["post"]["requestBody"]["content"]
@@ -58,7 +64,7 @@ def test_bodies_have_every_field_in_both_forms(document: dict[str, Any], path: s
 def test_every_error_is_documented_with_an_example_of_the_one_shape(document: dict[str, Any], path: str) -> None:
     responses = document["paths"][path]["post"]["responses"]
     accepted, raw = ({202}, {"image/png", "image/jpeg", "image/webp"}) if path in OURS else (set(), set())
-    assert {int(status) for status in responses} == {200, *accepted, *ERRORS}
+    assert {int(status) for status in responses} == {200, *accepted, 403, *ERRORS}
     assert raw | {"application/json"} == set(responses["200"]["content"])
     for status in map(str, ERRORS):
         media = responses[status]["content"]["application/json"]
