@@ -12,7 +12,7 @@ from service import errors
 from service.access import Access
 from service.api_keys import KeyFile
 from service.browsers import Foreign
-from service.cross_origin import allow_origins
+from service.cors import Preflights, Readable
 from service.gpus import open_gpus
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
@@ -88,10 +88,12 @@ def create_app(
         keys = KeyFile(settings.api_keys_file)
         app.add_middleware(Access, keys=keys, rates=rates, open_metrics=settings.open_metrics, metrics=metrics)
     if settings.cors_origins:
-        allow_origins(app, settings.cors_origins)
+        app.add_middleware(Preflights)
     app.add_middleware(Foreign, origins=settings.cors_origins, local=local, metrics=metrics)
     tracing.watch(app)
     app.add_middleware(RequestContext, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(Readable, origins=settings.cors_origins)
     app.include_router(status.router)
     if settings.role != "worker":
         by_keys = guarded(settings.api_keys_file is not None)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.cors import is_preflight
 from service.cross_origin import is_loopback, is_own, name_of
 from service.errors import ApiError
 from service.metrics import Metrics
@@ -49,7 +50,8 @@ class Foreign:
         if self._local and not self._knows(headers.get("host", "localhost")):
             message = "the service listens to its own host only and has no such name; FEWSTEP_CORS_ORIGINS can list it"
             raise ApiError(403, "foreign_host", message, param="host")
-        if method not in _SAFE and self._is_foreign(headers):
+        asks = method not in _SAFE or is_preflight(method, headers)
+        if asks and self._is_foreign(headers):
             message = "a page of another origin may not ask for this, unless FEWSTEP_CORS_ORIGINS lists its origin"
             raise ApiError(403, "foreign_origin", message, param="origin")
 

@@ -1,31 +1,13 @@
-"""Which pages of other origins may call the API: none by default, then those that are listed, without cookies."""
+"""Origins of pages, names of hosts, and which of them are the service's own. Knows nothing of requests."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
 
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?")
 _PORTS = {"http": "80", "https": "443"}
-_METHODS = ("GET", "POST", "DELETE")
-_REQUEST_HEADERS = (
-    "Authorization",
-    "Content-Type",
-    "Idempotency-Key",
-    "Prefer",
-    "Traceparent",
-    "Tracestate",
-    "X-Api-Key",
-    "X-Request-ID",
-)
-_ANSWER_HEADERS = ("Location", "Preference-Applied", "Retry-After", "Server-Timing", "X-Request-ID", "X-Seed")
-_REMEMBERED_S = 600
 
 
 def read_origins(text: str) -> tuple[str, ...]:
@@ -67,18 +49,3 @@ def _split(authority: str, port: str) -> tuple[str, str]:
     """Name and port, which is ``port`` where none is said."""
     found = _AUTHORITY.fullmatch(authority)
     return (found[1], found[2] or port) if found else (authority, "")
-
-
-def allow_origins(app: Starlette, origins: Sequence[str]) -> None:
-    """Let pages of these origins call every endpoint, with keys and never with cookies."""
-    # Imported late: the settings, which read origins too, are there before the framework is.
-    from starlette.middleware.cors import CORSMiddleware
-
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=origins,
-        allow_methods=_METHODS,
-        allow_headers=_REQUEST_HEADERS,
-        expose_headers=_ANSWER_HEADERS,
-        max_age=_REMEMBERED_S,
-    )

@@ -1,4 +1,4 @@
-"""Who may ask what: keys, rates, admins, other origins, and the headers of every answer."""
+"""Who may ask what: keys, rates, admins, and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -185,46 +185,3 @@ async def test_every_answer_has_headers_that_keep_browsers_strict(
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert headers["cross-origin-resource-policy"] == "same-origin"
-
-
-ORIGIN = "https://gallery.example"
-PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-
-
-async def test_other_origins_are_told_nothing_by_default(anyio_backend: str, settings: Settings) -> None:
-    async with running(settings) as app:
-        for answer in (
-            await app.client.get("/capabilities", headers={"Origin": ORIGIN}),
-            await app.client.options("/generate", headers={"Origin": ORIGIN, **PREFLIGHT}),
-        ):
-            assert not [name for name in answer.headers if name.startswith("access-control")]
-
-
-async def test_listed_origins_may_call_with_a_key_and_never_with_cookies(anyio_backend: str, locked: Settings) -> None:
-    async with running(locked.model_copy(update={"cors_origins": (ORIGIN,)})) as app:
-        asked = await app.client.options("/generate", headers={"Origin": ORIGIN, **PREFLIGHT})
-        assert asked.status_code == 200
-        assert asked.headers["access-control-allow-origin"] == ORIGIN
-        refused = await app.client.get("/capabilities", headers={"Origin": ORIGIN})
-        error(refused, 401, "unauthorized")
-        assert refused.headers["access-control-allow-origin"] == ORIGIN, "a page can read why it was refused"
-        answer = await app.client.get("/capabilities", headers={"Origin": ORIGIN, **bearer("ann")})
-        assert answer.headers["access-control-allow-origin"] == ORIGIN
-        assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
-        assert "access-control-allow-credentials" not in answer.headers
-        for other in ("https://other.example", f"{ORIGIN}.evil.example", "null"):
-            answer = await app.client.get("/capabilities", headers={"Origin": other, **bearer("ann")})
-            assert "access-control-allow-origin" not in answer.headers
-
-
-@pytest.mark.parametrize(
-    "origins", ["*", "gallery.example", "https://gallery.example/", "https://a.example https://b.example"]
-)
-def test_what_is_no_origin_is_refused(origins: str) -> None:
-    with pytest.raises(ValidationError, match="cors_origins"):
-        Settings(cors_origins=origins)  # type: ignore[arg-type]
-
-
-def test_origins_come_from_the_environment_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEWSTEP_CORS_ORIGINS", "https://a.example, http://localhost:3000")
-    assert Settings().cors_origins == ("https://a.example", "http://localhost:3000")
