@@ -212,7 +212,8 @@ def install(app: FastAPI) -> None:
 
     async def validation_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors()).response()
+        # Here a place is said with where it lies: the name of an option follows on "query".
+        return from_validation([{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]).response()
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)

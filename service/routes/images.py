@@ -20,11 +20,12 @@ from service.jobs import Finished, Job
 from service.negotiation import choose
 from service.queue.base import Keep, Status
 from service.routes.openapi import documented
+from service.routes.strict import OPTIONS
 from service.runtime import Service
 from service.schemas import EditRequest, GenerateRequest, ImageRequest, InpaintRequest
 from service.settings import Settings
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], dependencies=OPTIONS)
 
 _RESPOND_ASYNC = "respond-async"
 
@@ -80,8 +81,6 @@ async def make_images(request: Request, read: ReadBody, dialect: Dialect = _OURS
     """Make what the request asks for in the body that ``read`` gives, and answer. Raises ApiError, and ClientGone."""
     service: Service = request.app.state.service
     with service.admitted():
-        if request.url.query:
-            raise ApiError(422, "unknown_field", "fields go into the body, not into the URL", param="query")
         body = await read(request, service)
         try:
             return await _make(request, service, body, dialect)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -10,16 +10,17 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.answers import Ticket, job_document, render_images
-from service.errors import ApiError, job_not_found, too_many_requests
+from service.errors import job_not_found, too_many_requests
 from service.jobs import Finished
 from service.negotiation import choose_kept
 from service.queue.base import JobState, Status
 from service.routes.openapi import IMAGE_CONTENT, IMAGE_HEADERS, error, example
+from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service
 from service.schemas import JobResponse
 from service.tracker import Tracker
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 
 Preview = Annotated[bool, Query(description="Show the first image in the making.")]
 JobId = Annotated[str, Path(description="As the answer to the request gave it.")]
@@ -27,10 +28,7 @@ JobId = Annotated[str, Path(description="As the answer to the request gave it.")
 _NOT_FOUND = example(
     404, "No such job, or its result is kept no longer", "job_not_found", "no job '5f0c5a2e'", "job_id"
 )
-_UNKNOWN_FIELD = example(
-    422, "There are no such options", "unknown_field", "there are no such options in the URL", "query"
-)
-_ERRORS: dict[int | str, dict[str, Any]] = {404: _NOT_FOUND, 422: _UNKNOWN_FIELD, 503: error(503)}
+_ERRORS: dict[int | str, dict[str, Any]] = {404: _NOT_FOUND, 503: error(503)}
 _FOUND: dict[str, Any] = {
     "model": JobResponse,
     "description": "How far it is; raw bytes where it is done, has one image, and Accept asks for an image type.",
@@ -83,7 +81,7 @@ async def job_events(request: Request, job_id: JobId, preview: Preview = False) 
     Ticks that follow one another faster than can be told are told together. Comments keep a silent line open.
     Previews are made while somebody wants them and nothing finished waits, so not after each step.
     """
-    tracker = _tracker(request, {"preview"})
+    tracker = _tracker(request)
     service: Service = request.app.state.service
     if tracker.following >= service.settings.max_inflight:
         raise too_many_requests()
@@ -93,9 +91,7 @@ async def job_events(request: Request, job_id: JobId, preview: Preview = False) 
     return StreamingResponse(_told(tracker, job_id, preview), headers=headers, media_type="text/event-stream")
 
 
-def _tracker(request: Request, options: Set[str] = frozenset()) -> Tracker:
-    if request.query_params.keys() - options:
-        raise ApiError(422, "unknown_field", "there are no such options in the URL", param="query")
+def _tracker(request: Request) -> Tracker:
     service: Service = request.app.state.service
     return service.tracker
 

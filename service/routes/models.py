@@ -11,10 +11,11 @@ from engines.bundle import BundleError
 from service.access import require_admin
 from service.errors import ApiError, model_unavailable
 from service.routes.openapi import error
+from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service
 from service.schemas import Model, ModelList
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {status: error(status) for status in (403, 404, 503, 504)}
 _ADMIN = [Depends(require_admin)]

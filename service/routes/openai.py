@@ -6,8 +6,9 @@ import asyncio
 import base64
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from engines.bundle import BundleError
 from engines.manifest import Manifest
@@ -26,13 +27,17 @@ from service.openai import (
 )
 from service.routes.images import Dialect, make_images
 from service.routes.openapi import documented, error
+from service.routes.strict import OPTIONS, REFUSED, no_body
 from service.runtime import Service
 from service.schemas import GenerateRequest
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], dependencies=OPTIONS)
+
+_NO_BODY = [Depends(no_body)]
 
 _LIST = "image[]"
 _ANSWER = {"model": ImagesAnswer, "description": "The images."}
+_ONE: dict[int | str, dict[str, Any]] = {404: error(404), **REFUSED, 503: error(503)}
 
 
 @router.post("/images/generations", summary="Text to images", **documented(ImagesGenerateBody, _ANSWER))
@@ -50,8 +55,8 @@ async def openai_edits(request: Request) -> Response:
     return await _serve(request, ImagesEditBody)
 
 
-@router.head("/models", include_in_schema=False)
-@router.get("/models", summary="The bundles there are", responses={503: error(503)})
+@router.head("/models", include_in_schema=False, dependencies=_NO_BODY)
+@router.get("/models", summary="The bundles there are", responses={**REFUSED, 503: error(503)}, dependencies=_NO_BODY)
 async def openai_models(request: Request) -> ModelCards:
     """Each name once. /models says more."""
     service: Service = request.app.state.service
@@ -60,8 +65,8 @@ async def openai_models(request: Request) -> ModelCards:
     return ModelCards(data=tuple(_card(name, manifest) for name, manifest in found.items()))
 
 
-@router.head("/models/{name}", include_in_schema=False)
-@router.get("/models/{name}", summary="One bundle", responses={404: error(404), 503: error(503)})
+@router.head("/models/{name}", include_in_schema=False, dependencies=_NO_BODY)
+@router.get("/models/{name}", summary="One bundle", responses=_ONE, dependencies=_NO_BODY)
 async def openai_model(request: Request, name: str) -> ModelCard:
     """By its name, or by name@revision."""
     service: Service = request.app.state.service

@@ -9,11 +9,12 @@ from prometheus_client.exposition import choose_encoder
 
 from service.capabilities import describe
 from service.routes.openapi import error
+from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service, State
 from service.schemas import Capabilities, Health
 
 router = APIRouter(tags=["status"])
-about = APIRouter(tags=["status"])
+about = APIRouter(tags=["status"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 
 
 @router.head("/livez", include_in_schema=False)

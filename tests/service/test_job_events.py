@@ -101,7 +101,7 @@ async def test_who_follows_may_see_the_image_in_the_making(app: Running, monkeyp
     plain = await ask(app)
     events = events_of((await app.client.get(f"/jobs/{plain}/events?preview=false")).text)
     assert all(data["preview"] is None for _, data in events)
-    error(await app.client.get(f"/jobs/{plain}/events?preview=perhaps"), 422, "invalid_value", "query")
+    error(await app.client.get(f"/jobs/{plain}/events?preview=perhaps"), 422, "invalid_value", "preview")
 
 
 async def test_events_of_a_job_that_is_over_are_one(app: Running) -> None:
