@@ -19,7 +19,7 @@ from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, open_rates, opener_of
 from service.routes import images, jobs, models, openai, status
-from service.routes.openapi import FOREIGN, guarded
+from service.routes.openapi import FOREIGN, DocumentedApp, guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service
 from service.settings import Settings
@@ -65,7 +65,7 @@ def create_app(
         await rates.close()
 
     # The interactive pages of the framework would load their scripts from elsewhere.
-    app = FastAPI(
+    app = DocumentedApp(
         title="fewstep",
         version=package_version(),
         description=_DESCRIPTION,
@@ -94,9 +94,10 @@ def create_app(
     app.add_middleware(RequestContext, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(Readable, origins=settings.cors_origins)
+    by_keys = guarded(settings.api_keys_file is not None)
     app.include_router(status.router)
+    app.include_router(status.scraped, **({} if settings.open_metrics else by_keys))
     if settings.role != "worker":
-        by_keys = guarded(settings.api_keys_file is not None)
         app.include_router(images.router, **by_keys)
         app.include_router(jobs.router, **by_keys)
         app.include_router(models.router, **by_keys)

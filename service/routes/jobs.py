@@ -14,7 +14,8 @@ from service.errors import job_not_found, too_many_requests
 from service.jobs import Finished
 from service.negotiation import choose_kept
 from service.queue.base import JobState, Status
-from service.routes.openapi import IMAGE_CONTENT, IMAGE_HEADERS, error, example
+from service.routes.examples import DONE
+from service.routes.openapi import error, example, success, success_or_image
 from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service
 from service.schemas import JobResponse
@@ -29,17 +30,18 @@ _NOT_FOUND = example(
     404, "No such job, or its result is kept no longer", "job_not_found", "no job '5f0c5a2e'", "job_id"
 )
 _ERRORS: dict[int | str, dict[str, Any]] = {404: _NOT_FOUND, 503: error(503)}
-_FOUND: dict[str, Any] = {
-    "model": JobResponse,
-    "description": "How far it is; raw bytes where it is done, has one image, and Accept asks for an image type.",
-    "content": IMAGE_CONTENT,
-    "headers": IMAGE_HEADERS,
-}
+_FOUND = success_or_image(DONE, "How far it is, and its images when it is done")
+_CANCELLED = success(DONE, "What became of it")
 _EVENTS: dict[str, Any] = {
     "description": "Server-sent events, each with the job as data: `status` at first and when it starts, `progress` "
     "after ticks and with a new preview, and at last `done`, `failed` or `cancelled`. `error`: the job is known no "
     "longer.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {
+            "schema": {"type": "string"},
+            "example": f"event: done\ndata: {DONE.model_dump_json()}\n\n",
+        }
+    },
 }
 
 
@@ -62,7 +64,9 @@ async def job(request: Request, job_id: JobId) -> Response:
     return _json(job_id, status)
 
 
-@router.delete("/jobs/{job_id}", summary="Give a job up", response_model=JobResponse, responses=_ERRORS)
+@router.delete(
+    "/jobs/{job_id}", summary="Give a job up", response_model=JobResponse, responses={200: _CANCELLED, **_ERRORS}
+)
 async def cancel_job(request: Request, job_id: JobId) -> Response:
     """Answers with what became of it: `cancelled`, or what it was already when it is over. Again is no error."""
     return _json(job_id, await _tracker(request).cancel(job_id))

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from engines.bundle import BundleError
 from service.access import require_admin
 from service.errors import ApiError, model_unavailable
-from service.routes.openapi import error
+from service.routes.examples import MODEL, MODELS, UNLOADED
+from service.routes.openapi import error, success
 from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service
 from service.schemas import Model, ModelList
@@ -18,11 +19,15 @@ from service.schemas import Model, ModelList
 router = APIRouter(tags=["models"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {status: error(status) for status in (403, 404, 503, 504)}
+_LOADED = success(MODEL, "It is loaded")
+_UNLOADED = success(UNLOADED, "It is not loaded")
 _ADMIN = [Depends(require_admin)]
 
 
 @router.head("/models", include_in_schema=False)
-@router.get("/models", summary="The bundles there are", responses={503: error(503)})
+@router.get(
+    "/models", summary="The bundles there are", responses={200: success(MODELS, "Each of them"), 503: error(503)}
+)
 async def models(request: Request) -> ModelList:
     """Those that are loaded, and those that a request may name and are then loaded."""
     service: Service = request.app.state.service
@@ -30,7 +35,7 @@ async def models(request: Request) -> ModelList:
     return await asyncio.to_thread(_listed, service)
 
 
-@router.post("/models/{name}/load", summary="Load a bundle", responses=_ERRORS, dependencies=_ADMIN)
+@router.post("/models/{name}/load", summary="Load a bundle", responses={200: _LOADED, **_ERRORS}, dependencies=_ADMIN)
 async def load(request: Request, name: str) -> Model:
     """Load it as its folder has it now; answered when it is warm.
 
@@ -45,7 +50,12 @@ async def load(request: Request, name: str) -> Model:
     return await _one(service, name)
 
 
-@router.post("/models/{name}/unload", summary="Give a bundle's memory back", responses=_ERRORS, dependencies=_ADMIN)
+@router.post(
+    "/models/{name}/unload",
+    summary="Give a bundle's memory back",
+    responses={200: _UNLOADED, **_ERRORS},
+    dependencies=_ADMIN,
+)
 async def unload(request: Request, name: str) -> Model:
     """Answered when all that use it are done and it is closed. A request that names it has it loaded anew."""
     service: Service = request.app.state.service

@@ -25,8 +25,9 @@ from service.openai import (
     ModelCard,
     ModelCards,
 )
+from service.routes.examples import OPENAI_IMAGES, OPENAI_MODEL, OPENAI_MODELS
 from service.routes.images import Dialect, make_images
-from service.routes.openapi import documented, error
+from service.routes.openapi import documented, error, success
 from service.routes.strict import OPTIONS, REFUSED, no_body
 from service.runtime import Service
 from service.schemas import GenerateRequest
@@ -36,8 +37,9 @@ router = APIRouter(prefix="/v1", tags=["openai"], dependencies=OPTIONS)
 _NO_BODY = [Depends(no_body)]
 
 _LIST = "image[]"
-_ANSWER = {"model": ImagesAnswer, "description": "The images."}
-_ONE: dict[int | str, dict[str, Any]] = {404: error(404), **REFUSED, 503: error(503)}
+_ANSWER = success(OPENAI_IMAGES, "The images")
+_ALL: dict[int | str, dict[str, Any]] = {200: success(OPENAI_MODELS, "Each of them"), **REFUSED, 503: error(503)}
+_ONE: dict[int | str, dict[str, Any]] = {200: success(OPENAI_MODEL, "It"), **REFUSED, 404: error(404), 503: error(503)}
 
 
 @router.post("/images/generations", summary="Text to images", **documented(ImagesGenerateBody, _ANSWER))
@@ -46,7 +48,7 @@ async def openai_generations(request: Request) -> Response:
     return await _serve(request, ImagesGenerateBody)
 
 
-@router.post("/images/edits", summary="Image and text to images", **documented(ImagesEditBody, _ANSWER))
+@router.post("/images/edits", summary="Image and text to images", **documented(ImagesEditBody, _ANSWER, _LIST))
 async def openai_edits(request: Request) -> Response:
     """OpenAI's images.edit: /inpaint where there is a mask, else /edit.
 
@@ -56,7 +58,7 @@ async def openai_edits(request: Request) -> Response:
 
 
 @router.head("/models", include_in_schema=False, dependencies=_NO_BODY)
-@router.get("/models", summary="The bundles there are", responses={**REFUSED, 503: error(503)}, dependencies=_NO_BODY)
+@router.get("/models", summary="The bundles there are", responses=_ALL, dependencies=_NO_BODY)
 async def openai_models(request: Request) -> ModelCards:
     """Each name once. /models says more."""
     service: Service = request.app.state.service

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import Security
+from fastapi import FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.bodies import FILE_FIELDS
 from service.errors import ApiError
 from service.idempotency import HEADER
-from service.schemas import Body, ErrorResponse, ImagesResponse, JobResponse
-
-# One white pixel: an image, and as a mask all of it.
-_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg=="
+from service.routes.examples import ACCEPTED, IMAGES, PNG, REQUEST_ID
+from service.schemas import Body, ErrorResponse
 
 # status: (what it means, an example's code, its message, its param)
 ERRORS: dict[int, tuple[str, str, str, str | None]] = {
@@ -48,10 +47,10 @@ _ACCESS: dict[int, tuple[str, str, str, str | None]] = {
     403: ("Only for admins, or off; or as elsewhere", "not_an_admin", "this needs the key of an admin", None),
 }
 
-IMAGE_CONTENT: dict[str, Any] = {
+_IMAGE_CONTENT: dict[str, Any] = {
     f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
 }
-IMAGE_HEADERS: dict[str, Any] = {
+_IMAGE_HEADERS: dict[str, Any] = {
     "X-Seed": {"schema": {"type": "integer"}, "description": "The seed, of a raw image."},
     "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds in each stage."},
 }
@@ -73,6 +72,22 @@ _KEY: dict[str, Any] = {
 }
 
 
+class DocumentedApp(FastAPI):
+    """An app whose OpenAPI document has its examples whole: FastAPI leaves out whatever is null in them."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The document."""
+        document = super().openapi()
+        schemas = document["components"]["schemas"]
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                for answer in operation["responses"].values():
+                    media = answer.get("content", {}).get("application/json", {})
+                    if "example" in media:
+                        media["example"] = _whole(media["example"], media["schema"], schemas)
+        return document
+
+
 def guarded(by_keys: bool) -> dict[str, Any]:
     """Keyword arguments for including a router: what the document says of keys, where any are asked for.
 
@@ -87,17 +102,20 @@ def guarded(by_keys: bool) -> dict[str, Any]:
     }
 
 
-def documented(model: type[Body], answer: dict[str, Any] | None = None) -> dict[str, Any]:
+def documented(
+    model: type[Body], answer: dict[str, Any] | None = None, image_list: str | None = None
+) -> dict[str, Any]:
     """Keyword arguments for a route whose body is ``model``, as JSON or as multipart.
 
-    It gives ``answer``, and no jobs; or our own answer, or a job.
+    It gives ``answer``, and no jobs; or our own answer, or a job. ``image_list`` is another name of the image in
+    multipart.
     """
     schema = model.model_json_schema()
     body = {
         "required": True,
         "content": {
             "application/json": {"schema": schema, "example": _request_example(model)},
-            "multipart/form-data": {"schema": _with_files(schema)},
+            "multipart/form-data": {"schema": _as_multipart(schema, image_list)},
         },
     }
     extra = {"requestBody": body, "parameters": [_KEY] if answer else [_PREFER, _KEY]}
@@ -113,7 +131,7 @@ def error(status: int) -> dict[str, Any]:
 
 def example(status: int, text: str, code: str, message: str, param: str | None) -> dict[str, Any]:
     """An error answer of this meaning, with this example."""
-    body = ApiError(status, code, message, param=param).body("5f0c5a2e9b6c4d0f8a6f3c1d2e4b7a90")
+    body = ApiError(status, code, message, param=param).body(REQUEST_ID)
     answer: dict[str, Any] = {
         "model": ErrorResponse,
         "description": text,
@@ -133,34 +151,58 @@ FOREIGN = example(
 )
 
 
+def _whole(value: Any, schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
+    """The value with null for every property that its schema requires and that it lacks."""
+    if "$ref" in schema:
+        return _whole(value, schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if isinstance(value, list):
+        return [_whole(item, schema.get("items", {}), schemas) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for either in schema.get("anyOf", ()):
+        value = _whole(value, either, schemas)
+    lacking = dict.fromkeys(name for name in schema.get("required", ()) if name not in value)
+    properties = schema.get("properties", {})
+    return {name: _whole(part, properties.get(name, {}), schemas) for name, part in (value | lacking).items()}
+
+
+def success(body: Body, text: str) -> dict[str, Any]:
+    """An answer of this meaning, with ``body`` as its example."""
+    content = {"application/json": {"example": body.model_dump(mode="json")}}
+    return {"model": type(body), "description": text, "content": content}
+
+
+def success_or_image(body: Body, text: str) -> dict[str, Any]:
+    """The same, or the raw bytes of the one image there is."""
+    answer = success(body, f"{text}; raw bytes where there is one image and Accept asks for an image type.")
+    return {**answer, "content": answer["content"] | _IMAGE_CONTENT, "headers": _IMAGE_HEADERS}
+
+
 def _successes() -> dict[int | str, dict[str, Any]]:
-    success = {
-        "model": ImagesResponse,
-        "description": "The images; raw bytes of the one image where Accept asks for an image type.",
-        "content": IMAGE_CONTENT,
-        "headers": IMAGE_HEADERS,
-    }
     location = {"schema": {"type": "string"}, "description": "Where the job is asked about, followed and cancelled."}
     accepted = {
-        "model": JobResponse,
-        "description": "A job, where `Prefer: respond-async` or `async` asks for one.",
+        **success(ACCEPTED, "A job, where `Prefer: respond-async` or `async` asks for one."),
         "headers": {"Location": location, "Preference-Applied": {"schema": {"type": "string"}}},
     }
-    return {200: success, 202: accepted}
+    return {200: success_or_image(IMAGES, "The images"), 202: accepted}
 
 
 def _request_example(model: type[Body]) -> dict[str, Any]:
     example: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "guidance_scale": 3.0, "seed": 7}
     if "image" in model.model_fields:
-        example |= {"image": _PNG}
+        example |= {"image": PNG}
     if "mask" in model.model_fields:
-        return example | {"mask": _PNG, "mask_mode": "white"}
+        return example | {"mask": PNG, "mask_mode": "white"}
     return example | ({"strength": 0.75} if "strength" in model.model_fields else {"n": 1})
 
 
-def _with_files(schema: dict[str, Any]) -> dict[str, Any]:
+def _as_multipart(schema: dict[str, Any], image_list: str | None) -> dict[str, Any]:
     schema = copy.deepcopy(schema)
     for name in FILE_FIELDS & schema["properties"].keys():
         description = schema["properties"][name].get("description", "")
         schema["properties"][name] = {"type": "string", "format": "binary", "description": description}
+    if image_list is not None:
+        schema["properties"][image_list] = schema["properties"]["image"]
+        schema["required"].remove("image")
+        schema["oneOf"] = [{"required": [name]} for name in ("image", image_list)]
     return schema

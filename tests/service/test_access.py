@@ -169,6 +169,10 @@ def test_the_document_tells_of_keys_where_there_are_any(settings: Settings, lock
         assert {"401", "429"} <= operation["responses"].keys()
         assert operation["security"]
     assert "security" not in with_keys["paths"]["/livez"]["get"]
+    assert "security" not in with_keys["paths"]["/metrics"]["get"]
+    closed = create_app(locked.model_copy(update={"open_metrics": False})).openapi()["paths"]["/metrics"]["get"]
+    assert closed["security"]
+    assert {"401", "429"} <= closed["responses"].keys()
     assert {"403"} <= without["paths"]["/models/{name}/load"]["post"]["responses"].keys()
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import pytest
 
+from service import openai, schemas
 from service.app import create_app
 from service.openai import ImagesEditBody, ImagesGenerateBody
 from service.routes.openapi import ERRORS
 from service.schemas import Body, EditRequest, GenerateRequest, InpaintRequest
 from service.settings import Settings
+from tests.service.asked import events_of
 from tests.service.helpers import Running, read_pixels
 
 pytestmark = pytest.mark.anyio
@@ -51,9 +54,10 @@ def test_every_endpoint_tells_of_foreign_pages_and_names(document: dict[str, Any
 def test_bodies_have_every_field_in_both_forms(document: dict[str, Any], path: str) -> None:
     content = document["paths"][path]["post"]["requestBody"]["content"]
     names = {field.alias or name for name, field in MODELS[path].model_fields.items()}
-    for kind in ("application/json", "multipart/form-data"):
+    also = {"image[]"} if path == "/v1/images/edits" else set()
+    for kind, known in (("application/json", names), ("multipart/form-data", names | also)):
         schema = content[kind]["schema"]
-        assert set(schema["properties"]) == names
+        assert set(schema["properties"]) == known
         assert schema["additionalProperties"] is False
     if "image" in names:
         assert content["multipart/form-data"]["schema"]["properties"]["image"]["format"] == "binary"
@@ -69,7 +73,7 @@ def test_every_error_is_documented_with_an_example_of_the_one_shape(document: di
     for status in map(str, ERRORS):
         media = responses[status]["content"]["application/json"]
         assert media["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
-        assert media["example"]["error"].keys() >= {"type", "code", "message"}
+        schemas.ErrorResponse.model_validate_json(json.dumps(media["example"]))
     assert "Retry-After" in responses["429"]["headers"]
 
 
@@ -82,6 +86,38 @@ async def test_the_examples_are_valid(document: dict[str, Any], app: Running, pa
         read_pixels(base64.b64decode(example["image"]))
     answer = await app.post(path, **{**example, "prompt": "a cat"})
     assert answer.status_code == 200, answer.text
+
+
+def test_an_edit_of_theirs_has_one_image_by_either_name(document: dict[str, Any]) -> None:
+    schema = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert schema["properties"]["image[]"] == schema["properties"]["image"]
+    assert "image" not in schema["required"]
+    assert schema["oneOf"] == [{"required": ["image"]}, {"required": ["image[]"]}]
+
+
+def test_every_error_of_every_endpoint_has_the_one_shape(document: dict[str, Any]) -> None:
+    assert not [name for name in document["components"]["schemas"] if "Validation" in name]
+    for path, operations in document["paths"].items():
+        for status, answer in next(iter(operations.values()))["responses"].items():
+            if status >= "400" and path != "/readyz":
+                schema = answer["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, (path, status)
+
+
+def test_every_success_has_an_example_that_is_valid(document: dict[str, Any]) -> None:
+    checked = set()
+    for path, operations in document["paths"].items():
+        for status, answer in next(iter(operations.values()))["responses"].items():
+            media = answer.get("content", {}).get("application/json")
+            if status < "300" and media is not None:
+                name = media["schema"]["$ref"].rpartition("/")[2]
+                model = getattr(schemas, name, None) or getattr(openai, name)
+                model.model_validate_json(json.dumps(media["example"]))
+                checked.add(path)
+    assert checked == document["paths"].keys() - {"/metrics", "/jobs/{job_id}/events"}
+    events = document["paths"]["/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]["text/event-stream"]
+    [(event, data)] = events_of(events["example"])
+    assert (event, schemas.JobResponse.model_validate_json(json.dumps(data)).status) == ("done", "done")
 
 
 async def test_the_document_is_served(app: Running) -> None:
