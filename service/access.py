@@ -67,9 +67,22 @@ async def require_admin(request: Request) -> None:
     settings: Settings = request.app.state.service.settings
     if not settings.admin:
         raise ApiError(403, "admin_off", "this service does not load or unload bundles on request")
-    key: ApiKey | None = getattr(request.state, "api_key", None)
+    key = _key_of(request)
     if key is not None and not key.admin:
         raise ApiError(403, "not_an_admin", "this needs the key of an admin")
+
+
+def caller_of(request: Request) -> str:
+    """Who asks: the name of the key where keys are asked for, else the credential that comes along, "" for none."""
+    key = _key_of(request)
+    if key is not None:
+        return key.name
+    return _offered(request.headers) or request.headers.get("authorization", "")
+
+
+def _key_of(request: Request) -> ApiKey | None:
+    """The key that let the request in, None where none is asked for."""
+    return getattr(request.state, "api_key", None)
 
 
 def _offered(headers: Headers) -> str:

@@ -9,6 +9,7 @@ import re
 from fastapi import Request
 
 from engines.images import ImageFormat
+from service.access import caller_of
 from service.errors import ApiError
 from service.schemas import GenerateRequest
 
@@ -25,7 +26,7 @@ def key_of(request: Request) -> str | None:
     if len(given) > 1 or not _KEY.fullmatch(given[0]):
         message = "one key of 1 to 255 visible ASCII characters, without spaces"
         raise ApiError(422, "invalid_value", message, param=HEADER.lower())
-    return _sha256(given[0], *_credentials(request))
+    return _sha256(given[0], caller_of(request))
 
 
 def digest_of(path: str, body: GenerateRequest, output_format: ImageFormat) -> str:
@@ -40,11 +41,7 @@ def identity_of(request: Request, body: GenerateRequest, output_format: ImageFor
     """What recognises a request that was refused and comes again: who asks, from where, for what, under which key."""
     host = request.client.host if request.client else ""
     asked = digest_of(request.url.path, body, output_format)
-    return _sha256(asked, host, *request.headers.getlist(HEADER), *_credentials(request))
-
-
-def _credentials(request: Request) -> list[str]:
-    return [request.headers.get(name, "") for name in ("authorization", "x-api-key")]
+    return _sha256(asked, host, *request.headers.getlist(HEADER), caller_of(request))
 
 
 def _sha256(*parts: str | bytes) -> str:

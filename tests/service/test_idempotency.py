@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from engines.backends.base import EngineError
+from service.api_keys import ApiKey, digest_of
 from service.app import create_app
 from service.settings import Settings
 from tests.service.helpers import Gate, Running, error, listening, pipeline_of, png, random_image, running, until
@@ -104,6 +106,31 @@ async def test_a_key_is_one_callers(app: Running) -> None:
     other = await post(app, "a", {"Authorization": "Bearer two"}, seed=1)
     assert other.status_code == 200
     assert other.json()["id"] != first.json()["id"]
+
+
+async def test_a_caller_is_one_however_its_credential_is_spelled(app: Running) -> None:
+    spelled: list[dict[str, str]] = [
+        {"Authorization": "Bearer one"},
+        {"Authorization": "bearer one"},
+        {"Authorization": "Bearer  one"},
+        {"X-Api-Key": "one"},
+    ]
+    assert len({(await post(app, "a", headers)).json()["id"] for headers in spelled}) == 1
+    others: list[dict[str, str]] = [{}, {"X-Api-Key": "two"}, {"Authorization": "Basic b25l"}]
+    assert len({(await post(app, "a", headers)).json()["id"] for headers in others}) == 3
+    assert app.metric("fewstep_images_total") == 4
+
+
+async def test_a_caller_is_its_name_where_keys_are_asked_for(
+    anyio_backend: str, any_queue: Settings, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(ApiKey("ann", digest_of("old")).line)
+    async with running(any_queue.model_copy(update={"api_keys_file": file})) as app:
+        first = await post(app, "a", {"X-Api-Key": "old"})
+        file.write_text("\n".join([ApiKey("ann", digest_of("new key")).line, ApiKey("bob", digest_of("bob")).line]))
+        assert (await post(app, "a", {"Authorization": "Bearer new key"})).json()["id"] == first.json()["id"]
+        assert (await post(app, "a", {"X-Api-Key": "bob"})).json()["id"] != first.json()["id"]
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "k" * 256, "k\u00e9y"])
