@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 import traceback
@@ -62,6 +63,30 @@ class Formatter(logging.Formatter):
 _TALKATIVE = ("PIL",)
 
 
+# By logger: what is said anew for each connection, by asyncio while it has no file left for one. It would fill a disk.
+_REPETITIVE = {"asyncio": "socket.accept() out of system resource", "service.connections": "too many connections"}
+_SILENCE_S = 1.0
+
+
+class _Seldom(logging.Filter):
+    """Passes what begins like ``repetitive`` once a second, and all else."""
+
+    def __init__(self, repetitive: str) -> None:
+        super().__init__()
+        self._repetitive = repetitive
+        self._last = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it."""
+        if not str(record.msg).startswith(self._repetitive):
+            return True
+        now = time.monotonic()
+        if now - self._last < _SILENCE_S:
+            return False
+        self._last = now
+        return True
+
+
 def configure(form: Literal["text", "json"], level: str) -> None:
     """Send every log line to standard error in ``form``."""
     handler = logging.StreamHandler(sys.stderr)
@@ -71,3 +96,5 @@ def configure(form: Literal["text", "json"], level: str) -> None:
     root.setLevel(level.upper())
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.INFO)
+    for name, repetitive in _REPETITIVE.items():
+        logging.getLogger(name).filters[:] = [_Seldom(repetitive)]

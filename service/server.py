@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from service.app import create_app
+from service.connections import BACKLOG, Connection, bound_connections
 from service.cross_origin import is_loopback
 from service.runtime import Service, State
 from service.settings import Settings
@@ -53,6 +57,12 @@ class Server(uvicorn.Server):
 def run(settings: Settings) -> int:
     """Serve until a signal. Returns the exit code: 0, or 1 where the service could not start or go on."""
     app = create_app(settings, local=is_loopback(settings.host))
+    # Over h11, as it bounds the headers of a request, which httptools does not.
+    connection = partial(
+        Connection,
+        max_connections=bound_connections(settings.max_inflight),
+        head_timeout_s=settings.body_timeout_s,
+    )
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -61,8 +71,9 @@ def run(settings: Settings) -> int:
         access_log=False,
         server_header=False,
         lifespan="on",
-        http="h11",  # it bounds the headers of a request, which httptools does not
+        http=cast(type[asyncio.Protocol], connection),
         ws="none",
+        backlog=BACKLOG,
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app.state.service)

@@ -71,7 +71,9 @@ class Settings(BaseSettings):
 
     timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
     max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000
-    body_timeout_s: Annotated[Seconds, Field(description="time a client has to send its body")] = 30.0
+    body_timeout_s: Annotated[
+        Seconds, Field(description="time a client has to send its headers, and then its body")
+    ] = 30.0
     job_timeout_ms: Annotated[Count, Field(description="time limit of asynchronous jobs, and the longest")] = 600_000
     keep_results_s: Annotated[Seconds, Field(description="time that results of jobs are kept")] = 600.0
     max_results: Annotated[Count, Field(description="most results kept at once; the oldest go first")] = 1024

@@ -1,0 +1,115 @@
+"""Connections of clients: how many there may be at once, and how long each may leave the server without a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+# Those that a burst may bring before any is turned away.
+BACKLOG = 128
+
+_CLOSE = {"Connection": "close"}
+# Connections that wait for their next request, of probes and of scrapers.
+_SPARE_CONNECTIONS = 1024
+# Open files that are no connections of clients: bundles, Redis, logs, and a burst on its way to being turned away.
+_OTHER_FILES = 128 + BACKLOG
+
+
+def bound_connections(max_inflight: int) -> int:
+    """Raise the bound on open files as far as the system lets this process; returns how many clients may be connected.
+
+    There is room for ``max_inflight`` requests for images, as many who follow jobs, and some more, where the system
+    lets there be.
+    """
+    files = _raise_open_files()
+    needed = 2 * max_inflight
+    connections = max(1, min(needed + _SPARE_CONNECTIONS, files - _OTHER_FILES))
+    if connections < needed:
+        logger.warning(
+            "the system's bound on open files (ulimit -n) leaves fewer connections than max_inflight asks for",
+            extra={"open_files": files, "connections": connections, "max_inflight": max_inflight},
+        )
+    return connections
+
+
+def _raise_open_files() -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):
+        # Some systems name a bound that they do not grant.
+        return soft
+    return hard
+
+
+class Connection(H11Protocol):
+    """One client's connection. Turned away where there are ``max_connections``, before it has cost more than a file.
+
+    From its beginning, and again from the end of each answer, it has ``head_timeout_s`` until the next request's line
+    and headers are there; one that is late is closed.
+    """
+
+    def __init__(self, *args: Any, max_connections: int, head_timeout_s: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_connections = max_connections
+        self._head_timeout_s = head_timeout_s
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by asyncio at the beginning."""
+        super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            logger.warning("too many connections", extra={"max_connections": self._max_connections})
+            message = "too many connections at once"
+            self._refuse(ApiError(503, "too_many_connections", message, retry_after_s=1.0, headers=_CLOSE))
+        else:
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio at the end."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Called by uvicorn after each answer."""
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is no HTTP."""
+        self._refuse(ApiError(400, "invalid_http", msg, headers=_CLOSE))
+
+    def _await_head(self) -> None:
+        self._stop_waiting()
+        self._patience = self.loop.call_later(self._head_timeout_s, self._end_patience)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+
+    def _end_patience(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            return  # A request is being served; its body has a time limit of its own.
+        half_a_head, _ = self.conn.trailing_data
+        if half_a_head and self.conn.states == {h11.CLIENT: h11.IDLE, h11.SERVER: h11.IDLE}:
+            self._refuse(ApiError(408, "head_timeout", "the request's headers did not arrive in time"))
+        self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        answer = error.response()
+        status = HTTPStatus(answer.status_code)
+        head = h11.Response(status_code=status, headers=answer.raw_headers, reason=status.phrase.encode())
+        for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
