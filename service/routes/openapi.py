@@ -202,7 +202,8 @@ def _as_multipart(schema: dict[str, Any], image_list: str | None) -> dict[str, A
         description = schema["properties"][name].get("description", "")
         schema["properties"][name] = {"type": "string", "format": "binary", "description": description}
     if image_list is not None:
-        schema["properties"][image_list] = schema["properties"]["image"]
+        description = "The image, by its other name: one of the two."
+        schema["properties"][image_list] = {**schema["properties"]["image"], "description": description}
         schema["required"].remove("image")
-        schema["oneOf"] = [{"required": [name]} for name in ("image", image_list)]
+        schema["anyOf"] = [{"required": [name]} for name in ("image", image_list)]
     return schema
