@@ -74,7 +74,7 @@ def run_tool(root: Path) -> RunTool:
         beside = Path(sys.executable).with_name(name)
         found = str(beside) if beside.exists() else shutil.which(name)
         if found is None:
-            pytest.skip(f"{name} is not installed")
+            pytest.skip(f"{name} is not installed, so this was not run: {' '.join((name, *arguments))}")
         ended = subprocess.run([found, *arguments], cwd=root, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stdout + ended.stderr
 
