@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from engines.tasks import Floats, Mask, Pixels
 
@@ -38,6 +38,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Grey PNGs whose samples Pillow spreads to 8 bits, by its name for how they are stored.
+_GREY_BITS = {"L;2": 2, "L;4": 4}
 
 
 class ImageError(ValueError):
@@ -185,12 +187,18 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     # A JPEG with further pictures behind it (MPO: depth or gain maps of phones) is its first picture.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise ImageError("animated", "the image has several frames, only still images are taken")
+    _scale_clear_colour(image)
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The decoded picture, turned as its EXIF says; itself where that says nothing."""
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def _open_header(data: bytes, limits: ImageLimits) -> Image.Image:
+def _open_header(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
     if len(data) > limits.max_bytes:
         raise ImageError("too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken")
     # Pillow allocates a WebP's canvas as it opens it, so its size is read before.
@@ -221,6 +229,20 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack("<HH", data[26:30])
         return width & 0x3FFF, height & 0x3FFF
     return 0, 0
+
+
+def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
+    """State a PNG's transparent colour in 8 bits a sample, as its pixels will be; the file states it in its own depth.
+
+    Of 16 bits Pillow keeps the upper half, so colours that differ in the lower half alone are one.
+    """
+    clear = image.info.get("transparency")
+    stored = image.tile[0].args if image.tile else None
+    if stored == "RGB;16B" and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+    elif stored in _GREY_BITS and isinstance(clear, int):
+        top = (1 << _GREY_BITS[stored]) - 1
+        image.info["transparency"] = (clear & top) * 255 // top
 
 
 def _orientation(image: Image.Image) -> int:
