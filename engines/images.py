@@ -21,6 +21,8 @@ MaskMode = Literal["white", "black", "alpha"]
 
 FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MASK_MODES: tuple[str, ...] = get_args(MaskMode)
+XMP = "XML:com.adobe.xmp"
+"""The name of a text that is an XMP packet, where other programs look: PNG's own name for it."""
 DEFAULT_QUALITY = 90
 # zlib's fastest: files are a tenth larger than at its default, and made in a half to a third of the time.
 _PNG_LEVEL = 1
@@ -123,7 +125,8 @@ def encode_image(
 ) -> bytes:
     """Encode uint8 (H, W, 3). ``quality`` 1 to 100 is for jpeg and webp; png has none (ValueError).
 
-    ``text`` goes into the file: PNG text chunks, or in the others one EXIF description with the JSON of it all.
+    ``text`` goes into the file: PNG text chunks, or in the others one EXIF description with the JSON of it all but
+    what is named `XMP`, which they have a place for.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -134,10 +137,7 @@ def encode_image(
         options |= {"pnginfo": _png_text(text or {}), "compress_level": _PNG_LEVEL}
     else:
         options["quality"] = DEFAULT_QUALITY if quality is None else quality
-        if text:
-            exif = Image.Exif()
-            exif[_EXIF_DESCRIPTION] = json.dumps(dict(text))
-            options["exif"] = exif
+        options |= _exif_and_xmp(text or {})
     out = io.BytesIO()
     Image.fromarray(image).save(out, format, **options)
     return out.getvalue()
@@ -148,6 +148,16 @@ def _png_text(text: Mapping[str, str]) -> PngImagePlugin.PngInfo:
     for key, value in text.items():
         info.add_itxt(key, value)
     return info
+
+
+def _exif_and_xmp(text: Mapping[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if XMP in text:
+        options["xmp"] = text[XMP].encode()
+    if own := {key: value for key, value in text.items() if key != XMP}:
+        options["exif"] = exif = Image.Exif()
+        exif[_EXIF_DESCRIPTION] = json.dumps(own)
+    return options
 
 
 def read_text(data: bytes, key: str, limits: ImageLimits | None = None) -> str | None:
