@@ -20,18 +20,27 @@ export class ApiError extends Error {
 
 /** One request, with the key if there is one. Throws ApiError when the service is out of reach. */
 export async function call(path, options) {
+  const headers = new Headers({ ...options.headers, ...authorization() });
+  const response = await reach(path, { ...options, headers });
+  if (response.status === 401) door.dispatchEvent(new Event("closed"));
+  return response;
+}
+
+async function reach(path, options) {
   try {
-    const headers = { ...options.headers, ...authorization() };
-    const response = await fetch(new URL(path, BASE), { ...options, headers });
-    if (response.status === 401) door.dispatchEvent(new Event("closed"));
-    return response;
+    return await fetch(new URL(path, BASE), options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The service cannot be reached. Check that it is running, then try again.");
   }
 }
 
-/** The API key of every request from now on, until the tab is closed. */
+/** The first character of `key` that no request can carry, or undefined. */
+export function unfitIn(key) {
+  return key.match(/[^\x20-\x7e\xa0-\xff]/u)?.[0];
+}
+
+/** The API key of every request from now on, until the tab is closed. Throws where the browser keeps nothing. */
 export function useKey(key) {
   sessionStorage.setItem(KEY, key);
 }
