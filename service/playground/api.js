@@ -8,13 +8,24 @@ const KEY = "fewstep-key";
 /** Says "closed" when the service asks for a key, and has none or another than it knows. */
 export const door = new EventTarget();
 
+// Where the service does not say when to come back.
+const RETRY_S = 1;
+
 export class ApiError extends Error {
   /** `status` is that of the answer, 0 without one. */
-  constructor(message, { status = 0, param = null, requestId = "" } = {}) {
+  constructor(message, { status = 0, param = null, requestId = "", retryAfterS = 0 } = {}) {
     super(message);
     this.status = status;
     this.param = param;
     this.requestId = requestId;
+    this.retryS = retryAfterS || RETRY_S;
+    /** For a person, who may try again. */
+    this.advice = retryAfterS ? `${message} Try again in ${retryAfterS} s.` : message;
+  }
+
+  /** Whether the same request may be served in `retryS` seconds. */
+  get passes() {
+    return [0, 429, 503].includes(this.status);
   }
 }
 
@@ -67,15 +78,13 @@ async function errorFrom(response) {
     body = null;
   }
   const said = body?.message ? body : { message: `The service answered ${response.status} without saying why.` };
-  const error = errorOf(said, response.status);
-  const retryAfter = Number(response.headers.get("Retry-After"));
-  if (retryAfter > 0) error.message += ` Try again in ${retryAfter} s.`;
-  return error;
+  const seconds = Number(response.headers.get("Retry-After")); // NaN where it is a date
+  return errorOf(said, response.status, seconds > 0 ? seconds : 0);
 }
 
 /** The error of a body that tells of one; `status` is that of the answer, null in a job's own. */
-export function errorOf({ message, param = null, request_id }, status = null) {
-  return new ApiError(sentence(message), { status, param, requestId: request_id });
+export function errorOf({ message, param = null, request_id }, status = null, retryAfterS = 0) {
+  return new ApiError(sentence(message), { status, param, requestId: request_id, retryAfterS });
 }
 
 // The API's messages start in lower case, or with a field's name, which stays as it is.
@@ -105,9 +114,13 @@ export async function models() {
   return (await answerOf(await call("models", FRESH))).models;
 }
 
-/** How many jobs wait in the queue, or null where the service does not tell. */
+let metricsAreOpen = true;
+
+/** How many jobs wait in the queue, or null where the service does not tell without a key, whose rate is for images. */
 export async function waiting() {
-  const response = await call("metrics", FRESH);
+  if (!metricsAreOpen) return null;
+  const response = await reach("metrics", FRESH);
+  metricsAreOpen = response.status !== 401;
   const found = response.ok && (await response.text()).match(/^fewstep_queue_depth (\S+)$/m);
   return found ? Number(found[1]) : null;
 }

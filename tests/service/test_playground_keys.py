@@ -13,10 +13,25 @@ from service.app import create_app
 from service.settings import Settings
 from tests.service import webdriver
 from tests.service.helpers import listening
-from tests.service.webdriver import READY, Browser
+from tests.service.webdriver import ANSWERED, READY, Browser
 
 KEY = new_key()
 WITHOUT_STORAGE = "Storage.prototype.setItem = () => { throw new DOMException('no', 'SecurityError'); }"
+# Refuses the first request for each of the two that the page begins with, and notes what it says and how often it asks.
+REFUSING = """
+    const real = window.fetch;
+    window.asked = {};
+    window.said = [];
+    window.fetch = (url, options) => {
+        const name = String(url).match(/(models|capabilities|readyz)([?].*)?$/)?.[1];
+        if (!name) return real(url, options);
+        window.said.push(document.querySelector("#state").textContent);
+        window.asked[name] = (window.asked[name] ?? 0) + 1;
+        if (name === "readyz" || window.asked[name] > 1) return real(url, options);
+        const body = JSON.stringify({ error: { message: "come back later" } });
+        return Promise.resolve(new Response(body, { status: STATUS, headers: { "Retry-After": "1" } }));
+    };
+"""
 
 Opened = Callable[..., AbstractContextManager[Browser]]
 
@@ -57,6 +72,34 @@ def test_a_browser_that_keeps_no_key_is_said_to(opened: Opened) -> None:
         _give(page, KEY)
         page.wait("document.querySelector('#error-key').textContent")
         assert page.text("#error-key").startswith("This browser keeps nothing for this page")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_is_refused_for_a_while_is_asked_for_again(window: Browser, bundle_path: Path, status: int) -> None:
+    source = REFUSING.replace("STATUS", str(status))
+    script = window.devtools("Page.addScriptToEvaluateOnNewDocument", source=source)
+    try:
+        with listening(create_app(Settings(bundle=str(bundle_path), threads=1))) as port:
+            window.go(f"http://127.0.0.1:{port}/")
+            window.wait(READY)
+            asked = window.js("return window.asked")
+            assert (asked["models"], asked["capabilities"]) == (2, 2)
+            assert "Come back later. Trying again in 1 s." in window.js("return window.said")
+            assert window.text("#problem") == ""
+    finally:
+        window.devtools("Page.removeScriptToEvaluateOnNewDocument", **script)
+
+
+def test_the_rate_of_a_key_is_spent_on_images_alone(opened: Opened) -> None:
+    """Two requests for what the model can do and two for the image are all that this key may make."""
+    with opened(per_minute=4, open_metrics=False) as page:
+        _give(page, KEY)
+        page.wait(READY)
+        page.js("document.querySelector('#prompt').value = 'a red cat'")
+        page.js("document.querySelector('#submit').click()")
+        page.wait(f"document.querySelector('#problem').textContent || {ANSWERED}")
+        assert page.text("#problem") == ""
+        assert page.js("return document.querySelector('#queue').hidden")
 
 
 def _give(page: Browser, key: str) -> None:
