@@ -154,6 +154,11 @@ class Pipeline:
                 self.seconds[name][size] = _seconds_of_run(engine, size)
         return self.seconds
 
+    @property
+    def rows_per_second(self) -> float:
+        """The most rows a second that a tick of the warm-up has moved, 0 where there was none."""
+        return max((rows / s for ticks in self.seconds.values() for rows, s in ticks.items() if s > 0), default=0.0)
+
     def validate(self, task: Task) -> None:
         """Raise TaskError where the bundle cannot honour ``task``. Cheap: calls no engine."""
         check_task(task, self.manifest, self._measure)

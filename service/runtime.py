@@ -363,6 +363,8 @@ class Service:
     def _changed(self, pipeline: Pipeline, loaded: bool) -> None:
         manifest = pipeline.manifest
         self.metrics.set_model(package_version(), manifest.name, manifest.revision, loaded)
+        if loaded and self._worker is not None and (speed := pipeline.rows_per_second) > 0:
+            self._queue.expect(manifest.model, speed)
 
     def _close(self) -> None:
         for executor in (self._decoder, self._parser, self._screener):

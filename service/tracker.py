@@ -10,7 +10,7 @@ from dataclasses import replace
 from service.errors import job_not_found, queue_unavailable
 from service.jobs import Failed
 from service.metrics import Metrics
-from service.queue.base import JobQueue, QueueUnavailable, Status
+from service.queue.base import LATE_S, JobQueue, QueueUnavailable, Status
 
 HEARTBEAT_S = 15.0
 """The longest silence of `Tracker.follow`."""
@@ -18,8 +18,6 @@ HEARTBEAT_S = 15.0
 # A job that moves is asked about often, one that waits seldom.
 _POLLS_S = (0.005, 0.25)
 _SLOWER = 1.5
-# A worker says by itself that a job's time is over. Where there is none, the job is not waited for much longer.
-_LATE_S = 5.0
 _EXPIRED = Failed("expired", "the time limit passed before the images were made")
 
 
@@ -97,7 +95,7 @@ class Tracker:
 
     async def _look(self, job_id: str, preview: bool = False) -> Status:
         status = await self._queue.status(job_id, preview)
-        if status.outcome is None and status.left_s < -_LATE_S:
+        if status.outcome is None and status.left_s < -LATE_S:
             return replace(status, state="failed", position=None, outcome=_EXPIRED)
         return status
 

@@ -66,7 +66,6 @@ class Worker:
         self._device_lost = False
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
-        self._expected: set[str] = set()
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -174,8 +173,7 @@ class Worker:
         job = parked.job
         if (lease := self._models.take_on(job.model)) is not None:
             del self._parked[job.id]
-            self._held[job.id] = work = Work(job, lease)
-            self._expect(work)
+            self._held[job.id] = Work(job, lease)
         elif job.deadline <= self._clock():
             self._refuse(job, _EXPIRED)
         elif (failure := parked.failure(self._models)) is not None:
@@ -187,13 +185,6 @@ class Worker:
         for step in row.path:
             seconds = unit.work.pipeline.seconds.get(step.graph, {})
             self._scheduler.introduce(unit.group_of(step), height * width, seconds)
-
-    def _expect(self, work: Work) -> None:
-        """Tell the queue what the warm-up of the job's bundle has shown."""
-        if work.job.model not in self._expected:
-            self._expected.add(work.job.model)
-            if speeds := [rows / s for ticks in work.pipeline.seconds.values() for rows, s in ticks.items() if s > 0]:
-                self._queue.expect(work.job.model, max(speeds))
 
     def _refuse(self, job: Job, failure: Failed) -> None:
         del self._parked[job.id]

@@ -105,6 +105,9 @@ def state_after(outcome: Outcome) -> JobState:
 
 CANCELLED = Failed("cancelled", "the job was cancelled")
 
+LATE_S = 5.0
+"""How long after its deadline a job has failed though no worker says so: perhaps there is none for it any more."""
+
 
 class JobQueue(Protocol):
     """Jobs wait here, oldest first but for a head start of those with priority, bounded by their cost.
@@ -159,7 +162,7 @@ class JobQueue(Protocol):
         ...
 
     def expect(self, model: str, per_second: float) -> None:
-        """Learn how many row-ticks a second the warm-up of ``model`` has shown, of which a worker has taken a job.
+        """Learn how many row-ticks a second the warm-up of ``model`` has shown.
 
         It counts for who is let in until more is known.
         """

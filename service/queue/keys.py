@@ -1,6 +1,7 @@
 """The names of what the queue keeps in Redis. The Lua scripts make up the same names.
 
-Everything but the dead letters lasts only a little longer than the jobs it is for, or than their outcomes are kept.
+Everything but speeds and dead letters lasts only a little longer than the jobs it is for, or than their outcomes are
+kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ GRACE_S = 60.0
 
 RESULT_TTL_S = 300.0
 """How long an outcome is kept that nobody asks for."""
+
+SPEED_TTL_S = 24 * 3600.0
+"""How long it is known how fast a model's jobs are finished, though none comes."""
 
 MODELS = f"{PREFIX}models"
 """Set: models that were asked for lately."""
@@ -38,8 +42,13 @@ def jobs(model: str, priority: Priority) -> str:
 
 
 def load(model: str) -> str:
-    """Hash: the cost that waits in a model's streams, all that is outstanding, and how fast it is finished."""
+    """Hash: the cost that waits in a model's streams, and all that is outstanding."""
     return f"{PREFIX}load:{model}"
+
+
+def speed(model: str) -> str:
+    """Hash: how fast a model's jobs are finished, by what was expected or measured. It outlasts them."""
+    return f"{PREFIX}speed:{model}"
 
 
 def promises(model: str) -> str:

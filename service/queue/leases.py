@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -15,12 +16,13 @@ from itertools import product
 from typing import Any, TypeVar
 
 from service.jobs import Failed, Job, Outcome, Priority
+from service.logs import describe
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
 from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
-from service.queue.keys import RESULT_TTL_S, milliseconds
+from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
 from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _DEAD_LETTER_TTL_S = 7 * 24 * 3600.0
 _FORGOTTEN_AFTER_S = 3600.0
 _BEATS_PER_SILENCE = 5
 _LONGEST_BEAT_S = 1.0
+_BEATS_PER_REMINDER = 10
 _AFTER_ERROR_S = 0.5
 
 _TOO_MANY_TRIES = Failed("engine", f"the request was tried {MAX_TRIES} times, and its worker died each time")
@@ -74,6 +77,7 @@ class Leases:
         self._changed = threading.Condition()
         self._held: dict[str, Lease] = {}
         self._unsent: dict[str, tuple[Lease, Outcome]] = {}
+        self._expected: dict[str, float] = {}
         self._away_until: float | None = None
         self._reclaims_from = 0.0
         self._closing = threading.Event()
@@ -94,8 +98,9 @@ class Leases:
 
     def expect(self, model: str, per_second: float) -> None:
         """See JobQueue.expect."""
-        expected: Arguments = [str(EXPECTED * per_second * EXPECTATION_S), str(EXPECTATION_S)]
-        self._reach(partial(self._redis.run, "expect", [keys.load(model)], expected), None)
+        with self._changed:
+            self._expected[model] = per_second
+        self._reach(self._remind, None)
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """See JobQueue.cancelled. Among them are jobs that another worker has settled meanwhile."""
@@ -125,7 +130,7 @@ class Leases:
             held = job_id in self._held
         if held:
             keep = milliseconds(WATCHED_S)
-            self._reach(lambda: self._redis.client.set(keys.preview(job_id), preview, px=keep), None)
+            self._reach(partial(self._redis.run, "show", [keys.preview(job_id)], [preview, keep]), None)
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:
         """See JobQueue.settle."""
@@ -169,13 +174,13 @@ class Leases:
             return {}
         lines = list(product(models, Priority))
         streams = [keys.jobs(model, priority) for model, priority in lines]
-        loads = [keys.load(model) for model, _ in lines]
+        loads, speeds = ([name(model) for model, _ in lines] for name in (keys.load, keys.speed))
         head_starts = [milliseconds(HEAD_START_S * priority) for _, priority in lines]
         # After an outage everybody seems silent; those that live get the time to say so.
         patient = time.monotonic() < self._reclaims_from
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         arguments: Arguments = [self._consumer, rows, silence, int(holding), *head_starts]
-        now, given, seen = self._redis.run("take", [*streams, *loads], arguments)
+        now, given, seen = self._redis.run("take", [*streams, *loads, *speeds], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
         for stream, entry, job_id, message, submitted, deadline, tries, kept in given:
@@ -220,7 +225,7 @@ class Leases:
         over: Arguments = [job_id, lease.entry, state_after(outcome), pack_outcome(outcome), milliseconds(RESULT_TTL_S)]
         dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
-        throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE)]
+        throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
         first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput])
         with self._changed:
             self._held.pop(job_id, None)
@@ -240,10 +245,17 @@ class Leases:
 
     def _beat(self) -> None:
         beat_s = min(self._reclaim_after_s / _BEATS_PER_SILENCE, _LONGEST_BEAT_S)
-        self._reach(self._sweep, None)
-        while not self._closing.wait(beat_s):
-            self._reach(self._send, None)
-            self._reach(self._renew, None)
+        for beat in itertools.count():
+            duties = [self._send, self._renew] if beat > 0 else [self._sweep]
+            if beat % _BEATS_PER_REMINDER == 0:
+                duties.append(self._remind)
+            for duty in duties:
+                try:
+                    self._reach(duty, None)
+                except Exception as error:  # whatever it is: without beats others take what this process works on
+                    logger.error("a beat failed", extra=describe(error))
+            if self._closing.wait(beat_s):
+                return
 
     def _send(self) -> None:
         with self._changed:
@@ -258,6 +270,18 @@ class Leases:
             entries = [lease.entry for lease in held if lease.stream == stream]
             self._redis.run("renew", [stream], [self._consumer, *entries])
 
+    def _remind(self) -> None:
+        """Say what is expected of every model: a Redis that lost its data knows nothing of it."""
+        with self._changed:
+            expected = list(self._expected.items())
+        for model, per_second in expected:
+            arguments: Arguments = [
+                str(EXPECTED * per_second * EXPECTATION_S),
+                str(EXPECTATION_S),
+                milliseconds(SPEED_TTL_S),
+            ]
+            self._redis.run("expect", [keys.speed(model)], arguments)
+
     def _sweep(self) -> None:
         with self._changed:
             models = list(self._models)
@@ -266,7 +290,8 @@ class Leases:
 
     def _reach(self, call: Callable[[], Result], otherwise: Result) -> Result:
         """What the call gives; ``otherwise`` where Redis is away, which is then left alone for a moment."""
-        if self._away_until is not None and time.monotonic() < self._away_until:
+        away_until = self._away_until  # Once, as several threads come here.
+        if away_until is not None and time.monotonic() < away_until:
             return otherwise
         try:
             result = call()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.jobs import Finished, Job, Outcome
-from service.queue.base import WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
+from service.queue.base import LATE_S, WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
 
 
 @dataclass(eq=False, slots=True)
@@ -47,11 +47,16 @@ class Shelf:
         """The job that the key names, unless it failed. Raises KeyConflict."""
         self._drop_old()
         job_id = self._keys.get(keep.key) if keep.key is not None else None
-        if job_id is None or self._entries[job_id].state in ("failed", "cancelled"):
+        if job_id is None or self._failed(self._entries[job_id]):
             return None
         if self._entries[job_id].keep.digest != keep.digest:
             raise KeyConflict
         return job_id
+
+    def _failed(self, entry: _Entry) -> bool:
+        if entry.outcome is None:
+            return self._clock() > entry.deadline + LATE_S
+        return entry.state != "done"
 
     def begin(self, job: Job, keep: Keep) -> None:
         """A job was accepted."""

@@ -18,6 +18,7 @@ from service.queue.base import (
     CANCELLED,
     FARTHEST_POSITION,
     HEAD_START_S,
+    LATE_S,
     WATCHED_S,
     Bounds,
     Keep,
@@ -164,7 +165,7 @@ class Submissions:
         times = [milliseconds(now - job.submitted), left, ttl]
         kept: list[str | int] = []
         if keep is not None:
-            kept = [milliseconds(keep.seconds), keep.note, keep.digest]
+            kept = [milliseconds(keep.seconds), keep.note, keep.digest, milliseconds(LATE_S)]
             names += [keys.claim(keep.key)] if keep.key is not None else []
         arguments: Arguments = [
             job.id,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from service.errors import ApiError
 
@@ -33,21 +32,17 @@ def page_router(folder: Path = _FOLDER) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])
-    async def page(request: Request) -> Response:
-        return _answer(request, "index.html")
+    async def page() -> Response:
+        return _answer("index.html")
 
     @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
-    async def page_file(request: Request, name: str) -> Response:
-        return _answer(request, name)
+    async def page_file(name: str) -> Response:
+        return _answer(name)
 
-    def _answer(request: Request, name: str) -> Response:
+    def _answer(name: str) -> Response:
         data = files.get(name)
         if data is None:
             raise ApiError(404, "not_found", "Nothing matches the given URI")
-        tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = {**_HEADERS, "ETag": tag}
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers=headers)
-        return Response(data, headers=headers, media_type=_TYPES[Path(name).suffix])
+        return Response(data, headers=_HEADERS, media_type=_TYPES[Path(name).suffix])
 
     return router

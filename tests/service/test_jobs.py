@@ -178,7 +178,7 @@ async def test_jobs_have_a_time_limit_of_their_own(app: Running, gate: Gate) -> 
 async def test_a_job_that_no_worker_ends_is_over_soon_after_its_time(
     settings: Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker, "_LATE_S", 0.2)
+    monkeypatch.setattr(tracker, "LATE_S", 0.2)
     async with running(settings.model_copy(update={"role": "api", "queue": redis_server.url})) as api:
         job_id = await ask(api, timeout_ms=1500)
         name, data = events_of((await api.client.get(f"/jobs/{job_id}/events")).text)[-1]

@@ -70,6 +70,13 @@ async def test_a_queue_goes_by_what_it_expects_until_that_is_measured(queue: Job
     await queue.submit(job("d", left_s=10.0))
 
 
+async def test_what_is_expected_counts_before_the_first_job_is_taken(queue: JobQueue) -> None:
+    queue.expect(MODEL, 0.1)
+    await queue.submit(job("a", left_s=10.0))  # Nobody is before it.
+    with pytest.raises(QueueFull):
+        await queue.submit(job("b", left_s=10.0))
+
+
 async def test_who_was_refused_is_given_the_time_at_which_those_before_are_done(queue: JobQueue) -> None:
     for k in range(8):
         await queue.submit(job(f"{k}"))

@@ -10,6 +10,7 @@ import pytest
 from service.jobs import Failed, Finished, Job, Output, Timings
 from service.queue.base import (
     FARTHEST_POSITION,
+    LATE_S,
     JobQueue,
     Keep,
     KeyConflict,
@@ -154,6 +155,14 @@ async def test_a_key_is_free_again_when_its_job_failed_or_is_forgotten(queue: Jo
     assert await queue.submit(job("d"), keep) == "c"
     await asyncio.sleep(0.25)
     assert await queue.submit(job("d"), Keep(60.0, "", "key", "another digest")) == "d"
+
+
+async def test_a_key_is_free_again_when_its_job_is_late_and_nobody_says_so(queue: JobQueue) -> None:
+    keep = Keep(60.0, "", "key", "digest")
+    await queue.submit(job("a", left_s=1 - LATE_S), keep)
+    assert await queue.submit(job("b"), keep) == "a"
+    await queue.submit(job("c", left_s=-1 - LATE_S), Keep(60.0, "", "another key", "digest"))
+    assert await queue.submit(job("d"), Keep(60.0, "", "another key", "digest")) == "d"
 
 
 async def test_a_key_of_a_job_that_was_refused_stays_free(queue: JobQueue) -> None:

@@ -17,7 +17,8 @@ from service.queue import keys, leases
 from service.queue.base import QueueFull, QueueUnavailable
 from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
-from tests.service.queues import FINISHED, MODEL, OTHER, ROOM, job, mute, soon, taken
+from tests.service.helpers import until
+from tests.service.queues import FINISHED, KEEP, MODEL, OTHER, ROOM, job, mute, soon, taken
 from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -188,6 +189,69 @@ async def test_a_full_redis_takes_no_job_and_lets_go_of_those_it_has(
     assert taken(worker) == ["c"]
 
 
+async def test_a_full_redis_goes_on_with_jobs_that_are_kept(open_queue: OpenQueue, redis_server: RedisServer) -> None:
+    api, worker = open_queue(), open_queue()
+    for name in "abc":
+        await api.submit(job(name), KEEP)
+    assert taken(worker, 2) == ["a", "b"]
+    with full(redis_server):
+        assert (await api.status("a", preview=True)).state == "running"
+        assert worker.progress({"a": 1, "b": 1}) == {"a"}
+        worker.show("a", b"small")
+        assert (await api.status("a", preview=True)).preview == b"small"
+        assert await api.cancel("b") == "running"
+        assert worker.cancelled("ab") == {"b"}
+        assert worker.settle("a", FINISHED)
+        assert (await api.status("a")).outcome == FINISHED
+        assert taken(worker) == ["c"]
+
+
+async def test_what_is_expected_is_said_again_to_a_redis_that_lost_it(
+    open_queue: OpenQueue, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_BEATS_PER_REMINDER", 1)
+    queue = open_queue()
+    queue.expect(MODEL, 20.0)
+    taken(queue)
+    with redis_server.client() as client:
+        client.flushall()
+        await until(lambda: client.exists(keys.speed(MODEL)) == 1)
+        assert client.hget(keys.speed(MODEL), "finished") == b"10.0"
+
+
+async def test_a_model_that_nobody_asked_for_is_no_faster_than_before(
+    open_queue: OpenQueue, redis_server: RedisServer
+) -> None:
+    queue = open_queue()
+    await queue.submit(job("a"))
+    taken(queue)
+    queue.expect(MODEL, 0.1)
+    queue.settle("a", Failed("expired", "too late"))
+    with redis_server.client() as client:
+        # As if their time were over.
+        client.delete(keys.load(MODEL), *(keys.jobs(MODEL, priority) for priority in Priority))
+    await queue.submit(job("b", left_s=10.0))
+    with pytest.raises(QueueFull):
+        await queue.submit(job("c", left_s=10.0))
+
+
+async def test_a_beat_that_fails_is_not_the_last_one(open_queue: OpenQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, slow, other = open_queue(), open_queue(), open_queue()
+    renew, failures = slow._leases._renew, iter([True])
+
+    def renewed() -> None:
+        if next(failures, False):
+            raise TypeError("no error of Redis")
+        renew()
+
+    monkeypatch.setattr(slow._leases, "_renew", renewed)
+    await api.submit(job("a"))
+    assert taken(slow) == ["a"]
+    assert await asyncio.to_thread(taken, other, wait_s=4 * SILENCE_S) == []
+    assert next(failures, "none left") == "none left"
+    assert slow.settle("a", FINISHED)
+
+
 async def test_a_slow_worker_that_lives_keeps_its_job(open_queue: OpenQueue, counts: Counts) -> None:
     api, slow, other = open_queue(), open_queue(), open_queue()
     await api.submit(job("a"))
@@ -299,6 +363,7 @@ async def test_nothing_is_left_for_ever(open_queue: OpenQueue, redis_server: Red
     with redis_server.client() as client:
         left = {name: client.pttl(name) for name in client.scan_iter()}
         assert left
+        assert 0 < left.pop(keys.speed(MODEL).encode()) <= 1000 * keys.SPEED_TTL_S
         assert all(0 < ttl_ms <= 1000 * max(keys.GRACE_S + 1, keys.RESULT_TTL_S) for ttl_ms in left.values()), left
         assert keys.record("a").encode() not in left
         assert keys.result("a").encode() not in left

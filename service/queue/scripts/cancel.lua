@@ -6,6 +6,7 @@ local id, outcome, keep, most, most_bytes = unpack(ARGV)
 
 local state, model, priority, entry, cost, replies, kept =
   unpack(redis.call('HMGET', record, 'state', 'model', 'priority', 'entry', 'cost', 'replies', 'kept'))
+begin_though_full()
 if not kept then
   redis.call('DEL', result)
 end

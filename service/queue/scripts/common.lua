@@ -10,6 +10,11 @@ local function stream_of(model, priority)
   return PREFIX .. 'jobs:' .. priority .. ':' .. model
 end
 
+-- A full Redis refuses a script that begins with what may grow, and nothing after a first write: this one only frees.
+local function begin_though_full()
+  redis.call('DEL', PREFIX .. 'nothing')
+end
+
 -- The one clock that all hosts share.
 local function now_ms()
   local time = redis.call('TIME')
@@ -23,6 +28,12 @@ local function by_name(list)
     found[list[k]] = list[k + 1]
   end
   return found
+end
+
+-- How fast jobs are finished: row-ticks, and in how many seconds; 0 and 0 where nothing is known.
+local function speed_at(key)
+  local finished, seconds = unpack(redis.call('HMGET', key, 'finished', 'seconds'))
+  return tonumber(finished or 0), tonumber(seconds or 0)
 end
 
 -- The consumer group of a stream of jobs; nil where nobody asked for the model lately.

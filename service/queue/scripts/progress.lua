@@ -1,5 +1,6 @@
 -- Notes how far jobs have come. KEYS: their records. ARGV: row-ticks that have run of each
 -- Returns for each 1 where previews of it are wanted, else 0.
+begin_though_full()
 local wanted = {}
 local now = now_ms()
 for k, record in ipairs(KEYS) do

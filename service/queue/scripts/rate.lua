@@ -8,6 +8,7 @@ local wait = full - now - size * interval
 if wait > 0 then
   return math.ceil(math.min(wait, LONGEST))
 end
+begin_though_full()
 local keep = math.max(1, math.min(full - now, LONGEST))
 redis.call('SET', KEYS[1], string.format('%.17g', full), 'PX', string.format('%.0f', math.ceil(keep)))
 return 0

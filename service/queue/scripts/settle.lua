@@ -2,33 +2,35 @@
 -- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
--- then of the throughput: seconds that it remembers, the shortest stall that counts as one, and the surprise
+-- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it
 local jobs, load, record, result, dead = unpack(KEYS)
-local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes, memory_s, stall_s, surprise = unpack(ARGV)
+local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
+local memory_s, stall_s, surprise, keep_speed = unpack(ARGV, 10)
 
 -- The throughput of service/queue/admission.py, kept where what every worker finishes is seen.
-local function note_finished(cost)
-  local outstanding, finished, seconds, since =
-    unpack(redis.call('HMGET', load, 'outstanding', 'finished', 'seconds', 'since'))
+local function note_finished(model, cost)
+  local outstanding, since = unpack(redis.call('HMGET', load, 'outstanding', 'since'))
   if not since then
     return
   end
-  finished, seconds = tonumber(finished or 0), tonumber(seconds or 0)
+  local speed = PREFIX .. 'speed:' .. model
+  local finished, seconds = speed_at(speed)
   local now = now_ms()
   local elapsed = math.max(0, now - since) / 1000
   if finished > 0 then
     elapsed = math.min(elapsed, math.max(stall_s, surprise * outstanding * seconds / finished))
   end
   local remembered = math.exp(-elapsed / memory_s)
-  redis.call('HSET', load, 'finished', finished * remembered + cost, 'seconds', seconds * remembered + elapsed,
-    'since', now)
+  redis.call('HSET', speed, 'finished', finished * remembered + cost, 'seconds', seconds * remembered + elapsed)
+  redis.call('PEXPIRE', speed, keep_speed)
+  redis.call('HSET', load, 'since', now)
 end
 
 local state, model, message, replies, kept, cost =
   unpack(redis.call('HMGET', record, 'state', 'model', 'message', 'replies', 'kept', 'cost'))
 forget(id) -- First, as it only frees: after that a full Redis allows what follows.
 if state == 'running' and over == 'done' then
-  note_finished(cost)
+  note_finished(model, cost)
 end
 remove(jobs, load, entry)
 if state ~= 'running' then

@@ -37,6 +37,7 @@ if state == 'queued' then
 end
 local shown = false
 if preview and not over then
+  begin_though_full()
   redis.call('HSET', record, 'watched', now_ms() + watch)
   shown = redis.call('GET', preview)
 end

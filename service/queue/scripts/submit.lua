@@ -2,18 +2,27 @@
 -- KEYS: load, promises, record of the job, models, and the claim where the job has a key
 -- ARGV: id, model, message, cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
 -- the request, priority; then of the door: bound on cost, margin, newcomers' part, pace, shortest and farthest wait in ms, ms that
--- a promise is kept, the most promises; then where its outcome is kept: ms to keep that, note, digest
+-- a promise is kept, the most promises; then where its outcome is kept: ms to keep that, note, digest, ms after
+-- its deadline at which a job has failed though nobody says so
 -- Returns {1}; or {0, whole seconds until it should come back}; or {2, the job that has the key}; or {3} where that one
 -- has another digest.
 local load, promises, record, models, claim = unpack(KEYS)
 local id, model, message, cost, rows, age, left, keep, replies, identity, priority = unpack(ARGV)
 local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 12, 19)
-local kept, note, digest = unpack(ARGV, 20)
+local kept, note, digest, late = unpack(ARGV, 20)
+
+-- Whether a job has not failed. One that is late has: no worker does its work, nor says that it will not.
+local function goes_on_or_done(job)
+  local state, deadline = unpack(redis.call('HMGET', PREFIX .. 'job:' .. job, 'state', 'deadline'))
+  if state == 'queued' or state == 'running' then
+    return now_ms() <= deadline + late
+  end
+  return state == 'done'
+end
 
 if claim then
   local holder, other = unpack(redis.call('HMGET', claim, 'id', 'digest'))
-  local state = holder and holder ~= id and redis.call('HGET', PREFIX .. 'job:' .. holder, 'state')
-  if state and state ~= 'failed' and state ~= 'cancelled' then
+  if holder and holder ~= id and goes_on_or_done(holder) then
     return other == digest and {2, holder} or {3}
   end
 end
@@ -36,10 +45,11 @@ if fresh then
 end
 
 local now = now_ms()
-local waiting, outstanding, finished, seconds, next_promise =
-  unpack(redis.call('HMGET', load, 'cost', 'outstanding', 'finished', 'seconds', 'next_promise'))
+local waiting, outstanding, next_promise =
+  unpack(redis.call('HMGET', load, 'cost', 'outstanding', 'next_promise'))
 waiting, outstanding = tonumber(waiting or 0), tonumber(outstanding or 0)
-local ms_per_cost = tonumber(finished or 0) > 0 and 1000 * seconds / finished -- nil while nothing was finished
+local finished, seconds = speed_at(PREFIX .. 'speed:' .. model)
+local ms_per_cost = finished > 0 and 1000 * seconds / finished -- false while nothing is known
 
 -- Milliseconds until there is room if nobody else comes, not above 0 where there is now.
 local function missing_ms(share)

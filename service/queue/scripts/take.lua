@@ -1,10 +1,10 @@
 -- Gives jobs to a consumer: one whose worker fell silent, alone, else those that are first in line.
--- KEYS: streams of jobs, then the load of each
+-- KEYS: streams of jobs, then the load of each, then the speed of each
 -- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs, then the head start of each stream in ms
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
 local consumer, rows, silence, holding = unpack(ARGV)
-local streams = #KEYS / 2
+local streams = #KEYS / 3
 local room = tonumber(rows)
 local now = now_ms()
 local groups, given = {}, {}
@@ -44,9 +44,9 @@ end
 
 -- Milliseconds until all that was let in of a stream's model is done, 0 while that is not known.
 local function backlog(stream)
-  local outstanding, finished, seconds =
-    unpack(redis.call('HMGET', KEYS[streams + stream], 'outstanding', 'finished', 'seconds'))
-  return tonumber(finished or 0) > 0 and 1000 * (outstanding or 0) * seconds / finished or 0
+  local finished, seconds = speed_at(KEYS[2 * streams + stream])
+  local outstanding = redis.call('HGET', KEYS[streams + stream], 'outstanding')
+  return finished > 0 and 1000 * (outstanding or 0) * seconds / finished or 0
 end
 
 -- The entry behind the last one that was given of a stream, with its place in the line of service/queue/memory.py:
