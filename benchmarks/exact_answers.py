@@ -92,14 +92,18 @@ class Problem:
             students[steps] = student = self.halve(student, steps, effort, course)
         return students
 
-    def halve(self, teacher: VectorDenoiser, steps: int, effort: Effort, course: Course) -> VectorDenoiser:
-        """One round of stage 2."""
+    def halve(
+        self, teacher: VectorDenoiser, steps: int, effort: Effort, course: Course = "deterministic", replaced: int = 2
+    ) -> VectorDenoiser:
+        """One round of stage 2, each of whose steps replaces two of the teacher's, or as many as are given."""
         network = VectorDenoiser(self.dimensions, self.mixture.classes)
         network.load_state_dict(teacher.state_dict())
 
         def loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
             batch = self.batch(update, effort.batch_size)
-            return progressive_loss(network, teacher, self.schedule, batch, steps, W_RANGE, draws, course=course)
+            return progressive_loss(
+                network, teacher, self.schedule, batch, steps, W_RANGE, draws, course=course, replaced=replaced
+            )
 
         updates = effort.last if steps <= 2 else effort.halving
         return self._train(network, loss, effort.optimisation(updates, 0.5), f"{course}-{steps}")

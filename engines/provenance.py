@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engines.images import ImageLimits, read_text
+from engines.images import XMP, ImageLimits, read_text
 from engines.manifest import Manifest, Sampler
 from engines.tasks import MAX_SEED, Edit, FromImage, Inpaint, Task, Transfer
 
@@ -25,6 +25,16 @@ METADATA: tuple[str, ...] = get_args(Metadata)
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _MADE = _SOURCE_TYPES + "trainedAlgorithmicMedia"
 _REMADE = _SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
+# IPTC's property DigitalSourceType in an XMP packet that is not for editing in place.
+_XMP_PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+   <Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>
+  </rdf:Description>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="r"?>"""
 
 
 class ImageSettings(BaseModel):
@@ -46,14 +56,15 @@ class ImageSettings(BaseModel):
 def describe_image(task: Task, manifest: Manifest, metadata: Metadata = "settings") -> dict[str, str]:
     """The text to write into the file of an image that ``task`` made, for `encode_image`; empty for ``none``.
 
-    Beside what it takes to make the image again it has IPTC's mark of an image that a model made
-    (``digital_source_type``). ``full`` adds the prompt, or the class.
+    Beside what it takes to make the image again it has IPTC's mark of an image that a model made: as XMP for other
+    programs, and as ``digital_source_type`` among the rest. ``full`` adds the prompt, or the class.
     """
     if metadata == "none":
         return {}
+    source_type = _REMADE if isinstance(task, FromImage) else _MADE
     fields: dict[str, Any] = {
         "software": f"fewstep {package_version()}",
-        "digital_source_type": _REMADE if isinstance(task, FromImage) else _MADE,
+        "digital_source_type": source_type,
         "model": manifest.name,
         "revision": manifest.revision,
         "task": "edit" if isinstance(task, Transfer) else type(task).__name__.lower(),
@@ -70,7 +81,7 @@ def describe_image(task: Task, manifest: Manifest, metadata: Metadata = "setting
         fields["prompt"] = task.condition
         if isinstance(task, Transfer):
             fields["source_prompt"] = task.source
-    return {KEY: json.dumps(fields)}
+    return {KEY: json.dumps(fields), XMP: _XMP_PACKET.format(source_type=source_type)}
 
 
 def settings_of(data: bytes, limits: ImageLimits | None = None) -> ImageSettings | None:

@@ -15,7 +15,7 @@ from engines.pipeline import Pipeline
 from engines.provenance import describe_image
 from engines.tasks import Floats, Pixels
 from service.isolate import BROKEN, failures, isolate
-from service.jobs import Failed, Finished
+from service.jobs import Failed, Finished, Job, Outcome, ending
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Lease
@@ -67,6 +67,11 @@ class Finisher:
         # Now, as the next tick moves the rows.
         latents = [unit.row.estimate for unit in units if unit.row is not None]
         self._executor.submit(self._preview, units, latents, units[0].work.lease.again())
+
+    def settle(self, job: Job, outcome: Outcome) -> None:
+        """Hand over what became of a job, from any thread; counts it where nothing had before."""
+        if self._queue.settle(job.id, outcome):
+            self._metrics.jobs.labels(ending(outcome)).inc()
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
@@ -127,7 +132,7 @@ class Finisher:
         # Before the answer can be given, so that a request's span is over after those beneath it.
         self._tracing.stage("decode", [work.job], work.denoised, now, len(work.images))
         images = tuple(work.images[index] for index in sorted(work.images))
-        self._queue.settle(work.job.id, Finished(images, timings, tuple(work.ticks)))
+        self.settle(work.job, Finished(images, timings, tuple(work.ticks)))
         for stage in ("encode", "denoise", "decode"):
             self._metrics.stage_seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
 
@@ -138,7 +143,7 @@ class Finisher:
 
     def _fail(self, work: Work, failure: Failed) -> None:
         work.over = True
-        self._queue.settle(work.job.id, failure)
+        self.settle(work.job, failure)
 
 
 def _decode(pipeline: Pipeline, units: Sequence[Unit]) -> Sequence[Pixels]:

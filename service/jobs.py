@@ -92,3 +92,8 @@ class Failed:
 
 
 Outcome = Finished | Failed
+
+
+def ending(outcome: Outcome) -> str:
+    """What became of a job in one word: done, or the reason why not."""
+    return outcome.reason if isinstance(outcome, Failed) else "done"

@@ -16,6 +16,7 @@ from service.queue.base import QueueStats, QueueUnavailable
 PREFIX = "fewstep"
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_PARTS = tuple(tenths / 10 for tenths in range(1, 11))
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -26,6 +27,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = self._counter("requests", "Requests answered", "endpoint", "outcome")
+        self.jobs = self._counter("jobs", "Jobs that are over", "outcome")
         self.images = self._counter("images", "Images made")
         self.rejected = self._counter("rejected", "Requests turned away unserved", "reason")
         self.refused = self._counter("content_refused", "Prompts and images refused by the safety check", "stage")
@@ -34,9 +36,15 @@ class Metrics:
         self.redeliveries = self._counter("redeliveries", "Jobs taken again after their worker died")
         self.dead_letters = self._counter("dead_letter", "Jobs given up after too many tries, or unreadable")
         self.request_seconds = self._histogram(
-            "request_duration_seconds", "From a request's first byte to its answer", "endpoint"
+            "request_duration_seconds", "From a request's first byte to its answer, unless that is 202", "endpoint"
         )
         self.queue_seconds = self._histogram("queue_wait_seconds", "From acceptance of a job to its start")
+        self.queue_ratio = Histogram(
+            f"{PREFIX}_queue_wait_ratio",
+            "Part of its time limit that a job had waited when it started",
+            buckets=_PARTS,
+            registry=self.registry,
+        )
         self.stage_seconds = self._histogram("stage_duration_seconds", "Time of a job in a stage", "stage")
         self.tick_seconds = self._histogram("tick_duration_seconds", "One call of the step engine")
         self.tick_rows = Histogram(f"{PREFIX}_tick_rows", "Rows in a tick", buckets=_ROWS, registry=self.registry)

@@ -26,7 +26,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_DIGITS = 18
 _BUSY_RETRY_S = 1.0
 _CLIENT_CLOSED = 499
-_OUTCOMES = {_CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504: "timeout"}
+_ACCEPTED = 202
+_OUTCOMES = {_ACCEPTED: "accepted", _CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504: "timeout"}
 _QUIET = frozenset({"livez", "readyz", "metrics"})
 
 
@@ -89,7 +90,8 @@ class RequestContext:
         route = scope.get("route")
         endpoint = getattr(route, "name", None) or "unmatched"
         self.metrics.requests.labels(endpoint, _outcome(status)).inc()
-        self.metrics.request_seconds.labels(endpoint).observe(seconds)
+        if status != _ACCEPTED:  # Nothing was made yet: its few milliseconds would hide how long images take.
+            self.metrics.request_seconds.labels(endpoint).observe(seconds)
         level = logging.DEBUG if endpoint in _QUIET else logging.INFO
         fields = {
             "method": scope["method"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from engines.bundle import load_bundle
@@ -30,8 +31,13 @@ def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
         bounds=bounds,
         reclaim_after_s=settings.reclaim_after_s,
         on_redelivery=metrics.redeliveries.inc,
-        on_dead_letter=metrics.dead_letters.inc,
+        on_dead_letter=partial(_count_dead_letter, metrics),
     )
+
+
+def _count_dead_letter(metrics: Metrics) -> None:
+    metrics.dead_letters.inc()
+    metrics.jobs.labels("engine").inc()
 
 
 def open_rates(settings: Settings) -> Rates:

@@ -34,12 +34,12 @@ from service.errors import (
     shutting_down,
     too_many_requests,
 )
-from service.jobs import Finished, Job, Outcome
+from service.jobs import FailureReason, Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.opening import open_pipeline
-from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Stage, Status
+from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Status
 from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -295,17 +295,11 @@ class Service:
 
     async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
         outcome = asyncio.ensure_future(self._queue.outcome(job.id))
-        answered = False
         try:
-            result = await self._first(outcome, job.deadline, client_gone)
-            answered = True
-            return result
-        except ClientGone:
-            await self._count_cancelled(job)
+            return await self._first(outcome, job.deadline, client_gone)
+        except BaseException as error:
+            await self._cancel(job, _reason(error))
             raise
-        finally:
-            if not answered:
-                await self._cancel(job)
 
     async def _first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
         """What is wanted, unless before it the client goes, the service stops, or the deadline passes."""
@@ -324,16 +318,16 @@ class Service:
             for future in waiting:
                 future.cancel()
 
-    async def _count_cancelled(self, job: Job) -> None:
-        stage = await self._cancel(job)
-        if stage is not None:
-            self.metrics.cancelled.labels(stage).inc()
-
-    async def _cancel(self, job: Job) -> Stage | None:
+    async def _cancel(self, job: Job, reason: FailureReason) -> None:
         try:
-            return await self._queue.cancel(job.id)
+            stage = await self._queue.cancel(job.id)
         except QueueUnavailable:
-            return None  # Its deadline will end it.
+            return  # Its deadline will end it.
+        if stage is None:
+            return
+        self.metrics.jobs.labels(reason).inc()
+        if reason == "cancelled":
+            self.metrics.cancelled.labels(stage).inc()
 
     def _owes_answers(self) -> bool:
         return self.tracker.following > 0 or self._queue.stats().depth > 0
@@ -399,6 +393,14 @@ def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyn
     running = asyncio.get_running_loop().run_in_executor(executor, lambda: within(calls.pop()))
     running.add_done_callback(lambda _: calls.clear())
     return running
+
+
+def _reason(error: BaseException) -> FailureReason:
+    """Why a job is given up whose wait ended so."""
+    if isinstance(error, ClientGone):
+        return "cancelled"
+    late = isinstance(error, ApiError) and error.status == 504
+    return "expired" if late else "stopped"
 
 
 async def _never() -> None:

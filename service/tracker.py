@@ -55,6 +55,7 @@ class Tracker:
             raise queue_unavailable() from error
         if stage is not None:
             self._metrics.cancelled.labels(stage).inc()
+            self._metrics.jobs.labels("cancelled").inc()
         return await self.status(job_id)
 
     async def follow(self, job_id: str, preview: bool = False) -> AsyncGenerator[Status | None, None]:

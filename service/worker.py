@@ -188,7 +188,7 @@ class Worker:
 
     def _refuse(self, job: Job, failure: Failed) -> None:
         del self._parked[job.id]
-        self._queue.settle(job.id, failure)
+        self._finisher.settle(job, failure)
 
     def _drop_failed(self) -> None:
         # The finisher may fail a job whose other images still tick here; it is settled already.
@@ -265,9 +265,7 @@ class Worker:
     def _take_rows(self, encoded: Encoded) -> None:
         for work in dict.fromkeys(unit.work for unit in encoded.units):
             if work.started is None:
-                work.started = encoded.began
-                self._metrics.queue_seconds.observe(max(0.0, encoded.began - work.job.submitted))
-                self._tracing.stage("queue", [work.job], work.job.submitted, encoded.began, len(work.job.tasks))
+                self._begun(work, encoded.began)
             work.encode_s += encoded.seconds
         jobs = list(dict.fromkeys(unit.work.job for unit in encoded.units))
         self._tracing.stage("encode", jobs, encoded.began, encoded.began + encoded.seconds, len(encoded.units))
@@ -277,6 +275,14 @@ class Worker:
                 unit.row = row
                 self._introduce(unit, row)
         self._end_failed(encoded.units, encoded.rows)
+
+    def _begun(self, work: Work, began: float) -> None:
+        job = work.job
+        work.started = began
+        waited_s, limit_s = max(0.0, began - job.submitted), job.deadline - job.submitted
+        self._metrics.queue_seconds.observe(waited_s)
+        self._metrics.queue_ratio.observe(waited_s / limit_s if waited_s < limit_s else 1.0)
+        self._tracing.stage("queue", [job], job.submitted, began, len(job.tasks))
 
     def _tick(self, units: Sequence[Unit]) -> None:
         results = isolate(self._denoise, units, self._failed_tick)
@@ -333,7 +339,7 @@ class Worker:
         for work in works:
             work.over = True
             self._let_go(work)
-            self._queue.settle(work.job.id, failure)
+            self._finisher.settle(work.job, failure)
 
     def _let_go(self, work: Work) -> None:
         if self._held.pop(work.job.id, None) is not None:

@@ -100,7 +100,7 @@ def train(run: runs.Run) -> None:
 
 @_on_a_run
 def distill(run: runs.Run) -> None:
-    """Distil the students of RECIPE: output matching, then the halvings. What is missing before is trained first.
+    """Distil the students of RECIPE, in fewer and fewer steps. What is missing before is trained first.
 
     Resumes a run that was stopped: finished stages are kept.
     """

@@ -1,4 +1,4 @@
-"""The order of the stages: autoencoder, teacher, stage 1, the halvings of stage 2. Each is kept, and skipped when done.
+"""The order of the stages: autoencoder, teacher, stage 1, the rounds of stage 2. Each is kept, and skipped when done.
 
 A stage that is not done is trained, from its checkpoint if there is one.
 """
@@ -61,19 +61,19 @@ def distill(run: Run) -> None:
     if not run.is_done("stage1"):
         _match_outputs(run)
     run.tidy("stage1")
-    _halve_all(run, run.recipe.stage2, student_stage)
+    _run_rounds(run, run.recipe.stage2, student_stage)
     if run.recipe.encoder is not None:
-        _halve_all(run, run.recipe.encoder, encoder_stage)
+        _run_rounds(run, run.recipe.encoder, encoder_stage)
 
 
-def _halve_all(run: Run, recipe: Stage2Recipe, name: Callable[[int], str]) -> None:
+def _run_rounds(run: Run, recipe: Stage2Recipe, name: Callable[[int], str]) -> None:
     previous, trial = "stage1", None
-    for round_ in recipe.rounds:
+    for round_, teacher_steps in zip(recipe.rounds, recipe.teachers_steps(), strict=True):
         stage = name(round_.steps)
         course: Course = "encoding" if name is encoder_stage else "stochastic" if round_.stochastic else "deterministic"
         if not run.is_done(stage) or not has_row(run, stage):
             trial = trial or Trial.of(run, encoding=name is encoder_stage)
-            _halve(run, round_, previous, stage, course, trial)
+            _run_round(run, round_, previous, teacher_steps, stage, course, trial)
         run.tidy(stage)
         previous = stage
 
@@ -138,15 +138,18 @@ def _match_outputs(run: Run) -> None:
     _train_denoiser(run, "stage1", student, loss, recipe, run.recipe.stage2.start)
 
 
-def _halve(run: Run, recipe: Round, previous: str, stage: str, course: Course, trial: Trial) -> None:
+def _run_round(
+    run: Run, recipe: Round, previous: str, teacher_steps: int, stage: str, course: Course, trial: Trial
+) -> None:
     teacher = run.compiled(run.denoiser(previous))
 
     def loss(network: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         return progressive_loss(
-            network, teacher, run.schedule, batch, recipe.steps, run.recipe.guidance, draws, recipe.weighting, course
-        )
+            network, teacher, run.schedule, batch, recipe.steps, run.recipe.guidance, draws, recipe.weighting, course,
+            teacher_steps // recipe.steps,
+        )  # fmt: skip
 
-    target = trial.result(teacher, 2 * recipe.steps)
+    target = trial.result(teacher, teacher_steps)
     validation = None
     if recipe.validate_every:
         validation = Validation(

@@ -104,18 +104,27 @@ def output_matching_loss(
     return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)
 
 
-def two_step_target(
-    teacher: Denoiser, schedule: Schedule, z: Tensor, t: Tensor, t_next: Tensor, condition: Condition, w: Tensor
+def target_of_steps(
+    teacher: Denoiser,
+    schedule: Schedule,
+    z: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    condition: Condition,
+    w: Tensor,
+    steps: int = 2,
 ) -> Tensor:
-    """The v that carries z_t to t_next as two DDIM steps of the teacher do, by way of the time in the middle.
+    """The v that carries z_t to t_next as so many DDIM steps of the teacher do, of equal length, one after the other.
 
-    Meng et al. 2023, algorithm 2, for times (B,) either way. At t_next = 0 its x is the teacher's own, in the middle.
+    Meng et al. 2023, algorithm 2, whose steps are two; for times (B,) either way. At t_next = 0 its x is that of the
+    teacher's last step.
     """
-    t_half = (t + t_next) / 2
-    now, half, following = schedule.at(t, z), schedule.at(t_half, z), schedule.at(t_next, z)
-    z_half = ddim_step(z, teacher(z, t, condition, w), *now, *half)
-    z_next = ddim_step(z_half, teacher(z_half, t_half, condition, w), *half, *following)
-    return implied_v(z, z_next, *now, *following)
+    times = [torch.lerp(t, t_next, k / steps) for k in range(steps + 1)]
+    levels = [schedule.at(time, z) for time in times]
+    z_next = z
+    for k in range(steps):
+        z_next = ddim_step(z_next, teacher(z_next, times[k], condition, w), *levels[k], *levels[k + 1])
+    return implied_v(z, z_next, *levels[0], *levels[-1])
 
 
 Course = Literal["deterministic", "stochastic", "encoding"]
@@ -147,12 +156,13 @@ def progressive_loss(
     draws: Draws,
     weighting: Weighting = "truncated-snr",
     course: Course = "deterministic",
+    replaced: int = 2,
 ) -> Tensor:
-    """Stage 2: one step of the N-step student matches two DDIM steps of its teacher at the same w."""
+    """Stage 2: one step of the N-step student matches the DDIM steps of its teacher that it replaces, at the same w."""
     t, t_next = (times.to(batch.x) for times in draw_steps(course, steps, draws))
     w = draw_guidance(w_range, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)
     z = diffuse(batch.x, draws.normal(batch.x), alpha, sigma)
     with torch.no_grad():
-        target = two_step_target(teacher, schedule, z, t, t_next, batch.condition, w)
+        target = target_of_steps(teacher, schedule, z, t, t_next, batch.condition, w, replaced)
     return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)

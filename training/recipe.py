@@ -178,7 +178,10 @@ Teacher = Annotated[
 
 
 class Round(Distillation):
-    """One halving of stage 2: the round that makes the student of `steps` steps from that of twice as many.
+    """One round of stage 2: it makes the student of `steps` steps from the one before it, which takes twice as many.
+
+    It may take any other whole number of times as many, so that a ladder reaches 1 from every start: a round then asks
+    its teacher that often.
 
     With `validate_every` the distance of the student's images from its teacher's, at equal noise, is taken every so
     many updates; the best student is kept, and the round ends when `patience` of them in a row brought nothing.
@@ -206,14 +209,21 @@ class Stage2Recipe(Section):
     rounds: tuple[Round, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def rounds_halve(self) -> Self:
-        """Every round halves the steps of the one before."""
-        steps = self.start
-        for round_ in self.rounds:
-            if round_.steps * 2 != steps:
-                raise ValueError(f"a round to {round_.steps} steps cannot follow {steps} steps: each round halves")
-            steps = round_.steps
+    def rounds_divide(self) -> Self:
+        """A step of each round replaces two or more whole ones of the round before, of a stochastic one two."""
+        for round_, steps in zip(self.rounds, self.teachers_steps(), strict=True):
+            if steps % round_.steps or steps == round_.steps:
+                raise ValueError(
+                    f"a round to {round_.steps} steps cannot follow {steps} steps: "
+                    "each step replaces two or more whole ones"
+                )
+            if round_.stochastic and steps != 2 * round_.steps:
+                raise ValueError(f"a stochastic round halves: {round_.steps} steps cannot follow {steps}")
         return self
+
+    def teachers_steps(self) -> list[int]:
+        """The steps of each round's teacher."""
+        return [self.start, *(round_.steps for round_ in self.rounds[:-1])]
 
 
 class EncoderRecipe(Stage2Recipe):

@@ -82,7 +82,7 @@ class RoundRow:
 def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, target: Tensor) -> None:
     """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row.
 
-    `target` is what the round's teacher makes in twice the steps.
+    `target` is what the round's teacher makes in its own steps.
     """
     if not run.accelerator.is_main_process:
         return
@@ -130,5 +130,5 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     steps = rows[0]["reference_steps"]
     return (
         f"Relative L2 distances at equal noise, condition and w, over {ROWS} rows with w over the whole range. Its "
-        f"teacher has twice the steps; the guided teacher takes {steps}.\n\n" + "\n".join(lines) + "\n"
+        f"teacher is the one of the round before; the guided teacher takes {steps} steps.\n\n" + "\n".join(lines) + "\n"
     )

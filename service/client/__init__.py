@@ -10,7 +10,7 @@ It needs httpx: ``pip install 'fewstep[client]'``.
 from service.client.answers import Images, Job, MadeImage
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
-from service.client.calls import EditOptions, GenerateOptions, InpaintOptions, Picture
+from service.client.calls import EditOptions, GenerateOptions, InpaintOptions
 from service.client.errors import (
     AnswerUnreadable,
     ClientError,
@@ -19,6 +19,7 @@ from service.client.errors import (
     TimeLimitPassed,
     Unreachable,
 )
+from service.client.pictures import Picture
 from service.client.tries import Retries
 
 __all__ = [

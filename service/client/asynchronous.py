@@ -11,9 +11,10 @@ import httpx
 
 from service.client import calls
 from service.client.answers import Answer, Images, Job, Result
-from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions, Picture
+from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions
 from service.client.connection import DEFAULT_POLL_S, DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
 from service.client.errors import ClientError, TimeLimitPassed, as_client_errors
+from service.client.pictures import Picture
 from service.client.tries import Retries, Tries
 from service.schemas import Capabilities, Model, ModelList
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -11,9 +13,11 @@ import httpx
 
 from service.client import calls
 from service.client.answers import Answer, Images, Job, Result
-from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions, Picture
+from service.client.bounded import within
+from service.client.calls import Call, EditOptions, GenerateOptions, InpaintOptions
 from service.client.connection import DEFAULT_POLL_S, DEFAULT_TIMEOUT_S, DEFAULT_URL, Connection
 from service.client.errors import ClientError, as_client_errors
+from service.client.pictures import Picture
 from service.client.tries import Retries, Tries
 from service.schemas import Capabilities, Model, ModelList
 
@@ -129,15 +133,15 @@ class Client:
                 time.sleep(tries.wait_after(error))
 
     def _once(self, call: Call[Result], tries: Tries) -> Answer:
-        request = self._connection.request(self._http, call, tries.left_s())
-        with as_client_errors():
-            response = self._http.send(request, stream=True)
-            try:
-                body = bytearray()
-                for chunk in response.iter_bytes():
-                    # httpx bounds the wait for each chunk, not for all of them.
-                    tries.left_s()
-                    body += chunk
-            finally:
-                response.close()
+        left_s = tries.left_s()
+        request = self._connection.request(self._http, call, left_s)
+        return within(left_s, partial(self._exchange, request, tries))
+
+    def _exchange(self, request: httpx.Request, tries: Tries) -> Answer:
+        with as_client_errors(), closing(self._http.send(request, stream=True)) as response:
+            body = bytearray()
+            for chunk in response.iter_bytes():
+                # Nobody waits any more for what comes later.
+                tries.left_s()
+                body += chunk
         return Answer(response.status_code, response.headers, bytes(body))

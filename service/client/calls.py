@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypedDict
 from urllib.parse import quote, urlencode
-
-import PIL.Image
 
 from engines.images import ImageFormat, MaskMode
 from engines.manifest import Sampler
 from engines.provenance import Metadata
-from service.client.answers import Answer, Images, Job, MadeImage, Result, read_images, read_job, read_model
+from service.client.answers import Answer, Images, Job, Result, read_images, read_job, read_model
+from service.client.pictures import Picture, file_bytes
 from service.schemas import Capabilities, EditMethod, Model, ModelList, PriorityName
-
-Picture = PIL.Image.Image | MadeImage | bytes | str | os.PathLike[str]
-"""An image or a mask: decoded, as it came from this client, the bytes of a file, or the path of one."""
-
-_MODES_OF_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -143,22 +134,4 @@ def _images(path: str, options: Mapping[str, Any], **fields: Any) -> Call[Images
 
 
 def _base64(picture: Picture) -> str:
-    return base64.b64encode(_file_bytes(picture)).decode()
-
-
-def _file_bytes(picture: Picture) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, MadeImage):
-        return picture.data
-    if isinstance(picture, PIL.Image.Image):
-        return _png(picture)
-    return Path(picture).read_bytes()
-
-
-def _png(picture: PIL.Image.Image) -> bytes:
-    if picture.mode not in _MODES_OF_PNG:
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    file = io.BytesIO()
-    picture.save(file, "png")
-    return file.getvalue()
+    return base64.b64encode(file_bytes(picture)).decode()

@@ -13,7 +13,7 @@ import { settingsOf } from "./provenance.js";
 import { Result } from "./result.js";
 import { Settings } from "./settings.js";
 import { Source } from "./source.js";
-import { RETRY_MS, setState, showQueue, untilReady } from "./state.js";
+import { setState, showQueue, whenReady } from "./state.js";
 import { Subject } from "./subject.js";
 import { offers, offerTasks, titleOf } from "./tasks.js";
 
@@ -30,13 +30,11 @@ let running = null;
 
 /** Waits for the service, then takes what its bundle offers. */
 async function connect() {
-  await untilReady();
   try {
-    await models.offer();
-    await useModel();
+    await whenReady(() => models.offer());
+    await whenReady(useModel);
   } catch (error) {
-    if (error.status === 0) setTimeout(connect, RETRY_MS);
-    else unusable(error);
+    unusable(error);
   }
 }
 
@@ -116,7 +114,7 @@ async function useSettings(said, loadImages = () => {}) {
   const missed = [];
   if (said.model !== models.chosen && models.has(said.model)) {
     models.choose(said.model);
-    await useModel();
+    await whenReady(useModel);
   }
   if (said.model !== models.chosen) missed.push(`the model ${said.model}`);
   if (said.task && offers(said.task)) setTask(said.task);
@@ -175,7 +173,7 @@ function fail(error) {
     showError("The service's answer could not be read.");
     throw error;
   }
-  showError(error.message, error.param, error.requestId);
+  showError(error.advice, error.param, error.requestId);
   if (error.status === 503 || error.status === 0) connect();
 }
 
@@ -206,7 +204,7 @@ byId("form").addEventListener("submit", (event) => {
 models.addEventListener("change", () => {
   clearErrors();
   setState("loading");
-  useModel().catch(unusable);
+  whenReady(useModel).catch(unusable);
 });
 byId("cancel").addEventListener("click", () => running?.abort());
 window.addEventListener("pagehide", () => running?.abort()); // nobody would see the image

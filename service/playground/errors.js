@@ -2,8 +2,9 @@
 
 import { byId } from "./dom.js";
 
-// The API's parameter name -> the control that takes the focus.
+// The API's parameter name, or "key" for that of the header -> the control that takes the focus.
 const CONTROLS = {
+  key: () => byId("key"),
   prompt: () => byId("prompt"),
   class: () => byId("class"),
   image: () => byId("file"),

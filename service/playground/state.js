@@ -2,8 +2,9 @@
 
 import { readiness, waiting } from "./api.js";
 import { byId } from "./dom.js";
+import { pause } from "./waits.js";
 
-export const RETRY_MS = 1000;
+const LOOK_EVERY_MS = 1000;
 const QUEUE_EVERY_MS = 10_000;
 const WAITING = {
   loading: "Loading the model…",
@@ -19,8 +20,21 @@ export function setState(state, text = WAITING[state]) {
   byId("submit").disabled = state !== "ready";
 }
 
-/** Waits for the service, and says what it waits for. */
-export async function untilReady() {
+/** What `ask` gives once the service is ready and has time for it; says what is waited for. Throws what does not pass. */
+export async function whenReady(ask) {
+  for (;;) {
+    await untilReady();
+    try {
+      return await ask();
+    } catch (error) {
+      if (!error.passes) throw error;
+      if (error.status) setState("loading", `${error.message} Trying again in ${error.retryS} s.`);
+      await pause(1000 * error.retryS);
+    }
+  }
+}
+
+async function untilReady() {
   for (;;) {
     try {
       const status = await readiness();
@@ -29,7 +43,7 @@ export async function untilReady() {
     } catch {
       setState("down", "Service not reachable");
     }
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    await pause(LOOK_EVERY_MS);
   }
 }
 

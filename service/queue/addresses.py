@@ -5,14 +5,18 @@
     redis+sentinel://[[user]:password@]host:26379,.../name/0   the server that sentinels call the master of a name
     redis+cluster://[[user]:password@]host:6379,...            a cluster
 
-rediss://, rediss+sentinel:// and rediss+cluster:// are the same with TLS.
+rediss://, rediss+sentinel:// and rediss+cluster:// are the same with TLS, to the sentinels too. The user and the
+password are those of the servers that hold the queue; sentinels are spoken to without any. An IPv6 address stands in
+brackets, as in redis+cluster://[::1]:6379. The address of one server may have options of redis-py, those in `_OPTIONS`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 if TYPE_CHECKING:
     import redis
@@ -21,6 +25,18 @@ if TYPE_CHECKING:
 _ONE = ("redis", "rediss", "unix")
 _MANY = ("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS = {"sentinel": 26379, "cluster": 6379}
+# What a URL may say besides: nothing that would change how the queue speaks to Redis.
+_OPTIONS = ("db", "client_name", "health_check_interval")
+_TLS_OPTIONS = (
+    "ssl_ca_certs",
+    "ssl_ca_path",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_password",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+)
+_HOST = re.compile(r"(?:\[(?P<address>[^\[\]]+)\]|(?P<name>[^\[\]:]+))(?::(?P<port>[0-9]{1,5}))?")
 # The first is longer than any command blocks, so that only a silent server runs into it.
 _SOCKETS: dict[str, Any] = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0, "protocol": 2}
 # A connection that the server closed meanwhile is opened anew; more patience is the callers' affair.
@@ -28,6 +44,8 @@ _RETRIES = 1
 # After some redirections the client of a cluster would close all its connections, also those in use. As all keys are
 # in one slot, each redirection teaches it all there is to know.
 _CLUSTER: dict[str, Any] = {"reinitialize_steps": 0}
+
+_UNREADABLE = "the URL of the queue cannot be read"
 
 LONGEST_BLOCK_S = 1.0
 """The longest that one command may wait for something to happen."""
@@ -59,10 +77,10 @@ def open_for_threads(url: str) -> redis.Redis:
     client: Any
     if many.kind == "cluster":
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in many.hosts]
-        client = redis.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.access)
+        client = redis.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.tls, **many.access)
     else:
-        sentinel = redis.sentinel.Sentinel(many.hosts, **_SOCKETS)
-        client = sentinel.master_for(many.name, db=many.database, **options, **many.access)
+        sentinel = redis.sentinel.Sentinel(many.hosts, sentinel_kwargs=_SOCKETS | many.tls)
+        client = sentinel.master_for(many.name, db=many.database, **options, **many.tls, **many.access)
     opened: redis.Redis = client
     return opened
 
@@ -82,10 +100,12 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
     client: Any
     if many.kind == "cluster":
         nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in many.hosts]
-        client = redis.asyncio.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.access)
+        client = redis.asyncio.cluster.RedisCluster(
+            startup_nodes=nodes, **_CLUSTER, **options, **many.tls, **many.access
+        )
     else:
-        sentinel = redis.asyncio.sentinel.Sentinel(many.hosts, **_SOCKETS)
-        client = sentinel.master_for(many.name, db=many.database, **options, **many.access)
+        sentinel = redis.asyncio.sentinel.Sentinel(many.hosts, sentinel_kwargs=_SOCKETS | many.tls)
+        client = sentinel.master_for(many.name, db=many.database, **options, **many.tls, **many.access)
     opened: redis.asyncio.Redis = client
     return opened
 
@@ -103,51 +123,70 @@ async def close_for_coroutines(client: redis.asyncio.Redis) -> None:
 
 
 def _check_one(url: str) -> None:
-    from redis.connection import parse_url
+    import redis
 
     try:
-        parse_url(url)
         parts = urlsplit(url)
+        options = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
         database = "0" if parts.scheme == "unix" else parts.path.strip("/") or "0"
     except ValueError:
-        raise ValueError("the URL of the queue cannot be read") from None
+        raise ValueError(_UNREADABLE) from None
+    known = (*_OPTIONS, *_TLS_OPTIONS) if parts.scheme == "rediss" else _OPTIONS
+    if parts.fragment or not options <= set(known):
+        raise ValueError(f"the options of this queue's URL are {', '.join(known)}, and no others")
     if not database.isdecimal():
         raise ValueError("the path of the queue's URL is the number of a database")
     if parts.scheme == "unix" and not parts.path:
         raise ValueError("the path of the queue's URL is that of a socket")
+    try:
+        # Made, not opened: so all values are looked at.
+        redis.ConnectionPool.from_url(url, **_SOCKETS).make_connection()
+    except (ValueError, TypeError, redis.RedisError):
+        raise ValueError(_UNREADABLE) from None
 
 
 @dataclass(frozen=True)
 class _Many:
-    """An address of several hosts."""
+    """An address of several hosts. ``tls`` is for all of them, ``access`` for those that hold the queue."""
 
     kind: str
     hosts: list[tuple[str, int]]
     name: str
     database: int
+    tls: dict[str, Any]
     access: dict[str, Any]
 
     @classmethod
     def of(cls, url: str) -> Self:
         """Read it. Raises ValueError, which quotes nothing of it."""
-        parts = urlsplit(url)
-        base, kind = parts.scheme.split("+")
-        if parts.query or parts.fragment:
+        scheme, _, rest = url.partition("://")
+        base, kind = scheme.split("+")
+        if "?" in rest or "#" in rest:
             raise ValueError("a queue's URL of several hosts has no options")
-        credentials, _, listed = parts.netloc.rpartition("@")
+        authority, _, path = rest.partition("/")
+        credentials, _, listed = authority.rpartition("@")
         user, _, password = credentials.partition(":")
-        access: dict[str, Any] = {"ssl": True} if base == "rediss" else {}
-        access |= {key: unquote(text) for key, text in (("username", user), ("password", password)) if text}
-        name, _, database = parts.path.strip("/").partition("/")
+        tls: dict[str, Any] = {"ssl": True} if base == "rediss" else {}
+        access: dict[str, Any] = {
+            key: unquote(text) for key, text in (("username", user), ("password", password)) if text
+        }
+        name, _, database = path.strip("/").partition("/")
         if (kind == "sentinel") != bool(name) or not (database or "0").isdecimal():
             raise ValueError("the path of the queue's URL is /name or /name/database with sentinels, none in a cluster")
-        return cls(kind, [_host(text, _PORTS[kind]) for text in listed.split(",")], name, int(database or 0), access)
+        hosts = [_host(text, _PORTS[kind]) for text in listed.split(",")]
+        return cls(kind, hosts, name, int(database or 0), tls, access)
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon:
-        host, port = text, str(default_port)
-    if not host or not port.isdecimal():
-        raise ValueError("each host of the queue's URL is host or host:port")
-    return host, int(port)
+    found = _HOST.fullmatch(text)
+    if found is None or not (found["address"] is None or _is_ipv6(found["address"])):
+        raise ValueError("each host of the queue's URL is host or host:port, an IPv6 address in brackets")
+    return found["address"] or found["name"], int(found["port"] or default_port)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True

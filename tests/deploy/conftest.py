@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from prometheus_client.metrics import MetricWrapperBase
 
+import service.routes
 from service.gpus import GpuMemory
 from service.metrics import Metrics
 from service.queue.base import QueueStats
+from service.routes import models
+from tests.deploy.promql import filters
 
 RunTool = Callable[..., None]
 
@@ -38,6 +46,27 @@ def exported() -> dict[str, frozenset[str]]:
 
 
 @pytest.fixture(scope="session")
+def misfiltered(exported: dict[str, frozenset[str]]) -> Callable[[str], set[str]]:
+    """What an expression gets wrong about requests for images: metrics of other endpoints too, or not of all."""
+    modules = [import_module(f"service.routes.{module.name}") for module in iter_modules(service.routes.__path__)]
+    routers = [each for module in modules for each in vars(module).values() if isinstance(each, APIRouter)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    wanted = {route.name for route in routes if "POST" in route.methods and route not in models.router.routes}
+    assert {"generate", "edit", "inpaint"} < wanted
+    others = {route.name for route in routes} - wanted
+
+    def wrong(expression: str) -> set[str]:
+        asked = {(name, of) for name, of in filters(expression, "endpoint") if "endpoint" in exported.get(name, ())}
+        return {
+            f"{name}: {of}"
+            for name, of in asked
+            if of is None or {each for each in wanted | others if re.fullmatch(of, each)} != wanted
+        }
+
+    return wrong
+
+
+@pytest.fixture(scope="session")
 def run_tool(root: Path) -> RunTool:
     """Runs a tool in the repository, and fails with what it printed; skips where there is no such tool."""
 
@@ -45,7 +74,7 @@ def run_tool(root: Path) -> RunTool:
         beside = Path(sys.executable).with_name(name)
         found = str(beside) if beside.exists() else shutil.which(name)
         if found is None:
-            pytest.skip(f"{name} is not installed")
+            pytest.skip(f"{name} is not installed, so this was not run: {' '.join((name, *arguments))}")
         ended = subprocess.run([found, *arguments], cwd=root, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stdout + ended.stderr
 

@@ -53,6 +53,14 @@ def unknown(expression: str, exported: Mapping[str, frozenset[str]]) -> set[str]
     return read.keys() - known.keys() | labels
 
 
+def filters(expression: str, label: str) -> list[tuple[str, str | None]]:
+    """Every metric that the expression reads, as often as it reads it, with the pattern that it asks the label for."""
+    return [
+        (selector.name, next((each.value for each in selector.matchers.matchers if each.name == label), None))
+        for selector in _inside(promql.parse(expression), promql.VectorSelector)
+    ]
+
+
 def _inside(expression: promql.Expr, kind: type[Node]) -> list[Node]:
     found: list[Node] = []
 

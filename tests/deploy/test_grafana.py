@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,26 @@ def panels(dashboard: dict[str, Any]) -> list[Panel]:
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
+def expressions(dashboard: dict[str, Any], panel: Panel) -> list[str]:
+    """What a panel asks for, with the dashboard's variables filled in."""
+    variables = {variable["name"]: ".*" for variable in dashboard["templating"]["list"]} | {"__rate_interval": "1m"}
+    return [re.sub(r"\$(\w+)", lambda name: variables[name[1]], target["expr"]) for target in panel["targets"]]
+
+
 def test_expressions_read_what_the_service_exports(
     dashboard: dict[str, Any], panels: list[Panel], exported: dict[str, frozenset[str]]
 ) -> None:
-    variables = {variable["name"]: ".*" for variable in dashboard["templating"]["list"]} | {"__rate_interval": "1m"}
     for panel in panels:
-        for target in panel["targets"]:
-            expression = re.sub(r"\$(\w+)", lambda name: variables[name[1]], target["expr"])
+        for expression in expressions(dashboard, panel):
             assert unknown(expression, exported) == set(), panel["title"]
+
+
+def test_panels_of_requests_show_every_endpoint_that_makes_images(
+    dashboard: dict[str, Any], panels: list[Panel], misfiltered: Callable[[str], set[str]]
+) -> None:
+    for panel in panels:
+        for expression in expressions(dashboard, panel):
+            assert misfiltered(expression) == set(), panel["title"]
 
 
 def test_every_metric_of_the_service_is_on_it(panels: list[Panel], exported: dict[str, frozenset[str]]) -> None:

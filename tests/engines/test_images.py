@@ -39,14 +39,27 @@ def save(image: Image.Image, format: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_of(header: bytes, *chunks: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(chunks) + png_chunk(b"IEND", b"")
+
+
 def png_header(width: int, height: int) -> bytes:
     """The start of a PNG that claims a size and holds next to nothing."""
+    return png_of(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), png_chunk(b"IDAT", zlib.compress(b"\0")))
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+def small_png(samples: np.ndarray[Any, Any], bits: int, colour_type: int, clear: bytes) -> bytes:
+    """One row of samples, (1, W) or (1, W, 3), of so many bits each, with a transparent colour."""
+    if bits < 8:
+        row = np.packbits(np.unpackbits(samples[0, :, None], axis=1)[:, 8 - bits :]).tobytes()
+    else:
+        row = samples.tobytes()
+    header = struct.pack(">IIBBBBB", samples.shape[1], 1, bits, colour_type, 0, 0, 0)
+    return png_of(header, png_chunk(b"tRNS", clear), png_chunk(b"IDAT", zlib.compress(b"\0" + row)))
 
 
 def jpeg_header(width: int, height: int) -> bytes:
@@ -325,6 +338,23 @@ def test_the_transparent_grey_level_of_sixteen_bits_is_the_mask() -> None:
     Image.fromarray(np.array([[0, 256, 32896, 65535]], np.uint16)).save(file, "png", transparency=256)
     mask = decode_mask(file.getvalue(), "alpha", (4, 1))
     assert mask.tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize(("bits", "clear"), [(1, 0), (1, 1), (2, 1), (2, 3), (4, 7), (8, 7)])
+def test_the_transparent_grey_level_is_one_of_the_files_own_depth(bits: int, clear: int) -> None:
+    levels = np.arange(min(1 << bits, 16), dtype=np.uint8)[None]
+    data = small_png(levels, bits, 0, struct.pack(">H", clear))
+    grey = levels[0] * (255 // ((1 << bits) - 1))
+    assert decode_image(data)[0, :, 0].tolist() == np.where(levels[0] == clear, 255, grey).tolist()
+    mask = decode_mask(data, "alpha", (levels.shape[1], 1))
+    assert mask.tolist() == (levels == clear).tolist()
+
+
+def test_the_transparent_colour_of_sixteen_bits_a_sample() -> None:
+    colours = np.array([[[256, 257, 258], [0, 257, 258], [65535, 0, 32768]]], ">u2")
+    data = small_png(colours, 16, 2, colours[0, 0].tobytes())
+    assert decode_image(data)[0].tolist() == [[255, 255, 255], [0, 1, 1], [255, 0, 128]]
+    assert decode_mask(data, "alpha", (3, 1)).tolist() == [[True, False, False]]
 
 
 def test_text_is_written_into_every_format() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -22,6 +23,14 @@ SECRET = "a très private prompt"
 GENERATE = Generate(SECRET, 2, 1.5, 2**60)
 EDIT = Edit(SECRET, 4, 0.0, 0, PIXELS, 0.75)
 INPAINT = Inpaint(SECRET, 4, 0.0, 0, PIXELS, PIXELS[..., 0] == 0, 0.5)
+RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+IPTC_EXT = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+XMP_PLACES = {
+    "png": b"iTXtXML:com.adobe.xmp\0\0\0\0\0<?xpacket",
+    "jpeg": b"http://ns.adobe.com/xap/1.0/\0<?xpacket",
+    "webp": b"XMP ",
+}
+"""Where Adobe's XMP specification, part 3, puts a packet."""
 
 
 def png_that_says(text: str, key: str = "fewstep") -> bytes:
@@ -70,10 +79,33 @@ def test_the_prompt_is_in_no_file_that_does_not_ask_for_it(text_bundle: Bundle, 
         (INPAINT, "compositeWithTrainedAlgorithmicMedia"),
     ],
 )
-def test_the_mark_says_that_a_model_made_the_image(text_bundle: Bundle, task: Task, mark: str) -> None:
-    fields = json.loads(describe_image(task, text_bundle.manifest)["fewstep"])
-    assert fields["digital_source_type"].rsplit("/", 1)[1] == mark
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_mark_says_that_a_model_made_the_image(
+    text_bundle: Bundle, image_format: ImageFormat, task: Task, mark: str
+) -> None:
+    text = describe_image(task, text_bundle.manifest)
+    fields = json.loads(text["fewstep"])
+    assert fields["digital_source_type"] == f"http://cv.iptc.org/newscodes/digitalsourcetype/{mark}"
     assert fields["software"].startswith("fewstep ")
+    written = encode_image(PIXELS, image_format, text=text)
+    assert source_types(written) == [fields["digital_source_type"]]
+    assert XMP_PLACES[image_format] in written
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_file_that_is_to_say_nothing_has_no_mark(text_bundle: Bundle, image_format: ImageFormat) -> None:
+    bare = encode_image(PIXELS, image_format, text=describe_image(EDIT, text_bundle.manifest, "none"))
+    assert bare == encode_image(PIXELS, image_format)
+    assert "xmp" not in Image.open(io.BytesIO(bare)).info
+
+
+def source_types(file: bytes) -> list[str | None]:
+    """What the XMP packet of a file states as IPTC's DigitalSourceType."""
+    packet = Image.open(io.BytesIO(file)).info["xmp"]
+    found = ElementTree.fromstring(packet.decode().replace("\ufeff", "")).iterfind(
+        f"{{{RDF}}}RDF/{{{RDF}}}Description/{{{IPTC_EXT}}}DigitalSourceType"
+    )
+    return [element.text for element in found]
 
 
 GOOD: dict[str, Any] = {"model": "m", "revision": "r", "steps": 4, "guidance_scale": 3, "seed": 7}

@@ -34,12 +34,11 @@ class Bench:
         self.ticks: list[list[str]] = []
 
     async def submit(
-        self, name: str, *tasks: Task, seconds: float = 60.0, priority: Priority = Priority.NORMAL
+        self, name: str, *tasks: Task, seconds: float = 60.0, priority: Priority = Priority.NORMAL, age_s: float = 0.0
     ) -> None:
         now = time.monotonic()
-        await self.queue.submit(
-            Job(name, name, tasks, Output("png"), now, now + seconds, self.model, priority=priority)
-        )
+        times = (now - age_s, now + seconds)
+        await self.queue.submit(Job(name, name, tasks, Output("png"), *times, self.model, priority=priority))
 
     async def outcome(self, name: str) -> Outcome:
         return await asyncio.wait_for(self.queue.outcome(name), 60)

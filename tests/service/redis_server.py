@@ -119,6 +119,7 @@ class Sentinel(RedisServer):
             f"sentinel monitor main 127.0.0.1 {master.port} 1",
             "sentinel down-after-milliseconds main 500",
             "sentinel failover-timeout main 2000",
+            *([f"sentinel auth-pass main {master.password}"] if master.password else []),
         ]
         configuration = folder / "sentinel.conf"
         configuration.write_text("\n".join(settings))

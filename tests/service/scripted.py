@@ -41,9 +41,19 @@ def hangs(connection: socket.socket) -> None:
 
 
 def drips(connection: socket.socket) -> None:
-    """The answer comes, a byte at a time, without end."""
+    """The answer comes, a byte at a time, for longer than anybody waits."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-    while True:
+    _drip(connection)
+
+
+def drips_its_head(connection: socket.socket) -> None:
+    """The headers come, a byte at a time, for longer than anybody waits."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    _drip(connection)
+
+
+def _drip(connection: socket.socket) -> None:
+    for _ in range(1500):
         connection.sendall(b" ")
         time.sleep(0.02)
 

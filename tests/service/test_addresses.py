@@ -24,6 +24,9 @@ GOOD = [
     f"redis+sentinel://user:{SECRET}@one,two:26380/main/1",
     "redis+sentinel://one/main",
     "rediss+cluster://one:7000,two:7001",
+    "redis://[::1]:6380/0",
+    f"redis+sentinel://:{SECRET}@[::1],one,[fe80::1%eth0]:26380/main",
+    f"rediss://:{SECRET}@localhost/0?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&health_check_interval=30",
 ]
 BAD = [
     "Memory",
@@ -31,6 +34,14 @@ BAD = [
     f"redis://:{SECRET}@localhost:port/0",
     f"redis://:{SECRET}@localhost/zero",
     f"redis://:{SECRET}@localhost/0?socket_timeout=soon",
+    f"redis://:{SECRET}@localhost/0?foo=bar",
+    f"redis://:{SECRET}@localhost/0?foo",
+    f"redis://localhost/0?password={SECRET}",
+    f"redis://localhost/0#{SECRET}",
+    f"redis://:{SECRET}@localhost/0?ssl_ca_certs=/ca.pem",
+    f"rediss://:{SECRET}@localhost/0?ssl_cert_reqs=perhaps",
+    f"redis://:{SECRET}@localhost/0?health_check_interval=often",
+    f"redis://:{SECRET}@[::1/0",
     f"unix://:{SECRET}@",
     f"redis+sentinel://:{SECRET}@one,two",
     f"redis+sentinel://:{SECRET}@one/main/zero",
@@ -38,7 +49,16 @@ BAD = [
     f"redis+cluster://:{SECRET}@one,,two",
     f"redis+cluster://:{SECRET}@one/0",
     f"redis+cluster://:{SECRET}@one?db=1",
+    f"rediss+cluster://:{SECRET}@one#1",
+    f"redis+cluster://:{SECRET}@::1:7000",
+    f"redis+cluster://:{SECRET}@[::1",
+    f"redis+cluster://:{SECRET}@[one]:7000",
+    f"redis+sentinel://:{SECRET}@[::1]26379/main",
+    f"redis+sentinel://:{SECRET}@one:999999/main",
 ]
+
+
+pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("url", GOOD)
@@ -49,13 +69,20 @@ def test_good_addresses_are_taken(url: str) -> None:
 
 @pytest.mark.parametrize("url", BAD)
 def test_bad_addresses_end_at_once_and_are_not_quoted(url: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(queue=url)
+    assert SECRET not in str(caught.value)
     result = CliRunner().invoke(serve, ["--queue", url])
     assert result.exit_code == 2
     assert "queue" in result.output
     assert SECRET not in result.output
-    with pytest.raises(ValidationError) as caught:
-        Settings(queue=url)
-    assert SECRET not in str(caught.value)
+
+
+def test_an_unknown_option_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"are db, client_name, health_check_interval, and no others"):
+        check_address("redis://localhost/0?foo=bar")
+    with pytest.raises(ValueError, match="ssl_ca_certs"):
+        check_address("rediss://localhost/0?foo=bar")
 
 
 @pytest.mark.parametrize("role", ["api", "worker"])
@@ -90,13 +117,40 @@ def test_a_socket() -> None:
         assert (found["path"], found["db"]) == ("/run/redis.sock", 2)
 
 
+def sentinels_of(client: Any) -> list[Any]:
+    """The pools of connections to the sentinels of a client."""
+    return [one.connection_pool for one in client.connection_pool.sentinel_manager.sentinels]
+
+
+def places(pools: list[Any]) -> list[tuple[str, int]]:
+    return [(pool.connection_kwargs["host"], pool.connection_kwargs["port"]) for pool in pools]
+
+
 def test_sentinels() -> None:
     with open_for_threads("redis+sentinel://user:p%40ss@one,two:26380/main/1") as client:
+        assert places(sentinels_of(client)) == [("one", 26379), ("two", 26380)]
         pool: Any = client.connection_pool
-        hosts = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
-        assert [(host["host"], host["port"]) for host in hosts] == [("one", 26379), ("two", 26380)]
         found = pool.connection_kwargs
         assert (pool.service_name, found["db"], found["username"], found["password"]) == ("main", 1, "user", "p@ss")
+
+
+async def test_sentinels_get_tls_and_no_password(anyio_backend: str) -> None:
+    url = "rediss+sentinel://user:p%40ss@one,two/main"
+    blocking, awaited = open_for_threads(url), open_for_coroutines(url)
+    for client, secure in ((blocking, redis.SSLConnection), (awaited, redis.asyncio.SSLConnection)):
+        assert issubclass(client.connection_pool.connection_class, secure)
+        for pool in sentinels_of(client):
+            assert pool.connection_class is secure
+            found = pool.connection_kwargs
+            assert (found["username"], found["password"], found["socket_timeout"]) == (None, None, 5.0)
+
+
+def test_ipv6_addresses() -> None:
+    with open_for_threads("redis+sentinel://:p%40ss@[::1],[2001:db8::2]:26380,one/main") as client:
+        assert places(sentinels_of(client)) == [("::1", 26379), ("2001:db8::2", 26380), ("one", 26379)]
+    cluster: Any = open_for_coroutines("redis+cluster://[::1]:7000")
+    [node] = cluster.nodes_manager.startup_nodes.values()
+    assert (node.host, node.port) == ("::1", 7000)
 
 
 def test_a_cluster() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -25,9 +26,20 @@ from service.client import (
     TimeLimitPassed,
     Unreachable,
 )
+from service.client.bounded import within
 from service.client.tries import Tries
 from service.schemas import ModelList
-from tests.service.scripted import Act, ScriptedServer, answers, breaks, cuts_short, drips, hangs, refuses
+from tests.service.scripted import (
+    Act,
+    ScriptedServer,
+    answers,
+    breaks,
+    cuts_short,
+    drips,
+    drips_its_head,
+    hangs,
+    refuses,
+)
 
 EMPTY = {"models": [], "memory_bytes": 0, "max_memory_bytes": 1}
 GOOD = answers(200, json.dumps(EMPTY).encode())
@@ -156,13 +168,25 @@ def test_a_retry_after_of_another_kind_is_none(ask: Ask, value: str) -> None:
         assert ask(server.url).models == ()
 
 
-@pytest.mark.parametrize("fault", [hangs, drips])
+@pytest.mark.parametrize("fault", [hangs, drips, drips_its_head])
 def test_a_time_limit_holds_against_a_server_that_does_not_end(ask: Ask, fault: Act) -> None:
     with ScriptedServer(fault) as server:
         began = time.monotonic()
         with pytest.raises(TimeLimitPassed):
             ask(server.url, timeout_s=0.3)
         assert 0.3 <= time.monotonic() - began < 20
+
+
+def test_bounded_work_gives_what_it_gives_or_is_left_behind() -> None:
+    assert within(60, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        within(60, lambda: 1 // 0)
+    released, ended = threading.Event(), threading.Event()
+    with pytest.raises(TimeLimitPassed):
+        within(0.01, lambda: released.wait(60) and ended.set())
+    assert not ended.is_set()
+    released.set()
+    assert ended.wait(60)
 
 
 def test_the_key_is_sent_and_not_shown(ask: Ask) -> None:

@@ -263,4 +263,8 @@ async def test_the_page_and_its_files_come_with_a_strict_policy(app: Running) ->
     assert page.headers["x-content-type-options"] == "nosniff"
     script = await app.client.get("/playground/api.js")
     assert script.headers["content-type"] == "text/javascript; charset=utf-8"
-    assert "etag" not in script.headers
+    again = await app.client.get("/playground/api.js", headers={"If-None-Match": "*"})
+    for answer in (page, script, again):
+        assert answer.status_code == 200
+        assert answer.headers["cache-control"] == "no-cache"
+        assert "etag" not in answer.headers

@@ -66,9 +66,17 @@ async def test_the_exposition_parses_and_has_every_metric(app: Running) -> None:
     answer = await app.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     names = {family.name for family in text_string_to_metric_families(answer.text)}
-    counters = ["requests", "images", "rejected", "cancelled", "batch_failures", "redeliveries", "dead_letter"]
+    counters = ["requests", "jobs", "images", "rejected", "cancelled", "batch_failures", "redeliveries", "dead_letter"]
     seconds = ["request_duration", "queue_wait", "stage_duration", "tick_duration", "oldest_queued"]
-    gauges = ["tick_rows", "queue_depth", "queue_cost", "inflight_requests", "worker_up", "build_info"]
+    gauges = [
+        "tick_rows",
+        "queue_wait_ratio",
+        "queue_depth",
+        "queue_cost",
+        "inflight_requests",
+        "worker_up",
+        "build_info",
+    ]
     expected = [*counters, *gauges, *(f"{name}_seconds" for name in seconds)]
     assert {f"fewstep_{name}" for name in expected} <= names
     assert "process_resident_memory_bytes" in names

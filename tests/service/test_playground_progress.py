@@ -55,7 +55,8 @@ def turnstile() -> Turnstile:
 
 @pytest.fixture
 def app(bundle_path: Path, turnstile: Turnstile) -> FastAPI:
-    return create_app(Settings(bundle=str(bundle_path), threads=1), opener=turnstile.open)
+    """It gives those that wait for their images little time, and jobs their ten minutes."""
+    return create_app(Settings(bundle=str(bundle_path), threads=1, timeout_ms=100), opener=turnstile.open)
 
 
 @pytest.fixture
@@ -109,16 +110,31 @@ def test_what_nobody_waits_for_is_given_up(page: Browser, app: FastAPI, turnstil
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["cut", "refused"])
-def test_without_events_the_image_comes_all_the_same_and_is_made_once(
+def test_without_events_the_job_is_asked_after_for_as_long_as_it_takes(
     page: Browser, app: FastAPI, turnstile: Turnstile, refused: bool
 ) -> None:
     page.js(WITHOUT_EVENTS, refused)
-    turnstile.let(100)
     _submit(page)
+    for done in (1, 2):
+        turnstile.let(1)
+        page.wait(f"document.querySelector('#waiting').textContent === '{done} of 4 steps'")
+    turnstile.let(100)
     page.wait(ANSWERED)
     assert page.js("return window.events") == 1
     assert page.js("return document.querySelectorAll('#history-list li').length") == 1
-    assert _count(app, "images") == 1
+    assert (_count(app, "images"), _count(app, "cancelled")) == (1, 0)
+
+
+def test_a_job_that_is_asked_after_is_given_up_at_once(page: Browser, app: FastAPI, turnstile: Turnstile) -> None:
+    page.js(WITHOUT_EVENTS, False)
+    _submit(page)
+    turnstile.let(1)
+    page.wait("document.querySelector('#waiting').textContent === '1 of 4 steps'")
+    page.press(webdriver.ESCAPE)
+    page.wait("document.querySelector('#progress').hidden")
+    turnstile.let(1)
+    wait_until(lambda: _count(app, "cancelled") == 1)
+    assert page.text("#problem") == ""
 
 
 def test_an_error_of_the_job_is_said(page: Browser, app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,7 @@ async def test_a_request_that_kills_workers_is_given_up_after_three(
             found = error(await request, 500, "generation_failed")
             assert not found["retryable"]
             assert last.metric("fewstep_dead_letter_total") == 1
+            assert last.metric('fewstep_jobs_total{outcome="engine"}') == 1
             assert (await api.post("/generate", prompt="a cat")).status_code == 200
     with redis_server.client() as client:
         assert client.xlen(keys.DEAD) == 1

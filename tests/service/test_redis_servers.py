@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,20 @@ from service.queue.base import QueueStats, QueueUnavailable
 from tests.service.helpers import wait_until
 from tests.service.queues import FINISHED, job, opened, soon, taken
 from tests.service.redis_cluster import RedisCluster
-from tests.service.redis_server import RedisServer, Sentinel
+from tests.service.redis_server import RedisServer, Sentinel, free_port
 from tests.service.tls import make_certificate, tls_door
 
 pytestmark = pytest.mark.anyio
+
+
+def has_ipv6() -> bool:
+    """Whether there is a loopback address of the newer kind."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 async def works(url: str, name: str) -> None:
@@ -30,12 +43,29 @@ async def works(url: str, name: str) -> None:
         assert queue.stats() == QueueStats(0, 0, 0.0)
 
 
-async def test_a_cluster_of_one_node(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
-    with RedisServer(redis_path, tmp_path, "--cluster-enabled", "yes") as server:
+@contextmanager
+def cluster_of_one(redis_path: str, folder: Path, *options: str) -> Iterator[RedisServer]:
+    """A node that has every slot."""
+    with RedisServer(redis_path, folder, "--cluster-enabled", "yes", *options) as server:
         with server.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
             wait_until(lambda: client.cluster("info")["cluster_state"] == "ok")
+        yield server
+
+
+async def test_a_cluster_of_one_node(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    with cluster_of_one(redis_path, tmp_path) as server:
         await works(f"redis+cluster://127.0.0.1:{server.port}", "a")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this host")
+async def test_ipv6_addresses(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
+    both = ("--bind", "127.0.0.1", "::1")
+    with cluster_of_one(redis_path, tmp_path, *both) as server:
+        await works(f"redis+cluster://[::1]:{server.port}", "a")
+    with RedisServer(redis_path, tmp_path, *both) as server, Sentinel(redis_path, tmp_path, server) as sentinel:
+        await works(f"redis://[::1]:{server.port}/0", "b")
+        await works(f"redis+sentinel://[::1]:{sentinel.port}/main", "c")
 
 
 async def test_a_cluster_is_asked_at_the_right_node_from_the_first_command_on(
@@ -91,16 +121,52 @@ async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -
             await works(sentinel.url, "b")
 
 
-async def test_tls(anyio_backend: str, redis_server: RedisServer, tmp_path: Path) -> None:
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate and its key."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("no openssl to make a certificate with")
-    certificate, key = make_certificate(openssl, tmp_path)
-    with tls_door(redis_server.port, certificate, key) as port:
-        await works(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}", "a")
+    return make_certificate(openssl, tmp_path)
+
+
+async def test_tls(anyio_backend: str, redis_server: RedisServer, certificate: tuple[Path, Path]) -> None:
+    with tls_door(redis_server.port, *certificate) as port:
+        await works(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate[0]}", "a")
         async with opened(f"rediss://127.0.0.1:{port}/0") as distrustful:
             with pytest.raises(QueueUnavailable):
                 await distrustful.submit(job("b"))
+
+
+async def test_a_sentinel_with_tls_and_the_password_of_its_master(
+    anyio_backend: str,
+    redis_path: str,
+    certificate: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        RedisServer(redis_path, tmp_path, "--requirepass", "p@ss", password="p@ss") as server,
+        Sentinel(redis_path, tmp_path, server) as sentinel,
+        tls_door(server.port, *certificate) as port,
+        tls_door(sentinel.port, *certificate, instead=(server.port, port)) as asked,
+    ):
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        await works(f"rediss+sentinel://:p%40ss@127.0.0.1:{asked}/main", "a")
+
+
+async def test_a_cluster_with_tls(
+    anyio_backend: str,
+    redis_path: str,
+    certificate: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    door = free_port()
+    announced = ("--cluster-announce-port", f"{door}")
+    with cluster_of_one(redis_path, tmp_path, *announced) as server, tls_door(server.port, *certificate, door=door):
+        await works(f"rediss+cluster://127.0.0.1:{door}", "a")
 
 
 async def test_a_password_and_a_socket(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:

@@ -22,8 +22,16 @@ def make_certificate(openssl: str, folder: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def tls_door(port: int, certificate: Path, key: Path) -> Iterator[int]:
-    """Yields the port that passes everything on to ``port``."""
+def tls_door(
+    port: int, certificate: Path, key: Path, door: int = 0, *, instead: tuple[int, int] | None = None
+) -> Iterator[int]:
+    """Yields the port, ``door`` or a free one, that passes everything on to ``port``.
+
+    ``instead`` is a port and the one that stands for it in what comes back, of as many digits: so a sentinel tells of
+    the door in front of the server that it knows.
+    """
+    hidden, shown = (b"%d" % number for number in instead or (0, 0))
+    assert len(hidden) == len(shown)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     loop = asyncio.new_event_loop()
@@ -33,13 +41,21 @@ def tls_door(port: int, certificate: Path, key: Path) -> Iterator[int]:
     async def serve() -> None:
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(_pass_on(reader, inner_writer), _pass_on(inner_reader, writer))
+            back = _pass_on(inner_reader, writer, hidden, shown)
+            with contextlib.suppress(asyncio.CancelledError):  # The door closes before the connection does.
+                await asyncio.gather(_pass_on(reader, inner_writer), back)
+            for each in (writer, inner_writer):
+                each.transport.abort()
 
-        server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
+        server = await asyncio.start_server(handle, "127.0.0.1", door, ssl=context)
         doors.append(server.sockets[0].getsockname()[1])
         ready.set()
         await closed.wait()
         server.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
@@ -52,9 +68,11 @@ def tls_door(port: int, certificate: Path, key: Path) -> Iterator[int]:
         loop.close()
 
 
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pass_on(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hidden: bytes = b"", shown: bytes = b""
+) -> None:
     with contextlib.suppress(OSError):
         while data := await reader.read(65536):
-            writer.write(data)
+            writer.write(data.replace(hidden, shown) if hidden != shown else data)
             await writer.drain()
     writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from training import distill
 from training.distill import student_stage
 from training.draws import generator_at
-from training.guidance import Denoiser
+from training.guidance import Condition, Denoiser
 from training.loop import TrainingError
 from training.networks import student_from
 from training.recipe import Recipe
@@ -102,6 +103,33 @@ stage1 = { updates = 3, batch_size = 16, learning_rate = 1e-3 }
 stage2 = { start = 2, rounds = [{ steps = 1, updates = 3, batch_size = 16, learning_rate = 1e-3 }] }
 export = { licence = "CC-BY-4.0", steps = [1] }
 """
+
+
+def test_a_ladder_reaches_one_from_a_start_that_is_no_power_of_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 15 to 5 to 1: a round asks its teacher for the steps that each of its own replaces."""
+    halved = SMALL[SMALL.index("stage2") : SMALL.index("export")]
+    short = "updates = 3, batch_size = 8, learning_rate = 1e-3"
+    rounds = ", ".join(f"{{ steps = {steps}, {short} }}" for steps in (5, 1))
+    (tmp_path / "small.toml").write_text(SMALL.replace(halved, f"stage2 = {{ start = 15, rounds = [{rounds}] }}\n"))
+    run = Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "run", Accelerator(cpu=True))
+    batches_asked_of: list[int] = []
+
+    def counted(_: Run, denoiser: Denoiser) -> Denoiser:
+        number = len(batches_asked_of)
+        batches_asked_of.append(0)
+
+        def ask(z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
+            batches_asked_of[number] += len(z) == 8
+            return denoiser(z, t, condition, w)
+
+        return ask
+
+    monkeypatch.setattr(Run, "compiled", counted)
+    distill.distill(run)
+    assert [count for count in batches_asked_of if count] == [3 * 3, 3 * 5]
+    assert [row["steps"] for row in json.loads((run.folder / "rounds.json").read_text())] == [5, 1]
 
 
 def student_weights(folder: Path, more: str = "") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def check(dimensions: int, folder: Path, effort: Effort, stage1_error: float, en
 )
 def test_a_short_run_comes_near_the_exact_answers(dimensions: int, effort: Effort, tmp_path: Path) -> None:
     check(dimensions, tmp_path, effort, 0.02, encoders=False)
+
+
+@pytest.mark.slow
+def test_a_ladder_need_not_halve(tmp_path: Path) -> None:
+    """From 15 steps to 3 and to 1: the students come as near as those of halvings."""
+    problem, longer = Problem(2, tmp_path), replace(QUICK, halving=1200)
+    stage1 = problem.match_outputs(QUICK)
+    three = problem.halve(stage1, 3, longer, replaced=5)
+    one = problem.halve(three, 1, longer, replaced=3)
+    for steps, (ours, theirs) in problem.map_errors({3: three, 1: one}).items():
+        print(f"{steps} steps: student {ours:.4f}, guided DDIM {theirs:.4f}")
+        assert ours * {3: 5.0, 1: 10.0}[steps] < theirs, f"{steps} steps"
 
 
 @pytest.mark.slow

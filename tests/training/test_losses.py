@@ -108,7 +108,7 @@ def test_output_matching_is_zero_for_the_guided_teacher_itself_and_passes_w() ->
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 16])
-def test_two_step_target_carries_one_step_where_two_lead(steps: int) -> None:
+def test_the_target_carries_one_step_where_two_lead(steps: int) -> None:
     rows = batch(steps)
     t = torch.arange(1, steps + 1) / steps
     w = torch.linspace(0, 3, steps)
@@ -119,10 +119,26 @@ def test_two_step_target_carries_one_step_where_two_lead(steps: int) -> None:
     v_half = teacher(z_half, t - 0.5 / steps, rows.condition, w)
     two = ddim_step(z_half, v_half, *half, *following)
 
-    target = losses.two_step_target(teacher, SCHEDULE, z, t, t - 1 / steps, rows.condition, w)
+    target = losses.target_of_steps(teacher, SCHEDULE, z, t, t - 1 / steps, rows.condition, w)
     assert torch.allclose(ddim_step(z, target, *now, *following), two, atol=1e-5)
     x = x_from_v(z, target, *now)[0]
     assert torch.allclose(x, x_from_v(z_half, v_half, *half)[0], atol=1e-4), "at t'' = 0, the teacher's x"
+
+
+@pytest.mark.parametrize("replaced", [1, 2, 3, 5])
+def test_the_target_carries_one_step_where_any_number_leads(replaced: int) -> None:
+    rows, steps = batch(4), 4
+    t = torch.arange(1, steps + 1) / steps
+    w = torch.linspace(0, 3, steps)
+    teacher = GuidedTeacher(gaussian_v, gaussian_v, NULL)
+    z = first = diffuse(rows.x, torch.randn(rows.x.shape, generator=generator_at(5, 0)), *SCHEDULE.at(t, rows.x))
+    for k in range(replaced):
+        begin, end = (t - j / replaced / steps for j in (k, k + 1))
+        v = teacher(z, begin, rows.condition, w)
+        z = ddim_step(z, v, *SCHEDULE.at(begin, z), *SCHEDULE.at(end, z))
+    target = losses.target_of_steps(teacher, SCHEDULE, first, t, t - 1 / steps, rows.condition, w, replaced)
+    reached = ddim_step(first, target, *SCHEDULE.at(t, z), *SCHEDULE.at(t - 1 / steps, z))
+    assert torch.allclose(reached, z, atol=1e-5)
 
 
 def test_progressive_loss_is_zero_for_a_teacher_whose_steps_compose() -> None:
@@ -216,7 +232,7 @@ def test_an_encoders_target_leads_where_two_steps_lead_from_clean_data_too() -> 
     z = diffuse(rows.x, torch.randn(rows.x.shape, generator=generator_at(5, 0)), *now)
     z_half = ddim_step(z, teacher(z, t, rows.condition, w), *now, *half)
     two = ddim_step(z_half, teacher(z_half, (t + t_next) / 2, rows.condition, w), *half, *following)
-    target = losses.two_step_target(teacher, SCHEDULE, z, t, t_next, rows.condition, w)
+    target = losses.target_of_steps(teacher, SCHEDULE, z, t, t_next, rows.condition, w)
     assert torch.allclose(ddim_step(z, target, *now, *following), two, atol=1e-5)
     assert target.isfinite().all()
 

@@ -1,0 +1,113 @@
+"""Every job is counted once, by what became of it, wherever it is settled; a 202 is no answer with images."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from engines.backends.base import EngineError
+from service.metrics import Metrics
+from service.queue import keys
+from service.roles import open_queue
+from service.settings import Settings
+from tests.service.asked import ask, over, state
+from tests.service.bench import MAX_ROWS, Bench, task
+from tests.service.helpers import Gate, Running, error, running, until
+from tests.service.queues import job, taken
+from tests.service.redis_server import RedisServer
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def app(anyio_backend: str, any_queue: Settings) -> AsyncIterator[Running]:
+    async with running(any_queue) as this:
+        yield this
+
+
+def outcomes(app: Running | Bench) -> dict[str, float]:
+    """How many jobs had each outcome."""
+    metrics = app.service.metrics if isinstance(app, Running) else app.metrics
+    samples = [sample for family in metrics.jobs.collect() for sample in family.samples]
+    return {sample.labels["outcome"]: sample.value for sample in samples if sample.name == "fewstep_jobs_total"}
+
+
+async def test_a_job_that_was_accepted_and_fails_is_seen(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise EngineError("broken")
+
+    await over(app, await ask(app))
+    monkeypatch.setattr(app.pipeline, "tick", broken)
+    assert (await over(app, await ask(app)))["status"] == "failed"
+    await until(lambda: outcomes(app) == {"done": 1, "engine": 1})
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="accepted") == 2
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="ok") == 0
+    assert app.metric("fewstep_request_duration_seconds_count", endpoint="generate") == 0
+
+
+async def test_a_cancelled_job_is_counted_once(app: Running, gate: Gate) -> None:
+    job_id = await ask(app)
+    await state(app, job_id, "running")
+    for _ in range(2):
+        assert (await app.client.delete(f"/jobs/{job_id}")).json()["status"] == "cancelled"
+    gate.opened.set()
+    assert (await app.post("/generate", prompt="a cat")).status_code == 200
+    await until(lambda: outcomes(app) == {"cancelled": 1, "done": 1})
+
+
+async def test_a_job_whose_time_is_over_is_counted_once(app: Running, gate: Gate) -> None:
+    error(await app.post("/generate", prompt="a cat", timeout_ms=1500), 504, "deadline_exceeded")
+    gate.opened.set()
+    assert (await app.post("/generate", prompt="a cat")).status_code == 200
+    await until(lambda: outcomes(app) == {"expired": 1, "done": 1})
+
+
+async def test_a_job_that_the_service_gives_up_is_counted_so(app: Running, gate: Gate) -> None:
+    asked = asyncio.create_task(app.post("/generate", prompt="a cat"))
+    await until(gate.reached.is_set)
+    app.service.abandon()
+    error(await asked, 503, "shutting_down")
+    gate.opened.set()
+    assert outcomes(app) == {"stopped": 1}
+
+
+async def test_a_dead_letter_is_counted_among_the_failures(
+    anyio_backend: str, settings: Settings, redis_server: RedisServer
+) -> None:
+    metrics = Metrics()
+    queue = open_queue(settings.model_copy(update={"queue": redis_server.url}), metrics)
+    await queue.submit(job("a"))
+    with redis_server.client() as client:
+        client.hset(keys.record("a"), "message", b"{}")
+    assert taken(queue) == []
+    await queue.close()
+    assert metrics.registry.get_sample_value("fewstep_dead_letter_total") == 1
+    assert metrics.registry.get_sample_value("fewstep_jobs_total", {"outcome": "engine"}) == 1
+
+
+async def test_the_worker_counts_what_it_settles(bench: Bench) -> None:
+    await bench.submit("late", task(1), seconds=-1)
+    await bench.submit("untrained", task(1, steps=3))
+    await bench.submit("good", task(2, steps=1))
+    bench.steps(1)
+    await bench.finished("good")
+    await until(lambda: outcomes(bench) == {"expired": 1, "invalid": 1, "done": 1})
+    for k in range(MAX_ROWS):
+        await bench.submit(f"{k}", task(k))
+    bench.steps(1)
+    bench.worker.stop()
+    assert outcomes(bench) == {"expired": 1, "invalid": 1, "done": 1, "stopped": MAX_ROWS}
+
+
+@pytest.mark.parametrize(("waited_s", "bound"), [(20.0, 0.1), (20.0 * 15, 0.6)])
+async def test_waits_are_measured_by_the_jobs_own_limit(bench: Bench, waited_s: float, bound: float) -> None:
+    await bench.submit("a", task(1, steps=1), age_s=waited_s, seconds=600 - waited_s)
+    bench.steps(1)
+    await bench.finished("a")
+
+    def up_to(part: float) -> float:
+        return bench.count("fewstep_queue_wait_ratio_bucket", le=f"{part}")
+
+    assert (up_to(round(bound - 0.1, 1)), up_to(bound)) == (0, 1)
