@@ -176,16 +176,16 @@ def _train_denoiser(
     if run.recipe.scale.gradient_checkpointing:
         network.network.enable_gradient_checkpointing()
 
-    def batch_loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
+    def load(update: int, draws: Draws) -> Batch:
         batch = data.batch(draws.of(order.at(update)), draws, run.device)
         data.prefetch(draws.of(order.at(update + 1)))
-        return loss(network, batch, draws)
+        return batch
 
     def show(network: nn.Module, path: Path) -> None:
         save_grid(_samples(run, as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)
 
     trained = train(
-        network, batch_loss, recipe, run.folder / stage, seed=seed, sample=show, validation=validation,
+        network, loss, recipe, run.folder / stage, seed=seed, load=load, sample=show, validation=validation,
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).requires_grad_(False)  # fmt: skip
     run.finish(stage, trained)

@@ -121,15 +121,18 @@ def test_more_skips_than_the_limit_stop_the_run_with_a_message(tmp_path: Path) -
 
 @pytest.mark.parametrize("error", [DataError("too many shards are lost"), None], ids=["lost shards", "skips"])
 def test_what_was_trained_before_a_run_gives_up_is_kept(tmp_path: Path, error: Exception | None) -> None:
-    def failing(module: nn.Module, update: int, draws: Draws) -> Tensor:
+    def load(update: int, draws: Draws) -> float:
         if update >= 7 and error is not None:
             raise error
-        return loss(module, update, draws) * (math.nan if update >= 7 else 1.0)
+        return math.nan if update >= 7 else 1.0
+
+    def failing(module: nn.Module, factor: float, draws: Draws) -> Tensor:
+        return loss(module, 0, draws) * factor
 
     with pytest.raises((DataError, TrainingError)):
         train(
             network(), failing, RECIPE.model_copy(update={"skip_limit": 2}), tmp_path / "run",
-            accelerator=Accelerator(cpu=True), seed=3, pace=Pace(checkpoint_every_s=3600.0),
+            accelerator=Accelerator(cpu=True), seed=3, load=load, pace=Pace(checkpoint_every_s=3600.0),
         )  # fmt: skip
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert kept["update"] == (7 if error else 10)
@@ -286,9 +289,11 @@ def test_a_torn_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
     assert [json.loads(line)["update"] for line in log.read_text().splitlines()] == list(range(1, 13))
 
 
-def test_the_end_of_training_is_saved_and_a_picture_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+def test_the_end_of_training_is_saved_and_a_picture_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
+    faults = iter([OSError("No space left on device"), DataError("too many shards are lost"), OSError("as before")])
+
     def unwritable(module: nn.Module, path: Path) -> None:
-        raise OSError("No space left on device")
+        raise next(faults)
 
     train(
         network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, sample=unwritable,
