@@ -105,13 +105,20 @@ def output_matching_loss(
 
 
 def two_step_target(
-    teacher: Denoiser, schedule: Schedule, z: Tensor, t: Tensor, t_next: Tensor, condition: Condition, w: Tensor
+    teacher: Denoiser,
+    schedule: Schedule,
+    z: Tensor,
+    t: Tensor,
+    t_half: Tensor,
+    t_next: Tensor,
+    condition: Condition,
+    w: Tensor,
 ) -> Tensor:
-    """The v that carries z_t to t_next as two DDIM steps of the teacher do, by way of the time in the middle.
+    """The v that carries z_t to t_next as two DDIM steps of the teacher do, by way of t_half.
 
-    Meng et al. 2023, algorithm 2, for times (B,) either way. At t_next = 0 its x is the teacher's own, in the middle.
+    Meng et al. 2023, algorithm 2, for times (B,) either way. At t_next = 0 its x is the teacher's own at t_half, and
+    where t_half is t, so that the first step goes nowhere, it is the teacher's own v.
     """
-    t_half = (t + t_next) / 2
     now, half, following = schedule.at(t, z), schedule.at(t_half, z), schedule.at(t_next, z)
     z_half = ddim_step(z, teacher(z, t, condition, w), *now, *half)
     z_next = ddim_step(z_half, teacher(z_half, t_half, condition, w), *half, *following)
@@ -122,19 +129,22 @@ Course = Literal["deterministic", "stochastic", "encoding"]
 """What a student of stage 2 is for: the deterministic sampler, the stochastic one, or encoding."""
 
 
-def draw_steps(course: Course, steps: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Where steps of a student of N = `steps` steps begin and end: two times (B,) in float64.
+def draw_steps(course: Course, steps: int, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Where steps of a student of N = `steps` steps begin, where its teacher's second step does, and where they end.
 
-    Deterministic: from i/N to (i - 1)/N. Encoding: the other way. Stochastic: from i/2N, as long as a deterministic
-    step, for the sampler of 2N calls that goes two of its own steps forth and one back; the last one is half as long
-    (Meng et al. 2023, section 3.3).
+    Three times (B,) in float64, all on the teacher's grid of 2N steps. Deterministic: from i/N to (i - 1)/N. Encoding:
+    the other way. Stochastic: from i/2N, as long as a deterministic step, for the sampler of 2N calls that goes two of
+    its own steps forth and one back; the last one, from 1/2N, is half as long, which is one step of the teacher (Meng
+    et al. 2023, section 3.3).
     """
     if course == "stochastic":
         t = draw_times(2 * steps, draws)
-        return t, (t - 1 / steps).clamp(min=0)
+        t_next = (t - 1 / steps).clamp(min=0)
+        return t, t_next + 0.5 / steps, t_next
     t = draw_times(steps, draws)
     earlier = ((t * steps).round() - 1) / steps
-    return (earlier, t) if course == "encoding" else (t, earlier)
+    half = (t + earlier) / 2
+    return (earlier, half, t) if course == "encoding" else (t, half, earlier)
 
 
 def progressive_loss(
@@ -149,10 +159,10 @@ def progressive_loss(
     course: Course = "deterministic",
 ) -> Tensor:
     """Stage 2: one step of the N-step student matches two DDIM steps of its teacher at the same w."""
-    t, t_next = (times.to(batch.x) for times in draw_steps(course, steps, draws))
+    t, t_half, t_next = (times.to(batch.x) for times in draw_steps(course, steps, draws))
     w = draw_guidance(w_range, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)
     z = diffuse(batch.x, draws.normal(batch.x), alpha, sigma)
     with torch.no_grad():
-        target = two_step_target(teacher, schedule, z, t, t_next, batch.condition, w)
+        target = two_step_target(teacher, schedule, z, t, t_half, t_next, batch.condition, w)
     return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)
