@@ -318,7 +318,7 @@ class _State:
         network = self.wrapped if self.is_sharded else self.result
         distance = torch.tensor(validation.distance(network), device=self.accelerator.device)
         value = float(self.accelerator.reduce(distance, "mean"))
-        if value >= self.best:
+        if not value < self.best:  # nor is one that is no number the best
             self.stale += 1
             return
         weights = self._gathered() if self.is_sharded else network.state_dict()

@@ -157,13 +157,15 @@ def test_small_parts_of_a_batch_add_up_to_the_whole(tmp_path: Path) -> None:
             assert torch.allclose(parts[name], value, atol=1e-6)
 
 
-def test_a_stage_ends_when_validation_brings_nothing_and_keeps_the_best(tmp_path: Path) -> None:
-    distances = iter([3.0, 1.0, 2.0, 2.0, 0.5])
-    seen = []
+@pytest.mark.parametrize(
+    "distances", [[3.0, 1.0, 2.0, 2.0, 0.5], [math.nan, 1.0, math.nan, 3.0, 0.5], [2.0, 1.0, math.inf, math.nan, 0.5]]
+)
+def test_a_stage_ends_when_validation_brings_nothing_and_keeps_the_best(tmp_path: Path, distances: list[float]) -> None:
+    left, seen = iter(distances), []
 
     def distance(module: nn.Module) -> float:
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
-        return next(distances)
+        return next(left)
 
     trained = train(
         network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE,
