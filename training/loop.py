@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
@@ -269,7 +270,9 @@ class _State:
 
     def save(self) -> bool:
         """Write a checkpoint, for which every process is needed; False, in the main one, if it was not written."""
-        weights, optimizer = get_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
+        weights, optimizer = self._gathered(), None
+        if self._optimizer.state:  # else torch would take a step to have one, which the run would go on from
+            optimizer = get_optimizer_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
         is_written = not self.accelerator.is_main_process or self.checkpoints.save(
             {
                 "network": weights,
@@ -288,10 +291,9 @@ class _State:
         state = self.checkpoints.load()
         if state is None:
             return
-        set_state_dict(
-            self.wrapped, self._optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"],
-            options=_WHOLE,
-        )  # fmt: skip
+        set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
+        if state["optimizer"] is not None:
+            set_optimizer_state_dict(self.wrapped, self._optimizer, state["optimizer"], options=_WHOLE)
         if self.average:
             self.average.load_state_dict(state["average"])
         self.guard.restore(state["guard"])

@@ -77,7 +77,9 @@ def test_it_minimises(tmp_path: Path) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def train_with(faults: dict[int, float | Killed], folder: Path, **changes: object) -> nn.Module:
+def train_with(
+    faults: dict[int, float | Killed], folder: Path, pace: Pace = EVERY_UPDATE, **changes: object
+) -> nn.Module:
     """Train with the loss of some updates multiplied by a factor, or killed there."""
 
     def faulty(module: nn.Module, update: int, draws: Draws) -> Tensor:
@@ -87,7 +89,7 @@ def train_with(faults: dict[int, float | Killed], folder: Path, **changes: objec
         return loss(module, update, draws) * fault
 
     recipe = RECIPE.model_copy(update=changes)
-    return train(network(), faulty, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE)
+    return train(network(), faulty, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=pace)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
@@ -104,6 +106,18 @@ def test_a_skipped_update_leaves_no_trace_in_the_weights(tmp_path: Path) -> None
     after = train_with({5: math.nan}, tmp_path / "six", updates=6, decay="constant")
     for name, value in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], value)
+
+
+def test_a_checkpoint_before_the_first_update_that_is_not_skipped_leaves_no_trace(tmp_path: Path) -> None:
+    first: dict[int, float | Killed] = dict.fromkeys(range(3), math.nan)
+    undisturbed = train_with(first, tmp_path / "never", pace=Pace(checkpoint_every_s=1e9))
+    saved = train_with(first, tmp_path / "saved")
+    with pytest.raises(Killed):
+        train_with({**first, 2: Killed()}, tmp_path / "killed")
+    resumed = train_with(first, tmp_path / "killed")
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value)
+        assert torch.equal(resumed.state_dict()[name], value)
 
 
 def test_a_loss_that_jumps_is_skipped(tmp_path: Path) -> None:
