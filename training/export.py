@@ -63,14 +63,14 @@ def export(
 ) -> Bundle:
     """Write the bundle of a run whose students are trained to the folder `out`, with torch programs if asked for.
 
-    Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError
-    for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
+    Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError for one
+    that differs or a run that fits no bundle, TrainingError for a stage that is not done, BundleError where `out` is.
     """
     check_free(out, replace)
-    if run.pipeline is not None and run.pipeline.is_inpainting:
-        raise ExportError("a bundle's step graph has no inputs for the mask of an inpainting network")
+    if run.pipeline is not None and run.pipeline.unbundled is not None:
+        raise ExportError(run.pipeline.unbundled)
     sources, table = _sources(run), _quality_table(run)
-    text = _text_graph(run)
+    text = None if run.prompts is None else run.prompts.text_graph()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parities, made = list[Parity](), dict[str, Parity]()
@@ -98,13 +98,6 @@ def step_graph_name(steps: int) -> str:
 def encoder_graph_name(steps: int) -> str:
     """The file of the encoder of so many steps."""
     return f"encoder-{steps}.onnx"
-
-
-def _text_graph(run: Run) -> TextGraph | None:
-    try:
-        return None if run.prompts is None else run.prompts.text_graph()
-    except ValueError as error:
-        raise ExportError(str(error)) from error
 
 
 def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Example]]:

@@ -59,7 +59,7 @@ class PromptEncoder(Protocol):
         ...
 
     def text_graph(self) -> TextGraph:
-        """What a bundle needs of it. Raises ValueError if a bundle has no place for it."""
+        """What a bundle needs of it."""
         ...
 
 

@@ -22,7 +22,6 @@ from training.data.place import StreamError
 from training.distill import distill, encoder_stage, student_stage, train_teacher
 from training.draws import Draws
 from training.export import export, step_graph
-from training.graphs import ExportError
 from training.loop import TrainingError
 from training.precompute import precompute
 from training.recipe import DataRecipe, Recipe
@@ -167,16 +166,6 @@ def test_a_checkpoint_that_brings_its_network_takes_no_other(images: Path) -> No
                 "export": {"licence": "CC0-1.0", "steps": [1]},
             }
         )
-
-
-def test_an_inpainting_network_is_not_exported(tmp_path: Path) -> None:
-    from tests.training.test_pipelines import recipe, write_squares
-
-    write_squares(tmp_path / "squares")
-    checkpoint = pipelines.stable_diffusion(tmp_path / "sd", in_channels=9)
-    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
-    with pytest.raises(ExportError, match="no inputs for the mask"):
-        export(run, tmp_path / "bundle")
 
 
 def test_streamed_labels_are_the_teachers_numbers(images: Path, tmp_path: Path) -> None:
