@@ -50,7 +50,8 @@ class Eager:
 
     def _condition(self, tasks: list[Generate]) -> dict[str, Tensor]:
         if self.run.recipe.conditioning == "class":
-            return {"label": torch.tensor([self.run.data.classes.index(task.condition) for task in tasks])}
+            places = torch.tensor([self.run.data.classes.index(task.condition) for task in tasks])
+            return {"label": self.run.labels(places)}
         return {"context": self.text(*tokenize(self.tokenizer, [task.condition for task in tasks]))}
 
 

@@ -70,11 +70,8 @@ def time_updates(
     if scale.gradient_checkpointing:
         student.network.enable_gradient_checkpointing()
 
-    def step(network: nn.Module, update: int, draws: Draws) -> Tensor:
-        return loss(network, batches(update, draws), draws)
-
     pace = Pace(log_every=1, checkpoint_every_s=math.inf)
-    train(student, step, recipe, folder, accelerator=accelerator, seed=0, scale=scale, pace=pace)
+    train(student, loss, recipe, folder, accelerator=accelerator, seed=0, load=batches, scale=scale, pace=pace)
     return seconds_of(folder / "log.jsonl")[WARMUP:]
 
 

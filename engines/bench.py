@@ -117,7 +117,8 @@ class Bench:
     def speeds(self, steps: int, rounds: int) -> list[Speed]:
         """Time whole images of the student of so many steps. In every round all contenders have their turn.
 
-        Raises TaskError for a prompt that the bundle does not take.
+        Prompts are encoded before, in the warm runs, and kept, as a service keeps those that it has seen. Raises
+        TaskError for a prompt that the bundle does not take.
         """
         speeds = []
         for batch in self.batch_sizes:
@@ -161,14 +162,12 @@ class Bench:
         return [Generate(self.prompts[seed % len(self.prompts)], steps, w, seed) for seed in range(batch)]
 
     def _operations(self, steps: int, batch: int) -> int:
-        """Of a batch of whole images: the step graph at every step, and the text and decode graphs once."""
-        counts = {"step": steps, "text": 1, "decode": 1}
-        student = self.bundle.student(steps).graph
-        return batch * sum(
-            counts[graph.role] * count_operations(graph)
-            for name, graph in self.bundle.graphs().items()
-            if graph.role in counts and (graph.role != "step" or name == student)
-        )
+        """Of a batch of whole images whose prompts are encoded: the step graph at every step, and the decode graph."""
+        graphs, decode = self.bundle.graphs(), self.bundle.manifest.decode
+        operations = steps * count_operations(graphs[self.bundle.student(steps).graph])
+        if decode is not None:
+            operations += count_operations(graphs[decode])
+        return batch * operations
 
 
 def _opened(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> Pipeline:

@@ -78,8 +78,10 @@ def bench(
 
     What a backend compiles is built first, and kept; that may take minutes.
 
-    The share of the peak is that of large matrix products on the same backend, measured here; it needs the package
-    onnx. Errors are those against the first of pytorch, ort and fake that is compared, in fp32, else the first named.
+    Prompts are encoded before, as a service keeps those that it has seen: neither seconds nor GFLOP have the text
+    encoder's part. The share of the peak is that of large matrix products on the same backend, measured here; it needs
+    the package onnx. Errors are those against the first of pytorch, ort and fake that is compared, in fp32, else the
+    first named.
     """
     options = EngineOptions(threads or usable_cores(), plans=plans)
     try:
@@ -113,6 +115,8 @@ def bench(
         return
     click.echo(f"{opened.manifest.name} {opened.manifest.revision}, {steps} steps. {_machine(options.threads)}.\n")
     click.echo("\n".join(_speed_table(speeds, peaks, contenders[0])))
+    if opened.manifest.text is not None:
+        click.echo("\nPrompts were encoded before: neither seconds nor GFLOP have the text encoder's part.")
     click.echo()
     click.echo("\n".join(_parity_table(parities, _reference(contenders))))
     for why in running.left_out.values():

@@ -16,6 +16,7 @@ from engines.backends.base import Array, EngineError, GraphSpec
 from engines.backends.cuda import Cuda
 from engines.backends.trt_library import Library, Progress, build_plan, find_library
 from engines.bundle import Bundle
+from engines.manifest import LABEL
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
 
 FLOOR_DB = 30.0
@@ -170,6 +171,8 @@ def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Arr
             inputs[spec.name] = scalars[spec.name].astype(np.float32)
         elif spec.name == "keep":
             inputs[spec.name] = np.zeros(shape, np.float32)
+        elif spec.name == LABEL:  # the first, which every bundle of classes has
+            inputs[spec.name] = np.zeros(shape, spec.dtype)
         elif spec.dtype == "float32":
             inputs[spec.name] = generator.standard_normal(shape, np.float32)
         else:

@@ -156,8 +156,9 @@ class Description(Model):
     """A manifest without what `write_bundle` computes from the files: `files` and `revision`.
 
     Text bundles: the condition arrays are the outputs of the text graph, and ``attention_mask`` where the
-    step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64. ``programs`` are the same
-    graphs as torch.export programs, by the file name of the graph; there may be none.
+    step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64, a class's place among
+    ``classes``. ``programs`` are the same graphs as torch.export programs, by the file name of the graph; there may be
+    none.
     """
 
     format_version: Literal[1] = FORMAT_VERSION

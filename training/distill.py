@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from training.autoencoder import Reconstructor, measure_scale, reconstruction_loss
 from training.data.training_set import load_pixels, load_training_set
@@ -45,8 +46,13 @@ def encoder_stage(steps: int) -> str:
 
 
 def train_teacher(run: Run) -> None:
-    """The autoencoder, if the recipe has one, and the teacher. A teacher that is there is noted as the run's."""
+    """The autoencoder, if the recipe has one, and the teacher. A teacher that is there is noted as the run's.
+
+    Where the students will not fit a bundle that is said first.
+    """
     if run.pipeline is not None:
+        if run.pipeline.unbundled is not None and run.accelerator.is_main_process:
+            tqdm.write(f"{run.folder}: no bundle can be exported, only diffusers pipelines: {run.pipeline.unbundled}")
         run.known("teacher", run.weights("teacher"))
     if run.recipe.autoencoder and not run.is_done("autoencoder"):
         train_autoencoder(run)
@@ -179,16 +185,16 @@ def _train_denoiser(
     if run.recipe.scale.gradient_checkpointing:
         network.network.enable_gradient_checkpointing()
 
-    def batch_loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
+    def load(update: int, draws: Draws) -> Batch:
         batch = data.batch(draws.of(order.at(update)), draws, run.device)
         data.prefetch(draws.of(order.at(update + 1)))
-        return loss(network, batch, draws)
+        return batch
 
     def show(network: nn.Module, path: Path) -> None:
         save_grid(_samples(run, as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)
 
     trained = train(
-        network, batch_loss, recipe, run.folder / stage, seed=seed, sample=show, validation=validation,
+        network, loss, recipe, run.folder / stage, seed=seed, load=load, sample=show, validation=validation,
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).requires_grad_(False)  # fmt: skip
     run.finish(stage, trained)

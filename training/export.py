@@ -36,6 +36,7 @@ from training.diffusion import Schedule, diffuse
 from training.distill import encoder_stage, student_stage
 from training.draws import Draws
 from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
+from training.guidance import Condition
 from training.losses import Batch
 from training.programs import PROGRAM_SUFFIX, export_program
 from training.prompts import TextGraph
@@ -62,14 +63,14 @@ def export(
 ) -> Bundle:
     """Write the bundle of a run whose students are trained to the folder `out`, with torch programs if asked for.
 
-    Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError
-    for one that differs, TrainingError for a stage that is not done, BundleError where `out` exists.
+    Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError for one
+    that differs or a run that fits no bundle, TrainingError for a stage that is not done, BundleError where `out` is.
     """
     check_free(out, replace)
-    if run.pipeline is not None and run.pipeline.is_inpainting:
-        raise ExportError("a bundle's step graph has no inputs for the mask of an inpainting network")
+    if run.pipeline is not None and run.pipeline.unbundled is not None:
+        raise ExportError(run.pipeline.unbundled)
     sources, table = _sources(run), _quality_table(run)
-    text = _text_graph(run)
+    text = None if run.prompts is None else run.prompts.text_graph()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parities, made = list[Parity](), dict[str, Parity]()
@@ -99,13 +100,6 @@ def encoder_graph_name(steps: int) -> str:
     return f"encoder-{steps}.onnx"
 
 
-def _text_graph(run: Run) -> TextGraph | None:
-    try:
-        return None if run.prompts is None else run.prompts.text_graph()
-    except ValueError as error:
-        raise ExportError(str(error)) from error
-
-
 def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Example]]:
     graphs: list[tuple[str, nn.Module, Example]] = []
     if text is not None:
@@ -115,14 +109,16 @@ def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Exam
         graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), "latent")))
         graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), "image")))
     for steps in run.recipe.export.steps:
-        graphs.append((step_graph_name(steps), *_step_graph(run, student_stage(steps), steps)))
+        graphs.append((step_graph_name(steps), *step_graph(run, student_stage(steps), steps)))
     for steps in run.recipe.exported_encoders:
-        graphs.append((encoder_graph_name(steps), *_step_graph(run, encoder_stage(steps), steps, encodes=True)))
+        graphs.append((encoder_graph_name(steps), *step_graph(run, encoder_stage(steps), steps, encodes=True)))
     return graphs
 
 
-def _step_graph(run: Run, stage: str, steps: int, encodes: bool = False) -> tuple[StepGraph, Example]:
-    graph = StepGraph(run.denoiser(stage).cpu(), tuple(_some_rows(run, 1, 0).condition))
+def step_graph(run: Run, stage: str, steps: int, encodes: bool = False) -> tuple[StepGraph, Example]:
+    """The step graph of a stage's network, and rows for it; classes are given by their places in the manifest."""
+    numbers = None if run.pipeline is None or run.pipeline.is_text else run.class_numbers
+    graph = StepGraph(run.denoiser(stage).cpu(), tuple(_some_rows(run, 1, 0).condition), numbers)
     return graph, _step_example(run, graph, steps, encodes)
 
 
@@ -199,7 +195,7 @@ def _step_example(run: Run, graph: StepGraph, steps: int, encodes: bool) -> Exam
             "alpha_next": grid.alphas[place_next],
             "sigma_next": grid.sigmas[place_next],
             "guidance": (low + (high - low) * draws.uniform()).float(),
-            **rows.condition,
+            **_as_served(graph, rows.condition),
             "known": rows.x,
             "keep": (draws.normal(rows.x[:, :1]) > 1).float(),
             "noise": noise,
@@ -207,6 +203,14 @@ def _step_example(run: Run, graph: StepGraph, steps: int, encodes: bool) -> Exam
         return tuple(values[name] for name in graph.input_names)
 
     return Example(make, graph.input_names, "z_next")
+
+
+def _as_served(graph: StepGraph, condition: Condition) -> Condition:
+    """The condition of rows as a service gives it: the places of classes for the numbers that the network has."""
+    if graph.numbers is None:
+        return condition
+    is_number = condition["label"][:, None] == graph.numbers
+    return {**condition, "label": is_number.int().argmax(dim=1)}
 
 
 def describe(

@@ -50,10 +50,17 @@ class StepGraph(nn.Module):
     z_next = keep (alpha_next known + sigma_next noise) + (1 - keep) (alpha_next x + sigma_next eps), per row.
     """
 
-    def __init__(self, denoiser: NetworkDenoiser, conditions: Sequence[str]) -> None:
-        """`conditions` names the condition arrays in the order of the graph's inputs."""
+    numbers: Tensor | None
+
+    def __init__(self, denoiser: NetworkDenoiser, conditions: Sequence[str], numbers: Tensor | None = None) -> None:
+        """`conditions` names the condition arrays in the order of the graph's inputs.
+
+        `numbers` (K,) are those that the denoiser has for K classes. With them the input `label` is a class's place
+        among the K; without, it is the denoiser's own number.
+        """
         super().__init__()
         self.denoiser, self.conditions = denoiser, tuple(conditions)
+        self.register_buffer("numbers", numbers)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -68,6 +75,8 @@ class StepGraph(nn.Module):
             expand(given[name], z) for name in ("alpha", "sigma", "alpha_next", "sigma_next")
         )
         condition = {name: given[name] for name in self.conditions}
+        if self.numbers is not None:
+            condition["label"] = self.numbers.index_select(0, condition["label"])
         v = self.denoiser(z, given["time"], condition, given["guidance"])
         stepped = ddim_step(z, v, alpha, sigma, alpha_next, sigma_next)
         return blend_known(stepped, given["known"], given["keep"], given["noise"], alpha_next, sigma_next)

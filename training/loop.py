@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
@@ -35,7 +36,8 @@ from training.recipe import Optimisation, ScaleRecipe
 from training.report import Pace, Report
 
 Network = TypeVar("Network", bound=nn.Module)
-StepLoss = Callable[[nn.Module, int, Draws], Tensor]
+StepLoss = Callable[[nn.Module, Any, Draws], Tensor]
+Load = Callable[[int, Draws], Any]
 Sampler = Callable[[Any, Path], None]
 
 
@@ -117,17 +119,20 @@ def train(
     *,
     accelerator: Accelerator,
     seed: int,
+    load: Load = lambda update, draws: update,
     sample: Sampler | None = None,
     validation: Validation | None = None,
     scale: ScaleRecipe = ScaleRecipe(),
     pace: Pace = Pace(),
 ) -> Network:
-    """Minimise `loss(network, update, draws)`; return the trained network, averaged if the recipe says so.
+    """Minimise `loss(network, loaded, draws)`; return the trained network, averaged if the recipe says so.
 
-    The loss is a mean over the rows of `draws`, which are this process's share of the batch. Continues from the last
-    checkpoint in `folder`, and removes nothing: the caller decides when a stage is done. With a validation the best
-    network is returned. Where weights are sharded (FSDP) only the main process gets the whole network, and no samples
-    are made on the way. Raises TrainingError when too many updates had to be skipped, Stopped on SIGTERM or SIGINT.
+    The loss is a mean over the rows of `draws`, which are this process's share of the batch; `load(update, draws)`
+    reads their data, by default none. Continues from the last checkpoint in `folder`, and removes nothing: the caller
+    decides when a stage is done. With a validation the best network is returned. Where weights are sharded (FSDP) only
+    the main process gets the whole network, and no samples are made on the way. Raises TrainingError when too many
+    updates had to be skipped, Stopped on SIGTERM or SIGINT, and DataError, in all processes, when `load` does in one:
+    each time what was trained is saved before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _State(network.to(accelerator.device), recipe, accelerator, Checkpoints(folder))
@@ -138,11 +143,7 @@ def train(
     with Report(folder, recipe, state.update, pace, main=accelerator.is_main_process) as report, signals() as leave:
         while state.update < recipe.updates and not state.settled(validation):
             rate = learning_rate(recipe, state.update)
-            try:
-                value, norm = _update(state, loss, parts, rate, recipe.clip, seed)
-            except DataError:
-                state.save_alone()
-                raise
+            value, norm = _update(state, load, loss, parts, rate, recipe.clip, seed)
             state.update += 1
             if state.guard.exhausted:
                 state.guard.pardon()
@@ -171,21 +172,22 @@ def train(
 def _show(sample: Sampler, network: nn.Module, path: Path) -> None:
     try:
         sample(network, path)
-    except OSError as error:  # a full disk is no reason to lose the run
+    except (OSError, DataError) as error:  # no picture is a reason to lose the run
         tqdm.write(f"{path} was not written, training goes on: {error}")
 
 
 def _update(
-    state: _State, loss: StepLoss, parts: list[range], rate: float, clip: float, seed: int
+    state: _State, load: Load, loss: StepLoss, parts: list[range], rate: float, clip: float, seed: int
 ) -> tuple[float, float]:
     """One update, or none where the guard refuses it; returns the batch's loss and the gradient's norm."""
     accelerator, optimizer = state.accelerator, state.optimizer
     rows, values = sum(len(part) for part in parts), []
     for part in parts:
-        last = part is parts[-1]
+        last, draws = part is parts[-1], Draws(seed, state.update, part)
+        loaded = _loaded(state, load, draws)
         with nullcontext() if last else accelerator.no_sync(state.wrapped):
             with _attention(accelerator), accelerator.autocast():
-                value = loss(state.wrapped, state.update, Draws(seed, state.update, part)) * (len(part) / rows)
+                value = loss(state.wrapped, loaded, draws) * (len(part) / rows)
             accelerator.backward(value)
         values.append(value.detach())
     norm = accelerator.clip_grad_norm_(state.wrapped.parameters(), clip)
@@ -199,6 +201,19 @@ def _update(
             state.average.update_parameters(accelerator.unwrap_model(state.wrapped))
     optimizer.zero_grad()
     return total, size
+
+
+def _loaded(state: _State, load: Load, draws: Draws) -> Any:
+    """What the loss needs. Where a process cannot have it, all save and raise DataError, before any waits for it."""
+    loaded, lacking = None, None
+    try:
+        loaded = load(state.update, draws)
+    except DataError as error:
+        lacking = error
+    if state.any(lacking is not None):
+        state.save()
+        raise lacking or DataError("another process has no data: its message says why")
+    return loaded
 
 
 def _attention(accelerator: Accelerator) -> AbstractContextManager[None]:
@@ -254,11 +269,11 @@ class _State:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def save(self) -> bool:
-        """Write a checkpoint; False, in the main process, if it could not be written."""
-        weights, optimizer = get_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
-        if not self.accelerator.is_main_process:
-            return True
-        return self.checkpoints.save(
+        """Write a checkpoint, for which every process is needed; False, in the main one, if it was not written."""
+        weights, optimizer = self._gathered(), None
+        if self._optimizer.state:  # else torch would take a step to have one, which the run would go on from
+            optimizer = get_optimizer_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
+        is_written = not self.accelerator.is_main_process or self.checkpoints.save(
             {
                 "network": weights,
                 "optimizer": optimizer,
@@ -269,20 +284,16 @@ class _State:
                 "stale": self.stale,
             }
         )
-
-    def save_alone(self) -> None:
-        """Write a checkpoint if no other process is needed for it."""
-        if not self.is_sharded:
-            self.save()
+        self.accelerator.wait_for_everyone()  # a launcher ends the one that writes soon after another has left
+        return is_written
 
     def load(self) -> None:
         state = self.checkpoints.load()
         if state is None:
             return
-        set_state_dict(
-            self.wrapped, self._optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"],
-            options=_WHOLE,
-        )  # fmt: skip
+        set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
+        if state["optimizer"] is not None:
+            set_optimizer_state_dict(self.wrapped, self._optimizer, state["optimizer"], options=_WHOLE)
         if self.average:
             self.average.load_state_dict(state["average"])
         self.guard.restore(state["guard"])
@@ -309,7 +320,7 @@ class _State:
         network = self.wrapped if self.is_sharded else self.result
         distance = torch.tensor(validation.distance(network), device=self.accelerator.device)
         value = float(self.accelerator.reduce(distance, "mean"))
-        if value >= self.best:
+        if not value < self.best:  # nor is one that is no number the best
             self.stale += 1
             return
         weights = self._gathered() if self.is_sharded else network.state_dict()

@@ -5,7 +5,7 @@ Noise, times and weights w come from the draws given, so that a step can be repe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,26 +104,18 @@ def output_matching_loss(
     return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)
 
 
-def target_of_steps(
-    teacher: Denoiser,
-    schedule: Schedule,
-    z: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    condition: Condition,
-    w: Tensor,
-    steps: int = 2,
+def target_along(
+    teacher: Denoiser, schedule: Schedule, z: Tensor, times: Sequence[Tensor], condition: Condition, w: Tensor
 ) -> Tensor:
-    """The v that carries z_t to t_next as so many DDIM steps of the teacher do, of equal length, one after the other.
+    """The v that carries z from the first time to the last as DDIM steps of the teacher from each to the next do.
 
-    Meng et al. 2023, algorithm 2, whose steps are two; for times (B,) either way. At t_next = 0 its x is that of the
-    teacher's last step.
+    Meng et al. 2023, algorithm 2, whose steps are two; for times (B,) either way. Where the last is 0 its x is that of
+    the teacher's last step. A step from a time to the same goes nowhere.
     """
-    times = [torch.lerp(t, t_next, k / steps) for k in range(steps + 1)]
-    levels = [schedule.at(time, z) for time in times]
+    levels = [schedule.at(t, z) for t in times]
     z_next = z
-    for k in range(steps):
-        z_next = ddim_step(z_next, teacher(z_next, times[k], condition, w), *levels[k], *levels[k + 1])
+    for t, now, following in zip(times[:-1], levels[:-1], levels[1:], strict=True):
+        z_next = ddim_step(z_next, teacher(z_next, t, condition, w), *now, *following)
     return implied_v(z, z_next, *levels[0], *levels[-1])
 
 
@@ -131,19 +123,21 @@ Course = Literal["deterministic", "stochastic", "encoding"]
 """What a student of stage 2 is for: the deterministic sampler, the stochastic one, or encoding."""
 
 
-def draw_steps(course: Course, steps: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Where steps of a student of N = `steps` steps begin and end: two times (B,) in float64.
+def draw_steps(course: Course, steps: int, draws: Draws, replaced: int = 2) -> list[Tensor]:
+    """Where steps of a student of N = `steps` steps begin, where its teacher's steps between do, and where they end.
 
-    Deterministic: from i/N to (i - 1)/N. Encoding: the other way. Stochastic: from i/2N, as long as a deterministic
-    step, for the sampler of 2N calls that goes two of its own steps forth and one back; the last one is half as long
-    (Meng et al. 2023, section 3.3).
+    Times (B,) in float64, one more than the steps of the teacher that one of the student's replaces, all on the
+    teacher's grid. Deterministic: from i/N to (i - 1)/N. Encoding: the other way. Stochastic: from i/2N, as long as a
+    deterministic step, for the sampler of 2N calls that goes two of its own steps forth and one back; the last one,
+    from 1/2N, is half as long, which is one step of the teacher (Meng et al. 2023, section 3.3).
     """
     if course == "stochastic":
         t = draw_times(2 * steps, draws)
-        return t, (t - 1 / steps).clamp(min=0)
+        t_next = (t - 1 / steps).clamp(min=0)
+        return [t, t_next + 0.5 / steps, t_next]
     t = draw_times(steps, draws)
-    earlier = ((t * steps).round() - 1) / steps
-    return (earlier, t) if course == "encoding" else (t, earlier)
+    times = [t, *(t - k / (replaced * steps) for k in range(1, replaced)), ((t * steps).round() - 1) / steps]
+    return times[::-1] if course == "encoding" else times
 
 
 def progressive_loss(
@@ -159,10 +153,10 @@ def progressive_loss(
     replaced: int = 2,
 ) -> Tensor:
     """Stage 2: one step of the N-step student matches the DDIM steps of its teacher that it replaces, at the same w."""
-    t, t_next = (times.to(batch.x) for times in draw_steps(course, steps, draws))
+    times = [t.to(batch.x) for t in draw_steps(course, steps, draws, replaced)]
     w = draw_guidance(w_range, draws).to(batch.x)
-    alpha, sigma = schedule.at(t, batch.x)
+    alpha, sigma = schedule.at(times[0], batch.x)
     z = diffuse(batch.x, draws.normal(batch.x), alpha, sigma)
     with torch.no_grad():
-        target = target_of_steps(teacher, schedule, z, t, t_next, batch.condition, w, replaced)
-    return weighted_loss(student(z, t, batch.condition, w), target, alpha, sigma, weighting)
+        target = target_along(teacher, schedule, z, times, batch.condition, w)
+    return weighted_loss(student(z, times[0], batch.condition, w), target, alpha, sigma, weighting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
 Array = NDArray[np.float64]
+DISTANCES_AT_ONCE = 1 << 20
 
 
 class MetricError(ValueError):
@@ -156,16 +158,29 @@ def precision_and_recall(real: ArrayLike, generated: ArrayLike, neighbours: int)
             f"precision and recall of {neighbours} neighbours cannot be had from {len(real)} real and "
             f"{len(generated)} generated images: they need equally many, and more than neighbours"
         )
-    between = cdist(real, generated)
-    precision = (between <= _neighbour_distances(real, neighbours)[:, None]).any(axis=0).mean()
-    recall = (between <= _neighbour_distances(generated, neighbours)).any(axis=1).mean()
-    return float(precision), float(recall)
+    radii, generated_radii = _neighbour_distances(real, neighbours), _neighbour_distances(generated, neighbours)
+    is_near_real, is_near_generated = np.zeros(len(generated), bool), np.zeros(len(real), bool)
+    for rows, between in _distances(real, generated):
+        is_near_real |= (between <= radii[rows, None]).any(axis=0)
+        is_near_generated[rows] = (between <= generated_radii).any(axis=1)
+    return float(is_near_real.mean()), float(is_near_generated.mean())
 
 
 def _neighbour_distances(x: Array, neighbours: int) -> Array:
     """The distance (N,) from each of x (N, D) to its k-th nearest neighbour; the nearest of all is itself."""
-    distances: Array = np.partition(cdist(x, x), neighbours, axis=1)[:, neighbours]
-    return distances
+    found = np.empty(len(x))
+    for rows, distances in _distances(x, x):
+        distances.partition(neighbours, axis=1)
+        found[rows] = distances[:, neighbours]
+    return found
+
+
+def _distances(x: Array, y: Array) -> Iterator[tuple[slice, Array]]:
+    """The distances (n, M) from rows of x (N, D), which a slice tells, to y (M, D), some rows at once."""
+    count = max(1, DISTANCES_AT_ONCE // len(y))
+    for start in range(0, len(x), count):
+        rows = slice(start, start + count)
+        yield rows, cdist(x[rows], y)
 
 
 def root_mean_square_error(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> float:

@@ -47,10 +47,8 @@ class PipelinePrompts:
         return sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
 
     def text_graph(self) -> TextGraph:
-        """The text encoder and its tokenizer. Raises ValueError for a pipeline of two encoders."""
+        """The text encoder, for a pipeline with one, and its tokenizer."""
         pipeline = self._pipeline
-        if getattr(pipeline, "text_encoder_2", None) is not None:
-            raise ValueError("a bundle has one text encoder, this pipeline has two")
         tokenizer = pipeline.tokenizer
         module = _ContextGraph(pipeline.text_encoder.cpu(), tokenizer.pad_token_id)
         backend = tokenizer.backend_tokenizer.to_str()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.guidance import Condition
-from training.store import hash_of
+from training.store import hash_of, to_disk
 
 ROWS = 128
 
@@ -59,7 +59,7 @@ class PromptEncoder(Protocol):
         ...
 
     def text_graph(self) -> TextGraph:
-        """What a bundle needs of it. Raises ValueError if a bundle has no place for it."""
+        """What a bundle needs of it."""
         ...
 
 
@@ -74,6 +74,7 @@ def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=".captions-"))
         try:
             _write(encoder, captions, partial)
+            to_disk(partial)
             encoder.release()
             try:
                 partial.rename(folder)

@@ -236,6 +236,13 @@ class EncoderRecipe(Stage2Recipe):
             raise ValueError("an encoder cannot be stochastic")
         return self
 
+    @model_validator(mode="after")
+    def encoders_learn_their_first_step(self) -> Self:
+        """It starts from clean data, where sigma is 0 and so is what uniform weighting multiplies an error of v by."""
+        if any(round_.weighting == "uniform" for round_ in self.rounds):
+            raise ValueError("weighting 'uniform' teaches an encoder nothing of its first step: choose another")
+        return self
+
 
 class ScaleRecipe(Section):
     """How a run fits its machines. Nothing here changes what is computed, but for rounding.

@@ -204,10 +204,7 @@ class Run:
         require_fit(stream, self.shape, condition, self.made_with(recipe.classes))
         if stream.index.made_with is None and self.accelerator.is_main_process:
             tqdm.write(f"{recipe.address}: {UNCHECKED}")
-        numbers = None
-        if recipe.classes:
-            count = torch.arange(len(recipe.classes))
-            numbers = count if self.pipeline is None else self.pipeline.labels(recipe.classes)
+        numbers = self._numbers(recipe.classes) if recipe.classes else None
         return StreamedTensors(stream, recipe.classes, numbers, self.constants)
 
     def made_with(self, classes: tuple[str, ...]) -> MadeWith:
@@ -220,7 +217,15 @@ class Run:
 
     def labels(self, labels: Tensor) -> Tensor:
         """The teacher's numbers for labels that count the classes of the data."""
-        return labels if self.pipeline is None else self.pipeline.labels(self.data.classes)[labels]
+        return self.class_numbers[labels]
+
+    @property
+    def class_numbers(self) -> Tensor:
+        """The teacher's number (K,) of each of the K classes of the data."""
+        return self._numbers(self.data.classes)
+
+    def _numbers(self, classes: tuple[str, ...]) -> Tensor:
+        return torch.arange(len(classes)) if self.pipeline is None else self.pipeline.labels(classes)
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -263,7 +268,7 @@ class Run:
         teacher = self.recipe.teacher
         assert isinstance(teacher, CheckpointRecipe)
         label = self.pipeline.null_label(teacher.null_class)
-        if label in self.pipeline.labels(self.data.classes):
+        if label in self.class_numbers:
             raise TrainingError(
                 f"{self.pipeline.folder} has no class left that stands for none: name one as null_class, or a second "
                 "pipeline as unconditional"

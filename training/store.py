@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+Kept = TypeVar("Kept")
 Inputs = Mapping[str, Any]
 
 
@@ -42,7 +44,7 @@ def hash_of_files(paths: Sequence[Path]) -> str:
 
 
 class Store:
-    """A folder of arrays and figures. A file in it is whole: it is written under another name and renamed."""
+    """A folder of arrays and figures. One that cannot be read, as a broken disk may leave it, is made again."""
 
     def __init__(self, folder: Path) -> None:
         """Keep results in `folder`, which is made when the first one is."""
@@ -55,25 +57,47 @@ class Store:
     def array(self, kind: str, inputs: Inputs, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         """The array that was kept for these inputs, or else the one that `make` returns, kept from now on."""
         path = self._path(kind, inputs, "npy")
-        if not path.exists():
-            made = make()
+        kept = _kept(path, _load_array)
+        if kept is None:
+            kept = make()
             with whole_file(path) as partial, partial.open("wb") as file:
-                np.save(file, made, allow_pickle=False)
-        kept: NDArray[Any] = np.load(path, allow_pickle=False)
+                np.save(file, kept, allow_pickle=False)
         return kept
 
     def figures(self, kind: str, inputs: Inputs, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The JSON object that was kept for these inputs, or else the one that `make` returns, kept from now on."""
         path = self._path(kind, inputs, "json")
-        if not path.exists():
-            made = make()
+        kept = _kept(path, _load_figures)
+        if kept is None:
+            text = json.dumps({"inputs": inputs, "figures": make()}, indent=1)
             with whole_file(path) as partial:
-                partial.write_text(json.dumps({"inputs": inputs, "figures": made}, indent=1))
-        kept: dict[str, Any] = json.loads(path.read_text())["figures"]
+                partial.write_text(text)
+            kept = json.loads(text)["figures"]
         return kept
 
     def _path(self, kind: str, inputs: Inputs, suffix: str) -> Path:
         return self.folder / kind / f"{hash_of(inputs)[:20]}.{suffix}"
+
+
+def _load_array(path: Path) -> NDArray[Any]:
+    kept: NDArray[Any] = np.load(path, allow_pickle=False)
+    return kept
+
+
+def _load_figures(path: Path) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads(path.read_text())["figures"]
+    return kept
+
+
+def _kept(path: Path, load: Callable[[Path], Kept]) -> Kept | None:
+    """What a file keeps; None if it is not there or cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except (ValueError, EOFError) as error:
+        tqdm.write(f"{path} cannot be read and is made again: {error}")
+        return None
 
 
 def to_disk(path: Path) -> None:
@@ -88,8 +112,9 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the writing is done without an error."""
+    """A name to write to, which becomes `path` when the writing is done without an error and the disk holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     yield partial
+    to_disk(partial)
     partial.replace(path)

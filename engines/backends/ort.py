@@ -130,7 +130,11 @@ class OrtCudaEngine(OrtEngine):
 
 
 class OrtTensorrtEngine(OrtCudaEngine):
-    """The same by ONNX Runtime's TensorRT provider, which builds its plans when it first meets a shape."""
+    """The same by ONNX Runtime's TensorRT provider, which builds its plans when it first meets a shape.
+
+    Every tensor has the type that the graph, cast beforehand, gives it: the provider's own settings for fp16 and bf16
+    would let TensorRT lower what is to stay in fp32.
+    """
 
     provider = TENSORRT
 
@@ -144,8 +148,6 @@ class OrtTensorrtEngine(OrtCudaEngine):
             "trt_engine_cache_path": str(folder),
             # The provider's own key leaves out the weights.
             "trt_engine_cache_prefix": f"ort-{self._graph.sha256[:16]}-{options.precision}",
-            "trt_fp16_enable": "1" if options.precision == "fp16" else "0",
-            "trt_bf16_enable": "1" if options.precision == "bf16" else "0",
         }
         return [(TENSORRT, settings), CUDA]
 

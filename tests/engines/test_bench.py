@@ -91,6 +91,16 @@ def test_operations_of_convolutions(tmp_path: Path) -> None:
     assert count_operations(graph) == convolution + transposed + 2 * 7 * 5 * 8 * 8
 
 
+def test_operations_of_an_image_are_those_of_the_runs_that_are_timed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benching, "count_operations", lambda graph: {"text": 1000, "step": 10, "decode": 1}[graph.role])
+    running = Bench(bundle, [Contender("fake")], (2,), EngineOptions(1))
+    (speed,) = running.speeds(4, 1)
+    assert speed.operations == 2 * (4 * 10 + (1 if bundle.manifest.space == "latent" else 0))
+    running.close()
+
+
 def test_a_backend_against_itself_is_no_error_and_against_another_one_is(text_bundle: Bundle) -> None:
     running = Bench(text_bundle, [Contender("ort"), Contender("fake")], (1, 2), EngineOptions(1))
     same, other = running.parities(4, Contender("ort"))
@@ -120,6 +130,7 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
     assert result.output.count("| `ort` |") == 2
     assert result.output.count("| `fake` |") == 3
     assert "1 CPU thread." in result.output
+    assert "Prompts were encoded before" in result.output
     document = strict_json(call(text_bundle.path, *options, "--json").output)
     assert [parity["image_psnr_db"] for parity in document["parities"]] == [None]
     assert [speed["batch"] for speed in document["speeds"]] == [1, 2]

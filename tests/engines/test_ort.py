@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto
 
-from engines.backends import cores, open_engine
+from engines.backends import cores, open_engine, ort
 from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.bundle import Bundle
+from engines.plans import Precision
 from tests.bundles import GraphBuilder
 
 
@@ -101,6 +104,29 @@ def test_int8_weights_are_unpacked_at_load(tmp_path: Path) -> None:
     expected = np.einsum("oi,bihw->bohw", weight[:, :, 0, 0] * scale[:, None], image)
     np.testing.assert_allclose(latent, expected, atol=1e-4)
     assert TensorProto.INT8 in {tensor.data_type for tensor in builder.constants}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_tensorrt_provider_is_given_the_precision_by_the_graph_alone(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    """Its own settings for a precision would override the types of the graph's tensors."""
+    given: list[tuple[set[int], dict[str, str]]] = []
+
+    def load(path: Path, options: Any, providers: list[Any]) -> Any:
+        types = {node.attribute[0].i for node in onnx.load(path).graph.node if node.op_type == "Cast"}
+        given.append((types, providers[0][1]))
+        raise EngineError("there is no device")
+
+    monkeypatch.setattr(ort.ort, "get_available_providers", lambda: [ort.TENSORRT])
+    monkeypatch.setattr(ort, "_load", load)
+    graph = text_bundle.graphs()["step-1.onnx"]
+    with pytest.raises(EngineError, match="no device"):
+        ort.OrtTensorrtEngine(graph, EngineOptions(precision=precision, plans=tmp_path))
+    ((types, settings),) = given
+    lowered = {"fp32": set(), "fp16": {TensorProto.FLOAT16}, "bf16": {TensorProto.BFLOAT16}}[precision]
+    assert types & {TensorProto.FLOAT16, TensorProto.BFLOAT16} == lowered
+    assert not [name for name in settings if name.endswith(("fp16_enable", "bf16_enable", "int8_enable"))]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("400000 100000", 4)])

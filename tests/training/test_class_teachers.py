@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from engines.bundle import Bundle
+from engines.pipeline import Pipeline
+from engines.rows import noise_of
+from engines.tasks import Generate
 from tests import pipelines
 from training.data.place import StreamError
 from training.distill import distill, encoder_stage, student_stage, train_teacher
 from training.draws import Draws
-from training.export import export
-from training.graphs import ExportError
+from training.export import export, step_graph
 from training.loop import TrainingError
 from training.precompute import precompute
 from training.recipe import DataRecipe, Recipe
@@ -74,19 +78,44 @@ def check_student(run: Run) -> None:
     assert [row["stage"] for row in rows] == ["student-2", "student-1", "encoder-2"]
 
 
-def test_a_dit_in_latents(images: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", images, 32, checkpoint=pipelines.dit(tmp_path / "dit"))
+def name_classes(checkpoint: Path) -> Path:
+    """Give a teacher of three classes names for them in another order than that of the images."""
+    index = checkpoint / "model_index.json"
+    names = {"id2label": {"0": "cat", "1": "ant", "2": "bee"}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | names))
+    return checkpoint
+
+
+def check_bundle(run: Run, bundle: Bundle) -> None:
+    """For each of its classes, by name, it takes the steps that the student takes for the teacher's number."""
+    names = bundle.manifest.classes
+    with Pipeline.open(bundle.path) as pipeline:
+        rows = pipeline.prepare([Generate(name, 1, 1.0, seed=3) for name in names])
+        pipeline.tick(rows)
+    z = torch.from_numpy(noise_of(3, run.shape)).repeat(len(names), 1, 1, 1)
+    label = {"label": run.labels(torch.arange(len(names)))}
+    expected = sample(run.denoiser(student_stage(1)), run.schedule.grid(1), z, label, torch.ones(len(names)))
+    torch.testing.assert_close(torch.from_numpy(np.stack([row.z for row in rows])), expected, atol=1e-3, rtol=0)
+    assert (expected[0] - expected[1:]).flatten(1).abs().amax(1).min() > 1e-2
+
+
+def test_a_dit_in_latents_with_classes_in_another_order(images: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images, 32, checkpoint=name_classes(pipelines.dit(tmp_path / "dit")))
     check_student(run)
     assert run.null["label"] == pipelines.CLASSES
-    bundle = export(run, tmp_path / "bundle")
-    assert isinstance(bundle, Bundle)
+    bundle = export(run, tmp_path / "bundle", ("fp32",))
     assert bundle.manifest.classes == ("ant", "bee", "cat")
+    check_bundle(run, bundle)
 
 
-def test_a_unet_in_pixels_with_a_null_class(images: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet"))
+def test_a_unet_in_pixels_with_a_null_class_and_some_of_its_classes(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "bee", tmp_path / "images" / "1")
+    shutil.copytree(images / "cat", tmp_path / "images" / "2")
+    run = make_run(tmp_path / "run", tmp_path / "images", 8, checkpoint=pipelines.class_unet(tmp_path / "unet"))
     check_student(run)
-    assert export(run, tmp_path / "bundle").manifest.space == "pixel"
+    bundle = export(run, tmp_path / "bundle", ("fp32",))
+    assert bundle.manifest.space == "pixel"
+    check_bundle(run, bundle)
 
 
 def test_a_unet_guided_by_a_second_one_without_classes(images: Path, tmp_path: Path) -> None:
@@ -139,21 +168,8 @@ def test_a_checkpoint_that_brings_its_network_takes_no_other(images: Path) -> No
         )
 
 
-def test_an_inpainting_network_is_not_exported(tmp_path: Path) -> None:
-    from tests.training.test_pipelines import recipe, write_squares
-
-    write_squares(tmp_path / "squares")
-    checkpoint = pipelines.stable_diffusion(tmp_path / "sd", in_channels=9)
-    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
-    with pytest.raises(ExportError, match="no inputs for the mask"):
-        export(run, tmp_path / "bundle")
-
-
 def test_streamed_labels_are_the_teachers_numbers(images: Path, tmp_path: Path) -> None:
-    checkpoint = pipelines.dit(tmp_path / "dit")
-    index = checkpoint / "model_index.json"
-    names = {"id2label": {"0": "cat", "1": "ant", "2": "bee"}}
-    index.write_text(json.dumps(json.loads(index.read_text()) | names))
+    checkpoint = name_classes(pipelines.dit(tmp_path / "dit"))
     run = make_run(tmp_path / "run", images, 32, checkpoint=checkpoint)
     precompute(run, str(tmp_path / "shards"), per_shard=5)
     data = DataRecipe(source="stream", address=str(tmp_path / "shards"), size=32, classes=("ant", "bee", "cat"))
@@ -162,6 +178,11 @@ def test_streamed_labels_are_the_teachers_numbers(images: Path, tmp_path: Path) 
     ours, theirs = (r.data.batch(items, Draws(0, 0, range(12)), device).condition["label"] for r in (streamed, run))
     assert torch.equal(ours, theirs)
     assert set(ours.tolist()) == {0, 1, 2}
+    graph, example = step_graph(streamed, "teacher", 2)
+    (places,) = (value for name, value in zip(graph.input_names, example.at(12), strict=True) if name == "label")
+    sent = streamed.data.batch(Draws(0, 12, range(12)).integers(12), Draws(0, 12, range(12)), device)
+    assert graph.numbers is not None
+    assert torch.equal(graph.numbers[places], sent.condition["label"])
     index = tmp_path / "shards" / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"made_with": None}))  # as older ones are
     few = data.model_copy(update={"classes": ("ant", "bee")})

@@ -77,7 +77,9 @@ def test_it_minimises(tmp_path: Path) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def train_with(faults: dict[int, float | Killed], folder: Path, **changes: object) -> nn.Module:
+def train_with(
+    faults: dict[int, float | Killed], folder: Path, pace: Pace = EVERY_UPDATE, **changes: object
+) -> nn.Module:
     """Train with the loss of some updates multiplied by a factor, or killed there."""
 
     def faulty(module: nn.Module, update: int, draws: Draws) -> Tensor:
@@ -87,7 +89,7 @@ def train_with(faults: dict[int, float | Killed], folder: Path, **changes: objec
         return loss(module, update, draws) * fault
 
     recipe = RECIPE.model_copy(update=changes)
-    return train(network(), faulty, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE)
+    return train(network(), faulty, recipe, folder, accelerator=Accelerator(cpu=True), seed=3, pace=pace)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
@@ -106,6 +108,18 @@ def test_a_skipped_update_leaves_no_trace_in_the_weights(tmp_path: Path) -> None
         assert torch.equal(after.state_dict()[name], value)
 
 
+def test_a_checkpoint_before_the_first_update_that_is_not_skipped_leaves_no_trace(tmp_path: Path) -> None:
+    first: dict[int, float | Killed] = dict.fromkeys(range(3), math.nan)
+    undisturbed = train_with(first, tmp_path / "never", pace=Pace(checkpoint_every_s=1e9))
+    saved = train_with(first, tmp_path / "saved")
+    with pytest.raises(Killed):
+        train_with({**first, 2: Killed()}, tmp_path / "killed")
+    resumed = train_with(first, tmp_path / "killed")
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value)
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
 def test_a_loss_that_jumps_is_skipped(tmp_path: Path) -> None:
     changes = {"updates": 40, "decay": "constant", "learning_rate": 1e-4}
     trained = train_with({39: 1e6}, tmp_path / "jump", **changes)
@@ -121,15 +135,18 @@ def test_more_skips_than_the_limit_stop_the_run_with_a_message(tmp_path: Path) -
 
 @pytest.mark.parametrize("error", [DataError("too many shards are lost"), None], ids=["lost shards", "skips"])
 def test_what_was_trained_before_a_run_gives_up_is_kept(tmp_path: Path, error: Exception | None) -> None:
-    def failing(module: nn.Module, update: int, draws: Draws) -> Tensor:
+    def load(update: int, draws: Draws) -> float:
         if update >= 7 and error is not None:
             raise error
-        return loss(module, update, draws) * (math.nan if update >= 7 else 1.0)
+        return math.nan if update >= 7 else 1.0
+
+    def failing(module: nn.Module, factor: float, draws: Draws) -> Tensor:
+        return loss(module, 0, draws) * factor
 
     with pytest.raises((DataError, TrainingError)):
         train(
             network(), failing, RECIPE.model_copy(update={"skip_limit": 2}), tmp_path / "run",
-            accelerator=Accelerator(cpu=True), seed=3, pace=Pace(checkpoint_every_s=3600.0),
+            accelerator=Accelerator(cpu=True), seed=3, load=load, pace=Pace(checkpoint_every_s=3600.0),
         )  # fmt: skip
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert kept["update"] == (7 if error else 10)
@@ -154,13 +171,15 @@ def test_small_parts_of_a_batch_add_up_to_the_whole(tmp_path: Path) -> None:
             assert torch.allclose(parts[name], value, atol=1e-6)
 
 
-def test_a_stage_ends_when_validation_brings_nothing_and_keeps_the_best(tmp_path: Path) -> None:
-    distances = iter([3.0, 1.0, 2.0, 2.0, 0.5])
-    seen = []
+@pytest.mark.parametrize(
+    "distances", [[3.0, 1.0, 2.0, 2.0, 0.5], [math.nan, 1.0, math.nan, 3.0, 0.5], [2.0, 1.0, math.inf, math.nan, 0.5]]
+)
+def test_a_stage_ends_when_validation_brings_nothing_and_keeps_the_best(tmp_path: Path, distances: list[float]) -> None:
+    left, seen = iter(distances), []
 
     def distance(module: nn.Module) -> float:
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
-        return next(distances)
+        return next(left)
 
     trained = train(
         network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE,
@@ -286,9 +305,11 @@ def test_a_torn_line_of_the_log_does_not_stop_a_resume(tmp_path: Path) -> None:
     assert [json.loads(line)["update"] for line in log.read_text().splitlines()] == list(range(1, 13))
 
 
-def test_the_end_of_training_is_saved_and_a_picture_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+def test_the_end_of_training_is_saved_and_a_picture_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
+    faults = iter([OSError("No space left on device"), DataError("too many shards are lost"), OSError("as before")])
+
     def unwritable(module: nn.Module, path: Path) -> None:
-        raise OSError("No space left on device")
+        raise next(faults)
 
     train(
         network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, sample=unwritable,

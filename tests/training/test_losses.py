@@ -119,26 +119,36 @@ def test_the_target_carries_one_step_where_two_lead(steps: int) -> None:
     v_half = teacher(z_half, t - 0.5 / steps, rows.condition, w)
     two = ddim_step(z_half, v_half, *half, *following)
 
-    target = losses.target_of_steps(teacher, SCHEDULE, z, t, t - 1 / steps, rows.condition, w)
+    target = losses.target_along(teacher, SCHEDULE, z, (t, t - 0.5 / steps, t - 1 / steps), rows.condition, w)
     assert torch.allclose(ddim_step(z, target, *now, *following), two, atol=1e-5)
     x = x_from_v(z, target, *now)[0]
     assert torch.allclose(x, x_from_v(z_half, v_half, *half)[0], atol=1e-4), "at t'' = 0, the teacher's x"
 
 
-@pytest.mark.parametrize("replaced", [1, 2, 3, 5])
-def test_the_target_carries_one_step_where_any_number_leads(replaced: int) -> None:
-    rows, steps = batch(4), 4
-    t = torch.arange(1, steps + 1) / steps
-    w = torch.linspace(0, 3, steps)
-    teacher = GuidedTeacher(gaussian_v, gaussian_v, NULL)
-    z = first = diffuse(rows.x, torch.randn(rows.x.shape, generator=generator_at(5, 0)), *SCHEDULE.at(t, rows.x))
-    for k in range(replaced):
-        begin, end = (t - j / replaced / steps for j in (k, k + 1))
-        v = teacher(z, begin, rows.condition, w)
-        z = ddim_step(z, v, *SCHEDULE.at(begin, z), *SCHEDULE.at(end, z))
-    target = losses.target_of_steps(teacher, SCHEDULE, first, t, t - 1 / steps, rows.condition, w, replaced)
-    reached = ddim_step(first, target, *SCHEDULE.at(t, z), *SCHEDULE.at(t - 1 / steps, z))
-    assert torch.allclose(reached, z, atol=1e-5)
+@pytest.mark.parametrize("replaced", [2, 3, 5])
+@pytest.mark.parametrize("course", ["deterministic", "encoding"])
+def test_a_step_may_replace_any_number_of_the_teachers(replaced: int, course: losses.Course) -> None:
+    steps, teacher = 4, Recorder(GuidedTeacher(gaussian_v, gaussian_v, NULL))
+    student = Recorder(lambda z, t, condition, w: torch.zeros_like(z))
+    loss = losses.progressive_loss(
+        student, teacher, SCHEDULE, batch(64), steps, (0.0, 4.0), draws(9, 64), course=course, replaced=replaced
+    )
+    assert loss > 0
+    ((z, t, condition, w),) = student.calls
+    assert torch.allclose(t * steps, (t * steps).round())
+    assert len(teacher.calls) == replaced
+    way = 1 if course == "encoding" else -1
+    for k, (seen, asked, _, same_w) in enumerate(teacher.calls):
+        now, following = t + way * k / replaced / steps, t + way * (k + 1) / replaced / steps
+        assert torch.allclose(asked, now, atol=1e-6)
+        assert torch.equal(same_w, w)
+        assert torch.allclose(seen, z, atol=1e-5)
+        z = ddim_step(z, teacher.denoiser(z, now, condition, w), *SCHEDULE.at(now, z), *SCHEDULE.at(following, z))
+    end = t + way / steps
+    begin = student.calls[0][0]
+    times = [t + way * k / replaced / steps for k in range(replaced + 1)]
+    target = losses.target_along(teacher, SCHEDULE, begin, times, condition, w)
+    assert torch.allclose(ddim_step(begin, target, *SCHEDULE.at(t, z), *SCHEDULE.at(end, z)), z, atol=1e-5)
 
 
 def test_progressive_loss_is_zero_for_a_teacher_whose_steps_compose() -> None:
@@ -209,30 +219,50 @@ def test_progressive_distillation_asks_on_the_grids_with_one_w(steps: int) -> No
 
 
 def test_a_stochastic_student_starts_at_half_steps_and_goes_whole_ones() -> None:
-    t, t_next = losses.draw_steps("stochastic", 4, draws(10, 500))
+    t, _, t_next = losses.draw_steps("stochastic", 4, draws(10, 500))
     assert torch.equal((t * 8).unique(), torch.arange(1.0, 9, dtype=torch.float64))
     assert torch.allclose(t - t_next, torch.where(t > 0.125, 0.25, 0.125).double())
     assert t_next.min() == 0
 
 
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_a_stochastic_students_teacher_is_asked_on_its_grid_alone(steps: int) -> None:
+    """And where the last step is one of the teacher's, its v is the target."""
+    teacher = Recorder(GuidedTeacher(gaussian_v, gaussian_v, NULL))
+    student = Recorder(lambda z, t, condition, w: torch.zeros_like(z))
+    losses.progressive_loss(
+        student, teacher, SCHEDULE, batch(500), steps, (1.0, 4.0), draws(9, 500), course="stochastic"
+    )
+    first, second = (t for _, t, _, _ in teacher.calls)
+    for t in (first, second):
+        assert torch.allclose(t * 2 * steps, (t * 2 * steps).round(), atol=1e-5)
+        assert t.min() > 0
+    ((z, t, condition, w),) = student.calls
+    last = (t * 2 * steps).round() == 1
+    assert torch.equal(last, first == second)
+    assert 0 < last.float().mean() < 1
+    target = losses.target_along(gaussian_v, SCHEDULE, z, (t, t, torch.zeros_like(t)), condition, w)
+    assert torch.allclose(target, gaussian_v(z, t, condition, w), atol=1e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 40])
 def test_an_encoder_goes_the_steps_of_the_sampler_in_reverse(steps: int) -> None:
     forward, reverse = (losses.draw_steps(course, steps, draws(11, 2000)) for course in ("deterministic", "encoding"))
-    assert torch.equal(forward[0], reverse[1])
-    assert torch.equal(forward[1], reverse[0])
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(reverse), strict=True))
     assert reverse[0].min() == 0
 
 
 def test_an_encoders_target_leads_where_two_steps_lead_from_clean_data_too() -> None:
     rows = batch(8)
     t, t_next = torch.arange(8) / 8, torch.arange(1, 9) / 8
+    t_half = (t + t_next) / 2
     w = torch.linspace(0, 3, 8)
     teacher = GuidedTeacher(gaussian_v, gaussian_v, NULL)
-    now, half, following = (SCHEDULE.at(time, rows.x) for time in (t, (t + t_next) / 2, t_next))
+    now, half, following = (SCHEDULE.at(time, rows.x) for time in (t, t_half, t_next))
     z = diffuse(rows.x, torch.randn(rows.x.shape, generator=generator_at(5, 0)), *now)
     z_half = ddim_step(z, teacher(z, t, rows.condition, w), *now, *half)
-    two = ddim_step(z_half, teacher(z_half, (t + t_next) / 2, rows.condition, w), *half, *following)
-    target = losses.target_of_steps(teacher, SCHEDULE, z, t, t_next, rows.condition, w)
+    two = ddim_step(z_half, teacher(z_half, t_half, rows.condition, w), *half, *following)
+    target = losses.target_along(teacher, SCHEDULE, z, (t, t_half, t_next), rows.condition, w)
     assert torch.allclose(ddim_step(z, target, *now, *following), two, atol=1e-5)
     assert target.isfinite().all()
 

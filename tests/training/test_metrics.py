@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
 
 from training.metrics import (
     MetricError,
@@ -148,6 +150,22 @@ def test_precision_and_recall_follow_their_definition() -> None:
     assert precision != recall
     assert min(precision, recall) > 0
     assert max(precision, recall) < 1
+
+
+def test_precision_and_recall_need_no_memory_for_all_distances_and_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, generated = draw(0, 1500, 4), 0.5 + draw(1, 1500, 4)
+    tracemalloc.start()
+    found = precision_and_recall(real, generated, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 1500**2
+    for at_once in (1, 7 * 1500, 1500**2):  # a row, rows that leave a rest, all
+        monkeypatch.setattr("training.metrics.DISTANCES_AT_ONCE", at_once)
+        assert precision_and_recall(real, generated, 5) == found
+    between, within = cdist(real, generated), np.sort(cdist(real, real), axis=1)[:, 5]
+    assert found[0] == (between <= within[:, None]).any(axis=0).mean()
 
 
 def test_precision_and_recall_tell_quality_from_variety() -> None:

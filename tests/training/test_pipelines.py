@@ -24,7 +24,7 @@ from engines.pipeline import Generate, Pipeline, noise_of
 from tests import pipelines
 from training import networks
 from training.data.inpainting import masked_condition
-from training.distill import distill, student_stage
+from training.distill import distill, student_stage, train_teacher
 from training.draws import Draws
 from training.export import export
 from training.graphs import ExportError
@@ -244,9 +244,26 @@ def test_a_pipeline_makes_several_images_and_heeds_no_negative_prompt(runs: Call
     assert apart(stock, (decode_all(run.autoencoder(), z) / 2 + 0.5).clamp(0, 1)) < TOLERANCE
 
 
-def test_a_bundle_of_two_text_encoders_is_refused(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="one text encoder"):
-        export(runs("sdxl"), tmp_path / "bundle")
+@pytest.mark.parametrize(
+    ("name", "reason"), [("sdxl", "one text encoder, this pipeline has two"), ("inpainting", "no inputs for the mask")]
+)
+def test_a_run_that_fits_no_bundle_says_so_before_it_trains_and_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, reason: str
+) -> None:
+    checkpoint = MAKERS[name](tmp_path / name)
+    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
+    train_teacher(run)
+    said = capsys.readouterr().out
+    assert "no bundle can be exported, only diffusers pipelines" in said
+    assert reason in said
+    with pytest.raises(ExportError, match=reason):
+        export(run, tmp_path / "bundle")
+
+
+def test_a_run_that_fits_a_bundle_says_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = MAKERS["sd1"](tmp_path / "sd1")
+    train_teacher(Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True)))
+    assert "bundle" not in capsys.readouterr().out
 
 
 def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ def test_faults_of_text_recipes_are_named(tmp_path: Path, change: str, to: str, 
         Recipe.load(tmp_path / "faulty.toml")
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"), [('weighting = "uniform"', "nothing of its first step"), ("stochastic = true", "stochastic")]
+)
+def test_what_an_encoder_cannot_learn_with_is_refused(tmp_path: Path, setting: str, named: str) -> None:
+    head, encoder = DIGITS.split("[encoder]")
+    (tmp_path / "faulty.toml").write_text(f"{head}[encoder]{encoder.replace('updates', f'{setting}, updates', 1)}")
+    with pytest.raises(RecipeError, match=f"encoder.*{named}"):
+        Recipe.load(tmp_path / "faulty.toml")
+
+
 def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="absent"):
         Recipe.load(tmp_path / "absent.toml")

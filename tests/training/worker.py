@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from training.data.entries import DataError
 from training.draws import Draws
 from training.loop import train
 from training.recipe import Optimisation
@@ -48,6 +49,13 @@ class ShardedAccelerator(Accelerator):  # type: ignore[misc]
         return whole
 
 
+def load(update: int, draws: Draws) -> int:
+    """The update, but for the process whose data end."""
+    if (os.environ.get("RANK"), str(update)) == (os.environ.get("LOST_RANK"), os.environ.get("LOST_AT")):
+        raise DataError("too many shards are lost")
+    return update
+
+
 def loss(module: nn.Module, update: int, draws: Draws) -> Tensor:
     """Sines from data and noise of each row."""
     if update == int(os.environ.get("KILLED_AT", "-1")):
@@ -64,10 +72,10 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
     accelerator = (ShardedAccelerator if "SHARDED" in os.environ else Accelerator)(cpu=True)
-    pace = Pace(log_every=1, checkpoint_every_s=-1.0)
+    pace = Pace(log_every=1, checkpoint_every_s=float(os.environ.get("CHECKPOINT_EVERY_S", "-1")))
     if limit := int(os.environ.get("FILE_BYTES", "0")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    trained = train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, pace=pace)
+    trained = train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, load=load, pace=pace)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if accelerator.is_main_process:
         torch.save(trained.state_dict(), folder / "weights.pt")
