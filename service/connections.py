@@ -31,9 +31,9 @@ def bound_connections(max_inflight: int) -> int:
     There is room for ``max_inflight`` requests for images, as many who follow jobs, and some more, where the system
     lets there be.
     """
-    files = _raise_open_files()
     needed = 2 * max_inflight
-    connections = max(1, min(needed + _SPARE_CONNECTIONS, files - _OTHER_FILES))
+    files = _raise_open_files(needed + _SPARE_CONNECTIONS + _OTHER_FILES)
+    connections = max(files - _OTHER_FILES, files // 2)
     if connections < needed:
         logger.warning(
             "the system's bound on open files (ulimit -n) leaves fewer connections than max_inflight asks for",
@@ -42,14 +42,18 @@ def bound_connections(max_inflight: int) -> int:
     return connections
 
 
-def _raise_open_files() -> int:
+def _raise_open_files(wanted: int) -> int:
+    """Have at least so many open files, or as many as the system grants; returns how many of them there may be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
     except (ValueError, OSError):
         # Some systems name a bound that they do not grant.
         return soft
-    return hard
+    return granted
 
 
 class Connection(H11Protocol):

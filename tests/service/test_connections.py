@@ -141,17 +141,28 @@ def test_one_connection_too_many_is_turned_away(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hard", "connections", "warned"),
-    [(1_048_576, 7168, False), (6500, 6244, False), (1024, 768, True), (100, 1, True)],
+    ("hard", "raised_to", "connections", "warned"),
+    [
+        (resource.RLIM_INFINITY, 7424, 7168, False),
+        (1_048_576, 7424, 7168, False),
+        (6500, 6500, 6244, False),
+        (1024, 1024, 768, True),
+        (100, 100, 50, True),
+    ],
 )
 def test_open_files_bound_the_connections(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hard: int, connections: int, warned: bool
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    hard: int,
+    raised_to: int,
+    connections: int,
+    warned: bool,
 ) -> None:
     raised = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (min(1024, hard), hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100 if hard == 100 else 1024, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     assert bound_connections(max_inflight=3072) == connections
-    assert raised == [(hard, hard)]
+    assert raised == [(raised_to, hard)]
     assert any("ulimit -n" in record.message for record in caplog.records) is warned
 
 
