@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from math import gcd, isqrt
+from math import gcd
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,6 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.models.embeddings import LabelEmbedding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from training.diffusion import TO_V, Prediction, Schedule
 from training.guidance import Condition
@@ -127,12 +126,8 @@ class NetworkDenoiser(nn.Module):
         return TO_V[self.prediction](z, output.to(z.dtype), alpha, sigma)
 
     def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
-        seen = pixel_unshuffle(z, patch_side(self.network, z.shape[1]))
         with self.guidance_input.given(w) if self.guidance_input is not None else nullcontext():
-            output = self._output(seen, timestep, condition, w)[
-                :, : seen.shape[1]
-            ]  # a DiT may give a variance after it
-        return pixel_shuffle(output, patch_side(self.network, z.shape[1]))
+            return self._output(z, timestep, condition, w)[:, : z.shape[1]]  # a DiT may give a variance after it
 
     def _output(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
         output: Tensor
@@ -155,11 +150,6 @@ class NetworkDenoiser(nn.Module):
         else:
             output = self.network(z, timestep=timestep, class_labels=condition["label"], return_dict=False)[0]
         return output
-
-
-def patch_side(network: Network, channels: int) -> int:
-    """The side, in places of z with so many channels, of the patches that a network of patches makes; 1 for others."""
-    return isqrt(int(network.config["out_channels"] or channels) // channels)
 
 
 def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
@@ -229,10 +219,9 @@ def build_unet(
     """An untrained teacher network for latents (c, h, w), conditioned on text or on `classes` and a null class.
 
     Time, and the class or the text as a whole (pooled by attention), scale and shift every block; the levels attend
-    to the tokens as well. With patches (Hoogeboom et al., "simple diffusion", ICML 2023, section 3.3) the network sees
-    a patch as one place with its channels side by side.
+    to the tokens as well.
     """
-    channels, height = latent_shape[0] * recipe.patch**2, latent_shape[1] // recipe.patch
+    channels, height, _ = latent_shape
     levels = len(recipe.channels)
     attention = "CrossAttn" if context_dim else ""
     return UNet2DConditionModel(

@@ -114,21 +114,18 @@ class AutoencoderRecipe(Optimisation):
 
 
 class NetworkRecipe(Section):
-    """The denoiser, a UNet2DConditionModel. It sees patches of `patch` times `patch` pixels, or latents, as one."""
+    """The denoiser, a UNet2DConditionModel."""
 
     channels: Channels
-    patch: Positive = 1
     layers_per_block: Positive = 1
     attention_heads: Positive = Field(default=4, description="Of networks that attend to text.")
     norm_groups: Positive = 32
 
     def check_side(self, side: int) -> None:
         """Raise ValueError for a side, in pixels or of a latent, that the network cannot see."""
-        if side % self.patch:
-            raise ValueError(f"network: a side of {side} does not divide into patches of {self.patch}")
-        places, halvings = side // self.patch, len(self.channels) - 1
-        if places < 2**halvings:
-            raise ValueError(f"network: a side of {places} cannot be halved {halvings} times")
+        halvings = len(self.channels) - 1
+        if side < 2**halvings:
+            raise ValueError(f"network: a side of {side} cannot be halved {halvings} times")
 
 
 def halved(name: str, side: int, halvings: int) -> int:

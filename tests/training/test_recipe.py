@@ -34,7 +34,6 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("steps = [4, 2, 1]", "steps = []", "export.steps"),
         ("steps = [4, 2, 1]", "steps = [4, 4]", "twice"),
         ("channels = [32, 64]", "channels = [8, 8, 8, 8, 8]", "cannot be halved"),
-        ("norm_groups = 8", "norm_groups = 8\npatch = 3", "patches of 3"),
         ("norm_groups = 8", "norm_groups = 7", "norm_groups"),
         ("norm_groups = 8", "attention_heads = 2", "text conditioning only"),
         ('conditioning = "class"', 'conditioning = "text"', "no captions"),
@@ -101,7 +100,7 @@ def test_a_record_may_be_older_than_a_setting_that_has_its_default() -> None:
     assert recipe.differences(record) == []
     del record["teacher"]["spike"], record["stage2"]["rounds"][0]["patience"], record["scale"]
     assert recipe.differences(record) == ["scale"], "compile is not its default"
-    del record["network"]["patch"], record["stage2"]["rounds"][0]["steps"]
+    del record["network"]["norm_groups"], record["stage2"]["rounds"][0]["steps"]
     record["stage1"]["gone"] = 1
     assert recipe.differences(record) == ["network", "scale", "stage1", "stage2"]
     record = json.loads(recipe.portable_json())
