@@ -202,8 +202,9 @@ def _as_multipart(schema: dict[str, Any], image_list: str | None) -> dict[str, A
         description = schema["properties"][name].get("description", "")
         schema["properties"][name] = {"type": "string", "format": "binary", "description": description}
     if image_list is not None:
-        description = "The image, by its other name: one of the two."
-        schema["properties"][image_list] = {**schema["properties"]["image"], "description": description}
+        # In words alone: generators of requests that mix files with alternatives are at a loss.
         schema["required"].remove("image")
-        schema["anyOf"] = [{"required": [name]} for name in ("image", image_list)]
+        for name, other in (("image", image_list), (image_list, "image")):
+            described = f"The image to edit. Give this or `{other}`, one of the two."
+            schema["properties"][name] = {**schema["properties"]["image"], "description": described}
     return schema
