@@ -48,7 +48,7 @@ async def openai_generations(request: Request) -> Response:
     return await _serve(request, ImagesGenerateBody)
 
 
-@router.post("/images/edits", summary="Image and text to images", **documented(ImagesEditBody, _ANSWER, _LIST))
+@router.post("/images/edits", summary="Image and text to images", **documented(ImagesEditBody, _ANSWER))
 async def openai_edits(request: Request) -> Response:
     """OpenAI's images.edit: /inpaint where there is a mask, else /edit.
 

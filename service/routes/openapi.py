@@ -102,20 +102,17 @@ def guarded(by_keys: bool) -> dict[str, Any]:
     }
 
 
-def documented(
-    model: type[Body], answer: dict[str, Any] | None = None, image_list: str | None = None
-) -> dict[str, Any]:
+def documented(model: type[Body], answer: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments for a route whose body is ``model``, as JSON or as multipart.
 
-    It gives ``answer``, and no jobs; or our own answer, or a job. ``image_list`` is another name of the image in
-    multipart.
+    It gives ``answer``, and no jobs; or our own answer, or a job.
     """
     schema = model.model_json_schema()
     body = {
         "required": True,
         "content": {
             "application/json": {"schema": schema, "example": _request_example(model)},
-            "multipart/form-data": {"schema": _as_multipart(schema, image_list)},
+            "multipart/form-data": {"schema": _as_multipart(schema)},
         },
     }
     extra = {"requestBody": body, "parameters": [_KEY] if answer else [_PREFER, _KEY]}
@@ -196,15 +193,9 @@ def _request_example(model: type[Body]) -> dict[str, Any]:
     return example | ({"strength": 0.75} if "strength" in model.model_fields else {"n": 1})
 
 
-def _as_multipart(schema: dict[str, Any], image_list: str | None) -> dict[str, Any]:
+def _as_multipart(schema: dict[str, Any]) -> dict[str, Any]:
     schema = copy.deepcopy(schema)
     for name in FILE_FIELDS & schema["properties"].keys():
         description = schema["properties"][name].get("description", "")
         schema["properties"][name] = {"type": "string", "format": "binary", "description": description}
-    if image_list is not None:
-        # In words alone: generators of requests that mix files with alternatives are at a loss.
-        schema["required"].remove("image")
-        for name, other in (("image", image_list), (image_list, "image")):
-            described = f"The image to edit. Give this or `{other}`, one of the two."
-            schema["properties"][name] = {**schema["properties"]["image"], "description": described}
     return schema

@@ -90,10 +90,10 @@ async def test_the_examples_are_valid(document: dict[str, Any], app: Running, pa
 
 def test_an_edit_of_theirs_has_one_image_by_either_name(document: dict[str, Any]) -> None:
     schema = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    for name, other in (("image", "image[]"), ("image[]", "image")):
-        assert schema["properties"][name]["format"] == "binary"
-        assert f"`{other}`, one of the two" in schema["properties"][name]["description"]
-        assert name not in schema["required"]
+    assert "image" in schema["required"]
+    assert schema["properties"]["image"]["format"] == "binary"
+    # In words alone: generators of requests fail at files that may be left out.
+    assert "image[]" in schema["properties"]["image"]["description"]
 
 
 def test_every_error_of_every_endpoint_has_the_one_shape(document: dict[str, Any]) -> None:
