@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings, strategies
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -51,17 +51,25 @@ def ask(address: str, path: str, method: str, mode: GenerationMode, examples: in
     """Ask in many ways, and hold every answer to the document."""
     operation = schemathesis.openapi.from_dict(DOCUMENT)[path][method]
 
-    # The same requests every time: at some the generator itself fails, where a file may be left out.
-    @settings(
-        max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
-    )
-    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=_generated(operation.as_strategy(generation_mode=mode)))
     def asked(case: schemathesis.Case) -> None:
         _give_time(case.body)
         # What the schema allows may still be more than the bundle can: that is a 422, and documented.
         case.call_and_validate(base_url=address, excluded_checks=[positive_data_acceptance])
 
     asked()
+
+
+@strategies.composite
+def _generated(draw: strategies.DrawFn, cases: strategies.SearchStrategy[schemathesis.Case]) -> schemathesis.Case:
+    """A case, passed over where the generator itself fails: it cannot check some mutations of forms with files."""
+    try:
+        return draw(cases)
+    except ValueError as error:
+        if "Unsupported type: 'Binary'" not in str(error):
+            raise
+        reject()
 
 
 def _give_time(body: Any) -> None:
