@@ -142,8 +142,6 @@ def test_a_teacher_from_a_checkpoint_takes_no_other_autoencoder(precomputed: tup
         Recipe.load(streaming(precomputed, tmp_path, f'{network}[teacher]\ncheckpoint = "x"\n{stages}'))
 
 
-
-
 @pytest.mark.parametrize(
     ("classes", "said"),
     [
