@@ -12,6 +12,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.errors import ApiError
+from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,14 @@ class Connection(H11Protocol):
     """One client's connection. Turned away where there are ``max_connections``, before it has cost more than a file.
 
     From its beginning, and again from the end of each answer, it has ``head_timeout_s`` until the next request's line
-    and headers are there; one that is late is closed.
+    and headers are there; one that is late is closed. What is refused here is counted by its code.
     """
 
-    def __init__(self, *args: Any, max_connections: int, head_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, metrics: Metrics, max_connections: int, head_timeout_s: float, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._metrics = metrics
         self._max_connections = max_connections
         self._head_timeout_s = head_timeout_s
         self._patience: asyncio.TimerHandle | None = None
@@ -111,6 +115,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
+        self._metrics.rejected.labels(error.code).inc()
         answer = error.response()
         status = HTTPStatus(answer.status_code)
         head = h11.Response(status_code=status, headers=answer.raw_headers, reason=status.phrase.encode())

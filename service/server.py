@@ -60,6 +60,7 @@ def run(settings: Settings) -> int:
     # Over h11, as it bounds the headers of a request, which httptools does not.
     connection = partial(
         Connection,
+        metrics=app.state.service.metrics,
         max_connections=bound_connections(settings.max_inflight),
         head_timeout_s=settings.body_timeout_s,
     )

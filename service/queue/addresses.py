@@ -6,8 +6,9 @@
     redis+cluster://[[user]:password@]host:6379,...            a cluster
 
 rediss://, rediss+sentinel:// and rediss+cluster:// are the same with TLS, to the sentinels too. The user and the
-password are those of the servers that hold the queue; sentinels are spoken to without any. An IPv6 address stands in
-brackets, as in redis+cluster://[::1]:6379. The address of one server may have options of redis-py, those in `_OPTIONS`.
+password are those of the servers that hold the queue; the options sentinel_username and sentinel_password are those of
+the sentinels. An IPv6 address stands in brackets, as in redis+cluster://[::1]:6379. The address of one server may have
+options of redis-py, those in `_OPTIONS`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _TLS_OPTIONS = (
     "ssl_cert_reqs",
     "ssl_check_hostname",
 )
+# What sentinels ask for, by the names that redis-py gives it.
+_SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 _HOST = re.compile(r"(?:\[(?P<address>[^\[\]]+)\]|(?P<name>[^\[\]:]+))(?::(?P<port>[0-9]{1,5}))?")
 # The first is longer than any command blocks, so that only a silent server runs into it.
 _SOCKETS: dict[str, Any] = {"socket_timeout": 5.0, "socket_connect_timeout": 2.0, "protocol": 2}
@@ -79,7 +82,7 @@ def open_for_threads(url: str) -> redis.Redis:
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in many.hosts]
         client = redis.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.tls, **many.access)
     else:
-        sentinel = redis.sentinel.Sentinel(many.hosts, sentinel_kwargs=_SOCKETS | many.tls)
+        sentinel = redis.sentinel.Sentinel(many.hosts, sentinel_kwargs=_SOCKETS | many.tls | many.sentinel_access)
         client = sentinel.master_for(many.name, db=many.database, **options, **many.tls, **many.access)
     opened: redis.Redis = client
     return opened
@@ -104,7 +107,9 @@ def open_for_coroutines(url: str) -> redis.asyncio.Redis:
             startup_nodes=nodes, **_CLUSTER, **options, **many.tls, **many.access
         )
     else:
-        sentinel = redis.asyncio.sentinel.Sentinel(many.hosts, sentinel_kwargs=_SOCKETS | many.tls)
+        sentinel = redis.asyncio.sentinel.Sentinel(
+            many.hosts, sentinel_kwargs=_SOCKETS | many.tls | many.sentinel_access
+        )
         client = sentinel.master_for(many.name, db=many.database, **options, **many.tls, **many.access)
     opened: redis.asyncio.Redis = client
     return opened
@@ -155,14 +160,16 @@ class _Many:
     database: int
     tls: dict[str, Any]
     access: dict[str, Any]
+    sentinel_access: dict[str, Any]
 
     @classmethod
     def of(cls, url: str) -> Self:
         """Read it. Raises ValueError, which quotes nothing of it."""
         scheme, _, rest = url.partition("://")
         base, kind = scheme.split("+")
-        if "?" in rest or "#" in rest:
-            raise ValueError("a queue's URL of several hosts has no options")
+        rest, _, options = rest.partition("?")
+        if "#" in url:
+            raise ValueError("a queue's URL of several hosts has no fragment: write # as %23")
         authority, _, path = rest.partition("/")
         credentials, _, listed = authority.rpartition("@")
         user, _, password = credentials.partition(":")
@@ -174,7 +181,16 @@ class _Many:
         if (kind == "sentinel") != bool(name) or not (database or "0").isdecimal():
             raise ValueError("the path of the queue's URL is /name or /name/database with sentinels, none in a cluster")
         hosts = [_host(text, _PORTS[kind]) for text in listed.split(",")]
-        return cls(kind, hosts, name, int(database or 0), tls, access)
+        return cls(kind, hosts, name, int(database or 0), tls, access, _sentinel_access(kind, options))
+
+
+def _sentinel_access(kind: str, options: str) -> dict[str, str]:
+    given = dict(parse_qsl(options, keep_blank_values=True))
+    known = _SENTINEL_OPTIONS if kind == "sentinel" else {}
+    if bool(options) != bool(given) or not given.keys() <= known.keys():
+        names = f"no options but {' and '.join(known)}" if known else "no options"
+        raise ValueError(f"a queue's URL of a {kind} has {names}")
+    return {known[name]: text for name, text in given.items() if text}
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:

@@ -111,10 +111,12 @@ class RedisServer:
 class Sentinel(RedisServer):
     """A sentinel that calls a server ``main``, and makes its replica the new one within seconds."""
 
-    def __init__(self, binary: str, folder: Path, master: RedisServer) -> None:
+    def __init__(self, binary: str, folder: Path, master: RedisServer, password: str | None = None) -> None:
         super().__init__(binary, folder)
+        self.password = password
         self.url = f"redis+sentinel://127.0.0.1:{self.port}/main"
         settings = [
+            *([f'requirepass "{password}"'] if password else []),
             f"port {self.port}",
             f"sentinel monitor main 127.0.0.1 {master.port} 1",
             "sentinel down-after-milliseconds main 500",

@@ -23,6 +23,7 @@ GOOD = [
     f"unix://user:{SECRET}@/run/redis.sock?db=2",
     f"redis+sentinel://user:{SECRET}@one,two:26380/main/1",
     "redis+sentinel://one/main",
+    f"redis+sentinel://one/main/1?sentinel_password={SECRET}&sentinel_username=watch",
     "rediss+cluster://one:7000,two:7001",
     "redis://[::1]:6380/0",
     f"redis+sentinel://:{SECRET}@[::1],one,[fe80::1%eth0]:26380/main",
@@ -46,6 +47,11 @@ BAD = [
     f"redis+sentinel://:{SECRET}@one,two",
     f"redis+sentinel://:{SECRET}@one/main/zero",
     f"redis+sentinel://:{SECRET}@one:port/main",
+    f"redis+sentinel://one/main?password={SECRET}",
+    f"redis+sentinel://one/main?sentinel_password={SECRET}&db=1",
+    f"redis+sentinel://one/main?{SECRET}",
+    f"redis+sentinel://one/main#{SECRET}",
+    f"redis+cluster://one?sentinel_password={SECRET}",
     f"redis+cluster://:{SECRET}@one,,two",
     f"redis+cluster://:{SECRET}@one/0",
     f"redis+cluster://:{SECRET}@one?db=1",
@@ -132,6 +138,16 @@ def test_sentinels() -> None:
         pool: Any = client.connection_pool
         found = pool.connection_kwargs
         assert (pool.service_name, found["db"], found["username"], found["password"]) == ("main", 1, "user", "p@ss")
+
+
+def test_sentinels_have_a_password_of_their_own() -> None:
+    url = "redis+sentinel://user:pass@one,two/main?sentinel_username=watch&sentinel_password=p%40ss"
+    for client in (open_for_threads(url), open_for_coroutines(url)):
+        for pool in sentinels_of(client):
+            found = pool.connection_kwargs
+            assert (found["username"], found["password"], found["socket_timeout"]) == ("watch", "p@ss", 5.0)
+        servers: Any = client.connection_pool
+        assert (servers.connection_kwargs["username"], servers.connection_kwargs["password"]) == ("user", "pass")
 
 
 async def test_sentinels_get_tls_and_no_password(anyio_backend: str) -> None:

@@ -40,7 +40,8 @@ HEAD_TIMEOUT_S = 0.5
 @contextmanager
 def bounded(app: FastAPI, max_connections: int = 100, timeout_s: float = HEAD_TIMEOUT_S) -> Iterator[uvicorn.Server]:
     """The app behind such connections, on a real port."""
-    connection = partial(Connection, max_connections=max_connections, head_timeout_s=timeout_s)
+    metrics = app.state.service.metrics
+    connection = partial(Connection, metrics=metrics, max_connections=max_connections, head_timeout_s=timeout_s)
     kind = cast(type[asyncio.Protocol], connection)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none", http=kind))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -67,6 +68,12 @@ def connect(port: int, sent: bytes = b"") -> socket.socket:
 def read(connection: socket.socket) -> bytes:
     """All that comes until the other side closes."""
     return b"".join(iter(partial(connection.recv, 65536), b""))
+
+
+def rejected(port: int) -> dict[str, float]:
+    """How many were turned away for each reason, by the metrics."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    return {reason: float(count) for reason, count in re.findall(r'fewstep_rejected_total{reason="(\w+)"} (\S+)', text)}
 
 
 def refusal(answer: bytes) -> tuple[int, dict[str, Any]]:
@@ -125,9 +132,11 @@ def test_an_answer_may_take_longer_than_a_head(settings: Settings, monkeypatch: 
 
 
 def test_what_is_no_http_is_refused_in_the_one_shape(settings: Settings) -> None:
-    with bounded(create_app(settings)) as server, connect(port_of(server), b"\x16\x03\x01\r\n\r\n") as connection:
-        status, found = refusal(read(connection))
-    assert (status, found["code"]) == (400, "invalid_http")
+    with bounded(create_app(settings)) as server:
+        with connect(port_of(server), b"\x16\x03\x01\r\n\r\n") as connection:
+            status, found = refusal(read(connection))
+        assert (status, found["code"]) == (400, "invalid_http")
+        assert rejected(port_of(server)) == {"invalid_http": 1}
 
 
 def test_one_connection_too_many_is_turned_away(settings: Settings) -> None:
@@ -141,6 +150,7 @@ def test_one_connection_too_many_is_turned_away(settings: Settings) -> None:
         assert (status, found["code"], found["retryable"]) == (503, "too_many_connections", True)
         assert b"retry-after: 1" in answer.lower()
         wait_until(lambda: alive(port))
+        assert rejected(port).items() >= {"too_many_connections": 1}.items()
 
 
 @pytest.mark.parametrize(

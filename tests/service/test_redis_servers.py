@@ -99,6 +99,15 @@ async def test_a_sentinel(anyio_backend: str, redis_path: str, redis_server: Red
         await works(sentinel.url, "a")
 
 
+async def test_a_sentinel_that_wants_a_password(
+    anyio_backend: str, redis_path: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    with Sentinel(redis_path, tmp_path, redis_server, "for: sentinels?") as sentinel:
+        await works(f"{sentinel.url}?sentinel_password=for%3A%20sentinels%3F", "a")
+        with pytest.raises(QueueUnavailable):
+            await works(sentinel.url, "b")
+
+
 @pytest.mark.slow
 async def test_a_failover(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
     master = RedisServer(redis_path, tmp_path)
