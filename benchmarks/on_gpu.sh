@@ -49,6 +49,8 @@ run() {
   # One part that fails must not cost the others.
   "$python" -m pytest -q -rs tests/engines/test_engine_contract.py tests/engines/test_trt.py > "$out/contract.txt" 2>&1 ||
     echo "contract tests failed: $out/contract.txt"
+  "$python" -m pytest -q -rs -m "slow or not slow" tests/training/test_networks.py >> "$out/contract.txt" 2>&1 ||
+    echo "compiled networks lose gradients, or could not be tested: $out/contract.txt"
   # It builds the plans that are missing and waits for them; a backend that cannot be built is left out.
   # shellcheck disable=SC2086
   "$python" -m fewstep bench shipped --skip --backend pytorch,ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16 \

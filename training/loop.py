@@ -32,6 +32,7 @@ from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws, generator_at
 from training.guard import Guard, signals
+from training.networks import compile_network
 from training.recipe import Optimisation, ScaleRecipe
 from training.report import Pace, Report
 
@@ -137,7 +138,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     state = _State(network.to(accelerator.device), recipe, accelerator, Checkpoints(folder))
     if scale.compile:
-        network.compile()
+        compile_network(network)
     state.load()
     parts = shares(recipe.batch_size, accelerator, scale.micro_batch)
     with Report(folder, recipe, state.update, pace, main=accelerator.is_main_process) as report, signals() as leave:

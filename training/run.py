@@ -29,7 +29,7 @@ from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError
-from training.networks import NetworkDenoiser, load_network, save_network
+from training.networks import NetworkDenoiser, compile_network, load_network, save_network
 from training.pipelines import has_pipeline, save_pipeline, student_card
 from training.prompts import PromptEncoder
 from training.recipe import CheckpointRecipe, Recipe, ScheduleName, TeacherRecipe
@@ -306,7 +306,7 @@ class Run:
     def compiled(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         """The denoiser, its network compiled if the recipe says so."""
         if self.recipe.scale.compile:
-            denoiser.network.compile()
+            compile_network(denoiser.network)
         return denoiser
 
     @property
