@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
+# Tests of a file stay together, as they share what is dear to make; files go out in order, the longest of them last.
+JOBS ?= 2
 SOURCES = engines training service fewstep.py tests benchmarks
 
 .DEFAULT_GOAL := help
@@ -14,7 +16,7 @@ serve: $(VENV)/serving ## Install what serving needs (no torch) and serve the bu
 	$(VENV)/bin/fewstep serve $(ARGS)
 
 test: $(VENV)/development ## Install the rest and run the tests
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nightly: $(VENV)/development ## Run every test, those that take minutes too
 	$(VENV)/bin/pytest -m "slow or not slow" $(ARGS)
