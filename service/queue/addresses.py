@@ -185,7 +185,8 @@ class _Many:
 
 
 def _sentinel_access(kind: str, options: str) -> dict[str, str]:
-    given = dict(parse_qsl(options, keep_blank_values=True))
+    # A plus is a plus here, as it is in the other password.
+    given = dict(parse_qsl(options.replace("+", "%2B"), keep_blank_values=True))
     known = _SENTINEL_OPTIONS if kind == "sentinel" else {}
     if bool(options) != bool(given) or not given.keys() <= known.keys():
         names = f"no options but {' and '.join(known)}" if known else "no options"

@@ -141,11 +141,11 @@ def test_sentinels() -> None:
 
 
 def test_sentinels_have_a_password_of_their_own() -> None:
-    url = "redis+sentinel://user:pass@one,two/main?sentinel_username=watch&sentinel_password=p%40ss"
+    url = "redis+sentinel://user:pass@one,two/main?sentinel_username=watch&sentinel_password=p%40s+s"
     for client in (open_for_threads(url), open_for_coroutines(url)):
         for pool in sentinels_of(client):
             found = pool.connection_kwargs
-            assert (found["username"], found["password"], found["socket_timeout"]) == ("watch", "p@ss", 5.0)
+            assert (found["username"], found["password"], found["socket_timeout"]) == ("watch", "p@s+s", 5.0)
         servers: Any = client.connection_pool
         assert (servers.connection_kwargs["username"], servers.connection_kwargs["password"]) == ("user", "pass")
 
