@@ -32,7 +32,7 @@ class Latency:
         """Start from the ticks of a warm-up, or from an expectation that the first tick overrides."""
         warm = [(float(rows), seconds, 1.0) for rows, seconds in (seconds_by_rows or {}).items()]
         self._start = _least_squares(warm) if warm else (expected_s_per_row, 0.0)
-        self._line = self._start
+        self._line: Line | None = self._start
         self._largest = max([1.0, *(rows for rows, _, _ in warm)])
         self._sums = [0.0] * 6
         self._measured = {rows: (seconds, 0) for rows, seconds in (seconds_by_rows or {}).items()}
@@ -47,7 +47,9 @@ class Latency:
 
     @property
     def line(self) -> Line:
-        """a in seconds a row, and b in seconds."""
+        """a in seconds a row, and b in seconds: fitted when it is asked for, which is seldom."""
+        if self._line is None:
+            self._line = self._fit()
         return self._line
 
     @property
@@ -87,25 +89,31 @@ class Latency:
         nothing run, and last.
         """
         if self._doubted:
-            self._line = _DOUBT * self._line[0], _DOUBT * self._line[1]
+            a, b = self.line
+            self._line = _DOUBT * a, _DOUBT * b
             self._measured = {rows: (_DOUBT * seconds, tick) for rows, (seconds, tick) in self._measured.items()}
         self._doubted = True
 
     def _on_line(self, rows: int) -> float:
-        return max(self._line[0] * rows + self._line[1], _SHORTEST_S)
+        a, b = self.line
+        return max(a * rows + b, _SHORTEST_S)
 
     def _follow(self, rows: float, seconds: float) -> None:
-        """Fit the line to the ticks so far, and to the line of the start, moved to the speed of the ticks so far.
-
-        The start holds the line's slope where all ticks are alike, and counts for little where they are not.
-        """
         a, b = self._start
         self._largest = max(self._largest, rows)
         new = (1.0, rows, seconds, rows * rows, rows * seconds, a * rows + b)
         self._sums = [_KEPT * old + added for old, added in zip(self._sums, new, strict=True)]
+        self._line = None
+
+    def _fit(self) -> Line:
+        """The line through the ticks so far, and the line of the start, moved to the speed of the ticks so far.
+
+        The start holds the line's slope where all ticks are alike, and counts for little where they are not.
+        """
+        a, b = self._start
         speed = self._sums[2] / self._sums[5]
         ends = (1.0, self._largest)
-        self._line = _least_squares([(x, speed * (a * x + b), 0.1) for x in ends], self._sums)
+        return _least_squares([(x, speed * (a * x + b), 0.1) for x in ends], self._sums)
 
 
 def _least_squares(points: Sequence[Point], sums: Sequence[float] = (0.0,) * 5) -> Line:

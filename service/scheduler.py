@@ -107,10 +107,14 @@ class Scheduler:
         batches = {group: rows[: self._rows_that_pay(group, len(rows), now)] for group, rows in groups.items()}
         costs = {group: self.expected_s(group, len(batch)) for group, batch in batches.items()}
         first = ordered[0]
-        at_risk = first.deadline < now + self._backlog_s(live, now)
-        urgent = at_risk or self._rank(first) + self.head_start_s < now
+        urgent = len(groups) > 1 and self._is_urgent(first, live, now)
         chosen = self._shares.next(costs, first.group if urgent else None)
         return Plan(tuple(batches[chosen]), expired, hopeless)
+
+    def _is_urgent(self, first: Candidate, live: Sequence[Candidate], now: float) -> bool:
+        """Whether the first in the line goes out of its group's turn."""
+        at_risk = first.deadline < now + self._backlog_s(live, now)
+        return at_risk or self._rank(first) + self.head_start_s < now
 
     def _sift(
         self, candidates: Iterable[Candidate], now: float
@@ -171,6 +175,8 @@ class Scheduler:
         return max(max(remaining), math.ceil(sum(remaining) / rows)) * self.expected_s(group, rows)
 
     def _in_line(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        if len(candidates) == 1:
+            return list(candidates)
         return sorted(candidates, key=partial(self._urgency, now + self._backlog_s(candidates, now)))
 
     def _urgency(self, done_by: float, candidate: Candidate) -> tuple[bool, float, float, str, int]:
@@ -194,7 +200,7 @@ class Scheduler:
         """
         latency = self._latencies[group]
         best = most = self._fit(group, waiting, now)
-        if (at_once_s := latency.surely_s(most)) is None:
+        if most == 1 or (at_once_s := latency.surely_s(most)) is None:
             return most
         best_s = _GAIN * at_once_s
         for rows in latency.sizes:
