@@ -95,8 +95,6 @@ def create_app(
     if settings.cors_origins:
         app.add_middleware(Readable, origins=settings.cors_origins)
     by_keys = guarded(settings.api_keys_file is not None)
-    app.include_router(status.router)
-    app.include_router(status.scraped, **({} if settings.open_metrics else by_keys))
     if settings.role != "worker":
         app.include_router(images.router, **by_keys)
         app.include_router(jobs.router, **by_keys)
@@ -104,4 +102,6 @@ def create_app(
         app.include_router(openai.router, **by_keys)
         app.include_router(status.about, **by_keys)
         app.include_router(page_router())
+    app.include_router(status.router)
+    app.include_router(status.scraped, **({} if settings.open_metrics else by_keys))
     return app
