@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -18,6 +18,8 @@ import click
 
 HOST = "127.0.0.1"
 START_S = 120.0
+
+_END = b"\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,9 @@ class Served:
         """The answer to JSON, over a connection of its own."""
         reader, writer = await asyncio.open_connection(HOST, self.port)
         try:
-            head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-            return Answer(int(lines[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
+            writer.write(_request(path, body, "Connection: close"))
+            status, headers = _head(await reader.readuntil(_END))
+            return Answer(status, headers, await reader.readexactly(int(headers["content-length"])))
         finally:
             writer.close()
 
@@ -55,9 +55,18 @@ class Served:
             raise click.ClickException(answer.body.decode())
         return answer.body
 
-    def connection(self) -> HTTPConnection:
-        """For one request after the other."""
-        return HTTPConnection(HOST, self.port)
+    @contextmanager
+    def one_by_one(self) -> Iterator[Callable[[str, bytes], Answer]]:
+        """Posts JSON, one request after the other over one connection."""
+        with socket.create_connection((HOST, self.port)) as line, line.makefile("rb") as answers:
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+            def post(path: str, body: bytes) -> Answer:
+                line.sendall(_request(path, body, "Connection: keep-alive"))
+                status, headers = _head(b"".join(iter(answers.readline, b"\r\n")) + b"\r\n")
+                return Answer(status, headers, answers.read(int(headers["content-length"])))
+
+            yield post
 
     def memory_mib(self) -> float:
         """What the process has in memory now."""
@@ -68,6 +77,18 @@ class Served:
         """Processor time that the process has used."""
         fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _request(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", f"Host: {HOST}", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "\r\n"]).encode() + body
+
+
+def _head(text: bytes) -> tuple[int, dict[str, str]]:
+    """The status and the headers of an answer that begins with ``text``."""
+    first, *lines = text.decode().removesuffix("\r\n\r\n").split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    return int(first.split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
 
 
 @contextmanager
@@ -95,7 +116,7 @@ def _wait_until_ready(served: Served, process: subprocess.Popen[bytes]) -> None:
 
 
 def _ready(served: Served) -> bool:
-    connection = served.connection()
+    connection = HTTPConnection(HOST, served.port)
     try:
         connection.request("GET", "/readyz")
         return connection.getresponse().status == 200

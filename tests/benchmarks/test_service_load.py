@@ -24,7 +24,7 @@ def output_of(command: click.Command, folder: Path, options: str) -> str:
 def test_all_three_loads_are_measured(tmp_path: Path) -> None:
     said = output_of(service_load.main, tmp_path, "--requests 12 --images 12 --rounds 1 --repeats 2")
     assert "12 of 12 images within 2 of 255" in said
-    for part in ("saturation, 1 rounds of 12 images", "one at a time, 2 requests of 4 steps"):
+    for part in ("saturation, 1 rounds of 12 images", "one at a time, 2 pairs of 4 steps"):
         assert part in said
 
 
