@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -59,13 +61,19 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """That recipe's run, every stage done."""
+    """That recipe's run, every stage done: trained once for all processes of the session, a copy for each."""
     from accelerate import Accelerator
 
     from training import distill
     from training.recipe import Recipe
     from training.run import Run
 
-    run = Run(Recipe.load(tiny_recipe), tmp_path_factory.mktemp("run"), Accelerator(cpu=True))
-    distill.distill(run)
-    return run
+    recipe, ours = Recipe.load(tiny_recipe), tmp_path_factory.mktemp("run")
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent
+    with FileLock(session / "tiny-digits.lock"):
+        trained = Run(recipe, session / "tiny-digits", Accelerator(cpu=True))
+        distill.distill(trained)
+    shutil.copytree(trained.folder, ours, dirs_exist_ok=True)
+    return Run(recipe, ours, Accelerator(cpu=True))
