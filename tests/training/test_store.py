@@ -49,3 +49,28 @@ def test_a_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
         partial.write_text("whole")
     assert synced == [("whole", False)]
     assert path.read_text() == "whole"
+
+
+def test_two_who_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with whole_file(path) as first:
+        first.write_text("first")
+        with whole_file(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def write_in_part() -> None:
+        with whole_file(path) as partial:
+            partial.write_text("a part")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write_in_part()
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"
