@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -27,6 +29,8 @@ from engines.plans import Precision
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_EXACT = {"use_tf32": "0"}
+"""CUDA's provider would multiply float32 in TF32, which keeps ten bits of it."""
 
 
 class OrtEngine(GraphEngine):
@@ -79,11 +83,15 @@ class OrtCudaEngine(OrtEngine):
 
     provider = CUDA
     device = "cuda"
+    precisions: tuple[Precision, ...] = ("fp32", "fp16")  # it has no bf16 kernel of Resize, nor of older Conv
 
     def _open(self, options: EngineOptions) -> ort.InferenceSession:
         if self.provider not in ort.get_available_providers():
             there = ", ".join(ort.get_available_providers())
             raise EngineError(f"this ONNX Runtime has no {self.provider}, only {there}: pip install 'fewstep[gpu]'")
+        if options.precision not in self.precisions:
+            raise EngineError(f"{self.provider} computes in {', '.join(self.precisions)}, not in {options.precision}")
+        _load_cuda()
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         with tempfile.TemporaryDirectory() as scratch:
@@ -103,7 +111,7 @@ class OrtCudaEngine(OrtEngine):
         return prepare(self._graph, precision, scratch)[0]
 
     def _providers(self, options: EngineOptions) -> list[Any]:
-        return [CUDA]
+        return [(CUDA, _EXACT)]
 
     def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
         with self._lock:
@@ -137,6 +145,7 @@ class OrtTensorrtEngine(OrtCudaEngine):
     """
 
     provider = TENSORRT
+    precisions = ("fp32", "fp16", "bf16")
 
     def _providers(self, options: EngineOptions) -> list[Any]:
         from engines.plans import plans_folder
@@ -149,7 +158,7 @@ class OrtTensorrtEngine(OrtCudaEngine):
             # The provider's own key leaves out the weights.
             "trt_engine_cache_prefix": f"ort-{self._graph.sha256[:16]}-{options.precision}",
         }
-        return [(TENSORRT, settings), CUDA]
+        return [(TENSORRT, settings), (CUDA, _EXACT)]
 
 
 def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
@@ -157,6 +166,14 @@ def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the library's errors share no base class
         raise EngineError(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
+
+
+@cache
+def _load_cuda() -> None:
+    """Load CUDA's libraries from the packages that pip installs, where the system has none; it tells what it lacks."""
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 @cache

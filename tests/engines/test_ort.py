@@ -129,6 +129,28 @@ def test_the_tensorrt_provider_is_given_the_precision_by_the_graph_alone(
     assert not [name for name in settings if name.endswith(("fp16_enable", "bf16_enable", "int8_enable"))]
 
 
+def test_cudas_provider_keeps_float32_whole_and_refuses_what_it_has_no_kernels_for(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on an H100: in TF32 a row depends on its company by 1.5e-4; a graph in bf16 stops at its Resize."""
+    given: list[Any] = []
+
+    def load(path: Path, options: Any, providers: list[Any]) -> Any:
+        given.extend(providers)
+        raise EngineError("there is no device")
+
+    monkeypatch.setattr(ort.ort, "get_available_providers", lambda: [ort.CUDA, ort.TENSORRT])
+    monkeypatch.setattr(ort, "_load", load)
+    graph = text_bundle.graphs()["step-1.onnx"]
+    for engine in (ort.OrtCudaEngine, ort.OrtTensorrtEngine):
+        given.clear()
+        with pytest.raises(EngineError, match="no device"):
+            engine(graph, EngineOptions(plans=tmp_path))
+        assert (ort.CUDA, {"use_tf32": "0"}) in given
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider computes in fp32, fp16, not in bf16"):
+        ort.OrtCudaEngine(graph, EngineOptions(precision="bf16"))
+
+
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("400000 100000", 4)])
 def test_the_container_quota_bounds_the_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: int
