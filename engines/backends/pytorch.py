@@ -125,7 +125,7 @@ class PytorchEngine(GraphEngine):
         batch = check_arrays(inputs, self.inputs, self._name)
         if batch > self._largest:
             raise EngineError(f"{self._name}: a batch of {batch} is larger than its program's largest, {self._largest}")
-        with self._lock, _threads(self._threads), torch.inference_mode():
+        with self._lock, _threads(self._threads), _exact(), torch.inference_mode():
             if self._call is None:
                 raise EngineError(f"{self._name}: the engine is closed")
             try:
@@ -150,7 +150,7 @@ class PytorchEngine(GraphEngine):
             return whole
         lowered = _Autocast(whole, self._device, _DTYPES[precision])
         inputs = {name: send(array, self._device) for name, array in typical_inputs(self._graph, CHECKED_ROWS).items()}
-        with _threads(self._threads), torch.inference_mode():
+        with _threads(self._threads), _exact(), torch.inference_mode():
             found = [[value.cpu().numpy() for value in call(inputs).values()] for call in (lowered, whole)]
         check_fidelity(self._name, precision, *found)
         return lowered
@@ -397,6 +397,17 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Convolve float32 as it is: cuDNN would in TF32, which keeps ten bits of it. torch has one switch for all."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

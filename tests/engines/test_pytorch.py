@@ -128,6 +128,23 @@ def test_a_batch_beyond_what_the_program_takes_is_refused(halving: GraphSpec, mo
             engine.warmup((5,))
 
 
+def test_float32_is_convolved_whole_and_the_switch_put_back(halving: GraphSpec) -> None:
+    """On a CUDA device cuDNN would keep ten bits of it."""
+    before, seen = torch.backends.cudnn.allow_tf32, []
+    with PytorchEngine(halving, ONE) as engine:
+        run = engine._call
+        assert run is not None
+
+        def spy(inputs: Tensors) -> Tensors:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return run(inputs)
+
+        engine._call = spy
+        engine.warmup((1,))
+    assert set(seen) == {False}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_threads_of_the_process_are_put_back(halving: GraphSpec) -> None:
     before, seen = torch.get_num_threads(), []
     with PytorchEngine(halving, EngineOptions(threads=before + 1)) as engine:
