@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from training.store import whole_file
+
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """Pixels (N, H, W, 3) of float images (N, 3, H, W) in [-1, 1], clipped."""
@@ -26,6 +28,6 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
     sheet[:count] = pixels
     sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = Image.fromarray(sheet.reshape(rows * height, columns * width, channels))
-    partial = path.with_name(f".{path.name}")
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(partial, "PNG")
-    partial.replace(path)
+    enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    with whole_file(path) as partial:
+        enlarged.save(partial, "PNG")
