@@ -17,14 +17,13 @@ from training.evaluation_set import EvaluationSet
 from training.features import Pixels
 from training.guidance import Denoiser
 from training.pictures import to_uint8
-from training.run import Run, decode_all
+from training.run import Run, decode_all, rows_at_once
 from training.sampler import fresh_from, sample_stochastic
 from training.solvers import SAMPLER_NAMES, SAMPLERS, Sampler, sample_with
 from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
 VERSION = 2
-BATCH_IMAGES = 64
 NOISE_STREAM, ADDED_NOISE_STREAM = 4, 7
 
 
@@ -82,8 +81,8 @@ class ImageMaker:
         self._denoisers: dict[str, Denoiser] = {}
         self._hashes: dict[str, str] = {}
         self._autoencoder: AutoencoderKL | None = None
-        starts = range(0, len(data), BATCH_IMAGES)
-        self._batches = [range(start, min(start + BATCH_IMAGES, len(data))) for start in starts]
+        size = rows_at_once(run.recipe.data.size)
+        self._batches = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
 
     def missing_calls(self, candidate: Candidate, w: float) -> int:
         """How many network calls its images still need, one call on n images counted as n."""

@@ -19,7 +19,7 @@ from training.store import hash_of_file
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
-BATCH_IMAGES = 64
+BATCH_IMAGES = 256
 
 
 class FeatureError(Exception):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run
 from training import candidates, judge
-from training.candidates import BATCH_IMAGES, Candidate, ImageMaker, trained_students
+from training.candidates import Candidate, ImageMaker, trained_students
 from training.distill import student_stage
 from training.evaluate import Plan, evaluate, make_images
 from training.evaluate_command import evaluate as command
@@ -167,7 +167,7 @@ def test_real_images_are_at_the_floor_and_noise_is_far_above(run: Run) -> None:
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "BATCH_IMAGES", 10)
+    monkeypatch.setattr(candidates, "rows_at_once", lambda side: 10)
     plan = Plan((TEACHER, STUDENT), (0.0, 2.0), frechet_dims=6)
     with monkeypatch.context() as patch:
         count_batches(patch, stop_after=5)
@@ -199,16 +199,17 @@ def test_a_repeated_evaluation_only_prints(folder: Path, monkeypatch: pytest.Mon
 def test_more_samples_extend_the_images_and_other_weights_replace_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(candidates, "rows_at_once", lambda side: 30)
     made = count_batches(monkeypatch)
-    few = maker(run, BATCH_IMAGES).images(STUDENT, 1.0)
-    more = maker(run, BATCH_IMAGES + 6).images(STUDENT, 1.0)
-    assert made == [BATCH_IMAGES, 6]
-    assert np.array_equal(more[:BATCH_IMAGES], few)
+    few = maker(run, 30).images(STUDENT, 1.0)
+    more = maker(run, 36).images(STUDENT, 1.0)
+    assert made == [30, 6]
+    assert np.array_equal(more[:30], few)
     assert maker(run).missing_calls(STUDENT, 1.0) == 24 * 4
     student = run.denoiser(student_stage(4))
     torch.nn.init.normal_(student.network.conv_out.weight)
     save_network(student, run.folder / student_stage(4) / NETWORK)
-    assert not np.array_equal(maker(run, BATCH_IMAGES).images(STUDENT, 1.0), few)
+    assert not np.array_equal(maker(run, 30).images(STUDENT, 1.0), few)
 
 
 def test_the_noise_of_an_image_depends_on_seed_and_place_only(run: Run) -> None:
