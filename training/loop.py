@@ -71,8 +71,13 @@ class BatchOrder:
 
     def at(self, update: int) -> Tensor:
         """The item indices (batch_size,) of an update."""
-        positions = range(update * self.batch_size, (update + 1) * self.batch_size)
-        return torch.stack([self._permutation(p // self.items)[p % self.items] for p in positions])
+        place, stop = update * self.batch_size, (update + 1) * self.batch_size
+        parts = []
+        while place < stop:
+            epoch, first = divmod(place, self.items)
+            parts.append(self._permutation(epoch)[first : first + stop - place])
+            place += len(parts[-1])
+        return torch.cat(parts)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
