@@ -133,11 +133,13 @@ class Network:
             raise click.ClickException(f"images have a side that is a multiple of {unit}, not {size}")
         return size >> halvings
 
-    def teacher(self) -> NetworkDenoiser:
+    def teacher(self, device: torch.device) -> NetworkDenoiser:
         """The network, loaded or made anew."""
         if self.pipeline:
-            return self.pipeline.denoiser()
-        return NetworkDenoiser(UNet2DConditionModel(**self.config), Schedule.scaled_linear(), "eps")
+            return self.pipeline.denoiser().to(device)
+        with device:
+            network = UNet2DConditionModel(**self.config)
+        return NetworkDenoiser(network, Schedule.scaled_linear(), "eps")
 
 
 def narrowed(width: float) -> dict[str, Any]:
@@ -243,8 +245,8 @@ def measure_in_turn(
     device = Accelerator(mixed_precision=MIXED_PRECISION[precision]).device
     turns, peaks = [], []
     for _ in range(repeats):
-        first = measure("stage 1", network.teacher(), side, rows, precision, scale, updates)
-        second = measure("stage 2", frozen_student(network.teacher()), side, rows, precision, scale, updates)
+        first = measure("stage 1", network.teacher(device), side, rows, precision, scale, updates)
+        second = measure("stage 2", frozen_student(network.teacher(device)), side, rows, precision, scale, updates)
         turns.append((first, second))
         peaks.append(measured_peak(device, DTYPES[precision]))
     return [middle(stage) for stage in zip(*turns, strict=True)], statistics.median(peaks)

@@ -166,21 +166,22 @@ def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
             student.guidance_input.load_state_dict(teacher.guidance_input.state_dict())
         return student
     config: dict[str, Any] = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    made = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM})
+    with torch.device(network.device):
+        made = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM})
     weights = dict(network.state_dict())
     projection = "time_embedding.cond_proj.weight"
     weights.setdefault(projection, torch.zeros_like(made.state_dict()[projection]))
     made.load_state_dict(weights)
     never_drop(made)
-    return NetworkDenoiser(made.to(network.device), teacher.schedule)
+    return NetworkDenoiser(made, teacher.schedule)
 
 
 def _without_hooks(network: UNet2DModel | DiTTransformer2DModel) -> UNet2DModel | DiTTransformer2DModel:
     """A copy of the network alone, whose labels are never dropped at random: what is dropped is decided outside."""
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    made = type(network)(**config)
+    with torch.device(network.device):
+        made = type(network)(**config)
     made.load_state_dict(network.state_dict())
-    made.to(network.device)
     never_drop(made)
     return made
 
