@@ -255,7 +255,11 @@ class _Autocast(nn.Module):
 
 
 def trace(module: nn.Module, inputs: Tensors) -> ExportedProgram:
-    """The program of a module that takes and gives tensors by name, of any batch; `inputs` are an example."""
+    """The program of a module that takes and gives tensors by name, of any batch; `inputs` are an example.
+
+    What is compiled of it takes the example's memory layout for granted, and arrays from outside are contiguous.
+    """
+    inputs = {name: value.contiguous() for name, value in inputs.items()}
     shapes = {name: {0: Dim.DYNAMIC} for name in inputs}
     # Without the patch a batch of one is taken for a case of its own.
     with _one_at_a_time, torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -325,8 +329,11 @@ def compile_program(program: ExportedProgram, options: EngineOptions, device: De
         from torch._inductor import aoti_compile_and_package
 
         largest = largest_batch(program)
+        (examples,), _ = program.example_inputs
         if options.precision != "fp32":
-            program = _traced_again(program, device, _DTYPES[options.precision])
+            program = trace(_Autocast(runnable(program), device, _DTYPES[options.precision]), examples)
+        elif not all(value.is_contiguous() for value in examples.values()):  # a program written elsewhere
+            program = trace(runnable(program), examples)
         settings = {
             "aot_inductor.metadata": {_LARGEST: str(largest)},
             "aot_inductor.use_runtime_constant_folding": options.precision != "fp32",  # weights are cast once, at load
@@ -335,12 +342,6 @@ def compile_program(program: ExportedProgram, options: EngineOptions, device: De
         }
         aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
     return package.getvalue()
-
-
-def _traced_again(program: ExportedProgram, device: Device, dtype: torch.dtype) -> ExportedProgram:
-    """The program with autocast inside."""
-    (inputs,), _ = program.example_inputs
-    return trace(_Autocast(runnable(program), device, dtype), inputs)
 
 
 def _load_package(name: str, package: bytes) -> tuple[Call, int]:

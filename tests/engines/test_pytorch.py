@@ -14,7 +14,14 @@ torch = pytest.importorskip("torch", reason="programs need torch")
 
 from engines.backends import open_engine, open_engines, programs, pytorch  # noqa: E402
 from engines.backends.base import DeviceMemoryError, EngineError, EngineOptions, GraphSpec, TensorSpec  # noqa: E402
-from engines.backends.pytorch import PytorchEngine, Tensors, compile_program, load_program  # noqa: E402
+from engines.backends.pytorch import (  # noqa: E402
+    PytorchEngine,
+    Tensors,
+    compile_program,
+    load_program,
+    runnable,
+    trace,
+)
 from engines.backends.standin import StandIn  # noqa: E402
 from engines.bundle import Bundle  # noqa: E402
 from engines.pipeline import Generate, Inpaint, Pipeline  # noqa: E402
@@ -64,8 +71,22 @@ def halving(tmp_path_factory: pytest.TempPathFactory) -> GraphSpec:
 
 @pytest.fixture(scope="module")
 def package(halving: GraphSpec) -> bytes:
-    """Halving, really compiled for this CPU."""
-    return compile_program(load_program(halving, "cpu"), ONE, "cpu")
+    """Halving, really compiled for this CPU, though traced with images whose channels lie together."""
+    program = load_program(halving, "cpu")
+    (inputs,), rest = program.example_inputs
+    image = inputs["image"].contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        program = torch.export.export(
+            runnable(program), ({"image": image},), rest, dynamic_shapes=({"image": {0: torch.export.Dim.DYNAMIC}},)
+        )
+    assert not program.example_inputs[0][0]["image"].is_contiguous()
+    return compile_program(program, ONE, "cpu")
+
+
+def test_a_program_is_traced_with_arrays_as_they_come() -> None:
+    image = torch.zeros(3, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    program = trace(Halving(), {"image": image})
+    assert program.example_inputs[0][0]["image"].is_contiguous()
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "pytorch-aot", "pytorch-cuda"])
