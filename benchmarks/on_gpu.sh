@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one call: contract tests, parity, speed, and what limits a large step.
+# What only a GPU can show, in one call of about ten minutes: contract tests, parity, speed, the cost of training.
 #
-#   benchmarks/on_gpu.sh fetch WHEELS   where there is a network: the wheels that a bare machine lacks, in pieces
-#   benchmarks/on_gpu.sh run WHEELS OUT where the GPU is: installs them beside the torch that is there, writes to OUT
+#   benchmarks/on_gpu.sh fetch WHEELS          where there is a network: the wheels a bare machine lacks, in pieces
+#   benchmarks/on_gpu.sh run WHEELS OUT BUNDLE where the GPU is: installs them beside the torch that is there; BUNDLE is
+#                                              a folder that `fewstep export --programs` wrote
 #
-# STEP_OPTIONS and BENCH_OPTIONS go to benchmarks.step and to `fewstep bench`.
+# COST_OPTIONS, STEP_OPTIONS and BENCH_OPTIONS go to benchmarks.cost, benchmarks.step and `fewstep bench`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,8 +13,11 @@ PYTHON=${PYTHON:-python3}
 TARGET=${TARGET:-3.12}
 PIECE=${PIECE:-30m}
 # onnxruntime-gpu is the package of onnxruntime under another name: the two must not be installed together.
-PACKAGES=(diffusers onnx onnxscript tokenizers prometheus-client pydantic-settings python-multipart redis pytest anyio
-  hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs onnxruntime-gpu setuptools)
+PACKAGES=(diffusers importlib-metadata onnx onnx-ir onnxscript ml-dtypes tokenizers prometheus-client pydantic pydantic-core
+  annotated-types typing-inspection pydantic-settings python-dotenv python-multipart redis pytest pytest-timeout
+  pytest-xdist execnet filelock anyio hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs
+  onnxruntime-gpu setuptools)
+BACKENDS=ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16,pytorch-cuda
 
 fetch() {
   local wheels=$1
@@ -32,8 +36,16 @@ fetch() {
   done
 }
 
+# part NAME SECONDS COMMAND...: one that fails, or takes too long, must not cost the others.
+part() {
+  local name=$1 seconds=$2
+  shift 2
+  timeout "$seconds" "$@" > "$out/$name.txt" 2> "$out/$name.log" || echo "$name failed or took over $seconds s: $out/$name.log"
+}
+
 run() {
-  local wheels=$1 out=$2
+  local wheels=$1 bundle=$3
+  out=$2
   mkdir -p "$out"
   for first in "$wheels"/*.piece-00; do
     [ -e "$first" ] && cat "${first%00}"* > "${first%.piece-00}"
@@ -42,26 +54,34 @@ run() {
   local python="$out/../venv-gpu/bin/python"
   "$python" -m pip install -q --no-index --find-links "$wheels" --no-deps "$wheels"/*.whl
   "$python" -m pip install -q --no-index --no-deps --no-build-isolation .
-  {
-    "$python" -c "import platform, torch; print(platform.platform(), torch.__version__, torch.cuda.get_device_name())"
-    "$python" -m pip freeze
-  } > "$out/versions.txt" 2>&1 || true
-  # One part that fails must not cost the others.
-  "$python" -m pytest -q -rs tests/engines/test_engine_contract.py tests/engines/test_trt.py > "$out/contract.txt" 2>&1 ||
-    echo "contract tests failed: $out/contract.txt"
-  "$python" -m pytest -q -rs -m "slow or not slow" tests/training/test_networks.py >> "$out/contract.txt" 2>&1 ||
-    echo "compiled networks lose gradients, or could not be tested: $out/contract.txt"
+  # ONNX Runtime finds CUDA's libraries beside itself only, and these may be beside the torch that was there.
+  local libraries
+  libraries=$("$python" -c "from pathlib import Path; import nvidia
+print(*(lib for root in nvidia.__path__ for lib in Path(root).glob('*/lib')), sep=':')" || true)
+  export LD_LIBRARY_PATH="$libraries:${LD_LIBRARY_PATH:-}" FEWSTEP_PLANS="$out/../plans"
+  part versions 60 "$python" -c "import platform, torch; print(platform.platform(), torch.__version__, torch.cuda.get_device_name())"
+  # What warns is the torch that is there, in whichever version.
+  local contract=("$python" -m pytest -q -rs -o filterwarnings=default -n 4 tests/engines/test_engine_contract.py)
+  part contract-ort 120 "${contract[@]}" -k "ort-cuda or ort-tensorrt"
+  part contract-trt 180 "${contract[@]}" tests/engines/test_trt.py -k trt
+  part programs 120 "$python" -m benchmarks.programs "$bundle" --device cuda
+  # shellcheck disable=SC2086
+  part cost 120 "$python" -m benchmarks.cost --batch 8 --repeats 1 ${COST_OPTIONS:-}
+  # shellcheck disable=SC2086
+  part step 120 "$python" -m benchmarks.step ${STEP_OPTIONS:-}
   # It builds the plans that are missing and waits for them; a backend that cannot be built is left out.
   # shellcheck disable=SC2086
-  "$python" -m fewstep bench shipped --skip --backend pytorch,ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16 \
-    --plans "$out/../plans" ${BENCH_OPTIONS:-} > "$out/bench.md" 2> "$out/bench.log" || echo "bench failed: $out/bench.log"
-  # shellcheck disable=SC2086
-  "$python" -m benchmarks.step ${STEP_OPTIONS:-} > "$out/step.md" 2> "$out/step.log" || echo "step failed: $out/step.log"
-  tail -n 40 "$out"/contract.txt "$out"/bench.md "$out"/step.md
+  part bench 240 "$python" -m fewstep bench "$bundle" --skip --no-memory --backend "$BACKENDS" ${BENCH_OPTIONS:-}
+  part compiled 240 "$python" -m benchmarks.programs "$bundle" --device cuda --precision fp32 --compile
+  TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0 FEWSTEP_PLANS="$out/../other-plans" part compiled-as-laid-out 240 \
+    "$python" -m benchmarks.programs "$bundle" --device cuda --precision fp32 --compile
+  part contract-pytorch 480 "${contract[@]}" -k pytorch-cuda
+  part networks 240 "$python" -m pytest -q -rs -o filterwarnings=default -m "slow or not slow" tests/training/test_networks.py
+  tail -n 40 "$out"/*.txt
 }
 
 case ${1:-} in
   fetch) fetch "${2:?the folder for the wheels}" ;;
-  run) run "${2:?the folder of the wheels}" "${3:?the folder for the results}" ;;
-  *) sed -n '2,7p' "$0" >&2; exit 2 ;;
+  run) run "${2:?the folder of the wheels}" "${3:?the folder for the results}" "${4:?a bundle with programs}" ;;
+  *) sed -n '2,8p' "$0" >&2; exit 2 ;;
 esac
