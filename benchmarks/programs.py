@@ -20,7 +20,8 @@ import torch
 from benchmarks.cost import whole_numbers
 from engines.backends import open_engine
 from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphSpec
-from engines.backends.pytorch import Device, PytorchEngine, captures
+from engines.backends.exported import Device
+from engines.backends.pytorch import PytorchEngine, captures
 from engines.backends.standin import wait_until_built
 from engines.bundle import find_bundle, load_bundle
 from engines.compile import typical_inputs

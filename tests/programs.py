@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engines.backends.base import GraphSpec
-from engines.backends.pytorch import Tensors, trace
+from engines.backends.exported import Tensors, trace
 from engines.bundle import Bundle, write_bundle
 from engines.rows import SCALARS
 

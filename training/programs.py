@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.backends.pytorch import runnable, trace
+from engines.backends.exported import runnable, trace
 from training.graphs import TOLERANCE, Example, ExportError, Parity, check_finite, quiet, worst_error
 
 PROGRAM_SUFFIX = ".pt2"

@@ -5,56 +5,40 @@ The tests cover the CPU, and passed on an H100: docs/on-a-gpu.md.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
-import platform
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.passes import move_to_device_pass
-from torch.fx.experimental import _config as symbolic_shapes
-from torch.utils import _pytree as pytree
+from torch import Tensor
+from torch.export import ExportedProgram
 
-from engines.backends.base import (
-    BATCH,
-    Array,
-    Engine,
-    EngineError,
-    EngineOptions,
-    GraphEngine,
-    GraphSpec,
-    TensorSpec,
-    check_arrays,
-)
+from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphEngine, GraphSpec, check_arrays
 from engines.backends.cores import usable_cores
+from engines.backends.exported import (
+    ANY_BATCH,
+    DTYPES,
+    Autocast,
+    Call,
+    Device,
+    Tensors,
+    compile_program,
+    largest_batch,
+    load_package,
+    load_program,
+    runnable,
+    target,
+)
 from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
 from engines.compile import CHECKED_ROWS, check_fidelity, typical_inputs
-from engines.plans import PlanCache, PlanKey, Precision, Profile
-
-Device = Literal["cpu", "cuda"]
-Tensors = dict[str, Tensor]
-Call = Callable[[Tensors], Tensors]
-
-ANY_BATCH = Profile((1024,), dynamic=True)
-"""A package is made for every batch that its program takes, whatever sizes are asked for."""
+from engines.plans import PlanCache, PlanKey, Precision
 
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
-_LARGEST = "largest_batch"
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_one_at_a_time = Lock()
-"""torch.export keeps what it is doing in global variables, and packages are compiled in a thread of their own."""
 
 _log = logging.getLogger(__name__)
 
@@ -104,8 +88,8 @@ class PytorchEngine(GraphEngine):
         Raises EngineError for what does not load, for a program that is not the graph's, and for one that comes out
         too far from fp32 in the precision of ``options``.
         """
-        if options.precision not in _DTYPES:
-            raise EngineError(f"the backends of PyTorch compute in {', '.join(_DTYPES)}, not in {options.precision}")
+        if options.precision not in DTYPES:
+            raise EngineError(f"the backends of PyTorch compute in {', '.join(DTYPES)}, not in {options.precision}")
         super().__init__(graph)
         self._profile, self._device = options.profile, device
         self._threads = options.threads or usable_cores()
@@ -116,7 +100,7 @@ class PytorchEngine(GraphEngine):
             self._largest = largest_batch(program)
             self._call = self._lowered(program, options.precision)
         else:
-            self._call, self._largest = _load_package(self._name, package)
+            self._call, self._largest = load_package(self._name, package)
         self._places: dict[int, _Place | _FixedPlace] = {}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -124,7 +108,7 @@ class PytorchEngine(GraphEngine):
         batch = check_arrays(inputs, self.inputs, self._name)
         if batch > self._largest:
             raise EngineError(f"{self._name}: a batch of {batch} is larger than its program's largest, {self._largest}")
-        with self._lock, _threads(self._threads), _exact(), torch.inference_mode():
+        with self._lock, _threads(self._threads), _exact, torch.inference_mode():
             if self._call is None:
                 raise EngineError(f"{self._name}: the engine is closed")
             try:
@@ -147,9 +131,9 @@ class PytorchEngine(GraphEngine):
         whole = runnable(program)
         if precision == "fp32":
             return whole
-        lowered = _Autocast(whole, self._device, _DTYPES[precision])
+        lowered = Autocast(whole, self._device, DTYPES[precision])
         inputs = {name: send(array, self._device) for name, array in typical_inputs(self._graph, CHECKED_ROWS).items()}
-        with _threads(self._threads), _exact(), torch.inference_mode():
+        with _threads(self._threads), _exact, torch.inference_mode():
             found = [[value.cpu().numpy() for value in call(inputs).values()] for call in (lowered, whole)]
         check_fidelity(self._name, precision, *found)
         return lowered
@@ -240,141 +224,6 @@ def capture(launch: Callable[[], Tensors]) -> Callable[[], Tensors]:
     return replay
 
 
-class _Autocast(nn.Module):
-    """A program whose convolutions and matrix products compute in a lower precision; it gives float32."""
-
-    def __init__(self, program: nn.Module, device: Device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.program, self.device, self.dtype = program, device, dtype
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        with torch.autocast(self.device, self.dtype):
-            outputs: Tensors = self.program(inputs)
-        return {name: value.float() for name, value in outputs.items()}
-
-
-def trace(module: nn.Module, inputs: Tensors) -> ExportedProgram:
-    """The program of a module that takes and gives tensors by name, of any batch; `inputs` are an example.
-
-    What is compiled of it takes the example's memory layout for granted, and arrays from outside are contiguous.
-    """
-    inputs = {name: value.contiguous() for name, value in inputs.items()}
-    shapes = {name: {0: Dim.DYNAMIC} for name in inputs}
-    # Without the patch a batch of one is taken for a case of its own.
-    with _one_at_a_time, torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(module, (inputs,), dynamic_shapes=(shapes,))
-
-
-def runnable(program: ExportedProgram) -> nn.Module:
-    """The module of a program, without torch's guards: of a memory layout they conclude that a batch is not of one.
-
-    Names and shapes are checked by the engine, and the results at each size by the export.
-    """
-    return program.module(check_guards=False)
-
-
-def load_program(graph: GraphSpec, device: Device) -> ExportedProgram:
-    """The program of a graph, on a device.
-
-    Raises EngineError for a file that is no program, or for one that takes or gives something else than the graph.
-    """
-    assert graph.program is not None
-    name = graph.program.name
-    try:
-        with _one_at_a_time:
-            program = torch.export.load(graph.program)
-        _check_signature(name, "inputs", _named(program, program.graph_signature.user_inputs), graph.inputs)
-        _check_signature(name, "outputs", _named(program, program.graph_signature.user_outputs), graph.outputs)
-    except EngineError:
-        raise
-    except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{name}: torch cannot load it as a program ({error})") from error
-    for node in list(program.graph.nodes):  # the dtypes that it was traced with, which autocast changes
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            program.graph.erase_node(node)
-    return program if device == "cpu" else move_to_device_pass(program, device)
-
-
-def largest_batch(program: ExportedProgram) -> int:
-    """The largest batch that a program takes."""
-    return min(int(min(limits.upper, ANY_BATCH.batch_sizes[-1])) for limits in program.range_constraints.values())
-
-
-def _named(program: ExportedProgram, names: Sequence[Any]) -> set[str]:
-    """Names, dtypes and shapes of a program's inputs or outputs, as specs are printed."""
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
-    is_input = names == program.graph_signature.user_inputs
-    spec = program.call_spec.in_spec if is_input else program.call_spec.out_spec
-    tree = pytree.tree_unflatten([values[name] for name in names], spec)
-    tensors: Tensors = tree[0][0] if is_input else tree
-    return {_described(name, value) for name, value in tensors.items()}
-
-
-def _described(name: str, value: Tensor) -> str:
-    dims = ", ".join(str(dim) if isinstance(dim, int) else BATCH for dim in value.shape)
-    return f"{name} {str(value.dtype).removeprefix('torch.')}({dims})"
-
-
-def _check_signature(name: str, kind: str, found: set[str], specs: Sequence[TensorSpec]) -> None:
-    if found != (wanted := {str(spec) for spec in specs}):
-        has, wants = "; ".join(sorted(found - wanted)), "; ".join(sorted(wanted - found))
-        raise EngineError(f"{name}: its {kind} have {has or 'nothing'} where the manifest wants {wants or 'nothing'}")
-
-
-def compile_program(program: ExportedProgram, options: EngineOptions, device: Device) -> bytes:
-    """The AOTInductor package of a program: machine code and weights. Takes minutes for a large network."""
-    package = io.BytesIO()
-    with _quiet():
-        from torch._inductor import aoti_compile_and_package
-
-        largest = largest_batch(program)
-        (examples,), _ = program.example_inputs
-        if options.precision != "fp32":
-            program = trace(_Autocast(runnable(program), device, _DTYPES[options.precision]), examples)
-        elif not all(value.is_contiguous() for value in examples.values()):  # a program written elsewhere
-            program = trace(runnable(program), examples)
-        settings = {
-            "aot_inductor.metadata": {_LARGEST: str(largest)},
-            "aot_inductor.use_runtime_constant_folding": options.precision != "fp32",  # weights are cast once, at load
-            "compile_threads": options.threads or usable_cores(),
-            "cpp.dynamic_threads": True,
-        }
-        aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
-    return package.getvalue()
-
-
-def _load_package(name: str, package: bytes) -> tuple[Call, int]:
-    """A package, and the largest batch that it takes. Raises EngineError for one that does not load."""
-    try:
-        with _quiet():
-            from torch._inductor import aoti_load_package
-
-            loaded = aoti_load_package(io.BytesIO(package), run_single_threaded=True)  # runs take turns
-        return loaded, int(loaded.get_metadata()[_LARGEST])
-    except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{name}: torch cannot load its package ({error})") from error
-
-
-def target(device: Device) -> str:
-    """The chip that code is compiled for, as packages are keyed by it. Raises EngineError where there is none."""
-    if device == "cpu":
-        return f"{platform.machine()}-{_cpu_features()}"
-    if not torch.cuda.is_available():
-        raise EngineError(f"torch {torch.__version__} finds no CUDA device")
-    return "sm" + "".join(map(str, torch.cuda.get_device_capability()))
-
-
-def _cpu_features() -> str:
-    """What a CPU can do, in 12 hex digits: code that is made for one does not run on any other."""
-    features = [platform.processor(), torch.backends.cpu.get_cpu_capability()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        features += [next(line for line in lines if line.lower().startswith(("flags", "features")))]
-    except (OSError, StopIteration):
-        pass  # elsewhere than on Linux, its name has to do
-    return hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
-
-
 def send(array: Array, device: Device) -> Tensor:
     """A copy of an array on a device."""
     return torch.tensor(array, device=device)
@@ -399,20 +248,27 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def _exact() -> Iterator[None]:
-    """Convolve float32 as it is: cuDNN would in TF32, which keeps ten bits of it. torch has one switch for all."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+class _Exact:
+    """Within, float32 is convolved as it is: cuDNN would in TF32, which keeps ten bits of it.
+
+    torch has one switch for all threads: the first to enter turns it off, the last to leave puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.allow_tf32 = False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.allow_tf32 = self._before
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the compiler's warnings of its own future to itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+_exact = _Exact()

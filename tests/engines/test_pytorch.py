@@ -12,16 +12,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="programs need torch")
 
-from engines.backends import open_engine, open_engines, programs, pytorch  # noqa: E402
+from engines.backends import exported, open_engine, open_engines, programs, pytorch  # noqa: E402
 from engines.backends.base import DeviceMemoryError, EngineError, EngineOptions, GraphSpec, TensorSpec  # noqa: E402
-from engines.backends.pytorch import (  # noqa: E402
-    PytorchEngine,
-    Tensors,
-    compile_program,
-    load_program,
-    runnable,
-    trace,
-)
+from engines.backends.exported import Tensors, compile_program, load_program, runnable, trace  # noqa: E402
+from engines.backends.pytorch import PytorchEngine  # noqa: E402
 from engines.backends.standin import StandIn  # noqa: E402
 from engines.bundle import Bundle  # noqa: E402
 from engines.pipeline import Generate, Inpaint, Pipeline  # noqa: E402
@@ -142,7 +136,7 @@ def test_a_program_of_another_graph_does_not_load(halving: GraphSpec, change: An
 
 
 def test_a_batch_beyond_what_the_program_takes_is_refused(halving: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytorch, "ANY_BATCH", Profile((4,), dynamic=True))
+    monkeypatch.setattr(exported, "ANY_BATCH", Profile((4,), dynamic=True))
     with open_engine("pytorch", halving, ONE) as engine:
         engine.warmup((1, 4))
         with pytest.raises(EngineError, match="batch of 5 is larger than its program's largest, 4"):
@@ -162,6 +156,9 @@ def test_float32_is_convolved_whole_and_the_switch_put_back(halving: GraphSpec) 
 
         engine._call = spy
         engine.warmup((1,))
+        with pytorch._exact:  # as another thread that runs meanwhile
+            engine.warmup((1,))
+            seen.append(torch.backends.cudnn.allow_tf32)
     assert set(seen) == {False}
     assert torch.backends.cudnn.allow_tf32 == before
 

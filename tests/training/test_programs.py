@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.backends.pytorch import runnable
+from engines.backends.exported import runnable
 from tests.training.test_graphs import LINEAR, Linear, step_example, student
 from training.graphs import BATCH_SIZES, ExportError, StepGraph
 from training.programs import export_program
