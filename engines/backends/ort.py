@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -29,6 +29,7 @@ from engines.plans import Precision
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_one_at_a_time = Lock()
 _EXACT = {"use_tf32": "0"}
 """CUDA's provider would multiply float32 in TF32, which keeps ten bits of it."""
 
@@ -141,7 +142,7 @@ class OrtTensorrtEngine(OrtCudaEngine):
     """The same by ONNX Runtime's TensorRT provider, which builds its plans when it first meets a shape.
 
     Every tensor has the type that the graph, cast beforehand, gives it: the provider's own settings for fp16 and bf16
-    would let TensorRT lower what is to stay in fp32.
+    would let TensorRT lower what is to stay in fp32. It has none against TF32.
     """
 
     provider = TENSORRT
@@ -170,10 +171,17 @@ def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.
 
 @cache
 def _load_cuda() -> None:
-    """Load CUDA's libraries from the packages that pip installs, where the system has none; it tells what it lacks."""
-    if hasattr(ort, "preload_dlls"):  # since 1.21
-        with redirect_stdout(io.StringIO()):
+    """Load CUDA's libraries from the packages that pip installs, where the system has none.
+
+    What it does not find it prints, and stdout is for results. Raises EngineError where it fails.
+    """
+    if not hasattr(ort, "preload_dlls"):  # before 1.21
+        return
+    try:
+        with _one_at_a_time, redirect_stdout(sys.stderr):
             ort.preload_dlls()
+    except Exception as error:  # the library's errors share no base class
+        raise EngineError(f"CUDA's libraries could not be loaded: {error}") from error
 
 
 @cache

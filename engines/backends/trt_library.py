@@ -72,6 +72,7 @@ def build_plan(
         errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
         raise EngineError(f"{graph.name}: {library.name} cannot parse it ({errors or logger.worst})")
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
     _aim(library, config, target)
     for sizes in profile.ranges:
         config.add_optimization_profile(_shapes(builder, network, sizes))

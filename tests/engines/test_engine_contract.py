@@ -131,6 +131,13 @@ def test_same_inputs_give_same_outputs(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.run(inputs)["z_next"], engine.run(inputs)["z_next"])
 
 
+def test_how_arrays_lie_in_memory_does_not_matter(engine: Engine) -> None:
+    inputs = random_inputs(engine, 2)
+    turned = {name: np.asfortranarray(array) for name, array in inputs.items()}
+    assert not all(array.flags.c_contiguous for array in turned.values())
+    np.testing.assert_array_equal(engine.run(turned)["z_next"], engine.run(inputs)["z_next"])
+
+
 def test_a_row_does_not_depend_on_its_company(engine: Engine, backend: str) -> None:
     inputs = random_inputs(engine, 5)
     together = engine.run(inputs)["z_next"]

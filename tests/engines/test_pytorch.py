@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,17 @@ def test_float32_is_convolved_whole_and_the_switch_put_back(halving: GraphSpec) 
 
         engine._call = spy
         engine.warmup((1,))
-        with pytorch._exact:  # as another thread that runs meanwhile
-            engine.warmup((1,))
-            seen.append(torch.backends.cudnn.allow_tf32)
     assert set(seen) == {False}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_one_that_is_done_leaves_the_switch_to_the_one_that_runs() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(pytorch._exact)
+        second.enter_context(pytorch._exact)
+        first.close()
+        assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
 
 
