@@ -17,13 +17,14 @@ from training.evaluation_set import EvaluationSet
 from training.features import Pixels
 from training.guidance import Denoiser
 from training.pictures import to_uint8
-from training.run import Run, decode_all, rows_at_once
+from training.run import Run, decode_all
 from training.sampler import fresh_from, sample_stochastic
 from training.solvers import SAMPLER_NAMES, SAMPLERS, Sampler, sample_with
 from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
 VERSION = 2
+MOST_IMAGES, PIXELS_AT_ONCE = 256, 1 << 18
 NOISE_STREAM, ADDED_NOISE_STREAM = 4, 7
 
 
@@ -81,7 +82,7 @@ class ImageMaker:
         self._denoisers: dict[str, Denoiser] = {}
         self._hashes: dict[str, str] = {}
         self._autoencoder: AutoencoderKL | None = None
-        size = rows_at_once(run.recipe.data.size)
+        size = rows_at_once(run.shape)
         self._batches = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
 
     def missing_calls(self, candidate: Candidate, w: float) -> int:
@@ -155,3 +156,8 @@ class ImageMaker:
             "conditions": self.data.words[rows.start : rows.stop],
             "encoding": self.data.encoding,
         }
+
+
+def rows_at_once(shape: tuple[int, int, int]) -> int:
+    """Images whose z (c, h, w) pass a network together: few enough for a large one, enough to keep a GPU busy."""
+    return max(1, min(MOST_IMAGES, PIXELS_AT_ONCE // (shape[1] * shape[2])))

@@ -19,7 +19,7 @@ from training.store import hash_of_file
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
-BATCH_IMAGES = 256
+BATCH_IMAGES, BATCH_SMALL = 64, 256
 
 
 class FeatureError(Exception):
@@ -61,7 +61,7 @@ class EfficientNetLite0:
 
     def __call__(self, images: Pixels) -> Features:
         """Features (N, 1280) of images (N, H, W, 3)."""
-        return in_batches(self._batch, images, self.dim)
+        return in_batches(self._batch, images, self.dim, BATCH_SMALL)
 
     @torch.inference_mode()
     def _batch(self, images: Pixels) -> Tensor:
@@ -80,7 +80,9 @@ class PixelFeatures:
 
     def __call__(self, images: Pixels) -> Features:
         """Features (N, 3 * size * size) of images (N, H, W, 3)."""
-        return in_batches(lambda part: resize(to_float(part), self.size).flatten(1) / 255, images, self.dim)
+        return in_batches(
+            lambda part: resize(to_float(part), self.size).flatten(1) / 255, images, self.dim, BATCH_SMALL
+        )
 
 
 EXTRACTORS: Mapping[str, Callable[[torch.device], FeatureExtractor]] = {
@@ -108,12 +110,12 @@ def resize(images: Tensor, size: int) -> Tensor:
     return interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
 
 
-def in_batches(extract: Callable[[Pixels], Tensor], images: Pixels, dim: int) -> Features:
+def in_batches(extract: Callable[[Pixels], Tensor], images: Pixels, dim: int, at_once: int = BATCH_IMAGES) -> Features:
     """Features (N, `dim`) of images (N, H, W, 3) with an extractor of some images at once, under a progress bar."""
     features = np.empty((len(images), dim), np.float32)
-    starts = range(0, len(images), BATCH_IMAGES)
+    starts = range(0, len(images), at_once)
     for start in tqdm(starts, desc="features", unit="batch", leave=False, delay=2, disable=None):
-        features[start : start + BATCH_IMAGES] = extract(images[start : start + BATCH_IMAGES]).cpu().numpy()
+        features[start : start + at_once] = extract(images[start : start + at_once]).cpu().numpy()
     return features
 
 

@@ -384,17 +384,17 @@ def _save(folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pip
 @torch.inference_mode()
 def encode_all(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
     """Scaled latents (N, c, h, w) on the CPU of images (N, 3, H, W)."""
-    rows = rows_at_once(images.shape[-1])
+    rows = _rows_at_once(images.shape[-1])
     return torch.cat([networks.encode(autoencoder, part.to(device)).cpu() for part in images.split(rows)])
 
 
 @torch.inference_mode()
 def decode_all(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (N, 3, H, W) of scaled latents (N, c, h, w)."""
-    rows = rows_at_once(latents.shape[-1] << (len(autoencoder.config["block_out_channels"]) - 1))
+    rows = _rows_at_once(latents.shape[-1] << (len(autoencoder.config["block_out_channels"]) - 1))
     return torch.cat([networks.decode(autoencoder, part) for part in latents.split(rows)])
 
 
-def rows_at_once(side: int) -> int:
+def _rows_at_once(side: int) -> int:
     """Images that pass an autoencoder together: a megapixel, and 256 at most."""
     return max(1, min(256, PIXELS_AT_ONCE // side**2))

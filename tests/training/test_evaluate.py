@@ -167,7 +167,7 @@ def test_real_images_are_at_the_floor_and_noise_is_far_above(run: Run) -> None:
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "rows_at_once", lambda side: 10)
+    monkeypatch.setattr(candidates, "rows_at_once", lambda shape: 10)
     plan = Plan((TEACHER, STUDENT), (0.0, 2.0), frechet_dims=6)
     with monkeypatch.context() as patch:
         count_batches(patch, stop_after=5)
@@ -199,7 +199,7 @@ def test_a_repeated_evaluation_only_prints(folder: Path, monkeypatch: pytest.Mon
 def test_more_samples_extend_the_images_and_other_weights_replace_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "rows_at_once", lambda side: 30)
+    monkeypatch.setattr(candidates, "rows_at_once", lambda shape: 30)
     made = count_batches(monkeypatch)
     few = maker(run, 30).images(STUDENT, 1.0)
     more = maker(run, 36).images(STUDENT, 1.0)

@@ -291,6 +291,11 @@ def test_batches_visit_every_item_once_an_epoch_at_any_address() -> None:
     assert not torch.equal(BatchOrder(10, 4, seed=1).at(3), order.at(3))
 
 
+def test_a_batch_may_span_several_epochs() -> None:
+    whole, single = BatchOrder(3, 8, seed=0), BatchOrder(3, 1, seed=0)
+    assert whole.at(1).tolist() == [int(single.at(place)) for place in range(8, 16)]
+
+
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(TrainingError, match="empty"):
         BatchOrder(0, 4, seed=0)
