@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one call of about ten minutes: contract tests, parity, speed, the cost of training.
+# What only a GPU can show, in one call: contract tests, parity, speed, the cost of training. Half an hour at most, the
+# quickest parts first; what a part that is cut off has printed is kept.
 #
 #   benchmarks/on_gpu.sh fetch WHEELS          where there is a network: the wheels a bare machine lacks, in pieces
-#   benchmarks/on_gpu.sh run WHEELS OUT BUNDLE where the GPU is: installs them beside the torch that is there; BUNDLE is
-#                                              a folder that `fewstep export --programs` wrote
+#   benchmarks/on_gpu.sh run WHEELS OUT BUNDLE where the GPU is: installs them beside the torch that is there;
+#                                              BUNDLE is a folder that `fewstep export --programs` wrote
 #
 # COST_OPTIONS, STEP_OPTIONS and BENCH_OPTIONS go to benchmarks.cost, benchmarks.step and `fewstep bench`.
 set -euo pipefail
@@ -17,7 +18,7 @@ PACKAGES=(diffusers importlib-metadata onnx onnx-ir onnxscript ml-dtypes tokeniz
   annotated-types typing-inspection pydantic-settings python-dotenv python-multipart redis pytest pytest-timeout
   pytest-xdist execnet filelock anyio hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs
   onnxruntime-gpu setuptools)
-BACKENDS=ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16,pytorch-cuda
+BACKENDS=ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16
 
 fetch() {
   local wheels=$1
@@ -40,7 +41,8 @@ fetch() {
 part() {
   local name=$1 seconds=$2
   shift 2
-  timeout "$seconds" "$@" > "$out/$name.txt" 2> "$out/$name.log" || echo "$name failed or took over $seconds s: $out/$name.log"
+  timeout "$seconds" "$@" > "$out/$name.txt" 2> "$out/$name.log" ||
+    echo "$name failed or took over $seconds s: $out/$name.log"
 }
 
 run() {
@@ -58,9 +60,10 @@ run() {
   local libraries
   libraries=$("$python" -c "from pathlib import Path; import nvidia
 print(*(lib for root in nvidia.__path__ for lib in Path(root).glob('*/lib')), sep=':')" || true)
-  export LD_LIBRARY_PATH="$libraries:${LD_LIBRARY_PATH:-}" FEWSTEP_PLANS="$out/../plans"
-  part versions 60 "$python" -c "import platform, torch; print(platform.platform(), torch.__version__, torch.cuda.get_device_name())"
-  # What warns is the torch that is there, in whichever version.
+  export LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FEWSTEP_PLANS="$out/../plans"
+  part device 60 "$python" -c "import platform, torch; print(platform.platform(), torch.cuda.get_device_name())"
+  part versions 60 "$python" -m pip freeze
+  # The torch that is there may be another version: its warnings are no failures.
   local contract=("$python" -m pytest -q -rs -o filterwarnings=default -n 4 tests/engines/test_engine_contract.py)
   part contract-ort 120 "${contract[@]}" -k "ort-cuda or ort-tensorrt"
   part contract-trt 180 "${contract[@]}" tests/engines/test_trt.py -k trt
@@ -73,15 +76,19 @@ print(*(lib for root in nvidia.__path__ for lib in Path(root).glob('*/lib')), se
   # shellcheck disable=SC2086
   part bench 240 "$python" -m fewstep bench "$bundle" --skip --no-memory --backend "$BACKENDS" ${BENCH_OPTIONS:-}
   part compiled 240 "$python" -m benchmarks.programs "$bundle" --device cuda --precision fp32 --compile
+  # shellcheck disable=SC2086
+  part bench-compiled 60 "$python" -m fewstep bench "$bundle" --skip --no-memory --backend ort-cuda,pytorch-cuda \
+    ${BENCH_OPTIONS:-}
   TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0 FEWSTEP_PLANS="$out/../other-plans" part compiled-as-laid-out 240 \
     "$python" -m benchmarks.programs "$bundle" --device cuda --precision fp32 --compile
   part contract-pytorch 480 "${contract[@]}" -k pytorch-cuda
-  part networks 240 "$python" -m pytest -q -rs -o filterwarnings=default -m "slow or not slow" tests/training/test_networks.py
+  part networks 240 "$python" -m pytest -q -rs -o filterwarnings=default -m "slow or not slow" \
+    tests/training/test_networks.py
   tail -n 40 "$out"/*.txt
 }
 
 case ${1:-} in
   fetch) fetch "${2:?the folder for the wheels}" ;;
   run) run "${2:?the folder of the wheels}" "${3:?the folder for the results}" "${4:?a bundle with programs}" ;;
-  *) sed -n '2,8p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,9p' "$0" >&2; exit 2 ;;
 esac
