@@ -29,14 +29,16 @@ def test_a_job_accepted_by_one_process_is_followed_at_another_when_the_first_is_
     bundle_path: Path, redis_server: RedisServer
 ) -> None:
     apis = [Process("api", bundle_path, redis_server) for _ in range(2)]
-    worker = Process("worker", bundle_path, redis_server, tick_s=0.6)
+    worker = Process("worker", bundle_path, redis_server, tick_s=0.3)
     with processes(*apis, worker) as (accepting, other, _):
+        worker.send(signal.SIGSTOP)  # so that the job is not over before it is followed
         job_id = post(accepting, {"Prefer": "respond-async"}, seed=4).json()["id"]
         keyed = {"Idempotency-Key": "key"}
         second = post(accepting, {**keyed, "Prefer": "respond-async"}, seed=5, n=2).json()["id"]
         accepting.send(signal.SIGKILL)
         assert accepting.wait() == -signal.SIGKILL
         with httpx.stream("GET", f"{other.url}/jobs/{job_id}/events", timeout=60) as stream:
+            worker.send(signal.SIGCONT)
             events = events_of(stream.read().decode())
         told = [data["progress"]["done"] for name, data in events if name == "progress"]
         assert told
