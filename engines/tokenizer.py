@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
+
+# A prompt is read several times in a row: to check it, to check it again behind a queue, and to encode it.
+_REMEMBERED = 64
 
 
 class TokenizerError(Exception):
@@ -36,6 +40,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._max_tokens = max_tokens
         self._pad_id = pad_id
+        self._encode = lru_cache(_REMEMBERED)(self._read)
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` with the special tokens. Raises TokenizerError for invalid Unicode."""
@@ -49,7 +54,7 @@ class Tokenizer:
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         return PromptSize(len(encoding.ids), len(words), sum(word != unknown for word in words))
 
-    def _encode(self, prompt: str) -> tokenizers.Encoding:
+    def _read(self, prompt: str) -> tokenizers.Encoding:
         try:
             # One by one: encode_batch starts a thread pool, which forked workers do not survive.
             return self._tokenizer.encode(prompt)

@@ -131,10 +131,11 @@ class Finisher:
         timings = work.timings(now)
         # Before the answer can be given, so that a request's span is over after those beneath it.
         self._tracing.stage("decode", [work.job], work.denoised, now, len(work.images))
-        images = tuple(work.images[index] for index in sorted(work.images))
-        self.settle(work.job, Finished(images, timings, tuple(work.ticks)))
         for stage in ("encode", "denoise", "decode"):
             self._metrics.stage_seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
+        images = tuple(work.images[index] for index in sorted(work.images))
+        # Last, as whoever waits for it needs this processor then.
+        self.settle(work.job, Finished(images, timings, tuple(work.ticks)))
 
     def _failed(self, error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()

@@ -31,17 +31,20 @@ def key_of(request: Request) -> str | None:
 
 def digest_of(path: str, body: GenerateRequest, output_format: ImageFormat) -> str:
     """What tells requests apart: the endpoint and the fields, but not whether the client waits for the answer."""
-    fields = body.model_dump(exclude={"asynchronous"})
-    # A digest in the place of a file: its bytes as text would be many times dearer.
-    said = json.dumps([path, output_format, fields], sort_keys=True, default=lambda file: _sha256(file))
-    return _sha256(said)
+    return _sha256(_said(path, body, output_format))
 
 
 def identity_of(request: Request, body: GenerateRequest, output_format: ImageFormat) -> str:
     """What recognises a request that was refused and comes again: who asks, from where, for what, under which key."""
     host = request.client.host if request.client else ""
-    asked = digest_of(request.url.path, body, output_format)
+    asked = _said(request.url.path, body, output_format)
     return _sha256(asked, host, *request.headers.getlist(HEADER), caller_of(request))
+
+
+def _said(path: str, body: GenerateRequest, output_format: ImageFormat) -> str:
+    fields = {name: value for name, value in body if name != "asynchronous"}
+    # A digest in the place of a file: its bytes as text would be many times dearer.
+    return json.dumps([path, output_format, fields], sort_keys=True, default=_sha256)
 
 
 def _sha256(*parts: str | bytes) -> str:

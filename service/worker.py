@@ -330,6 +330,8 @@ class Worker:
         logger.warning("batch failed", extra=fields)
 
     def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
+        if not any(isinstance(result, Exception) for result in results):
+            return
         self._device_lost = self._device_lost or any(isinstance(result, DeviceLostError) for result in results)
         for unit, failure in zip(units, failures(results), strict=True):
             if failure is not None and not unit.work.over:

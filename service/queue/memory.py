@@ -182,6 +182,8 @@ class MemoryQueue:
 
         All of them were let in because all can be done by their deadlines: so none is overtaken until it is late.
         """
+        if not self._waiting:
+            return []
         now = self._clock()
         done_by = {model: now + self._doors[model].backlog_s for model in models}
 

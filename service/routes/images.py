@@ -20,12 +20,12 @@ from service.jobs import Finished, Job
 from service.negotiation import choose
 from service.queue.base import Keep, Status
 from service.routes.openapi import documented
-from service.routes.strict import OPTIONS
+from service.routes.strict import Direct
 from service.runtime import Service
 from service.schemas import EditRequest, GenerateRequest, ImageRequest, InpaintRequest
 from service.settings import Settings
 
-router = APIRouter(tags=["images"], dependencies=OPTIONS)
+router = APIRouter(tags=["images"], route_class=Direct)
 
 _RESPOND_ASYNC = "respond-async"
 

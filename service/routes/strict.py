@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
 from service.errors import ApiError, shown
@@ -29,6 +30,23 @@ async def no_body(request: Request) -> None:
     headers = request.headers
     if headers.get("content-length", "").strip("0") or "transfer-encoding" in headers:
         raise ApiError(422, "unknown_field", "this takes no body", param="body")
+
+
+class Direct(APIRoute):
+    """A route with no options in its URL, whose endpoint takes the request as it is.
+
+    It leaves the framework nothing to solve, which would cost every request a quarter of a millisecond or more.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request."""
+
+        async def answer(request: Request) -> Response:
+            await known_options(request)
+            response: Response = await self.endpoint(request)
+            return response
+
+        return answer
 
 
 OPTIONS = [Depends(known_options)]
