@@ -36,9 +36,10 @@ _MANY_TO_ONE = 4
 class Worker:
     """Runs jobs until stopped, with continuous batching: waiting rows are admitted at every tick.
 
-    It holds two full ticks of images for every number of steps among them. So the next tick of each can be full, and
-    what waits longer stays in the queue, where its cost bounds admission and another worker could take it. Of a bundle
-    that is not loaded yet it parks no more than that, and those that are loaded do not wait for it.
+    Of each bundle it holds two full ticks of images for every number of steps among them. So the next tick of each can
+    be full, no bundle waits behind the jobs of another, and what waits longer stays in the queue, where its cost bounds
+    admission and another worker could take it. Of a bundle that is not loaded yet it parks no more than that, and those
+    that are loaded do not wait for it.
 
     Where the device is lost the thread ends: the service then fails, and its process with it. What it holds and has not
     settled is for a process that comes after it.
@@ -149,24 +150,29 @@ class Worker:
 
     def _admit(self, wait_s: float) -> None:
         wait_s = 0.0 if self._held else wait_s
-        rows = sum(1 for _ in self._units())
-        groups = {(unit.work.job.model, unit.task.steps) for unit in self._units()}
-        room = 2 * self._scheduler.max_rows * max(1, len(groups)) - rows
-        wanted = self._wanted() if room > 0 and not self._draining.is_set() else frozenset()
-        if wanted:
-            for job in self._queue.take(wanted, room, wait_s):
+        rooms = {} if self._draining.is_set() else self._rooms()
+        if rooms:
+            for job in self._queue.take(rooms, wait_s):
                 self._parked[job.id] = Parked(job)
         elif wait_s > 0:  # nothing to do until a bundle is loaded
             self._stopping.wait(wait_s)
         for parked in list(self._parked.values()):
             self._begin(parked)
 
-    def _wanted(self) -> frozenset[str]:
-        """What may be taken, but for bundles that a full tick waits for already."""
-        rows: Counter[str] = Counter()
-        for parked in self._parked.values():
-            rows[parked.job.model] += len(parked.job.tasks)
-        return self._models.takeable() - {model for model, count in rows.items() if count >= self._scheduler.max_rows}
+    def _rooms(self) -> dict[str, int]:
+        """How many images of each bundle may be taken; none of one that a full tick waits for already."""
+        most = self._scheduler.max_rows
+        held = Counter(unit.work.job.model for unit in self._units())
+        groups = Counter(model for model, _ in {(unit.work.job.model, unit.task.steps) for unit in self._units()})
+        parked: Counter[str] = Counter()
+        for each in self._parked.values():
+            parked[each.job.model] += len(each.job.tasks)
+        rooms = {
+            model: 2 * most * max(1, groups[model]) - held[model] - parked[model]
+            for model in self._models.takeable()
+            if parked[model] < most
+        }
+        return {model: room for model, room in rooms.items() if room > 0}
 
     def _begin(self, parked: Parked) -> None:
         """Hold a job whose bundle is loaded; else have it loaded, and look again at the next step."""

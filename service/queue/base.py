@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -152,12 +152,12 @@ class JobQueue(Protocol):
         """Give the job up. Says how far it had come, None when it was over. Its outcome is forgotten, unless kept."""
         ...
 
-    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
-        """Take waiting jobs for ``models``: of at most ``rows`` images together, but at least one where any waits.
+    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
+        """Take waiting jobs for each model in ``rooms``: of at most so many images, but at least one where any waits.
 
-        Waits up to ``wait_s`` seconds for a first job and not at all for more. Every job taken must be
-        settled, also one that was cancelled meanwhile. A job that is handed out again comes alone, and nothing
-        comes beside it until it is settled: it may have been what its worker died of.
+        So jobs of one model wait behind those of no other. Waits up to ``wait_s`` seconds for a first job and not at
+        all for more. Every job taken must be settled, also one that was cancelled meanwhile. A job that is handed out
+        again comes alone, and nothing comes beside it until it is settled: it may have been what its worker died of.
         """
         ...
 

@@ -83,14 +83,14 @@ class Leases:
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
 
-    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
+    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
         """See JobQueue.take."""
         until = time.monotonic() + wait_s
-        self._begin(models)
+        self._begin(rooms)
         while True:
             taken: list[Job] = []
             nothing_seen: dict[str, bytes] = {}
-            seen = self._reach(partial(self._take, sorted(models), rows, taken), nothing_seen)
+            seen = self._reach(partial(self._take, rooms, taken), nothing_seen)
             left_s = until - time.monotonic()
             if taken or left_s <= 0:
                 return taken
@@ -165,13 +165,14 @@ class Leases:
             if self._beating.ident is None:
                 self._beating.start()
 
-    def _take(self, models: list[str], rows: int, taken: list[Job]) -> dict[str, bytes]:
+    def _take(self, rooms: Mapping[str, int], taken: list[Job]) -> dict[str, bytes]:
         """Append what there is to ``taken``. Returns the last entry given of each stream, none where to pause."""
         with self._changed:
             alone = any(lease.tries > 1 for lease in self._held.values())
             holding = bool(self._held)
-        if alone or rows < 1:
+        if alone:
             return {}
+        models = sorted(rooms)
         lines = list(product(models, Priority))
         streams = [keys.jobs(model, priority) for model, priority in lines]
         loads, speeds = ([name(model) for model, _ in lines] for name in (keys.load, keys.speed))
@@ -179,7 +180,9 @@ class Leases:
         # After an outage everybody seems silent; those that live get the time to say so.
         patient = time.monotonic() < self._reclaims_from
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
-        arguments: Arguments = [self._consumer, rows, silence, int(holding), *head_starts]
+        numbers = [models.index(model) + 1 for model, _ in lines]
+        room = [rooms[model] for model in models]
+        arguments: Arguments = [self._consumer, silence, int(holding), *head_starts, *numbers, *room]
         now, given, seen = self._redis.run("take", [*streams, *loads, *speeds], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000

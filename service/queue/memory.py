@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -97,21 +97,15 @@ class MemoryQueue:
             self._cancelled.add(job_id)
             return "running"
 
-    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
+    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
         """See JobQueue.take."""
         with self._changed:
             if wait_s > 0:
-                self._changed.wait_for(lambda: self._next(models) is not None, wait_s)
-            taken: list[Job] = []
-            room = rows
-            for job in self._in_line(models):
-                if room <= 0 or (taken and len(job.tasks) > room):
-                    break
-                taken.append(self._waiting.pop(job.id))
-                self._shelf.taken(job.id)
-                room -= len(job.tasks)
-            self._taken |= {job.id: job for job in taken}
+                self._changed.wait_for(lambda: self._next(rooms) is not None, wait_s)
+            taken = list(_fitting(self._in_line(rooms), rooms))
             for job in taken:
+                self._taken[job.id] = self._waiting.pop(job.id)
+                self._shelf.taken(job.id)
                 self._doors[job.model].took(job.cost)
             return taken
 
@@ -196,6 +190,18 @@ class MemoryQueue:
 
     def _next(self, models: Collection[str]) -> Job | None:
         return next((job for job in self._waiting.values() if job.model in models), None)
+
+
+def _fitting(line: Iterable[Job], rooms: Mapping[str, int]) -> Iterator[Job]:
+    """Of each model those first in the line: what fits in its room, or one. None overtakes another of its model."""
+    left = dict(rooms)
+    for job in line:
+        room, images = left.get(job.model, 0), len(job.tasks)
+        if room <= 0 or (room < rooms[job.model] and images > room):
+            left.pop(job.model, None)
+        else:
+            left[job.model] = room - images
+            yield job
 
 
 def _uncancellable() -> Future[Outcome]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 from service.jobs import Job, Outcome
@@ -74,9 +74,9 @@ class RedisQueue:
         """See JobQueue.cancel."""
         return await self._submissions.cancel(job_id)
 
-    def take(self, models: Collection[str], rows: int, wait_s: float) -> list[Job]:
+    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
         """See JobQueue.take."""
-        return self._leases.take(models, rows, wait_s)
+        return self._leases.take(rooms, wait_s)
 
     def expect(self, model: str, per_second: float) -> None:
         """See JobQueue.expect."""

@@ -44,7 +44,7 @@ def job(
 
 def taken(queue: JobQueue, rows: int = 9, model: str = MODEL, wait_s: float = 0.0) -> list[str]:
     """The names of the jobs that are taken."""
-    return [job.id for job in queue.take({model}, rows, wait_s)]
+    return [job.id for job in queue.take({model: rows}, wait_s)]
 
 
 async def soon(queue: JobQueue, job_id: str) -> Finished | Failed:

@@ -127,6 +127,20 @@ async def test_what_is_loaded_does_not_wait_for_what_loads(several: Settings) ->
         models.close()
 
 
+async def test_a_bundle_does_not_wait_behind_the_queue_of_another(bench: SeveralBench) -> None:
+    amber, blue = (bench.models.catalogue.find(name).key for name in ("amber", "blue"))
+    for name in ("amber", "blue"):
+        bench.models.load(name).result(60)
+    many = [f"amber-{k}" for k in range(20 * MAX_ROWS)]
+    for name in many:
+        await bench.submit(name, amber, seconds=600)
+    await bench.submit("blue", blue)
+    await bench.finished("blue")
+    assert bench.queue.stats().depth >= len(many) // 2
+    for name in many:
+        await bench.finished(name)
+
+
 async def test_what_is_asked_for_without_end_leaves_its_place_to_another(several: Settings) -> None:
     models = Models(
         Catalogue.of(several), lambda path: open_pipeline(several, path), room_for(several, 1).max_model_bytes

@@ -155,7 +155,7 @@ async def test_a_job_comes_as_it_was_submitted(queue: JobQueue) -> None:
     now = time.monotonic()
     sent = Job("a", "request", tasks, Output("webp", 50), now - 5, now + 60, MODEL)
     await queue.submit(sent)
-    [came] = queue.take({MODEL}, 9, 1.0)
+    [came] = queue.take({MODEL: 9}, 1.0)
     assert (came.id, came.request_id, came.output, came.model) == ("a", "request", Output("webp", 50), MODEL)
     assert (came.submitted, came.deadline) == pytest.approx((sent.submitted, sent.deadline), abs=5)
     assert came.cost == sent.cost
@@ -176,18 +176,29 @@ async def test_a_job_goes_to_who_has_its_model(queue: JobQueue) -> None:
     assert taken(queue, 9, "two@2") == ["b"]
     assert queue.stats().depth == 2
     await queue.submit(job("d", model="two@2"))
-    assert [one.id for one in queue.take({"one@1", "two@2", "three@3"}, 9, 0.0)] == ["a", "c", "d"]
+    assert [one.id for one in queue.take({"one@1": 9, "two@2": 9, "three@3": 9}, 0.0)] == ["a", "c", "d"]
+
+
+async def test_each_model_has_a_room_of_its_own(queue: JobQueue) -> None:
+    for name in "abcd":
+        await queue.submit(job(name, images=2, model="one@1"))
+    for name in "ef":
+        await queue.submit(job(name, images=3, model="two@2"))
+    rooms = {"one@1": 4, "two@2": 1, "three@3": 9}
+    assert [one.id for one in queue.take(rooms, 0.0)] == ["a", "b", "e"]
+    assert [one.id for one in queue.take({"one@1": 3}, 0.0)] == ["c"]
+    assert [one.id for one in queue.take({"one@1": 9, "two@2": 9}, 0.0)] == ["d", "f"]
 
 
 async def test_take_waits_for_a_job_and_only_for_the_first(queue: JobQueue) -> None:
     found: list[list[str]] = []
-    thread = threading.Thread(target=lambda: found.append([job.id for job in queue.take({MODEL}, 4, 10.0)]))
+    thread = threading.Thread(target=lambda: found.append([job.id for job in queue.take({MODEL: 4}, 10.0)]))
     thread.start()
     await queue.submit(job("a"))
     await asyncio.to_thread(thread.join)
     assert found == [["a"]]
     begin = time.monotonic()
-    assert queue.take({MODEL}, 4, 0.02) == []
+    assert queue.take({MODEL: 4}, 0.02) == []
     assert time.monotonic() - begin < 5
 
 
@@ -197,7 +208,7 @@ async def test_many_workers_share_many_jobs_without_loss(queue: JobQueue) -> Non
 
     def work() -> None:
         while len(seen) < len(names):
-            for found in queue.take({MODEL}, 3, 0.01):
+            for found in queue.take({MODEL: 3}, 0.01):
                 seen.append(found.id)
                 queue.settle(found.id, FINISHED)
 

@@ -51,7 +51,7 @@ async def test_what_waited_longer_than_the_head_start_is_not_overtaken(
 async def test_priorities_count_among_models_too(queue: JobQueue) -> None:
     await queue.submit(job("a", model="one@1"))
     await queue.submit(job("b", model="two@2", priority=HIGH))
-    assert [found.id for found in queue.take({"one@1", "two@2"}, 9, 0.0)] == ["b", "a"]
+    assert [found.id for found in queue.take({"one@1": 9, "two@2": 9}, 0.0)] == ["b", "a"]
 
 
 async def test_a_deadline_at_risk_goes_before_a_priority(queue: JobQueue) -> None:
@@ -70,7 +70,7 @@ async def test_a_job_of_any_priority_is_cancelled_and_counted(queue: JobQueue, p
     await queue.submit(job("b", priority=priority))
     assert (queue.stats().depth, queue.stats().cost) == (2, 8)
     assert await queue.cancel("a") == "queued"
-    [found] = queue.take({MODEL}, 9, 0.0)
+    [found] = queue.take({MODEL: 9}, 0.0)
     assert (found.id, found.priority) == ("b", priority)
     assert queue.settle("b", FINISHED)
     assert await queue.outcome("b") == FINISHED

@@ -164,7 +164,7 @@ async def test_times_cross_hosts_whose_clocks_differ(open_queue: OpenQueue, monk
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s)
     with monkeypatch.context() as there:
         there.setattr(leases, "time", clock)
-        [came] = worker.take({MODEL}, 9, 0.0)
+        [came] = worker.take({MODEL: 9}, 0.0)
     assert came.submitted - ahead_s == pytest.approx(sent.submitted, abs=1)
     assert came.deadline - ahead_s == pytest.approx(sent.deadline, abs=1)
 

@@ -45,7 +45,7 @@ async def knock(queue: JobQueue, jobs: list[Job], model: str) -> list[float]:
         except QueueFull as full:
             waits.append(full.retry_after_s)
         if k % 10 == 0:
-            queue.take({model}, 9, 0.0)
+            queue.take({model: 9}, 0.0)
             queue.expect(model, 20.0)
     return waits
 

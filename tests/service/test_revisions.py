@@ -94,7 +94,7 @@ async def test_the_old_revision_stays_while_another_process_has_its_job(roomy: R
     roomy.models.load("amber").result(60)
     new = replace(folder, "amber")
     await roomy.bench.submit("elsewhere", old, seconds=3600)
-    assert [job.id for job in roomy.queue.take({old}, 1, 0)] == ["elsewhere"]
+    assert [job.id for job in roomy.queue.take({old: 1}, 0)] == ["elsewhere"]
     await roomy.until(lambda: roomy.states() == {old: True, new: False})
     began = roomy.now
     await roomy.until(lambda: roomy.now > began + 20)

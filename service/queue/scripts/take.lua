@@ -1,11 +1,15 @@
 -- Gives jobs to a consumer: one whose worker fell silent, alone, else those that are first in line.
 -- KEYS: streams of jobs, then the load of each, then the speed of each
--- ARGV: consumer, rows to fill, silence in ms, 1 where the consumer holds jobs, then the head start of each stream in ms
+-- ARGV: consumer, silence in ms, 1 where the consumer holds jobs, then the head start of each stream in ms, then the
+-- number of the model of each, then how many images of each model there is room for
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
-local consumer, rows, silence, holding = unpack(ARGV)
+local consumer, silence, holding = unpack(ARGV)
 local streams = #KEYS / 3
-local room = tonumber(rows)
+local room, begun = {}, {}
+for place = 4 + 2 * streams, #ARGV do
+  room[#room + 1] = tonumber(ARGV[place])
+end
 local now = now_ms()
 local groups, given = {}, {}
 
@@ -59,8 +63,12 @@ local function head_behind(stream, last)
   local fields = by_name(entry[2])
   local deadline = tonumber(fields.deadline)
   local at_risk = deadline < now + backlog(stream)
-  local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[4 + stream]
+  local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[3 + stream]
   return {entry = entry, rows = tonumber(fields.rows), cost = fields.cost, at_risk = at_risk, rank = rank}
+end
+
+local function model_of(stream)
+  return tonumber(ARGV[3 + streams + stream])
 end
 
 local function goes_before(head, other)
@@ -89,25 +97,31 @@ for stream = 1, streams do
   seen[stream] = groups[stream] and groups[stream]['last-delivered-id'] or '0-0'
   heads[stream] = groups[stream] and head_behind(stream, seen[stream])
 end
-while room > 0 do
+while true do
   local stream
   for k = 1, streams do
     if heads[k] and (not stream or goes_before(heads[k], heads[stream])) then
       stream = k
     end
   end
-  local head = heads[stream]
-  if not head or (#given > 0 and head.rows > room) then
+  if not stream then
     break
   end
-  redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', KEYS[stream], '>')
-  redis.call('HINCRBY', KEYS[streams + stream], 'cost', -head.cost)
-  local job = job_of(stream, head.entry, 'queued', 1)
-  if job then
-    given[#given + 1] = job
-    room = room - head.rows
+  local head, model = heads[stream], model_of(stream)
+  if room[model] <= 0 or (begun[model] and head.rows > room[model]) then
+    for k = 1, streams do -- None overtakes another of its model.
+      heads[k] = model_of(k) ~= model and heads[k] or nil
+    end
+  else
+    redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', KEYS[stream], '>')
+    redis.call('HINCRBY', KEYS[streams + stream], 'cost', -head.cost)
+    local job = job_of(stream, head.entry, 'queued', 1)
+    if job then
+      given[#given + 1] = job
+      room[model], begun[model] = room[model] - head.rows, true
+    end
+    seen[stream] = head.entry[1]
+    heads[stream] = head_behind(stream, seen[stream])
   end
-  seen[stream] = head.entry[1]
-  heads[stream] = head_behind(stream, seen[stream])
 end
 return {now, given, seen}
