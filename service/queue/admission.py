@@ -35,13 +35,15 @@ RATE_MEMORY_S = 10.0
 EXPECTATION_S = 1.0
 SURPRISE = 3.0
 SHORT_STALL_S = 1.0
+BUSY_S = 0.25
 
 
 class Throughput:
     """How fast work is finished, in row-ticks a second, forgetting over about ``memory_s`` seconds of work.
 
-    Only time in which there was work counts. An interval is cut where all the work should have been done thrice over
-    by then: a bundle that loads, or a worker that starts anew, is no new speed.
+    Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty, shows
+    how long one takes and not how many could be made. An interval is cut where all the work should have been done
+    thrice over by then: a bundle that loads, or a worker that starts anew, is no new speed.
     """
 
     def __init__(self, memory_s: float = RATE_MEMORY_S) -> None:
@@ -69,12 +71,14 @@ class Throughput:
         if self._since is None:
             return
         elapsed = max(0.0, now - self._since)
+        self._since = now
         if (speed := self.per_second) > 0:
+            if outstanding < BUSY_S * speed:
+                return
             elapsed = min(elapsed, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
         kept = math.exp(-elapsed / self._memory_s)
         self._cost = self._cost * kept + cost
         self._seconds = self._seconds * kept + elapsed
-        self._since = now
 
     def end(self) -> None:
         """There is no more work."""

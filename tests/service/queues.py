@@ -17,7 +17,7 @@ from service.queue.redis import RedisQueue
 MODEL = "tiny@000000000000"
 FINISHED = Finished((b"image",), Timings(0, 0, 0, 0), (1,))
 OTHER = Finished((b"other",), Timings(0, 0, 0, 0), (1,))
-# Of newcomers, who may fill a third of the room.
+# Of newcomers, who may fill half of the room.
 MAX_COST = 32
 ROOM = 2 * MAX_COST
 BOUNDS = Bounds(outcomes=3, bytes=1000)

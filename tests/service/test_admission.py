@@ -116,6 +116,31 @@ def test_a_worker_that_turns_half_as_fast_is_followed() -> None:
     assert overload.used >= 0.95 * (40 + 80 / 2) / 120
 
 
+def test_lone_requests_are_no_measure_of_what_many_could_have() -> None:
+    door = Door(1000)
+    door.throughput.expect(SPEED / EXPECTED)
+    for turn in range(1000):
+        assert door.knock("", 1, LIMIT_S, turn) is None
+        door.took(1)
+        door.settled(1, True, turn + 0.1)  # a tenth of the speed, with ticks of one row
+    assert door.throughput.per_second == SPEED
+    assert all(door.knock("", 4, LIMIT_S, 1000.0) is None for _ in range(60))
+
+
+def test_what_is_measured_while_there_is_enough_to_do_counts() -> None:
+    door = Door(1000)
+    door.throughput.expect(SPEED / EXPECTED)
+    now = 0.0
+    for _ in range(50):
+        assert door.knock("", 20, 10 * LIMIT_S, now) is None
+        assert door.knock("", 20, 10 * LIMIT_S, now) is None
+        for _ in range(2):
+            now += 2.0
+            door.took(20)
+            door.settled(20, True, now)
+    assert door.throughput.per_second == pytest.approx(10, rel=0.35)
+
+
 def test_an_estimate_that_is_far_too_low_locks_nobody_out() -> None:
     door = Door(1000)
     door.throughput.expect(1e-3)

@@ -2,10 +2,11 @@
 -- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
--- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it
+-- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
+-- the seconds of work from which on it is measured
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s = unpack(ARGV, 10)
 
 -- The throughput of service/queue/admission.py, kept where what every worker finishes is seen.
 local function note_finished(model, cost)
@@ -17,13 +18,17 @@ local function note_finished(model, cost)
   local finished, seconds = speed_at(speed)
   local now = now_ms()
   local elapsed = math.max(0, now - since) / 1000
+  redis.call('HSET', load, 'since', now)
+  redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
+    if outstanding * seconds < busy_s * finished then
+      return
+    end
     elapsed = math.min(elapsed, math.max(stall_s, surprise * outstanding * seconds / finished))
   end
   local remembered = math.exp(-elapsed / memory_s)
   redis.call('HSET', speed, 'finished', finished * remembered + cost, 'seconds', seconds * remembered + elapsed)
   redis.call('PEXPIRE', speed, keep_speed)
-  redis.call('HSET', load, 'since', now)
 end
 
 local state, model, message, replies, kept, cost =
