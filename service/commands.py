@@ -44,7 +44,10 @@ def serve(**options: Any) -> None:
     from service import logs, server
 
     logs.configure(settings.log_format, settings.log_level)
-    raise SystemExit(server.run(settings))
+    code = server.run(settings)
+    if code == server.LOST:
+        server.start_anew()
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

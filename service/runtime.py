@@ -119,9 +119,12 @@ class Service:
     @property
     def state(self) -> State:
         """Where in its life the service is; a worker that died is a failure."""
-        if self._state is State.READY and self._worker is not None and not self._worker.alive:
-            return State.FAILED
-        return self._state
+        return State.FAILED if self.worker_lost else self._state
+
+    @property
+    def worker_lost(self) -> bool:
+        """Whether a service that was ready has lost its worker, as it does with a device: another process may do."""
+        return self._state is State.READY and self._worker is not None and not self._worker.alive
 
     async def health(self) -> State:
         """The state, or that the queue cannot be reached by a service that is ready otherwise."""

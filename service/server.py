@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import sys
 import time
 from functools import partial
 from types import FrameType
-from typing import cast
+from typing import NoReturn, cast
 
 import uvicorn
 
@@ -15,6 +18,11 @@ from service.connections import BACKLOG, Connection, bound_connections
 from service.cross_origin import is_loopback
 from service.runtime import Service, State
 from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LOST = 70
+"""The exit code of a process whose device runs nothing any more, and would in another."""
 
 
 class Server(uvicorn.Server):
@@ -29,6 +37,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._drain_since: float | None = None
         self.failed = False
+        self.lost = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal, exit on the second, by force on the third."""
@@ -41,6 +50,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: exit once drained, or where the service cannot go on."""
+        self.lost = self.lost or self._service.worker_lost
         self.failed = self.failed or self._service.state is State.FAILED
         if self.failed or self.should_exit or self._drained():
             self._service.abandon()
@@ -55,7 +65,7 @@ class Server(uvicorn.Server):
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal. Returns the exit code: 0, or 1 where the service could not start or go on."""
+    """Serve until a signal. Returns the exit code: 0, `LOST`, or 1 where the service could not start."""
     app = create_app(settings, local=is_loopback(settings.host))
     # Over h11, as it bounds the headers of a request, which httptools does not.
     connection = partial(
@@ -79,4 +89,15 @@ def run(settings: Settings) -> int:
     )
     server = Server(config, app.state.service)
     server.run()
+    if server.lost:
+        return LOST
     return 1 if server.failed else 0
+
+
+def start_anew() -> NoReturn:
+    """Put a new process in the place of this one, by the same command and with the same number.
+
+    A device that fails for good fails it when it loads its bundle, and it exits.
+    """
+    logger.warning("starting anew")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

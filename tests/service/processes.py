@@ -63,7 +63,7 @@ class Process:
     @property
     def url(self) -> str:
         found = [re.search(r"running on (http://\S+)", line["event"], re.I) for line in self.lines]
-        return next((match.group(1) for match in found if match), "")
+        return next((match.group(1) for match in reversed(found) if match), "")
 
     @property
     def pid(self) -> int:

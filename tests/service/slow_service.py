@@ -20,6 +20,7 @@ from service.settings import Settings
 
 DEADLY = "the moon"
 ILLEGAL = "the sun"
+START_ANEW = "START_ANEW"
 
 
 def main() -> int:
@@ -43,7 +44,10 @@ def main() -> int:
     roles.open_pipeline = open_slow
     settings = Settings()
     logs.configure("json", "info")
-    return server.run(settings)
+    code = server.run(settings)
+    if code == server.LOST and START_ANEW in os.environ:
+        server.start_anew()
+    return code
 
 
 if __name__ == "__main__":

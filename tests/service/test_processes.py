@@ -13,11 +13,12 @@ import pytest
 from service.jobs import Priority
 from service.queue import keys
 from service.runtime import State
+from service.server import LOST
 from service.settings import Settings
-from tests.service.helpers import b64, error, pixels, png, random_image, running, until
+from tests.service.helpers import b64, error, pixels, png, random_image, running, until, wait_until
 from tests.service.processes import Process, processes
 from tests.service.redis_server import RedisServer
-from tests.service.slow_service import DEADLY, ILLEGAL
+from tests.service.slow_service import DEADLY, ILLEGAL, START_ANEW
 
 pytestmark = pytest.mark.anyio
 
@@ -76,11 +77,23 @@ async def test_a_worker_whose_device_is_lost_exits_and_leaves_what_it_held_to_th
             await until(lambda: victim.metric("fewstep_tick_rows_count") > 0)
             found = error(await api.post("/generate", prompt=ILLEGAL, steps=1), 500, "generation_failed")
             assert found["retryable"]
-            assert await asyncio.to_thread(victim.wait) == 1
+            assert await asyncio.to_thread(victim.wait) == LOST
         assert not held.done()
         async with running(api_settings.model_copy(update={"role": "worker", "reclaim_after_s": 1.0})) as other:
             assert (await held).status_code == 200
             assert other.metric("fewstep_redeliveries_total") == 1
+
+
+def test_a_service_whose_device_is_lost_starts_anew(bundle_path: Path, redis_server: RedisServer) -> None:
+    alone = Process("all", bundle_path, redis_server, queue="memory", environment={START_ANEW: "1"})
+    with processes(alone) as [service]:
+        pid, before = service.pid, service.url
+        lost = httpx.post(f"{before}/generate", json={"prompt": ILLEGAL}, timeout=60)
+        assert error(lost, 500, "generation_failed")["retryable"]
+        wait_until(lambda: service.url != before and service.ready(), 60)
+        assert (service.pid, service.alive) == (pid, True)
+        again = httpx.post(f"{service.url}/generate", json={"prompt": "a cat"}, timeout=60)
+        assert again.status_code == 200
 
 
 @pytest.mark.slow
