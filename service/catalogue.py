@@ -105,8 +105,11 @@ class Catalogue:
         return found[0]
 
     def read(self) -> tuple[list[Entry], Mapping[Path, str]]:
-        """Every bundle that can be read, the default first, and what is wrong with the folders of the others."""
-        entries: list[Entry] = []
+        """Every bundle that can be read, the default first, and what is wrong with the folders of the others.
+
+        A copy of a bundle, of the same name and revision, is not another one.
+        """
+        entries: dict[str, Entry] = {}
         problems: dict[Path, str] = {}
         paths = self._in_folder()
         try:
@@ -115,10 +118,11 @@ class Catalogue:
             problems[Path(self._default)] = str(error)
         for path in dict.fromkeys(paths):
             try:
-                entries.append(_entry(path))
+                entry = _entry(path)
+                entries.setdefault(entry.key, entry)
             except BundleError as error:
                 problems[path] = str(error)
-        return entries, problems
+        return list(entries.values()), problems
 
     def _in_folder(self) -> list[Path]:
         if self._folder is None:

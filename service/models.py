@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,6 +100,7 @@ class Models:
         self._moved = threading.Condition()
         self._closed = False
         self._known: dict[str, Entry] = {}
+        self._problems: Mapping[Path, str] = {}
         self._look_again = -math.inf
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="closer")
@@ -208,10 +209,13 @@ class Models:
                 return False
             self._look_again = self._clock() + _LOOK_EVERY_S
         try:
-            entries, _ = self.catalogue.read()
+            entries, problems = self.catalogue.read()
         except BundleError as error:
             logger.warning("the bundles cannot be listed", extra=describe(error))
         else:
+            for path, problem in problems.items() - self._problems.items():
+                logger.warning("a bundle cannot be read", extra={"folder": str(path), "detail": problem})
+            self._problems = problems
             self._known = {entry.key: entry for entry in entries}
         self._follow()
         return True

@@ -41,8 +41,8 @@ BUSY_S = 0.25
 class Throughput:
     """How fast work is finished, in row-ticks a second, forgetting over about ``memory_s`` seconds of work.
 
-    Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty, shows
-    how long one takes and not how many could be made. An interval is cut where all the work should have been done
+    Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
+    shows how long one takes and not how many could be made. An interval is cut where all the work should have been done
     thrice over by then: a bundle that loads, or a worker that starts anew, is no new speed.
     """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.bundle import MANIFEST_NAME
 from engines.pipeline import Generate, Pipeline
 from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
 from service.models import Models
@@ -213,6 +214,25 @@ def test_two_bundles_of_one_name_are_refused(models: Models, folder: Path, tmp_p
         models.load("amber")
     with pytest.raises(UnknownModel, match="azure"):
         models.load("azure")
+
+
+def test_a_copy_of_a_bundle_is_no_other_bundle(models: Models, folder: Path) -> None:
+    shutil.copytree(folder / "amber", folder / "copy")
+    models.load("amber").result(60)
+    assert [state.name for state in models.states()].count("amber") == 1
+    models.unload("amber").result(60)
+    models.load("amber").result(60)
+
+
+def test_what_is_wrong_with_a_bundle_is_logged_once(
+    models: Models, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "amber" / MANIFEST_NAME).write_text("{")
+    for _ in range(3):
+        models._look(now=True)
+    [record] = [record for record in caplog.records if record.message == "a bundle cannot be read"]
+    assert record.__dict__["folder"] == str(folder / "amber")
+    assert MANIFEST_NAME in record.__dict__["detail"]
 
 
 async def test_an_unload_that_is_given_up_goes_on(anyio_backend: str, several: Settings) -> None:
