@@ -31,6 +31,13 @@ Images from few-step students: text to image, editing and inpainting, batched to
 Every error has one shape, `{"error": {type, code, message, param, request_id, retryable}}`. An option that the
 loaded bundle cannot honour is refused, never ignored; `/capabilities` says what it can.
 """
+_TAGS = [
+    {"name": "images", "description": "Make images; wait for them, or have a job made of the request."},
+    {"name": "jobs", "description": "Jobs that were accepted with 202 or with a key: how far they are, and their end."},
+    {"name": "models", "description": "The bundles that this service can run."},
+    {"name": "openai", "description": "The same images for clients of OpenAI's API."},
+    {"name": "status", "description": "Whether the service lives and is ready, what it can do, and its metrics."},
+]
 
 
 def create_app(
@@ -69,6 +76,7 @@ def create_app(
         title="fewstep",
         version=package_version(),
         description=_DESCRIPTION,
+        openapi_tags=_TAGS,
         lifespan=lifespan,
         redirect_slashes=False,
         openapi_url=None if settings.role == "worker" else "/openapi.json",

@@ -18,7 +18,7 @@ from service.schemas import MAX_SEED, EditRequest, GenerateRequest, ImageRequest
 from service.settings import Settings
 
 _RANDOM_SEEDS = 2**32
-_REUSED = ("steps", "guidance_scale", "sampler", "seed")
+_REUSED = ("steps", "guidance_scale", "sampler", "seed", "strength")
 _REUSED_TO_ENCODE = ("steps", "guidance_scale")
 _SOURCES = {"prompt": "source_prompt", "class": "source_class"}
 
@@ -33,7 +33,7 @@ def make_job(
     began: float,
 ) -> Job:
     """The job for a request that arrived at ``began``. Raises ApiError; decodes images last, as that is dear."""
-    request = _with_settings(request, settings)
+    request = _with_settings(request, pipeline.manifest, settings)
     _check_options(request, output_format, pipeline.manifest, settings)
     tasks = _tasks(request, pipeline, settings)
     return Job(
@@ -167,14 +167,16 @@ def _first_seed(request: GenerateRequest) -> int:
     return request.seed
 
 
-def _with_settings(request: GenerateRequest, settings: Settings) -> GenerateRequest:
+def _with_settings(request: GenerateRequest, manifest: Manifest, settings: Settings) -> GenerateRequest:
     """The request with what it names no value for taken from its image's file, where it says ``reuse``."""
     if not isinstance(request, ImageRequest) or not request.reuse:
         return request
     found = read_settings(request.image, _limits(settings))
     reused = _REUSED_TO_ENCODE if _encodes(request) else _REUSED
-    names = [name for name in reused if getattr(request, name) is None]
-    return request.model_copy(update={name: getattr(found, name) for name in names})
+    taken = {name: getattr(found, name) for name in reused if getattr(request, name) is None}
+    if request.prompt is None and request.class_name is None:
+        taken["prompt" if manifest.conditioning == "text" else "class_name"] = found.prompt
+    return request.model_copy(update=taken)
 
 
 def _limits(settings: Settings) -> ImageLimits:

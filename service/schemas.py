@@ -111,8 +111,9 @@ class ImageRequest(GenerateRequest):
     reuse: Annotated[
         bool,
         Field(
-            description="Take steps, guidance_scale, sampler and seed, where they are absent, from what the image's "
-            "file says of how it was made (see metadata). Refused where it says nothing."
+            description="Take steps, guidance_scale, sampler, seed, strength, and the prompt or class, where they are "
+            "absent, from what the image's file says of how it was made (see metadata; the prompt is in files of "
+            "`full` only). Refused where it says nothing."
         ),
     ] = False
 

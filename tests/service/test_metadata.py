@@ -64,6 +64,16 @@ async def test_an_edit_reuses_what_its_image_says(app: Running, output_format: s
     assert np.array_equal(pixels(by_form), pixels(named))
 
 
+async def test_an_edit_reuses_the_prompt_and_the_strength_of_a_file_that_has_them(app: Running) -> None:
+    fields = {"prompt": "a cat", "steps": 4, "guidance_scale": 4.5, "seed": 99, "strength": 0.5}
+    made = file_of(await app.post("/edit", image=b64(png(random_image())), metadata="full", **fields))
+    reused = await app.post("/edit", image=b64(made), reuse=True)
+    named = await app.post("/edit", image=b64(made), **fields)
+    assert np.array_equal(pixels(reused), pixels(named))
+    without = file_of(await app.post("/generate", prompt="a cat"))
+    error(await app.post("/edit", image=b64(without), reuse=True), 422, "missing_field", "prompt")
+
+
 async def test_what_a_request_names_goes_before_what_its_image_says(app: Running) -> None:
     made = b64(file_of(await app.post("/generate", prompt="a cat", steps=2, guidance_scale=4.5, seed=99)))
     first = await app.post("/edit", prompt="a dog", image=made, reuse=True, seed=5, steps=4)
@@ -85,6 +95,8 @@ async def test_without_reuse_an_image_settles_nothing(app: Running) -> None:
         ({"guidance_scale": 99.0}, "guidance_out_of_range", "guidance_scale"),
         ({"seed": 2**53}, "seed_out_of_range", "seed"),
         ({"seed": "7"}, "no_metadata", "reuse"),
+        ({"strength": 7.0}, "strength_out_of_range", "strength"),
+        ({"strength": -1.0}, "strength_out_of_range", "strength"),
     ],
 )
 async def test_what_an_image_says_is_checked_as_what_a_client_says(

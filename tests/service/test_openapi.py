@@ -44,6 +44,12 @@ def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
     assert set(document["paths"]) == {*MODELS, *status, *models, *jobs, *openai}
 
 
+def test_every_tag_is_told_of(document: dict[str, Any]) -> None:
+    used = {tag for path in document["paths"].values() for operation in path.values() for tag in operation["tags"]}
+    assert {tag["name"] for tag in document["tags"]} == used
+    assert all(tag["description"] for tag in document["tags"])
+
+
 def test_every_endpoint_tells_of_foreign_pages_and_names(document: dict[str, Any]) -> None:
     for path, operations in document["paths"].items():
         for operation in operations.values():
