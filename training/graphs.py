@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from engines.weights import Writer, bytes_of, value_of
+from engines.weights import Writer, bytes_of, is_outside, value_of
 from training.diffusion import blend_known, ddim_step, expand
 from training.networks import NetworkDenoiser
 
@@ -185,8 +185,13 @@ def quiet() -> Iterator[None]:
 
 
 def _runner(graph: Path, output_name: str) -> Runner:
-    """A graph on ONNX Runtime."""
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    """A graph on ONNX Runtime. Weights that lie outside it stay there, mapped, which costs time and no second copy."""
+    options = onnxruntime.SessionOptions()
+    if is_outside(graph):
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         feeds = {name: value.numpy() for name, value in inputs.items()}

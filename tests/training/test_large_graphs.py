@@ -47,8 +47,6 @@ def watch():
         most = max(most, anonymous())
         time.sleep(0.01)
 thread = threading.Thread(target=watch); thread.start()
-graphs.worst_error = lambda module, example, run: 0.0  # the check loads the graph as a service does
-graphs._runner = lambda graph, name: None
 example = graphs.Example(lambda b: (torch.ones(b, {WIDTH}),), ("x",), "y")
 graphs.export_graph(module, example, Path(sys.argv[1]), ("fp32",))
 done = True; thread.join()
