@@ -39,11 +39,6 @@ def bytes_of(model: onnx.ModelProto) -> int:
     return sum(_size(tensor) for tensor in model.graph.initializer)
 
 
-def is_outside(graph: Path) -> bool:
-    """Whether a graph that a `Writer` wrote has its weights beside it."""
-    return next(graph.parent.glob(f"{graph.name}{SUFFIX}*"), None) is not None
-
-
 def _size(tensor: TensorProto) -> int:
     count: int = math.prod(tensor.dims)
     width: int = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize

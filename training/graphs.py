@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from engines.weights import Writer, bytes_of, is_outside, value_of
+from engines.weights import Writer, bytes_of, value_of
 from training.diffusion import blend_known, ddim_step, expand
 from training.networks import NetworkDenoiser
 
@@ -117,6 +117,7 @@ def export_graph(
     by one, so that there is no second copy of them. Raises ExportError, and writes nothing, if no storage will do.
     """
     check_finite(module, path.name)
+    large = sum(weight.nbytes for weight in module.state_dict().values()) > LARGEST_GRAPH_BYTES
     found = []
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         traced = Path(scratch) / "traced.onnx"
@@ -125,7 +126,7 @@ def export_graph(
             folder = Path(scratch) / storage
             folder.mkdir()
             written = write_graph(traced, folder / path.name, storage)
-            error = worst_error(module, example, _runner(written, example.output_name))
+            error = worst_error(module, example, _runner(written, example.output_name, large))
             if error <= TOLERANCE[storage]:
                 for file in folder.iterdir():
                     file.replace(path.with_name(file.name))
@@ -184,10 +185,10 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _runner(graph: Path, output_name: str) -> Runner:
-    """A graph on ONNX Runtime. Weights that lie outside it stay there, mapped, which costs time and no second copy."""
+def _runner(graph: Path, output_name: str, large: bool) -> Runner:
+    """A graph on ONNX Runtime. The weights of a large one stay as they are stored, and are not laid out for speed."""
     options = onnxruntime.SessionOptions()
-    if is_outside(graph):
+    if large:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
