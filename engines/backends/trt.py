@@ -25,10 +25,10 @@ from engines.backends.base import (
     check_arrays,
 )
 from engines.backends.cuda import Captured, Cuda, Pointer
-from engines.backends.ort import OrtEngine
+from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
-from engines.backends.trt_library import Library, build_plan, error_logger, find_library
+from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library
 from engines.compile import prepare
 from engines.plans import PlanCache, PlanKey, Profile
 
@@ -36,11 +36,13 @@ _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 
 
 def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
-    """Open the plan of ``graph``; where there is none, ONNX Runtime on the CPU answers until it is built.
+    """Open the plan of ``graph``; where there is none, ONNX Runtime answers until it is built.
 
-    Raises EngineError without TensorRT or a CUDA device, or for a plan that does not load.
+    Raises EngineError without TensorRT or a CUDA device, and for a device that the library does not compile for.
     """
     library, cuda = find_library(), Cuda()
+    if library.is_rtx:
+        check_target(library, cuda.target)
     cache = PlanCache(options.plans)
     key = PlanKey(graph.sha256, library.name, cuda.target, options.precision, options.profile)
     if (found := cache.find(key)) is not None:
@@ -59,7 +61,15 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
             closing.pop_all()
         return engine
 
-    return StandIn(OrtEngine(graph, replace(options, precision="fp32")), build, graph.path.name)
+    return StandIn(_stand_in(graph, replace(options, precision="fp32")), build, graph.path.name)
+
+
+def _stand_in(graph: GraphSpec, options: EngineOptions) -> Engine:
+    """ONNX Runtime on the device, or on the CPU where it has no provider for the device."""
+    try:
+        return OrtCudaEngine(graph, options)
+    except EngineError:
+        return OrtEngine(graph, options)
 
 
 class TrtEngine(GraphEngine):

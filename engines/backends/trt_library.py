@@ -84,12 +84,17 @@ def build_plan(
     return bytes(plan)
 
 
-def _aim(library: Library, config: Any, target: str | None) -> None:
-    if target is None:
-        return
+def check_target(library: Library, target: str) -> None:
+    """Raise EngineError, naming those there are, for a chip that the library does not compile for by name."""
     if target not in library.targets:
         known = ", ".join(library.targets) or "the chip that is there only"
         raise EngineError(f"{library.name} does not compile for {target!r}; it does for {known}")
+
+
+def _aim(library: Library, config: Any, target: str | None) -> None:
+    if target is None:
+        return
+    check_target(library, target)
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(library.module.ComputeCapability, target.upper()), 0)
 

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from engines.backends import open_engine, trt
+from engines import backends
+from engines.backends import open_engine, open_engines, trt
 from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
 from engines.backends.cuda import Captured
 from engines.backends.standin import StandIn
@@ -23,6 +25,7 @@ from engines.backends.trt_library import Library
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Pipeline
 from engines.plans import PlanCache, PlanError, PlanKey, Profile
+from tests.engines.test_backends import HostEngine
 from tests.engines.test_engine_contract import graph_of, random_inputs
 
 PROFILE = Profile((1, 4))
@@ -137,7 +140,11 @@ class MadeUpLogger:
 
 
 MADE_UP = SimpleNamespace(
-    __name__="made_up_rtx", __version__="1.0", ILogger=type("ILogger", (MadeUpLogger,), {}), Runtime=MadeUpRuntime
+    __name__="made_up_rtx",
+    __version__="1.0",
+    ILogger=type("ILogger", (MadeUpLogger,), {}),
+    Runtime=MadeUpRuntime,
+    ComputeCapability=SimpleNamespace(__members__={"CURRENT": 1, "SM120": 120, "SM89": 89}),
 )
 
 
@@ -284,6 +291,33 @@ def test_a_damaged_plan_is_built_anew(text_bundle: Bundle, made_up: EngineOption
         assert engine.wait(60)
         assert engine.failure is None
     assert len(PlanCache(made_up.plans).load(key) or b"") > 10
+
+
+def test_a_chip_that_the_library_does_not_compile_for_is_left_to_other_backends(
+    text_bundle: Bundle, made_up: EngineOptions, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "target", "sm70")
+    monkeypatch.setattr(backends, "BEST_FIRST", ("trt", "ort"))
+    opened = open_engines("auto", text_bundle.graphs(), made_up)
+    assert opened.backend == "ort"
+    assert opened.passed_over == {"trt": "tensorrt-rtx 1.0 does not compile for 'sm70'; it does for sm89, sm120"}
+    with pytest.raises(EngineError, match="does not compile for 'sm70'"):
+        open_engine("trt", graph_of(text_bundle, "step"), made_up)
+
+
+def test_the_stand_in_is_on_the_device_where_onnx_runtime_is(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt, "OrtCudaEngine", HostEngine)
+    go_on = Event()
+    build = trt.build_plan
+    monkeypatch.setattr(trt, "build_plan", lambda *given: go_on.wait(60) and build(*given))
+    with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert isinstance(engine.current, HostEngine)
+        go_on.set()
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
 
 
 def test_a_plan_that_cannot_be_built_leaves_the_stand_in(
