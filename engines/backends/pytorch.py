@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> Engine:
-    """Open the AOTInductor package of ``graph``; where there is none, its program answers until it is compiled.
+    """Open the AOTInductor package of ``graph``; where none loads, its program answers until it is compiled.
 
     Raises EngineError without such a device, or for a program that does not load or is not the graph's.
     """
@@ -53,7 +53,10 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
     key = PlanKey(graph.program_sha256, version, target(device), options.precision, ANY_BATCH)
     if (found := cache.find(key)) is not None:
         package, _ = found
-        return PytorchEngine(graph, options, device, package)
+        try:
+            return PytorchEngine(graph, options, device, package)
+        except EngineError as error:
+            _log.warning("a package does not load, and is compiled anew: %s", error)
 
     def build() -> Engine:
         made = compile_program(load_program(graph, device), options, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,9 +35,11 @@ from engines.plans import PlanCache, PlanKey, Profile
 
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 
+_log = logging.getLogger(__name__)
+
 
 def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
-    """Open the plan of ``graph``; where there is none, ONNX Runtime answers until it is built.
+    """Open the plan of ``graph``; where none loads, ONNX Runtime answers until it is built.
 
     Raises EngineError without TensorRT or a CUDA device, and for a device that the library does not compile for.
     """
@@ -47,7 +50,10 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     key = PlanKey(graph.sha256, library.name, cuda.target, options.precision, options.profile)
     if (found := cache.find(key)) is not None:
         plan, profile = found
-        return TrtEngine(graph, plan, library, cuda, profile)
+        try:
+            return TrtEngine(graph, plan, library, cuda, profile)
+        except EngineError as error:
+            _log.warning("a plan does not load, and is built anew: %s", error)
 
     def build() -> Engine:
         with tempfile.TemporaryDirectory() as scratch:

@@ -335,12 +335,17 @@ def test_a_package_that_cannot_be_kept_is_used_all_the_same(
     assert len(compilations) == 1
 
 
-@pytest.mark.parametrize("fault", ["another graph", "another precision", "another chip", "another torch", "damaged"])
+@pytest.mark.parametrize(
+    "fault", ["another graph", "another precision", "another chip", "another torch", "damaged", "does not load"]
+)
 def test_a_package_that_does_not_fit_is_compiled_anew(
     halving: GraphSpec, tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     options = replace(ONE, plans=tmp_path)
     open_twice(halving, options)
+    key = PlanKey(
+        halving.program_sha256, f"torch {torch.__version__}", pytorch.target("cpu"), "fp32", pytorch.ANY_BATCH
+    )
     match fault:
         case "another graph":
             halving = replace(halving, program_sha256="6" * 64)
@@ -351,11 +356,10 @@ def test_a_package_that_does_not_fit_is_compiled_anew(
         case "another torch":
             monkeypatch.setattr(torch, "__version__", "2.0.0")
         case "damaged":
-            key = PlanKey(
-                halving.program_sha256, f"torch {torch.__version__}", pytorch.target("cpu"), "fp32", pytorch.ANY_BATCH
-            )
             path = PlanCache(tmp_path).path(key)
             path.write_bytes(path.read_bytes()[:-1])
+        case "does not load":
+            PlanCache(tmp_path).save(key, b"no package")
     open_twice(halving, options)
     assert len(compilations) == 2
 

@@ -293,6 +293,22 @@ def test_a_damaged_plan_is_built_anew(text_bundle: Bundle, made_up: EngineOption
     assert len(PlanCache(made_up.plans).load(key) or b"") > 10
 
 
+def test_a_plan_that_does_not_load_is_built_anew(
+    text_bundle: Bundle, made_up: EngineOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = graph_of(text_bundle, "step")
+    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", PROFILE)
+    cache = PlanCache(made_up.plans)
+    cache.save(key, b"of another version")
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
+    assert "does not load, and is built anew" in caplog.text
+    assert "built by version 9" in caplog.text
+    assert cache.load(key) != b"of another version"
+
+
 def test_a_chip_that_the_library_does_not_compile_for_is_left_to_other_backends(
     text_bundle: Bundle, made_up: EngineOptions, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
