@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from engines.backends.base import Array, EngineError, GraphSpec
 from engines.backends.cuda import Cuda
-from engines.backends.trt_library import Library, Progress, build_plan, find_library
+from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
 from engines.manifest import LABEL
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
@@ -51,7 +51,7 @@ def build_bundle(
     """Build a plan of every graph of a bundle that has none yet, one by one.
 
     `progress(graph)` is told of the build of that graph. Raises EngineError for a graph that does not build, or that
-    falls below `FLOOR_DB` in that precision.
+    falls below `FLOOR_DB` in that precision, and PlanError where plans cannot be kept.
     """
     library, cache = library or find_library(), cache or PlanCache()
     chip = _chip(library, target)
@@ -64,6 +64,7 @@ def build_bundle(
         if plan is not None:
             yield Built(name, key, cache.path(key), len(plan), 0.0, None)
             continue
+        cache.check_writable()  # before the minutes that a build may take
         started = perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             prepared, fidelity = prepare(graph, precision, Path(scratch))
@@ -75,6 +76,7 @@ def build_bundle(
 def _chip(library: Library, target: str | None) -> str:
     """The chip to build for: the one named, or the one that is there; only TensorRT-RTX builds for another one."""
     if target is not None and library.is_rtx:
+        check_target(library, target)
         return target
     try:
         here = Cuda().target

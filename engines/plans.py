@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class PlanError(Exception):
-    """A plan on disk that is damaged, or of another key than its name says; or no folder for plans."""
+    """A plan on disk that is damaged, or of another key than its name says; or no folder that plans can be kept in."""
 
 
 def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
@@ -98,6 +98,14 @@ def plans_folder() -> Path:
         raise PlanError(f"there is no folder to keep plans in ({error}): name one in {DIRECTORY_VARIABLE}") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for plans. Raises PlanError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"the folder for plans, {folder}, cannot be made: {error.strerror}") from error
+
+
 class PlanCache:
     """Plans in a folder, each beside a record of its key and its hash; what does not fit both is never given out."""
 
@@ -162,6 +170,15 @@ class PlanCache:
         _replace(path, plan)
         _replace(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
         return path
+
+    def check_writable(self) -> None:
+        """Make the folder, and a file in it that is gone at once. Raises PlanError where that fails."""
+        make_folder(self.folder)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise PlanError(f"plans cannot be kept in {self.folder}: {error.strerror}") from error
 
     def keep(self, key: PlanKey, plan: bytes) -> None:
         """Save a plan that is in use already: one that cannot be written is built again at the next start."""

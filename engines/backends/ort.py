@@ -25,7 +25,7 @@ from engines.backends.base import (
 from engines.backends.cores import usable_cores
 from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
-from engines.plans import Precision
+from engines.plans import Precision, make_folder, plans_folder
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -149,10 +149,8 @@ class OrtTensorrtEngine(OrtCudaEngine):
     precisions = ("fp32", "fp16", "bf16")
 
     def _providers(self, options: EngineOptions) -> list[Any]:
-        from engines.plans import plans_folder
-
         folder = options.plans or plans_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         settings = {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from engines import backends
 from engines.backends import BACKENDS, open_engine, open_engines
 from engines.backends.base import EngineError, EngineOptions
 from engines.backends.fake import FakeEngine
-from engines.backends.ort import CPU, OrtCudaEngine, OrtEngine
+from engines.backends.ort import CPU, OrtCudaEngine, OrtEngine, OrtTensorrtEngine
 from engines.backends.resident import Resident
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Inpaint, Pipeline
@@ -29,6 +30,12 @@ class HostEngine(OrtCudaEngine):
 
     def _providers(self, options: EngineOptions) -> list[Any]:
         return []
+
+
+class HostTensorrtEngine(OrtTensorrtEngine):
+    """The engine that keeps plans, on the device that is always there."""
+
+    provider, device = CPU, "cpu"
 
 
 def frozen(*values: float) -> np.ndarray:
@@ -63,6 +70,16 @@ def test_a_provider_that_is_missing_is_named(text_bundle: Bundle, backend: str) 
         pytest.skip("this ONNX Runtime has providers for devices")
     with pytest.raises(EngineError, match=r"has no (CUDA|Tensorrt)ExecutionProvider, only .*fewstep\[gpu\]"):
         open_engine(backend, graph_of(text_bundle, "step"))
+
+
+def test_a_folder_for_plans_that_cannot_be_made_is_an_error(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "host", "tests.engines.test_backends:HostTensorrtEngine")
+    (tmp_path / "file").touch()
+    options = EngineOptions(threads=1, plans=tmp_path / "file" / "plans")
+    with pytest.raises(EngineError, match=r"the folder for plans, .*/file/plans, cannot be made: Not a directory"):
+        open_engine("host", graph_of(text_bundle, "step"), options)
 
 
 def test_a_precision_without_the_package_that_casts_is_passed_over(

@@ -21,6 +21,11 @@ from engines.plans import PRECISIONS, PlanCache, PlanKey, Precision, Profile, ba
 
 PROFILE = Profile((1, 4))
 TARGETS = ("sm86", "sm89", "sm120")
+MADE_UP = Library(
+    SimpleNamespace(
+        __name__="made_up_rtx", __version__="1", ComputeCapability=SimpleNamespace(__members__={"SM89": 89})
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +194,20 @@ def test_options_that_make_no_sense_are_refused(text_bundle: Bundle, arguments: 
     assert said in result.output
 
 
+def test_a_folder_that_cannot_be_kept_in_is_told_before_anything_is_built(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(compiling, "find_library", lambda: MADE_UP)
+    monkeypatch.setattr(compiling, "build_plan", lambda *_: built.append("a plan") or b"plan")
+    (tmp_path / "file").touch()
+    arguments = [str(text_bundle.path), "--target", "sm89", "--plans", str(tmp_path / "file" / "plans")]
+    result = CliRunner().invoke(build, arguments)
+    assert result.exit_code == 1
+    assert "file/plans, cannot be made: Not a directory" in result.output
+    assert not built
+
+
 def test_without_a_library_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.backends.trt_library.MODULES", ("absent_library",))
     with pytest.raises(EngineError, match=r"pip install 'fewstep\[tensorrt\]'"):
@@ -208,8 +227,7 @@ def test_without_a_library_the_message_says_what_to_install(monkeypatch: pytest.
 def test_the_command_says_who_finds_its_plans_and_they_do(
     text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, said: str, finding: set[int]
 ) -> None:
-    made_up = Library(SimpleNamespace(__name__="made_up_rtx", __version__="1"))
-    monkeypatch.setattr(compiling, "find_library", lambda: made_up)
+    monkeypatch.setattr(compiling, "find_library", lambda: MADE_UP)
     monkeypatch.setattr(compiling, "build_plan", lambda *_: b"plan")
     arguments = [str(text_bundle.path), "--target", "sm89", "--plans", str(tmp_path), *options.split()]
     result = CliRunner().invoke(build, arguments)
@@ -219,5 +237,5 @@ def test_the_command_says_who_finds_its_plans_and_they_do(
     for largest in (1, 8, 12, 16, 32):
         wanted = Profile(batch_sizes_up_to(largest))
         for graph in text_bundle.graphs().values():
-            found = PlanCache(tmp_path).find(PlanKey(graph.sha256, made_up.name, "sm89", "fp32", wanted))
+            found = PlanCache(tmp_path).find(PlanKey(graph.sha256, MADE_UP.name, "sm89", "fp32", wanted))
             assert (found is not None) == (largest in finding)
