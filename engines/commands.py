@@ -70,7 +70,9 @@ def generate(
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
         with Pipeline.open(find_bundle(bundle), backend, threads, precision=precision, plans=plans) as pipeline:
-            if backend != AUTO:
+            if backend == AUTO:
+                _tell_backend(pipeline)
+            else:
                 pipeline.wait_until_built()
             manifest = pipeline.manifest
             w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
@@ -91,6 +93,13 @@ def generate(
         except OSError as error:
             raise click.FileError(str(path), error.strerror) from error
         click.echo(f"{path}  seed {task.seed}")
+
+
+def _tell_backend(pipeline: Pipeline) -> None:
+    """Which backend `auto` took, and why none that is better; on stderr, as stdout is for results."""
+    for name, why in pipeline.passed_over.items():
+        click.echo(f"backend {name} passed over: {why}", err=True)
+    click.echo(f"backend {pipeline.backend} taken", err=True)
 
 
 @click.command()

@@ -293,7 +293,7 @@ class Models:
                 if older.answers_to(entry.manifest.name):
                     self._retire(older)
             self._loaded.append(Loaded(pipeline, entry.memory_bytes, self._clock()))
-        logger.info("loaded", extra={"model": entry.key})
+        logger.info("loaded", extra={"model": entry.key, **({} if self._fronts else _backend_of(pipeline))})
         self._settle(entry, future, None)
 
     def _check(self, entry: Entry) -> None:
@@ -378,3 +378,8 @@ def _done() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
     return future
+
+
+def _backend_of(pipeline: Pipeline) -> dict[str, object]:
+    """Fields for a log line: what runs it, and why `auto` passed over what would be better."""
+    return {"backend": pipeline.backend} | ({"passed_over": pipeline.passed_over} if pipeline.passed_over else {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,8 +23,6 @@ BACKENDS: dict[str, str] = {
 AUTO = "auto"
 BEST_FIRST = ("trt", "pytorch-cuda", "ort-cuda", "ort")
 """What `auto` tries, in this order."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ def open_engines(backend: str, graphs: Mapping[str, GraphSpec], options: EngineO
             engines = _open_all(name, graphs, options)
         except EngineError as error:
             passed_over[name] = str(error)
-            _log.info("backend %s passed over: %s", name, error)
         else:
             return Opened(name, engines, passed_over)
     raise EngineError("no backend opens the bundle; " + "; ".join(f"{k}: {why}" for k, why in passed_over.items()))

@@ -77,6 +77,19 @@ def test_generate_waits_for_what_its_backend_compiles(
     np.testing.assert_array_equal(decode_image((tmp_path / "cat.png").read_bytes()), expected)
 
 
+def test_generate_says_which_backend_auto_took_and_why_not_the_others(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "BEST_FIRST", ("pytorch-cuda", "fake", "ort"))
+    options = ("--seed", 1, "--out", tmp_path / "cat.png", "--backend")
+    told = call(generate, text_bundle.path, "a cat", *options, "auto")
+    passed_over, taken = [line for line in told.stderr.splitlines() if line.startswith("backend")]
+    assert passed_over.startswith("backend pytorch-cuda passed over: the bundle has no program of ")
+    assert taken == "backend fake taken"
+    assert "backend" not in told.stdout
+    assert "backend" not in call(generate, text_bundle.path, "a cat", *options, "fake").stderr
+
+
 def test_generate_numbers_several_images_and_their_seeds(text_bundle: Bundle, tmp_path: Path) -> None:
     result = call(
         generate, text_bundle.path, "moon", "--n", 3, "--seed", 5, "--out", tmp_path / "m.webp", "--backend", "fake"

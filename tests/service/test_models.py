@@ -362,6 +362,21 @@ def test_a_load_that_did_not_begin_ends_without_an_error_in_the_log(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_the_log_says_which_backend_auto_took_and_why_not_the_others(
+    several: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.backends.BEST_FIRST", ("pytorch-cuda", "fake", "ort"))
+    automatic = several.model_copy(update={"backend": "auto"})
+    models = Models(Catalogue.of(automatic), lambda path: open_pipeline(automatic, path), 2**30)
+    with caplog.at_level(logging.INFO):
+        models.load("blue").result(60)
+    models.close()
+    (record,) = [record for record in caplog.records if record.getMessage() == "loaded"]
+    assert vars(record)["backend"] == "fake"
+    assert vars(record)["passed_over"].keys() == {"pytorch-cuda"}
+    assert "the bundle has no program of" in vars(record)["passed_over"]["pytorch-cuda"]
+
+
 async def test_what_needs_a_load_while_the_service_ends_may_be_tried_again(app: Running) -> None:
     app.service.models.unload("tiny").result(60)
     app.service.models.cancel_loads()
