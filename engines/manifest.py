@@ -24,6 +24,12 @@ Sampler = Literal["deterministic", "stochastic"]
 
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
+WEIGHT_BITS: dict[str, int] = {
+    **{"fp32": 32, "float32": 32, "fp16": 16, "float16": 16, "bf16": 16, "bfloat16": 16},
+    **{"fp8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "int8": 8, "uint8": 8, "fp4": 4, "int4": 4, "uint4": 4},
+}
+"""What a weight may be stored as, and how wide that is."""
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -34,7 +40,15 @@ def plain_file_name(name: str) -> str:
     return name
 
 
+def known_storages(names: str) -> str:
+    """The names themselves, joined by +; ValueError for one that is not in `WEIGHT_BITS`."""
+    if unknown := [name for name in names.split("+") if name not in WEIGHT_BITS]:
+        raise ValueError(f"{unknown[0]!r} is no storage of weights; known: {', '.join(WEIGHT_BITS)}")
+    return names
+
+
 FileName = Annotated[str, AfterValidator(plain_file_name)]
+Storages = Annotated[str, AfterValidator(known_storages)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=1)]
 ImageShape = tuple[Literal[3], Size, Size]
@@ -158,7 +172,7 @@ class Description(Model):
     Text bundles: the condition arrays are the outputs of the text graph, and ``attention_mask`` where the
     step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64, a class's place among
     ``classes``. ``programs`` are the same graphs as torch.export programs, by the file name of the graph; there may be
-    none.
+    none. ``weights_dtype`` names every storage of weights that its graphs have, joined by +.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -175,7 +189,7 @@ class Description(Model):
     encode: FileName | None = None
     decode: FileName | None = None
     programs: dict[FileName, FileName] = {}
-    weights_dtype: str
+    weights_dtype: Storages
     licence: str
     attributions: tuple[Attribution, ...] = ()
     provenance: Provenance

@@ -31,11 +31,14 @@ class Tokenizer:
     """A tokenizer.json with every prompt padded to ``max_tokens``; nothing is ever truncated silently."""
 
     def __init__(self, path: Path, max_tokens: int, pad_id: int) -> None:
-        """Read the file at ``path``. Raises TokenizerError."""
+        """Read the file at ``path``. Raises TokenizerError, for a ``pad_id`` that is no token of it too."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path.name}: not a tokenizer ({error})") from error
+        if self._tokenizer.id_to_token(pad_id) is None:
+            size = self._tokenizer.get_vocab_size()
+            raise TokenizerError(f"{path.name}: none of its {size} tokens has the pad_id of the manifest, {pad_id}")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._max_tokens = max_tokens

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from engines.bundle import MANIFEST_NAME, BundleError, Manifest, find_bundle, read_manifest
+from engines.manifest import WEIGHT_BITS
 from service.settings import Settings
 
 _FP32_BITS = 32
-# Of a type whose name tells no width: the fewest that are in use, so that its memory is not reckoned too small.
-_FEWEST_BITS = 4
 
 
 class UnknownModel(Exception):
@@ -47,9 +45,9 @@ class Entry:
     @property
     def memory_bytes(self) -> int:
         """What its weights take when loaded. An upper bound: every graph unpacked to fp32."""
-        narrowest = min(map(_bits, self.manifest.weights_dtype.split("+")))
+        narrowest = min(WEIGHT_BITS[name] for name in self.manifest.weights_dtype.split("+"))
         stored = sum(record.size_bytes for record in self.manifest.files.values())
-        return max(1, _FP32_BITS // narrowest) * stored
+        return _FP32_BITS // narrowest * stored
 
     def fingerprint(self) -> Hashable:
         """What changes with the files in its folder: their names, sizes and times."""
@@ -131,12 +129,6 @@ class Catalogue:
             return sorted(path.parent.resolve() for path in self._folder.glob(f"*/{MANIFEST_NAME}"))
         except OSError as error:
             raise BundleError(f"{self._folder}: {error}") from error
-
-
-def _bits(dtype: str) -> int:
-    """The width that the name of a type tells: float32, fp16, bfloat16, int8, float8_e4m3fn."""
-    width = re.search(r"\d+", dtype)
-    return max(1, int(width.group())) if width else _FEWEST_BITS
 
 
 def _entry(path: Path) -> Entry:

@@ -134,6 +134,8 @@ def rename(document: dict[str, Any], name: str) -> None:
         (lambda d: d["files"].pop("step-4.onnx"), "files does not list step-4.onnx"),
         (lambda d: d["files"].pop("README.md"), r"README\.md: not listed"),
         (lambda d: d["files"]["README.md"].update(sha256="abc"), "sha256"),
+        (lambda d: d.update(weights_dtype="nibbles"), "'nibbles' is no storage of weights; known: fp32"),
+        (lambda d: d.update(weights_dtype="fp16+"), "weights_dtype: .*'' is no storage"),
         (lambda d: d.update(decode=None), "latent bundles have encode and decode"),
         (lambda d: d.update(text=None), "text bundles have a text encoder"),
         (lambda d: d.update(classes=["a"]), "text bundles have a text encoder"),

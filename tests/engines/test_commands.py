@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from engines.backends.base import EngineOptions, GraphSpec
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import OrtEngine
 from engines.backends.standin import StandIn
-from engines.bundle import Bundle, write_bundle
+from engines.bundle import Bundle, BundleError, write_bundle
 from engines.commands import generate, inspect
 from engines.images import decode_image
 from engines.pipeline import Generate, Pipeline
@@ -192,6 +193,20 @@ def test_inspect_names_a_tokenizer_that_does_not_open(text_bundle: Bundle, tmp_p
     result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
     assert result.exit_code == 1
     assert "tokenizer.json: not a tokenizer" in result.output
+
+
+def test_a_pad_id_that_is_no_token_is_refused(text_bundle: Bundle, tmp_path: Path) -> None:
+    text = text_bundle.manifest.text
+    assert text is not None
+    padded = text_bundle.manifest.model_copy(update={"text": text.model_copy(update={"pad_id": 99})})
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    bundle = write_bundle(tmp_path / "other", padded, files)
+    said = r"tokenizer\.json: none of its \d+ tokens has the pad_id of the manifest, 99"
+    result = call(inspect, bundle.path)
+    assert result.exit_code == 1
+    assert re.search(said, result.output)
+    with pytest.raises(BundleError, match=said):
+        Pipeline.open(bundle.path, "fake")
 
 
 def test_shipped_means_the_bundle_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,7 +298,7 @@ def test_what_did_not_open_is_tried_again_after_a_minute(several: Settings) -> N
 @pytest.mark.parametrize(
     ("dtype", "factor"),
     [("float32", 1), ("fp32", 1), ("fp16+fp32", 2), ("bfloat16", 2), ("bf16", 2), ("fp32+int8", 4),
-     ("float8_e4m3fn", 4), ("int4", 8), ("nibbles", 8)],
+     ("float8_e4m3fn", 4), ("int4", 8)],
 )  # fmt: skip
 def test_memory_is_reckoned_in_fp32_whatever_is_stored(several: Settings, dtype: str, factor: int) -> None:
     entry = Catalogue.of(several).find("amber")
