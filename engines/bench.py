@@ -8,12 +8,14 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +31,8 @@ from engines.plans import Precision, Profile
 PROMPTS = ("a red apple", "a smiling face", "a dog", "the sun")
 _WARM_RUNS = 2
 _ON_DEVICE = ("trt", "ort-tensorrt", "ort-cuda")
+_BY_TORCH: dict[str, Literal["cpu", "cuda"]] = {"pytorch": "cpu", "pytorch-aot": "cpu", "pytorch-cuda": "cuda"}
+"""Backends that run torch programs, of which the products have none, and where."""
 _PRODUCTS = 8
 
 
@@ -200,20 +204,40 @@ def _step(graph: GraphSpec, contender: Contender, options: EngineOptions, inputs
 def peak_operations_per_second(contender: Contender, options: EngineOptions) -> float:
     """Operations a second of large square matrix products on the contender: the most that a graph could reach there.
 
-    Needs the package onnx. Raises EngineError where the backend does not run it, ImportError without onnx.
+    On backends of PyTorch they are torch's own, and the others need the package onnx. Raises EngineError where the
+    backend does not run it, ImportError without the package.
     """
-    size, repeats = (4096, 20) if contender.backend in _ON_DEVICE else (1024, 3)
-    with tempfile.TemporaryDirectory() as folder:
-        graph = _products(Path(folder) / "products.onnx", size)
-        generator = np.random.default_rng(0)
-        inputs: dict[str, Array] = {"rows": generator.standard_normal((size, size), np.float32)}
-        with _built(graph, contender, size, options) as engine:
-            seconds = []
-            for _ in range(_WARM_RUNS + repeats):
-                start = time.perf_counter()
-                engine.run(inputs)
-                seconds.append(time.perf_counter() - start)
-    return float(_PRODUCTS * 2 * size**3 / min(seconds))
+    device = _BY_TORCH.get(contender.backend)
+    large = contender.backend in _ON_DEVICE or device == "cuda"
+    size, repeats = (4096, 20) if large else (1024, 3)
+    if device == "cpu" and contender.precision != "fp32":  # a CPU without instructions for it takes a minute
+        size = 256
+    with ExitStack() as closing:
+        if device is not None:
+            from engines.backends.pytorch import time_products
+
+            chosen = replace(options, precision=contender.precision)
+            timed: Callable[[], float] = partial(time_products, _matrix(size), _PRODUCTS, chosen, device)
+        else:
+            folder = closing.enter_context(tempfile.TemporaryDirectory())
+            graph = _products(Path(folder) / "products.onnx", size)
+            rows: Array = np.random.default_rng(0).standard_normal((size, size), np.float32)
+            engine = closing.enter_context(_built(graph, contender, size, options))
+            timed = partial(_time_run, engine, {"rows": rows})
+        seconds = min(timed() for _ in range(_WARM_RUNS + repeats))
+    return float(_PRODUCTS * 2 * size**3 / seconds)
+
+
+def _time_run(engine: Engine, inputs: Mapping[str, Array]) -> float:
+    start = time.perf_counter()
+    engine.run(inputs)
+    return time.perf_counter() - start
+
+
+def _matrix(size: int) -> Array:
+    """A matrix that keeps the size of what is multiplied with it."""
+    matrix: Array = np.random.default_rng(1).standard_normal((size, size), np.float32) / np.float32(math.sqrt(size))
+    return matrix
 
 
 def _products(path: Path, size: int) -> GraphSpec:
@@ -221,11 +245,10 @@ def _products(path: Path, size: int) -> GraphSpec:
     import onnx
     from onnx import helper, numpy_helper
 
-    matrix = np.random.default_rng(1).standard_normal((size, size), np.float32) / np.float32(math.sqrt(size))
     names = ["rows", *(f"product_{k}" for k in range(1, _PRODUCTS)), "products"]
     nodes = [helper.make_node("MatMul", [a, "matrix"], [b]) for a, b in pairwise(names)]
     ends = [helper.make_tensor_value_info(name, 1, ["batch", size]) for name in ("rows", "products")]
-    constants = [numpy_helper.from_array(matrix, "matrix")]
+    constants = [numpy_helper.from_array(_matrix(size), "matrix")]
     graph = helper.make_graph(nodes, "products", ends[:1], ends[1:], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
     specs = [TensorSpec(name=name, dtype="float32", shape=("batch", size)) for name in ("rows", "products")]

@@ -80,8 +80,8 @@ def bench(
 
     Prompts are encoded before, as a service keeps those that it has seen: neither seconds nor GFLOP have the text
     encoder's part. The share of the peak is that of large matrix products on the same backend, measured here; it needs
-    the package onnx. Errors are those against the first of pytorch, ort and fake that is compared, in fp32, else the
-    first named.
+    the package onnx, but for backends of PyTorch, whose products are torch's own. Errors are those against the first of
+    pytorch, ort and fake that is compared, in fp32, else the first named.
     """
     options = EngineOptions(threads or usable_cores(), plans=plans)
     try:

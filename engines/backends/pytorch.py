@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Lock
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -225,6 +226,18 @@ def capture(launch: Callable[[], Tensors]) -> Callable[[], Tensors]:
         return outputs
 
     return replay
+
+
+def time_products(matrix: Array, count: int, options: EngineOptions, device: Device) -> float:
+    """Seconds that torch's own product with a square matrix takes, so many times in a row; none is sent meanwhile."""
+    factor = send(matrix, device).to(DTYPES[options.precision])
+    with _threads(options.threads or usable_cores()), torch.inference_mode():
+        start = perf_counter()
+        product = factor
+        for _ in range(count):
+            product = product @ factor
+        product[0, 0].item()  # waits for the device
+        return perf_counter() - start
 
 
 def send(array: Array, device: Device) -> Tensor:

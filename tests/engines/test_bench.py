@@ -22,6 +22,7 @@ from engines.bench import Bench, Contender, memory_bytes, peak_operations_per_se
 from engines.bench_command import bench
 from engines.bundle import Bundle
 from engines.operations import count_operations
+from engines.plans import Precision
 from tests.bundles import CONTEXT_DIM, MAX_TOKENS, GraphBuilder
 
 
@@ -121,6 +122,13 @@ def test_the_peak_is_that_of_products_and_the_memory_that_of_a_process(text_bund
     grown = memory_bytes(text_bundle.path, Contender("ort"), (1, 2), EngineOptions(1))
     assert grown.keys() == {"host"}
     assert 1e5 < grown["host"] < 1e9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["pytorch", "pytorch-aot"])
+def test_the_peak_of_torch_is_that_of_its_own_products(backend: str, precision: Precision) -> None:
+    pytest.importorskip("torch")
+    assert 1e8 < peak_operations_per_second(Contender(backend, precision), EngineOptions(1)) < 1e14
 
 
 def test_the_command_prints_tables(text_bundle: Bundle) -> None:
