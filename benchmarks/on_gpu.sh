@@ -18,7 +18,7 @@ PACKAGES=(diffusers importlib-metadata onnx onnx-ir onnxscript ml-dtypes tokeniz
   annotated-types typing-inspection pydantic-settings python-dotenv python-multipart redis pytest pytest-timeout
   pytest-xdist execnet filelock anyio hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs
   onnxruntime-gpu setuptools)
-BACKENDS=ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16
+BACKENDS=ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16,pytorch,pytorch:bf16
 
 fetch() {
   local wheels=$1
@@ -71,7 +71,7 @@ print(*(lib for root in nvidia.__path__ for lib in Path(root).glob('*/lib')), se
   # shellcheck disable=SC2086
   part cost 120 "$python" -m benchmarks.cost --batch 8 --repeats 1 ${COST_OPTIONS:-}
   # shellcheck disable=SC2086
-  part step 120 "$python" -m benchmarks.step ${STEP_OPTIONS:-}
+  part step 240 "$python" -m benchmarks.step ${STEP_OPTIONS:-}
   # It builds the plans that are missing and waits for them; a backend that cannot be built is left out.
   # shellcheck disable=SC2086
   part bench 240 "$python" -m fewstep bench "$bundle" --skip --no-memory --backend "$BACKENDS" ${BENCH_OPTIONS:-}

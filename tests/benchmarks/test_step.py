@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.step import Ceilings, Timing, limit, main, table
+from benchmarks import step
+from benchmarks.step import HEAD, Ceilings, Distance, Step, Timing, eager, limit, line, main
 
 CEILINGS = Ceilings(operations=1e12, bytes=1e11)
 
 
 def test_shares_and_floors_are_those_of_the_ceilings() -> None:
-    line = table([Timing("eager", 4, 0.1)], flops=1e10, weight_bytes=10**9, ceilings=CEILINGS).splitlines()[2]
-    assert line.startswith("| eager | 4 | 100 | 40 | 40% | 40 | 10 | kernels that move activations")
+    told = line(Timing("eager", 4, 0.1), Distance(1, 0.5, 40), flops=1e10, weight_bytes=10**9, ceilings=CEILINGS)
+    assert told.startswith("| eager | 4 | 100 | 40 | 40% | 40 | 10 | kernels that move activations")
+    assert told.endswith(" | 1 | 0.5 | 40.0 |")
+    assert told.count("|") == HEAD.splitlines()[0].count("|")
 
 
 @pytest.mark.parametrize(
@@ -30,14 +33,27 @@ def test_the_limit_is_what_the_numbers_say(
     assert limit(timing, share, floors).startswith(said)
 
 
+OPTIONS = ["--width", "0.1", "--size", "64", "--repeats", "1"]
+
+
 def test_it_times_and_compares_with_fp32() -> None:
-    options = ["--width", "0.1", "--size", "64", "--rows", "1,2", "--ways", "eager", "--repeats", "1"]
-    result = CliRunner().invoke(main, options)
+    result = CliRunner().invoke(main, [*OPTIONS, "--rows", "1,2", "--ways", "eager"])
     assert result.exit_code == 0, result.output
-    rows = [line.split("|") for line in result.output.splitlines() if line.startswith("| eager")]
-    assert len(rows) == 4
+    rows = [told.split("|") for told in result.output.splitlines() if told.startswith("| eager")]
+    assert len(rows) == 2
     assert all(float(cells[3]) > 0 for cells in rows)
-    assert all(30 < float(cells[5]) < 100 for cells in rows[2:])
+    assert all(30 < float(cells[11]) < 100 for cells in rows)
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_had_eager_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object) -> Step:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "WAYS", {"eager": eager, "compiled": cut_off})
+    result = CliRunner().invoke(main, [*OPTIONS, "--rows", "1,2", "--ways", "compiled,eager", "--precision", "fp32"])
+    assert result.exit_code == 1
+    kept = [told.split("|")[2] for told in result.output.splitlines() if told.startswith("| eager")]
+    assert kept == [" 1 ", " 2 "]
 
 
 def test_a_way_that_it_does_not_know_is_named() -> None:
