@@ -5,6 +5,9 @@
 #   benchmarks/on_gpu.sh fetch WHEELS          where there is a network: the wheels a bare machine lacks, in pieces
 #   benchmarks/on_gpu.sh run WHEELS OUT BUNDLE where the GPU is: installs them beside the torch that is there;
 #                                              BUNDLE is a folder that `fewstep export --programs` wrote
+#   benchmarks/on_gpu.sh train WHEELS OUT RECIPE...
+#                                              trains recipes side by side and evaluates each, for SECONDS_IN_ALL (540);
+#                                              what it did not get done goes on in another call with the same OUT
 #
 # COST_OPTIONS, STEP_OPTIONS and BENCH_OPTIONS go to benchmarks.cost, benchmarks.step and `fewstep bench`.
 set -euo pipefail
@@ -45,15 +48,15 @@ part() {
     echo "$name failed or took over $seconds s: $out/$name.log"
 }
 
-run() {
-  local wheels=$1 bundle=$3
-  out=$2
+# prepare WHEELS OUT: an environment beside OUT, in $python.
+prepare() {
+  local wheels=$1 out=$2
   mkdir -p "$out"
   for first in "$wheels"/*.piece-00; do
     [ -e "$first" ] && cat "${first%00}"* > "${first%.piece-00}"
   done
   "$PYTHON" -m venv --system-site-packages "$out/../venv-gpu"
-  local python="$out/../venv-gpu/bin/python"
+  python="$out/../venv-gpu/bin/python"
   "$python" -m pip install -q --no-index --find-links "$wheels" --no-deps "$wheels"/*.whl
   "$python" -m pip install -q --no-index --no-deps --no-build-isolation .
   # ONNX Runtime finds CUDA's libraries beside itself only, and these may be beside the torch that was there.
@@ -61,6 +64,12 @@ run() {
   libraries=$("$python" -c "from pathlib import Path; import nvidia
 print(*(lib for root in nvidia.__path__ for lib in Path(root).glob('*/lib')), sep=':')" || true)
   export LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FEWSTEP_PLANS="$out/../plans"
+}
+
+run() {
+  local bundle=$3
+  out=$2
+  prepare "$1" "$out"
   part device 60 "$python" -c "import platform, torch; print(platform.platform(), torch.cuda.get_device_name())"
   part versions 60 "$python" -m pip freeze
   # The torch that is there may be another version: its warnings are no failures.
@@ -87,8 +96,41 @@ print(*(lib for root in nvidia.__path__ for lib in Path(root).glob('*/lib')), se
   tail -n 40 "$out"/*.txt
 }
 
+# trained RECIPE FOLDER: a process for every w, as much of an evaluation is work of the CPU; the last one puts it together.
+trained() {
+  local recipe=$1 folder=$2 w
+  "$python" -m fewstep distill "$recipe" --out "$folder" --checkpoint-every 60
+  for w in 0 0.3 1 2 4; do
+    evaluated --guidance "$w" > "$folder-$w.txt" &
+  done
+  wait
+  evaluated --guidance 0,0.3,1,2,4
+}
+
+evaluated() {
+  "$python" -m fewstep evaluate "$recipe" --run "$folder" --solvers ddim,dpm-solver++ "$@"
+}
+
+train() {
+  local out=$2 recipe name
+  prepare "$1" "$out"
+  shift 2
+  export -f trained evaluated
+  export python OMP_NUM_THREADS=${OMP_NUM_THREADS:-3}
+  for recipe in "$@"; do
+    name=$(basename "$recipe" .toml)
+    timeout --signal TERM --kill-after 30 "${SECONDS_IN_ALL:-540}" bash -ec 'trained "$@"' trained "$recipe" \
+      "$out/$name" > "$out/$name.txt" 2> "$out/$name.log" || echo "$name is not done: $out/$name.log" &
+  done
+  wait
+  tail -n 5 "$out"/*.txt
+}
+
 case ${1:-} in
   fetch) fetch "${2:?the folder for the wheels}" ;;
   run) run "${2:?the folder of the wheels}" "${3:?the folder for the results}" "${4:?a bundle with programs}" ;;
-  *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+  train)
+    [ $# -ge 4 ] || { echo "train WHEELS OUT RECIPE..." >&2; exit 2; }
+    train "${@:2}" ;;
+  *) sed -n '2,12p' "$0" >&2; exit 2 ;;
 esac
