@@ -69,6 +69,11 @@ class Checkpoints:
         weights: dict[str, Tensor] = torch.load(self.folder / BEST, map_location="cpu", weights_only=True)
         return weights
 
+    @property
+    def any(self) -> bool:
+        """Whether there is one to go on from."""
+        return any((self.folder / name).exists() for name in (LAST, PREVIOUS))
+
     def remove(self) -> None:
         """Remove all: the stage is done."""
         for name in (LAST, PREVIOUS, BEST):

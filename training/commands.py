@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,23 @@ from training.teachers import TeacherError
 
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, path_type=Path)
-AT_LEAST_ONE, SECONDS = click.IntRange(min=1), click.FloatRange(min=0)
+AT_LEAST_ONE = click.IntRange(min=1)
 STOPPED = 143  # as for a process that SIGTERM ended
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
+
+class Finite(click.FloatRange):
+    """A range that has no room for nan and inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, within the range."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+SECONDS = Finite(min=0)
 
 EXPECTED = (
     RecipeError, TrainingError, TeacherError, DataError, ExportError, BundleError, FeatureError, MetricError, OSError,

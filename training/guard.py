@@ -14,6 +14,7 @@ from typing import Any
 
 WINDOW = 100
 NEEDED = 20
+FEW = 5
 
 
 class Guard:
@@ -42,6 +43,11 @@ class Guard:
     def exhausted(self) -> bool:
         """Whether more of the last hundred updates than the limit were skipped."""
         return sum(self._skips) > self.limit
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the last few updates were all skipped: what is trained has no use for more of them."""
+        return all(list(self._skips)[-FEW:])
 
     def pardon(self) -> None:
         """Forget which of the last updates were skipped: whoever goes on from here is counted anew."""

@@ -159,6 +159,12 @@ def train(
                     f"loss of {value:.3g} and a gradient norm of {norm:.3g}. What was trained before is kept: lower "
                     "the stage's learning_rate, in the recipe and in the run's recipe.json, and go on"
                 )
+            if state.update == recipe.updates and state.guard.is_stuck:
+                raise TrainingError(
+                    f"{folder.name} ends with updates that were all skipped, the last with a loss of {value:.3g}, so "
+                    "its network is not kept: lower the stage's learning_rate, in the recipe and in the run's "
+                    f"recipe.json, remove {folder}, and go on"
+                )
             report.tell(state.update, value, norm, rate, state.guard.skipped)
             shown = sample and accelerator.is_main_process and not state.is_sharded
             if shown and sample and state.update % pace.sample_every == 0:

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from training.diffusion import stock_scheduler
 from training.networks import NetworkDenoiser
-from training.recipe import Recipe
+from training.recipe import Recipe, TeacherRecipe
 from training.store import whole_file
 from training.teachers import INDEX, TeacherPipeline
 
@@ -52,6 +52,7 @@ def has_pipeline(denoiser: NetworkDenoiser) -> bool:
 def student_card(recipe: Recipe, steps: int, timesteps: int, has_pipeline: bool) -> str:
     """The README of a student's folder."""
     low, high = recipe.guidance
+    from_scratch = isinstance(recipe.teacher, TeacherRecipe)
     exact = (
         "takes exactly the steps that it was trained for"
         if timesteps % steps == 0
@@ -60,7 +61,7 @@ def student_card(recipe: Recipe, steps: int, timesteps: int, has_pipeline: bool)
     scale = f"a `guidance_scale` of {1 + low:g} to {1 + high:g}"
     in_diffusers = (
         f"Run it with `num_inference_steps={steps}` and {scale}: guidance is an input\nof the network, which is called "
-        "once a step, and a negative prompt has no effect."
+        f"once a step, and a negative prompt has no effect.{_what_is_absent(recipe) if from_scratch else ''}"
     )
     in_bundles = (
         "No stock pipeline of diffusers gives its network the guidance weight: this folder has the network and its\n"
@@ -78,6 +79,17 @@ Distilled by fewstep (Meng et al., On Distillation of Guided Diffusion Models, C
 {in_diffusers if has_pipeline else in_bundles} The stock scheduler in this
 folder {exact}.
 """
+
+
+def _what_is_absent(recipe: Recipe) -> str:
+    """What a pipeline of a student trained from scratch must be told, and given, as it has no text encoder."""
+    in_pixels = recipe.autoencoder is None and recipe.data.autoencoder is None
+    absent = [*(["vae"] if in_pixels else []), "text_encoder", "tokenizer"]
+    takes = ' and `output_type="latent"`, which gives pixels, as it works on them' if in_pixels else ""
+    return (
+        f" Its folder has no {', no '.join(absent)}:\nload it by `from_pretrained(FOLDER, "
+        f"{', '.join(f'{name}=None' for name in absent)})` and give it `prompt_embeds`{takes}."
+    )
 
 
 def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:

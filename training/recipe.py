@@ -43,7 +43,7 @@ class Optimisation(Section):
         default=20.0, gt=1, description="An update whose loss is so many times the median of the last ones is skipped."
     )
     skip_limit: int = Field(
-        default=10, ge=0, description="A run in which more of the last hundred updates were skipped stops."
+        default=10, ge=0, lt=100, description="A run in which more of the last hundred updates were skipped stops."
     )
 
     @model_validator(mode="after")

@@ -36,7 +36,8 @@ def to_markdown(quality: Quality) -> str:
 def to_csv(quality: Quality) -> str:
     """One line for each candidate and w; the floor, which has no w, as the last."""
     about = quality.provenance
-    shared = {"reference_images": about.reference_images, "split": about.split, "extractor": about.extractor}
+    names = ("reference_images", "split", "extractor", "frechet_dims", "kid_subsets", "neighbours", "inception", "clip")
+    shared = {name: getattr(about, name) for name in names}
     lines = [
         _cost(row) | {"w": cell.w} | _figures(cell) | {"images": about.images} | shared
         for row in quality.rows

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training.draws import Draws
 from training.guidance import Denoiser
+from training.loop import TrainingError
 from training.losses import Batch
 from training.run import Run
 from training.sampler import encode, sample
@@ -93,8 +94,7 @@ def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: i
         trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
     )  # fmt: skip
     path = run.folder / FIGURES
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    rows = [other for other in rows if other["stage"] != stage] + [asdict(row)]
+    rows = [other for other in _rows(run) if other["stage"] != stage] + [asdict(row)]
     for file, text in ((path, json.dumps(rows, indent=1)), (run.folder / TABLE, to_markdown(rows))):
         with whole_file(file) as partial:
             partial.write_text(text)
@@ -102,15 +102,31 @@ def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: i
 
 def has_row(run: Run, stage: str) -> bool:
     """Whether the table has the row of a stage."""
+    return stage in [row["stage"] for row in _rows(run)]
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """The rows so far. Raises TrainingError for a file that holds none."""
     path = run.folder / FIGURES
-    return path.exists() and stage in [row["stage"] for row in json.loads(path.read_text())]
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+        assert all(isinstance(row["stage"], str) for row in rows)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise TrainingError(f"{path} is damaged; without it, its rows are made anew") from error
+    return rows
 
 
 def _last_line(run: Run, stage: str) -> dict[str, Any]:
-    """What the log of a stage says of its end; nothing if a full disk left none."""
+    """What the log of a stage says of its end; nothing if a full disk left none, or half a line."""
     path = run.folder / stage / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    try:
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        return {}
+    return last
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:

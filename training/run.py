@@ -93,11 +93,13 @@ class Run:
             theirs: dict[str, Any] = json.loads(record.read_text())
         except ValueError as error:
             raise TrainingError(f"{record} is not JSON: {error}") from error
+        if not isinstance(theirs, dict):
+            raise TrainingError(f"{record} holds no JSON object")
         return theirs
 
     def known(self, use: str, fingerprint: str) -> None:
         """Note the data or the teacher that the run uses. Raises TrainingError for another than before."""
-        if self._recorded(f"data-{use}.json", {"sha256": fingerprint})["sha256"] != fingerprint:
+        if self._recorded(f"data-{use}.json", {"sha256": fingerprint}).get("sha256") != fingerprint:
             raise TrainingError(
                 f"{self.folder} was begun with other images, captions or classes than are there now, or with "
                 f"another teacher; bring those back, choose another folder, or remove its data-{use}.json if you mean "
@@ -347,9 +349,10 @@ class Run:
     def finish(self, stage: str, network: NetworkDenoiser | AutoencoderKL) -> None:
         """Save a stage's network, whole or not at all; its checkpoints are of no more use.
 
-        Raises TrainingError if it cannot be written; then the checkpoints stay.
+        Raises TrainingError if it cannot be written; then the checkpoints that there are stay.
         """
         folder = self.folder / stage
+        checkpoints = Checkpoints(folder)
         if self.accelerator.is_main_process:
             try:
                 if stage.startswith(STUDENT):
@@ -359,8 +362,9 @@ class Run:
                     (folder / "README.md").write_text(card)
                 _save(folder, self.network_part, network, self.pipeline)
             except (OSError, SafetensorError) as error:
-                raise TrainingError(f"{folder} was not saved, its checkpoint is kept: {error}") from error
-            Checkpoints(folder).remove()
+                kept = "its checkpoint is kept" if checkpoints.any else "and has no checkpoint, so it begins anew"
+                raise TrainingError(f"{folder} was not saved, {kept}: {error}") from error
+            checkpoints.remove()
         self.accelerator.wait_for_everyone()
 
 

@@ -64,6 +64,7 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
     [
         (["train", "{recipe}", "--data", "."], "they lie in no folder"),
         (["distill", "{recipe}", "--sample-every", "0"], "not in the range"),
+        (["distill", "{recipe}", "--checkpoint-every", "nan"], "nan is no finite number"),
         (["distill", "absent.toml"], "does not exist"),
         (["export", "{recipe}", "bundle", "--run", "."], "there is no run in ."),
         (["export", "{recipe}", "bundle"], "there is no run in runs/killed"),

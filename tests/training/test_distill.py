@@ -248,3 +248,11 @@ def test_a_row_that_a_kill_left_out_of_the_table_is_made(tmp_path: Path) -> None
     assert (run.folder / "rounds.json").read_text() == table
     assert run.weights(student_stage(1)) == weights
     assert not (run.folder / student_stage(1) / "checkpoint.pt").exists()
+    (run.folder / "rounds.json").write_text("")
+    with pytest.raises(TrainingError, match=r"rounds\.json is damaged"):
+        distill.distill(run)
+    (run.folder / "rounds.json").unlink()
+    with (run.folder / student_stage(1) / "log.jsonl").open("a") as log:
+        log.write('{"update": 9')
+    distill.distill(run)
+    assert [row["updates"] for row in json.loads((run.folder / "rounds.json").read_text())][-1] is None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from click.testing import CliRunner
+from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -115,6 +116,23 @@ def test_text_bundle_draws_what_torch_draws(text_run: Run, text_bundle: Bundle) 
         z = sample(student, grid, noise(9, text_run), context_of("a red square"), w)
         expected = to_uint8(networks.decode(text_run.autoencoder(), z))
     assert furthest(image, expected[0]) <= FP32_TOLERANCE
+
+
+def test_a_student_from_scratch_runs_in_a_stock_pipeline_without_text_encoder(text_run: Run) -> None:
+    folder = text_run.folder / student_stage(2)
+    assert "text_encoder=None, tokenizer=None)`" in (folder / "README.md").read_text()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    pipeline.set_progress_bar_config(disable=True)
+    context, z = context_of("a red square")["context"], noise(9, text_run)
+    images = pipeline(
+        prompt_embeds=context, latents=z, num_inference_steps=2, guidance_scale=4.0, output_type="pt"
+    ).images
+    with torch.inference_mode():
+        student, grid = text_run.denoiser(student_stage(2)), text_run.schedule.grid(2)
+        expected = networks.decode(
+            text_run.autoencoder(), sample(student, grid, z, {"context": context}, torch.tensor([3.0]))
+        )
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=0)
 
 
 def context_of(words: str) -> dict[str, torch.Tensor]:

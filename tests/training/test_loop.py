@@ -133,6 +133,12 @@ def test_more_skips_than_the_limit_stop_the_run_with_a_message(tmp_path: Path) -
         train_with({2: math.nan, 5: math.nan, 8: math.nan}, tmp_path, skip_limit=2)
 
 
+def test_a_stage_that_ends_with_skips_alone_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="ends with updates that were all skipped, the last with a loss of nan"):
+        train_with(dict.fromkeys(range(6, 12), math.nan), tmp_path / "all")
+    train_with(dict.fromkeys(range(6, 11), math.nan), tmp_path / "nearly")
+
+
 @pytest.mark.parametrize("error", [DataError("too many shards are lost"), None], ids=["lost shards", "skips"])
 def test_what_was_trained_before_a_run_gives_up_is_kept(tmp_path: Path, error: Exception | None) -> None:
     def load(update: int, draws: Draws) -> float:

@@ -100,6 +100,9 @@ def test_csv_has_a_column_of_every_figure_and_the_counts_of_every_line() -> None
     for line in lines:
         assert (line["fid"], line["inception_score"], line["clip_score"]) == ("21.5", "3.25", "28.75")
         assert (line["split"], line["extractor"], line["reference_images"]) == ("heldout", "pixels at 8 px", "809")
+        assert line["inception"]
+        assert line["clip"]
+        assert line["frechet_dims"]
     assert [line["images"] for line in lines] == ["5000"] * 4 + ["180"]
     assert [line["precision"] for line in lines] == ["0.71"] * 4 + ["0.9"]
     empty = next(csv.DictReader(io.StringIO(to_csv(table()))))
