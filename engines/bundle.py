@@ -18,7 +18,9 @@ from engines.backends.base import BATCH, GraphSpec, Role, TensorSpec
 from engines.manifest import (
     ATTENTION_MASK,
     FORMAT_VERSION,
+    IDS,
     MANIFEST_NAME,
+    SECOND_IDS,
     Attribution,
     Description,
     FileRecord,
@@ -26,6 +28,7 @@ from engines.manifest import (
     GuidanceRange,
     Manifest,
     Provenance,
+    SecondTokens,
     Student,
     TextEncoder,
     plain_file_name,
@@ -46,6 +49,7 @@ __all__ = [
     "GuidanceRange",
     "Manifest",
     "Provenance",
+    "SecondTokens",
     "Student",
     "TensorSpec",
     "TextEncoder",
@@ -116,9 +120,9 @@ class Bundle:
 
         if manifest.text is not None:
             tokens = (BATCH, manifest.text.max_tokens)
-            ids = tuple(_spec(name, *tokens, dtype="int64") for name in ("input_ids", ATTENTION_MASK))
-            outputs = tuple(spec for spec in manifest.condition if spec.name != ATTENTION_MASK)
-            add("text", manifest.text.graph, ids, outputs)
+            names = (IDS, ATTENTION_MASK) if manifest.text.second is None else (IDS, ATTENTION_MASK, SECOND_IDS)
+            ids = tuple(_spec(name, *tokens, dtype="int64") for name in names)
+            add("text", manifest.text.graph, ids, manifest.encoded)
         image = _spec("image", BATCH, *manifest.image_shape)
         latent = _spec("latent", BATCH, *manifest.latent_shape)
         if manifest.encode is not None:

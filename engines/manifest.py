@@ -16,8 +16,10 @@ from engines.backends.base import BATCH, TensorSpec
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 CONTEXT = "context"
+IDS, SECOND_IDS = "input_ids", "input_ids_2"
 ATTENTION_MASK = "attention_mask"
 LABEL = "label"
+MASK, MASKED = "mask", "masked"
 
 Sampler = Literal["deterministic", "stochastic"]
 """DDIM's steps, or the paper's sampler that goes two places of its grid at a step and one back, by noise."""
@@ -117,6 +119,13 @@ class Student(Model):
         return self.stochastic if sampler == "stochastic" else self.grid
 
 
+class SecondTokens(Model):
+    """How a graph of two text encoders has its second one read a prompt: another tokenizer, or another padding."""
+
+    tokenizer: FileName
+    pad_id: Annotated[int, Field(ge=0)] = 0
+
+
 class TextEncoder(Model):
     """The text graph and the tokenizer in front of it; prompts are padded to ``max_tokens``."""
 
@@ -124,6 +133,12 @@ class TextEncoder(Model):
     tokenizer: FileName
     max_tokens: Size
     pad_id: Annotated[int, Field(ge=0)] = 0
+    second: SecondTokens | None = None
+
+    @property
+    def tokenizers(self) -> tuple[FileName, ...]:
+        """The files of its tokenizers; two encoders may share one."""
+        return (self.tokenizer,) if self.second is None else (self.tokenizer, self.second.tokenizer)
 
 
 class GuidanceRange(Model):
@@ -169,10 +184,11 @@ class FileRecord(Model):
 class Description(Model):
     """A manifest without what `write_bundle` computes from the files: `files` and `revision`.
 
-    Text bundles: the condition arrays are the outputs of the text graph, and ``attention_mask`` where the
-    step graphs want it. Class bundles: one ``label`` of shape (batch,) and dtype int64, a class's place among
-    ``classes``. ``programs`` are the same graphs as torch.export programs, by the file name of the graph; there may be
-    none. ``weights_dtype`` names every storage of weights that its graphs have, joined by +.
+    Text bundles: the condition arrays are the outputs of the text graph, ``attention_mask`` where the step graphs want
+    it, and where their networks see what is to be painted anew, ``mask`` and ``masked``. Class bundles: one ``label``
+    of shape (batch,) and dtype int64, a class's place among ``classes``. ``programs`` are the same graphs as
+    torch.export programs, by the file name of the graph; there may be none. ``weights_dtype`` names every storage of
+    weights that its graphs have, joined by +.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -224,6 +240,20 @@ class Description(Model):
         return self
 
     @model_validator(mode="after")
+    def _masks_fit(self) -> Self:
+        seen = {spec for spec in self.condition if spec.name in (MASK, MASKED)}
+        channels, *sides = self.latent_shape
+        whole = {
+            TensorSpec(name=MASK, dtype="float32", shape=(BATCH, 1, *sides)),
+            TensorSpec(name=MASKED, dtype="float32", shape=(BATCH, channels, *sides)),
+        }
+        if seen and (seen != whole or self.space != "latent"):
+            raise ValueError(
+                f"networks that see masks work in a latent space, and take {MASK} and {MASKED} of its size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _students_differ(self) -> Self:
         if len({student.steps for student in self.students}) != len(self.students):
             raise ValueError("two students have the same number of steps")
@@ -237,6 +267,16 @@ class Description(Model):
         if any(files.count(name) > 1 for name in self.programs.values()):
             raise ValueError("every program is a file of its own")
         return self
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether its networks see what is to be painted anew, and what is left of the image."""
+        return any(spec.name == MASK for spec in self.condition)
+
+    @property
+    def encoded(self) -> tuple[TensorSpec, ...]:
+        """The condition arrays that the text graph gives."""
+        return tuple(spec for spec in self.condition if spec.name not in (ATTENTION_MASK, MASK, MASKED))
 
     def find_student(self, steps: int, sampler: Sampler = "deterministic") -> Student | None:
         """The student that makes images in so many calls with a sampler, if there is one."""
@@ -271,7 +311,7 @@ class Description(Model):
         """Every file the description refers to (README, external weights and the like may come on top)."""
         yield from self.graph_names()
         if self.text is not None:
-            yield self.text.tokenizer
+            yield from dict.fromkeys(self.text.tokenizers)
         yield from self.programs.values()
 
 

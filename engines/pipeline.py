@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -17,11 +18,11 @@ from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
-from engines.manifest import ATTENTION_MASK, LABEL, Manifest
+from engines.manifest import ATTENTION_MASK, LABEL, MASK, MASKED, Manifest
 from engines.masks import joined
 from engines.paths import path_of
 from engines.plans import Precision, Profile
-from engines.rows import Group, Row, TickInputs, noise_of, start_row
+from engines.rows import Group, Row, TickInputs, keep_cells, noise_of, start_row
 from engines.tasks import (
     MAX_SEED,
     Edit,
@@ -165,7 +166,8 @@ class Pipeline:
 
     def at_hand(self, task: Task) -> bool:
         """Whether `prepare` needs no engine for ``task``: its prompts are kept, and no image is to be encoded."""
-        if isinstance(task, FromImage) and self.manifest.encode is not None:
+        shows = isinstance(task, FromImage) or (self.manifest.sees_masks and "_all_masked" not in self.__dict__)
+        if shows and self.manifest.encode is not None:
             return False
         return self._tokenizer is None or all(words in self._conditions for words in words_of(task))
 
@@ -178,18 +180,19 @@ class Pipeline:
             self.validate(task)
         conditions = self._encode_conditions([words for task in tasks for words in words_of(task)])
         images = {id(task.image): task.image for task in tasks if isinstance(task, FromImage)}
-        latents = dict(zip(images, self._encode_images(list(images.values())), strict=True))
+        latents = dict(zip(images, self._encode_images([from_pixels(i) for i in images.values()]), strict=True))
         return [
             start_row(
                 task,
                 revision=self.manifest.revision,
                 path=path_of(task, self.manifest),
-                condition=conditions[task.condition],
-                source=conditions[task.source] if isinstance(task, Transfer) else None,
+                condition=conditions[task.condition] | seen,
+                source=conditions[task.source] | seen if isinstance(task, Transfer) else None,
                 shape=self.manifest.latent_shape,
                 latent=latents[id(task.image)] if isinstance(task, FromImage) else None,
+                puts_back=not seen,
             )
-            for task in tasks
+            for task, seen in zip(tasks, self._seen(tasks), strict=True)
         ]
 
     def tick(self, rows: Sequence[Row]) -> None:
@@ -264,14 +267,30 @@ class Pipeline:
     def _encode_prompts(self, prompts: Sequence[str]) -> list[Condition]:
         assert self._tokenizer is not None
         assert self.manifest.text is not None
-        ids, mask = self._tokenizer(prompts)
-        arrays = self._engines[self.manifest.text.graph].run({"input_ids": ids, ATTENTION_MASK: mask})
-        arrays[ATTENTION_MASK] = mask
-        names = [spec.name for spec in self.manifest.condition]
+        inputs = self._tokenizer.inputs(prompts)
+        arrays = self._engines[self.manifest.text.graph].run(inputs) | {ATTENTION_MASK: inputs[ATTENTION_MASK]}
+        names = [spec.name for spec in self.manifest.condition if spec.name in arrays]
         return [{name: arrays[name][row].copy() for name in names} for row in range(len(prompts))]
 
-    def _encode_images(self, images: Sequence[Pixels]) -> list[Floats]:
-        arrays = [from_pixels(image) for image in images]
+    def _seen(self, tasks: Sequence[Task]) -> list[Condition]:
+        """What the networks see of each task's mask and of the image that it leaves: nothing, if they see no masks."""
+        if not self.manifest.sees_masks:
+            return [{} for _ in tasks]
+        inpainted = {place: task for place, task in enumerate(tasks) if isinstance(task, Inpaint)}
+        left = self._encode_images([from_pixels(task.image) * ~task.repaint for task in inpainted.values()])
+        seen = [self._all_masked for _ in tasks]
+        for (place, task), latent in zip(inpainted.items(), left, strict=True):
+            seen[place] = {MASK: 1 - keep_cells(task.repaint, self.manifest.latent_shape), MASKED: latent}
+        return seen
+
+    @cached_property
+    def _all_masked(self) -> Condition:
+        """What networks that see masks are shown where all is made anew."""
+        (latent,) = self._encode_images([np.zeros(self.manifest.image_shape, np.float32)])
+        return {MASK: np.ones((1, *latent.shape[1:]), np.float32), MASKED: latent}
+
+    def _encode_images(self, arrays: Sequence[Floats]) -> Sequence[Floats]:
+        """Images (3, H, W) in -1..1 in the space that the networks work in."""
         if self.manifest.encode is None:
             return arrays
         engine = self._engines[self.manifest.encode]
@@ -303,6 +322,9 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer | None:
     if text is None:
         return None
     try:
-        return Tokenizer(bundle.graph_path(text.tokenizer), text.max_tokens, text.pad_id)
+        second = None
+        if text.second is not None:
+            second = Tokenizer(bundle.graph_path(text.second.tokenizer), text.max_tokens, text.second.pad_id)
+        return Tokenizer(bundle.graph_path(text.tokenizer), text.max_tokens, text.pad_id, second)
     except TokenizerError as error:
         raise BundleError(f"{bundle.path}: {error}") from error

@@ -98,11 +98,13 @@ def start_row(
     source: Condition | None,
     shape: Sequence[int],
     latent: Floats | None,
+    puts_back: bool = True,
 ) -> Row:
     """Place ``task`` at the start of its ``path``: noise, or for tasks with an image what that has there.
 
     ``latent`` is the encoded image, and ``shape`` the latent's, (c, h, w): z = alpha latent + sigma noise, at the level
-    where the first step begins. ``source`` is the condition under which a transfer encodes.
+    where the first step begins. ``source`` is the condition under which a transfer encodes. An inpainting ``puts_back``
+    what is kept after every step, unless its network sees it.
     """
     noise = noise_of(task.seed, shape)
     row = Row(
@@ -121,7 +123,7 @@ def start_row(
             raise ValueError("editing needs the encoded image")
         alpha, sigma = path[0].start
         row.z = np.float32(alpha) * latent + np.float32(sigma) * noise
-        if isinstance(task, Inpaint):
+        if isinstance(task, Inpaint) and puts_back:
             row.known, row.noise, row.keep = latent, noise, keep_cells(task.repaint, shape)
     return row
 

@@ -11,6 +11,8 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from engines.manifest import ATTENTION_MASK, IDS, SECOND_IDS
+
 # A prompt is read several times in a row: to check it, to check it again behind a queue, and to encode it.
 _REMEMBERED = 64
 
@@ -30,8 +32,11 @@ class PromptSize(NamedTuple):
 class Tokenizer:
     """A tokenizer.json with every prompt padded to ``max_tokens``; nothing is ever truncated silently."""
 
-    def __init__(self, path: Path, max_tokens: int, pad_id: int) -> None:
-        """Read the file at ``path``. Raises TokenizerError, for a ``pad_id`` that is no token of it too."""
+    def __init__(self, path: Path, max_tokens: int, pad_id: int, second: Tokenizer | None = None) -> None:
+        """Read the file at ``path``. Raises TokenizerError, for a ``pad_id`` that is no token of it too.
+
+        ``second`` is that of a second text encoder, which sees the same prompts.
+        """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -43,6 +48,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._max_tokens = max_tokens
         self._pad_id = pad_id
+        self._second = second
         self._encode = lru_cache(_REMEMBERED)(self._read)
 
     def ids(self, prompt: str) -> list[int]:
@@ -51,11 +57,15 @@ class Tokenizer:
         return ids
 
     def measure(self, prompt: str) -> PromptSize:
-        """How much of ``prompt`` the text encoder will see. Raises TokenizerError for invalid Unicode."""
+        """How much of ``prompt`` the text encoder will see, and the most tokens that it is to one.
+
+        Raises TokenizerError for invalid Unicode.
+        """
         encoding = self._encode(prompt)
         words = [token for token, mark in zip(encoding.tokens, encoding.special_tokens_mask, strict=True) if not mark]
         unknown = getattr(self._tokenizer.model, "unk_token", None)
-        return PromptSize(len(encoding.ids), len(words), sum(word != unknown for word in words))
+        most = max(len(encoding.ids), 0 if self._second is None else len(self._second.ids(prompt)))
+        return PromptSize(most, len(words), sum(word != unknown for word in words))
 
     def _read(self, prompt: str) -> tokenizers.Encoding:
         try:
@@ -63,6 +73,15 @@ class Tokenizer:
             return self._tokenizer.encode(prompt)
         except (TypeError, UnicodeError) as error:
             raise TokenizerError("the prompt is not valid Unicode text") from error
+
+    def inputs(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The inputs of the text graph, each int64 (len(prompts), max_tokens): ids and attention mask.
+
+        With a second tokenizer, its ids too. Raises TokenizerError as a call does.
+        """
+        ids, mask = self(prompts)
+        second = {} if self._second is None else {SECOND_IDS: self._second(prompts)[0]}
+        return {IDS: ids, ATTENTION_MASK: mask, **second}
 
     def __call__(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and attention mask, both int64 (len(prompts), max_tokens).

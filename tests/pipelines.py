@@ -32,7 +32,7 @@ CLASSES = 3
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
     """Whole words and single letters, with CLIP's marks; L = 12."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    letters = ["!", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
     pieces = letters + [f"{letter}</w>" for letter in letters]
     merges = []
     for word in WORDS:
@@ -106,17 +106,18 @@ def noise_scheduler(prediction: str) -> PNDMScheduler:
 
 
 def stable_diffusion_xl(folder: Path) -> Path:
-    """SDXL: two text encoders, pooled text and sizes."""
+    """SDXL: two text encoders, the second one padded with "!", pooled text and sizes."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     words = tokenizer(folder)
+    second = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token="!")
     network = unet(
         cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTH + 6 * 8,
     )  # fmt: skip
     StableDiffusionXLPipeline(
         vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words,
-        text_encoder_2=text_encoder(words, CLIPTextModelWithProjection), tokenizer_2=words, unet=network,
+        text_encoder_2=text_encoder(words, CLIPTextModelWithProjection), tokenizer_2=second, unet=network,
         scheduler=noise_scheduler("epsilon"), add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder

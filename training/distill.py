@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.autoencoder import Reconstructor, measure_scale, reconstruction_loss
 from training.data.training_set import load_pixels, load_training_set
@@ -46,13 +45,8 @@ def encoder_stage(steps: int) -> str:
 
 
 def train_teacher(run: Run) -> None:
-    """The autoencoder, if the recipe has one, and the teacher. A teacher that is there is noted as the run's.
-
-    Where the students will not fit a bundle that is said first.
-    """
+    """The autoencoder, if the recipe has one, and the teacher. A teacher that is there is noted as the run's."""
     if run.pipeline is not None:
-        if run.pipeline.unbundled is not None and run.accelerator.is_main_process:
-            tqdm.write(f"{run.folder}: no bundle can be exported, only diffusers pipelines: {run.pipeline.unbundled}")
         run.known("teacher", run.weights("teacher"))
     if run.recipe.autoencoder and not run.is_done("autoencoder"):
         train_autoencoder(run)

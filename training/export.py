@@ -13,7 +13,6 @@ from string import Template
 
 import torch
 from pydantic import BaseModel, ValidationError
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,10 +25,10 @@ from engines.bundle import (
     GuidanceRange,
     Provenance,
     Student,
-    TextEncoder,
     check_free,
     write_bundle,
 )
+from engines.manifest import MASK, MASKED
 from training import networks
 from training.data.digits import SOURCE as DIGITS_SOURCE
 from training.diffusion import Schedule, diffuse
@@ -42,11 +41,14 @@ from training.programs import PROGRAM_SUFFIX, export_program
 from training.prompts import TextGraph
 from training.recipe import ExportRecipe
 from training.run import Run
-from training.text import MINILM_NAME, MINILM_PACKAGE, tokenize
+from training.text import MINILM_NAME, MINILM_PACKAGE
+from training.text_graphs import TEXT, text_encoder, text_example, tokenizer_files
 
-TEXT, TOKENIZER, ENCODE, DECODE = "text.onnx", "tokenizer.json", "encode.onnx", "decode.onnx"
+ENCODE, DECODE = "encode.onnx", "decode.onnx"
+SEEN = (MASK, MASKED)
+"""What changes from row to row in a service, though it may be the same for all in training."""
+
 CARD, PICTURE = "README.md", "samples.png"
-EXAMPLE_WORDS = ["a", "red", "apple", "icon", "with", "two", "green", "leaves", "on", "white"]
 TEXT_ATTRIBUTION = Attribution(
     name=MINILM_NAME,
     licence="Apache-2.0",
@@ -67,8 +69,6 @@ def export(
     that differs or a run that fits no bundle, TrainingError for a stage that is not done, BundleError where `out` is.
     """
     check_free(out, replace)
-    if run.pipeline is not None and run.pipeline.unbundled is not None:
-        raise ExportError(run.pipeline.unbundled)
     sources, table = _sources(run), _quality_table(run)
     text = None if run.prompts is None else run.prompts.text_graph()
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,8 +78,8 @@ def export(
             parities.append(export_graph(module, example, folder / name, weights))
             if programs:
                 made[name] = export_program(module, example, (folder / name).with_suffix(PROGRAM_SUFFIX))
-        if text is not None:
-            (folder / TOKENIZER).write_text(text.tokenizer)
+        for name, tokens in tokenizer_files(text).items():
+            (folder / name).write_text(tokens)
         names = {graph: parity.graph for graph, parity in made.items()}
         description = describe(run, parities, sources, table, text, names)
         if (picture := run.folder / "evaluation" / PICTURE).exists():
@@ -103,11 +103,11 @@ def encoder_graph_name(steps: int) -> str:
 def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Example]]:
     graphs: list[tuple[str, nn.Module, Example]] = []
     if text is not None:
-        graphs.append((TEXT, text.module, _text_example(text)))
+        graphs.append((TEXT, text.module, text_example(text)))
     if run.is_latent:
         encoder, decoder = _Encoder(run), _Decoder(run)
-        graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), "latent")))
-        graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), "image")))
+        graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), ("latent",))))
+        graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), ("image",))))
     for steps in run.recipe.export.steps:
         graphs.append((step_graph_name(steps), *step_graph(run, student_stage(steps), steps)))
     for steps in run.recipe.exported_encoders:
@@ -118,7 +118,9 @@ def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Exam
 def step_graph(run: Run, stage: str, steps: int, encodes: bool = False) -> tuple[StepGraph, Example]:
     """The step graph of a stage's network, and rows for it; classes are given by their places in the manifest."""
     numbers = None if run.pipeline is None or run.pipeline.is_text else run.class_numbers
-    graph = StepGraph(run.denoiser(stage).cpu(), tuple(_some_rows(run, 1, 0).condition), numbers)
+    constants = {name: value for name, value in run.constants.items() if name not in SEEN}
+    conditions = tuple(name for name in _some_rows(run, 1, 0).condition if name not in constants)
+    graph = StepGraph(run.denoiser(stage).cpu(), conditions, numbers, constants)
     return graph, _step_example(run, graph, steps, encodes)
 
 
@@ -153,17 +155,6 @@ def _images(run: Run, batch: int) -> Tensor:
     """Images that the encoder has to deal with: here, the decoder's own."""
     with torch.inference_mode():
         return networks.decode(run.autoencoder().cpu(), _latents(run, batch)).clamp(-1, 1)
-
-
-def _text_example(text: TextGraph) -> Example:
-    tokenizer = Tokenizer.from_str(text.tokenizer)
-    tokenizer.enable_padding(length=text.max_tokens, pad_id=text.pad_id)
-    tokenizer.enable_truncation(text.max_tokens)
-
-    def make(batch: int) -> tuple[Tensor, ...]:
-        return tokenize(tokenizer, [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)])
-
-    return Example(make, ("input_ids", "attention_mask"), "context")
 
 
 def _some_rows(run: Run, batch: int, place: int) -> Batch:
@@ -202,7 +193,7 @@ def _step_example(run: Run, graph: StepGraph, steps: int, encodes: bool) -> Exam
         }
         return tuple(values[name] for name in graph.input_names)
 
-    return Example(make, graph.input_names, "z_next")
+    return Example(make, graph.input_names, ("z_next",))
 
 
 def _as_served(graph: StepGraph, condition: Condition) -> Condition:
@@ -230,6 +221,7 @@ def describe(
             shape=("batch", *value.shape[1:]),
         )
         for name, value in example.items()
+        if name in SEEN or name not in run.constants
     )
     return Description(
         name=recipe.name,
@@ -240,7 +232,7 @@ def describe(
         students=tuple(_student(run, steps) for steps in sorted(recipe.export.steps)),
         guidance=GuidanceRange(minimum=recipe.guidance[0], maximum=recipe.guidance[1], default=recipe.default_guidance),
         condition=condition,
-        text=text and TextEncoder(graph=TEXT, tokenizer=TOKENIZER, max_tokens=text.max_tokens, pad_id=text.pad_id),
+        text=text and text_encoder(text),
         classes=run.data.classes,
         encode=ENCODE if run.is_latent else None,
         decode=DECODE if run.is_latent else None,

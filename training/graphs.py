@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engines.weights import Writer, bytes_of, value_of
 from training.diffusion import blend_known, ddim_step, expand
+from training.guidance import Condition, of_rows
 from training.networks import NetworkDenoiser
 
 Weights = Literal["fp32", "fp16", "int8"]
@@ -52,15 +53,24 @@ class StepGraph(nn.Module):
 
     numbers: Tensor | None
 
-    def __init__(self, denoiser: NetworkDenoiser, conditions: Sequence[str], numbers: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        conditions: Sequence[str],
+        numbers: Tensor | None = None,
+        constants: Condition | None = None,
+    ) -> None:
         """`conditions` names the condition arrays in the order of the graph's inputs.
 
         `numbers` (K,) are those that the denoiser has for K classes. With them the input `label` is a class's place
-        among the K; without, it is the denoiser's own number.
+        among the K; without, it is the denoiser's own number. `constants` are conditions of one row, without a batch
+        dimension, that are the same for all: no inputs.
         """
         super().__init__()
-        self.denoiser, self.conditions = denoiser, tuple(conditions)
+        self.denoiser, self.conditions, self.constants = denoiser, tuple(conditions), tuple(constants or ())
         self.register_buffer("numbers", numbers)
+        for name, value in (constants or {}).items():
+            self.register_buffer(name, value)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -75,6 +85,7 @@ class StepGraph(nn.Module):
             expand(given[name], z) for name in ("alpha", "sigma", "alpha_next", "sigma_next")
         )
         condition = {name: given[name] for name in self.conditions}
+        condition |= {name: of_rows(getattr(self, name), z) for name in self.constants}
         if self.numbers is not None:
             condition["label"] = self.numbers.index_select(0, condition["label"])
         v = self.denoiser(z, given["time"], condition, given["guidance"])
@@ -88,15 +99,15 @@ class Example:
 
     make: Callable[[int], tuple[Tensor, ...]]
     input_names: tuple[str, ...]
-    output_name: str
+    output_names: tuple[str, ...]
 
     def at(self, batch: int) -> tuple[Tensor, ...]:
         """The inputs at a batch size, in the order of `input_names`."""
         return self.make(batch)
 
 
-Runner = Callable[[Mapping[str, Tensor]], Tensor]
-"""Runs a graph on its named inputs."""
+Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Runs a graph on its named inputs, and gives its named outputs."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ def export_graph(
             folder = Path(scratch) / storage
             folder.mkdir()
             written = write_graph(traced, folder / path.name, storage)
-            error = worst_error(module, example, _runner(written, example.output_name, large))
+            error = worst_error(module, example, _runner(written, large))
             if error <= TOLERANCE[storage]:
                 for file in folder.iterdir():
                     file.replace(path.with_name(file.name))
@@ -153,7 +164,7 @@ def _trace(module: nn.Module, example: Example, path: Path) -> None:
             module.eval(),
             inputs,
             input_names=list(example.input_names),
-            output_names=[example.output_name],
+            output_names=list(example.output_names),
             dynamic_shapes=(shapes,) if isinstance(module, StepGraph) else shapes,
             opset_version=OPSET,
             dynamo=True,
@@ -185,7 +196,7 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _runner(graph: Path, output_name: str, large: bool) -> Runner:
+def _runner(graph: Path, large: bool) -> Runner:
     """A graph on ONNX Runtime. The weights of a large one stay as they are stored, and are not laid out for speed."""
     options = onnxruntime.SessionOptions()
     if large:
@@ -194,28 +205,41 @@ def _runner(graph: Path, output_name: str, large: bool) -> Runner:
         options.enable_cpu_mem_arena = False
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        feeds = {name: value.numpy() for name, value in inputs.items()}
-        return torch.from_numpy(session.run([output_name], feeds)[0])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        given = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+        return dict(zip(names, map(torch.from_numpy, given), strict=True))
 
     return run
 
 
 def worst_error(module: nn.Module, example: Example, run: Runner) -> float:
-    """The largest relative L2 error of a row of what `run` gives against what torch does, over the batch sizes."""
-    worst = 0.0
+    """The largest relative L2 error of a row of what `run` gives against what torch does.
+
+    Over the batch sizes and the outputs; infinite where one is not finite.
+    """
+    errors = []
     for batch in BATCH_SIZES:
         inputs = example.at(batch)
         with torch.inference_mode():
-            expected = module(*inputs)
+            expected = named_outputs(module, inputs, example.output_names)
             actual = run(dict(zip(example.input_names, inputs, strict=True)))
-        if actual.shape != expected.shape:
-            raise ExportError(f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}")
-        error = (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-        if not error.isfinite().all():
-            return float("inf")
-        worst = max(worst, float(error.max()))
-    return worst
+        errors += [_worst_row(actual[name], value) for name, value in expected.items()]
+    return max(errors)
+
+
+def named_outputs(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """What a module that gives one tensor, or several, gives of `inputs`, by name."""
+    outputs = module(*inputs)
+    return dict(zip(names, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=True))
+
+
+def _worst_row(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        raise ExportError(f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}")
+    error = (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    return float(error.max()) if error.isfinite().all() else float("inf")
 
 
 def write_graph(source: Path, target: Path, weights: Weights) -> Path:

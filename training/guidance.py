@@ -50,4 +50,4 @@ class GuidedTeacher:
 
 def of_rows(value: Tensor, like: Tensor) -> Tensor:
     """The value of one row for each row of `like` (B, *), on its device."""
-    return value.to(like.device).expand(len(like), *value.shape)
+    return value.to(like.device).expand(like.shape[0], *value.shape)  # a length would be fixed by a trace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from training.guidance import Condition
-from training.prompts import TextGraph
+from training.prompts import TextGraph, Tokens
 
 
 class PipelinePrompts:
@@ -47,12 +47,15 @@ class PipelinePrompts:
         return sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
 
     def text_graph(self) -> TextGraph:
-        """The text encoder, for a pipeline with one, and its tokenizer."""
+        """The text encoder, or both, and their tokenizers."""
         pipeline = self._pipeline
-        tokenizer = pipeline.tokenizer
-        module = _ContextGraph(pipeline.text_encoder.cpu(), tokenizer.pad_token_id)
-        backend = tokenizer.backend_tokenizer.to_str()
-        return TextGraph(module.eval(), backend, tokenizer.model_max_length, tokenizer.pad_token_id)
+        tokens, length = _tokens_of(pipeline.tokenizer), pipeline.tokenizer.model_max_length
+        second = getattr(pipeline, "text_encoder_2", None)
+        if second is None:
+            module = _ContextGraph(pipeline.text_encoder.cpu(), tokens.pad_id)
+            return TextGraph(module.eval(), length, (tokens,))
+        pair = _PairGraph(pipeline.text_encoder.cpu(), second.cpu(), tokens.pad_id)
+        return TextGraph(pair.eval(), length, (tokens, _tokens_of(pipeline.tokenizer_2)), ("context", "pooled"))
 
     @torch.no_grad()
     def _encoded(self, captions: Sequence[str], *, null: bool) -> Sequence[Tensor]:
@@ -62,6 +65,10 @@ class PipelinePrompts:
             prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=null
         )
         return found
+
+
+def _tokens_of(tokenizer: Any) -> Tokens:
+    return Tokens(tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id)
 
 
 def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -80,3 +87,20 @@ class _ContextGraph(nn.Module):
         padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
         context: Tensor = self.encoder(padded, attention_mask=attention_mask if self.masks else None)[0]
         return context
+
+
+class _PairGraph(nn.Module):
+    """Context and pooled text of (input_ids, attention_mask, input_ids_2), as SDXL's pipeline makes them.
+
+    The context is what both encoders have before their last layer, side by side; the second one pools.
+    """
+
+    def __init__(self, encoder: nn.Module, second: nn.Module, pad_id: int) -> None:
+        super().__init__()
+        self.encoder, self.second, self.pad_id = encoder, second, pad_id
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
+        first = self.encoder(padded, output_hidden_states=True)
+        second = self.second(input_ids_2, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second[0]

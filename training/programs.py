@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.exported import runnable, trace
-from training.graphs import TOLERANCE, Example, ExportError, Parity, check_finite, quiet, worst_error
+from training.graphs import TOLERANCE, Example, ExportError, Parity, check_finite, named_outputs, quiet, worst_error
 
 PROGRAM_SUFFIX = ".pt2"
 
@@ -22,8 +22,8 @@ class _Named(nn.Module):
         self.module, self.example = module, example
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        output: Tensor = self.module(*(inputs[name] for name in self.example.input_names))
-        return {self.example.output_name: output}
+        given = [inputs[name] for name in self.example.input_names]
+        return named_outputs(self.module, given, self.example.output_names)
 
 
 def export_program(module: nn.Module, example: Example, path: Path) -> Parity:
@@ -36,7 +36,7 @@ def export_program(module: nn.Module, example: Example, path: Path) -> Parity:
         inputs = dict(zip(example.input_names, example.at(3), strict=True))
         torch.export.save(trace(_Named(module.eval(), example), inputs), path)
         program = runnable(torch.export.load(path))
-    error = worst_error(module, example, lambda inputs: program(inputs)[example.output_name])
+    error = worst_error(module, example, program)
     if error > TOLERANCE["fp32"]:
         path.unlink()
         raise ExportError(f"{path.name} differs from torch: relative error {error:.2g} > {TOLERANCE['fp32']:.2g}")

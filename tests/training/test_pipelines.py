@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,17 +18,18 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from engines.pipeline import Generate, Pipeline, noise_of
+from engines.pipeline import Edit, Generate, Inpaint, Pipeline, noise_of
+from engines.tasks import Pixels
 from tests import pipelines
 from training import networks
 from training.data.inpainting import masked_condition
-from training.distill import distill, student_stage, train_teacher
+from training.distill import distill, student_stage
 from training.draws import Draws
 from training.export import export
-from training.graphs import ExportError
 from training.guidance import of_rows
 from training.losses import teacher_loss
 from training.recipe import Recipe
@@ -108,12 +110,12 @@ def recipe(checkpoint: Path, data: Path, **changes: Any) -> Recipe:
 class Ours:
     """Our sampler with a student, for one prompt."""
 
-    def __init__(self, run: Run, steps: int, w: float) -> None:
+    def __init__(self, run: Run, steps: int, w: float, prompt: str = PROMPT) -> None:
         self.run, self.grid = run, run.schedule.grid(steps)
         self.student, self.autoencoder = run.denoiser(student_stage(steps)), run.autoencoder()
         self.w = torch.tensor([w])
         assert run.prompts is not None
-        self.condition = run.prompts.encode([PROMPT])
+        self.condition = run.prompts.encode([prompt])
         self.condition |= {name: of_rows(value, self.w) for name, value in run.constants.items()}
 
     def __call__(self, z: Tensor, **options: Any) -> Tensor:
@@ -211,17 +213,84 @@ def test_every_round_has_its_row(runs: Callable[[str], Run], name: str) -> None:
     assert "student-4" in (runs(name).folder / "rounds.md").read_text()
 
 
-def test_a_bundle_of_a_stable_diffusion_student_makes_our_samplers_images(
-    runs: Callable[[str], Run], tmp_path: Path
+@pytest.fixture(scope="module")
+def bundles(
+    runs: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Pipeline]]:
+    """The bundle of each kind of teacher's students, open on ONNX Runtime."""
+    root, opened = tmp_path_factory.mktemp("bundles"), dict[str, Pipeline]()
+
+    def bundle_of(name: str) -> Pipeline:
+        if name not in opened:
+            opened[name] = Pipeline.open(export(runs(name), root / name, ("fp32",)).path)
+        return opened[name]
+
+    yield bundle_of
+    for pipeline in opened.values():
+        pipeline.close()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "a blue! circle!!"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "inpainting"])
+def test_a_bundle_makes_our_samplers_images(
+    runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str, prompt: str
 ) -> None:
-    """From the prompt to the image, by ONNX Runtime and without torch."""
-    run = runs("sd1")
-    export(run, tmp_path / "bundle", ("fp32",))
-    with Pipeline.open(tmp_path / "bundle") as pipeline:
-        (image,) = pipeline.run([Generate(PROMPT, steps=4, guidance=1.5, seed=3)])
+    """From the prompt to the image, by ONNX Runtime and without torch. SDXL's encoders read "!" in two ways."""
+    run = runs(name)
+    (image,) = bundles(name).run([Generate(prompt, steps=4, guidance=1.5, seed=3)])
     start = torch.from_numpy(noise_of(3, run.shape))[None]
-    ours = Ours(run, 4, 1.5)(start)[0].permute(1, 2, 0).mul(255).round().numpy()
-    assert abs(image.astype(float) - ours).max() <= 1
+    assert off(image, Ours(run, 4, 1.5, prompt)(start)) <= 1
+
+
+@pytest.mark.parametrize("name", ["sdxl", "inpainting"])
+def test_a_bundle_edits_as_our_sampler_does(
+    runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str
+) -> None:
+    run, pixels = runs(name), as_pixels(picture())
+    task = Edit(PROMPT, steps=4, guidance=1.5, seed=3, image=pixels, strength=0.5)
+    (image,) = bundles(name).run([task])
+    ours = Ours(run, 4, 1.5)
+    latent = networks.encode(ours.autoencoder, as_tensor(pixels))
+    z = noised(ours.grid, latent, torch.from_numpy(noise_of(3, run.shape))[None], 2)
+    assert off(image, ours(z, start=2)) <= 1
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_bundle_shows_an_inpainting_network_the_mask(
+    runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], strength: float
+) -> None:
+    """In a batch with others, which see that all is masked."""
+    run, pixels = runs("inpainting"), as_pixels(picture())
+    repaint = np.zeros((pipelines.SIZE, pipelines.SIZE), np.bool_)
+    repaint[: pipelines.SIZE // 2, 4:] = True
+    inpaint = Inpaint(PROMPT, steps=4, guidance=1.5, seed=3, image=pixels, repaint=repaint, strength=strength)
+    image, made = bundles("inpainting").run([inpaint, Generate(PROMPT, steps=4, guidance=1.5, seed=3)])
+    ours = Ours(run, 4, 1.5)
+    start, noise_3 = 4 - int(4 * strength), torch.from_numpy(noise_of(3, run.shape))[None]
+    latent = networks.encode(ours.autoencoder, as_tensor(pixels))
+    mask = torch.from_numpy(repaint)[None, None].float()
+    ours.condition |= masked_condition(ours.autoencoder, as_tensor(pixels), mask)
+    painted = ours(noised(ours.grid, latent, noise_3, start), start=start)
+    expected = np.where(repaint[..., None], rounded(painted), pixels)
+    assert abs(image.astype(int) - expected).max() <= 1
+    assert (image[~repaint] == pixels[~repaint]).all()
+    assert abs(image.astype(int) - made.astype(int))[repaint].max() > 3, "the mask makes a difference"
+
+
+def as_pixels(image: Tensor) -> Pixels:
+    return rounded(image).astype(np.uint8)
+
+
+def as_tensor(pixels: Pixels) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def rounded(image: Tensor) -> NDArray[np.float32]:
+    return np.asarray(image[0].permute(1, 2, 0).mul(255).round().numpy(), np.float32)
+
+
+def off(image: Pixels, ours: Tensor) -> float:
+    return float(abs(image - rounded(ours)).max())
 
 
 def test_every_student_says_how_it_is_run(runs: Callable[[str], Run]) -> None:
@@ -242,28 +311,6 @@ def test_a_pipeline_makes_several_images_and_heeds_no_negative_prompt(runs: Call
     context = run.prompts.encode(["a red square"] * 2 + ["a blue circle"] * 2)
     z = sample(run.denoiser(student_stage(2)), run.schedule.grid(2), start, context, torch.full((4,), 1.5))
     assert apart(stock, (decode_all(run.autoencoder(), z) / 2 + 0.5).clamp(0, 1)) < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("sdxl", "one text encoder, this pipeline has two"), ("inpainting", "no inputs for the mask")]
-)
-def test_a_run_that_fits_no_bundle_says_so_before_it_trains_and_is_not_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, reason: str
-) -> None:
-    checkpoint = MAKERS[name](tmp_path / name)
-    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
-    train_teacher(run)
-    said = capsys.readouterr().out
-    assert "no bundle can be exported, only diffusers pipelines" in said
-    assert reason in said
-    with pytest.raises(ExportError, match=reason):
-        export(run, tmp_path / "bundle")
-
-
-def test_a_run_that_fits_a_bundle_says_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = MAKERS["sd1"](tmp_path / "sd1")
-    train_teacher(Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True)))
-    assert "bundle" not in capsys.readouterr().out
 
 
 def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_path: Path) -> None:
