@@ -19,6 +19,7 @@ import click
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.fused_attention import fuse_attention
 from engines.backends.base import Array, EngineOptions, GraphSpec
 from engines.backends.ort import CPU, OrtEngine, _options
 from engines.bundle import Bundle, find_bundle, load_bundle
@@ -68,7 +69,13 @@ def variants(graph: GraphSpec, threads: int, folder: Path) -> dict[str, Run]:
         made[f"optimised: {name.lower()}"] = on(graph.path, level=int(getattr(levels, f"ORT_ENABLE_{name}")))
     made["quantised pairs left to its kernels"] = on(graph.path, disable_quant_qdq=0)
     made["denormals as zero"] = on(graph.path, set_denormal_as_zero=1)
+    if threads > 1:
+        made["one thread"] = on_ort(graph.path, output, threads=1)
+        made["threads that never spin"] = on(graph.path, **{"intra_op.allow_spinning": 0})
+        made["threads that spin between runs too"] = on(graph.path, force_spinning_stop=0)
     made["weights stored as fp32"] = on(unpack(graph.path, folder / graph.path.name))
+    if attentions := fuse_attention(graph.path, fused := folder / f"fused-{graph.path.name}"):
+        made[f"attention fused, {attentions} times"] = on(fused)
     try:
         for name, settings in OPENVINO.items():
             made[name] = on_openvino(graph.path, threads, settings)

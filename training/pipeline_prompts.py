@@ -52,9 +52,9 @@ class PipelinePrompts:
         tokens, length = _tokens_of(pipeline.tokenizer), pipeline.tokenizer.model_max_length
         second = getattr(pipeline, "text_encoder_2", None)
         if second is None:
-            module = _ContextGraph(pipeline.text_encoder.cpu(), tokens.pad_id)
+            module = ContextGraph(pipeline.text_encoder.cpu(), tokens.pad_id)
             return TextGraph(module.eval(), length, (tokens,))
-        pair = _PairGraph(pipeline.text_encoder.cpu(), second.cpu(), tokens.pad_id)
+        pair = PairGraph(pipeline.text_encoder.cpu(), second.cpu(), tokens.pad_id)
         return TextGraph(pair.eval(), length, (tokens, _tokens_of(pipeline.tokenizer_2)), ("context", "pooled"))
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name: rows.float().cpu() for name, rows in zip(("context", "pooled"), arrays, strict=False)}
 
 
-class _ContextGraph(nn.Module):
+class ContextGraph(nn.Module):
     """Context of (input_ids, attention_mask) as the pipeline makes it: padding is attended to, if by its own token."""
 
     def __init__(self, encoder: nn.Module, pad_id: int) -> None:
@@ -84,12 +84,13 @@ class _ContextGraph(nn.Module):
         self.masks = bool(getattr(encoder.config, "use_attention_mask", False))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Context (B, L, D) of ids and mask (B, L)."""
         padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
         context: Tensor = self.encoder(padded, attention_mask=attention_mask if self.masks else None)[0]
         return context
 
 
-class _PairGraph(nn.Module):
+class PairGraph(nn.Module):
     """Context and pooled text of (input_ids, attention_mask, input_ids_2), as SDXL's pipeline makes them.
 
     The context is what both encoders have before their last layer, side by side; the second one pools.
@@ -100,6 +101,7 @@ class _PairGraph(nn.Module):
         self.encoder, self.second, self.pad_id = encoder, second, pad_id
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (B, L, D) and pooled text (B, P) of ids and mask (B, L)."""
         padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
         first = self.encoder(padded, output_hidden_states=True)
         second = self.second(input_ids_2, output_hidden_states=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from engines.backends.base import EngineError, GraphSpec, TensorSpec
 from engines.backends.trt_library import Library, build_plan, find_library
@@ -17,12 +19,16 @@ from engines.compile import prepare
 from engines.plans import Precision, Profile
 from training import networks
 from training.diffusion import Schedule
-from training.graphs import Example, StepGraph, export_graph
+from training.graphs import Example, StepGraph, export_graph, named_outputs
+from training.guidance import Condition
 from training.networks import NetworkDenoiser, student_from
+from training.pipeline_prompts import ContextGraph, PairGraph
 
 LATENT, TOKENS = 16, 77
+IDS = ("input_ids", "attention_mask", "input_ids_2")
 PROFILE = Profile((1, 4), dynamic=True)
-GRAPHS = ("sd-step", "sd-text", "sd-encode", "sd-decode", "sdxl-step")
+GRAPHS = ("sd-step", "sd-text", "sd-encode", "sd-decode", "sdxl-step", "sdxl-text", "inpainting-step")
+"""SDXL's autoencoder has Stable Diffusion's shape."""
 
 
 class Encoder(nn.Module):
@@ -43,18 +49,23 @@ class Decoder(nn.Module):
         return networks.decode(self.autoencoder, latent)
 
 
-class Text(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        config = CLIPTextConfig(
-            vocab_size=4096, hidden_size=96, intermediate_size=384, num_hidden_layers=12, num_attention_heads=12,
-            max_position_embeddings=TOKENS,
-        )  # fmt: skip
-        self.model = CLIPTextModel._from_config(config, attn_implementation="eager").eval()
+def text(width: int, layers: int, kind: Any = CLIPTextModel) -> nn.Module:
+    """CLIP's text encoder at an eighth of its width."""
+    config = CLIPTextConfig(
+        vocab_size=4096, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 8, max_position_embeddings=TOKENS, projection_dim=width,
+        bos_token_id=4094, eos_token_id=4095,
+    )  # fmt: skip
+    made: nn.Module = kind._from_config(config, attn_implementation="eager").eval()
+    return made
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.model(input_ids).last_hidden_state
-        return output
+
+def prompts(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, their mask and ids again, of prompts of several lengths."""
+    lengths = 2 + torch.arange(batch)[:, None] % (TOKENS - 1)
+    places = torch.arange(TOKENS).expand(batch, TOKENS)
+    ids = torch.randint(0, 4095, (batch, TOKENS)).where(places < lengths - 1, 4095)
+    return ids, (places < lengths).long(), ids.where(places < lengths, 0)
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
@@ -67,9 +78,9 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 
 def sdxl_unet() -> UNet2DConditionModel:
     return unet(
-        block_out_channels=(32, 64, 128), cross_attention_dim=128, attention_head_dim=(2, 4, 8),
+        block_out_channels=(32, 64, 128), cross_attention_dim=96 + 160, attention_head_dim=(2, 4, 8),
         transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=128 + 6 * 32, use_linear_projection=True,
+        projection_class_embeddings_input_dim=160 + 6 * 32, use_linear_projection=True,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
@@ -82,9 +93,11 @@ def autoencoder() -> AutoencoderKL:
     ).eval()  # fmt: skip
 
 
-def step(network: UNet2DConditionModel, conditions: dict[str, tuple[int, ...]]) -> tuple[StepGraph, Example]:
+def step(
+    network: UNet2DConditionModel, conditions: dict[str, tuple[int, ...]], constants: Condition | None = None
+) -> tuple[StepGraph, Example]:
     student = student_from(NetworkDenoiser(network.eval(), Schedule.scaled_linear(), "eps"))
-    graph = StepGraph(student.eval(), tuple(conditions))
+    graph = StepGraph(student.eval(), tuple(conditions), constants=constants)
 
     def make(batch: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(batch)
@@ -103,27 +116,38 @@ def made(name: str) -> tuple[nn.Module, Example]:
     torch.manual_seed(0)
     if name == "sd-step":
         return step(unet(), {"context": (TOKENS, 96)})
+    if name == "inpainting-step":
+        seen = {"mask": (1, LATENT, LATENT), "masked": (4, LATENT, LATENT)}
+        return step(unet(in_channels=9, out_channels=4), {"context": (TOKENS, 96), **seen})
     if name == "sdxl-step":
-        return step(sdxl_unet(), {"context": (TOKENS, 128), "pooled": (128,), "size": (6,)})
+        size = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0])
+        return step(sdxl_unet(), {"context": (TOKENS, 96 + 160), "pooled": (160,)}, {"size": size})
     if name == "sd-text":
-        return Text(), Example(lambda batch: (torch.randint(0, 4096, (batch, TOKENS)),), ("input_ids",), ("context",))
+        return ContextGraph(text(96, 12), 4095), Example(lambda b: prompts(b)[:2], IDS[:2], ("context",))
+    if name == "sdxl-text":
+        pair = PairGraph(text(96, 12), text(160, 32, CLIPTextModelWithProjection), 4095)
+        return pair, Example(prompts, IDS, ("context", "pooled"))
     shape = (3, 8 * LATENT, 8 * LATENT) if name == "sd-encode" else (4, LATENT, LATENT)
     module, given, output = {"sd-encode": (Encoder, "image", "latent"), "sd-decode": (Decoder, "latent", "image")}[name]
     return module(autoencoder()), Example(lambda batch: (torch.randn(batch, *shape),), (given,), (output,))
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GraphSpec]:
-    folder, found = tmp_path_factory.mktemp("large"), {}
-    for name in GRAPHS:
+def graph_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], GraphSpec]:
+    """The graph of a name, exported when first asked for."""
+    folder = tmp_path_factory.mktemp("large")
+
+    @cache
+    def graph(name: str) -> GraphSpec:
         module, example = made(name)
         with torch.inference_mode():
-            inputs, output = example.at(1), module(*example.at(1))
+            outputs = named_outputs(module, example.at(1), example.output_names)
         export_graph(module, example, folder / f"{name}.onnx", ("fp16",))
-        specs = [spec(*pair) for pair in zip(example.input_names, inputs, strict=True)]
-        role = name.partition("-")[2]
-        found[name] = GraphSpec(role, folder / f"{name}.onnx", tuple(specs), (spec(*example.output_names, output),))  # type: ignore[arg-type]
-    return found
+        inputs = zip(example.input_names, example.at(1), strict=True)
+        given, gives = (tuple(spec(*pair) for pair in pairs) for pairs in (inputs, outputs.items()))
+        return GraphSpec(name.partition("-")[2], folder / f"{name}.onnx", given, gives)  # type: ignore[arg-type]
+
+    return graph
 
 
 def spec(name: str, array: torch.Tensor) -> TensorSpec:
@@ -147,8 +171,8 @@ def library() -> Library:
 @pytest.mark.parametrize("target", ["sm86", "sm89", "sm120"])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_it_builds(
-    graphs: dict[str, GraphSpec], library: Library, name: str, target: str, precision: Precision, tmp_path: Path
+    graph_of: Callable[[str], GraphSpec], library: Library, name: str, target: str, precision: Precision, tmp_path: Path
 ) -> None:
-    prepared, fidelity = prepare(graphs[name], precision, tmp_path)
+    prepared, fidelity = prepare(graph_of(name), precision, tmp_path)
     assert len(build_plan(library, prepared, PROFILE, target)) > 1e5
     print(f"{name}, {target}, {precision}: {fidelity}")
