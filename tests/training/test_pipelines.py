@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from numpy.typing import NDArray
@@ -165,42 +166,56 @@ def test_text_to_image(runs: Callable[[str], Run], name: str, kind: Any, steps: 
 @pytest.mark.parametrize(("steps", "strength"), [(8, 0.5), (4, 0.75), (2, 0.5), (1, 1.0)])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("sd1", StableDiffusionImg2ImgPipeline), ("sdxl", StableDiffusionXLImg2ImgPipeline)],
+    [
+        ("sd1", StableDiffusionImg2ImgPipeline),
+        ("sd2", StableDiffusionImg2ImgPipeline),
+        ("sdxl", StableDiffusionXLImg2ImgPipeline),
+    ],
 )
 def test_image_to_image(runs: Callable[[str], Run], name: str, kind: Any, steps: int, strength: float) -> None:
-    run = runs(name)
-    image, ours = picture(), Ours(run, steps, 1.5)
-    stock = load(kind, run, steps)(
-        PROMPT, image=image, strength=strength, num_inference_steps=steps, guidance_scale=2.5, output_type="pt",
-        generator=torch.Generator().manual_seed(5),
-    ).images  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    torch.randn(1, *run.shape, generator=generator)  # what the pipeline draws for the image's latent
-    start = steps - int(steps * strength)
-    latent = networks.encode(ours.autoencoder, 2 * image - 1)
-    z = noised(ours.grid, latent, torch.randn(1, *run.shape, generator=generator), start)
-    assert apart(stock, ours(z, start=start)) < TOLERANCE
+    run, image = runs(name), picture()
+    pipeline, start = load(kind, run, steps), steps - int(steps * strength)
+    for w in GUIDANCE:
+        stock = pipeline(
+            PROMPT, image=image, strength=strength, num_inference_steps=steps, guidance_scale=1 + w, output_type="pt",
+            generator=torch.Generator().manual_seed(5),
+        ).images  # fmt: skip
+        ours, generator = Ours(run, steps, w), torch.Generator().manual_seed(5)
+        torch.randn(1, *run.shape, generator=generator)  # what the pipeline draws for the image's latent
+        latent = networks.encode(ours.autoencoder, 2 * image - 1)
+        z = noised(ours.grid, latent, torch.randn(1, *run.shape, generator=generator), start)
+        assert apart(stock, ours(z, start=start)) < TOLERANCE, f"w = {w}"
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", ["sd1", "inpainting"])
-def test_inpainting(runs: Callable[[str], Run], name: str, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sd1", StableDiffusionInpaintPipeline),
+        ("sd2", StableDiffusionInpaintPipeline),
+        ("inpainting", StableDiffusionInpaintPipeline),
+        ("sdxl", StableDiffusionXLInpaintPipeline),
+    ],
+)
+def test_inpainting(runs: Callable[[str], Run], name: str, kind: Any, steps: int) -> None:
     """A network of four channels has the kept region put back; one of nine sees it."""
-    run = runs(name)
-    image, start, ours = picture(), noise(run), Ours(run, steps, 1.5)
+    run, image = runs(name), picture()
+    pipeline, start = load(kind, run, steps), noise(run)
     mask = torch.zeros(1, 1, pipelines.SIZE, pipelines.SIZE)
     mask[..., : pipelines.SIZE // 2, 4:] = 1
-    stock = load(StableDiffusionInpaintPipeline, run, steps)(
-        PROMPT, image=image, mask_image=mask, num_inference_steps=steps, guidance_scale=2.5, latents=start,
-        strength=1.0, output_type="pt", height=pipelines.SIZE, width=pipelines.SIZE,
-    ).images  # fmt: skip
-    given = masked_condition(ours.autoencoder, 2 * image - 1, mask)
-    if name == "inpainting":
-        ours.condition |= given
-        assert apart(stock, ours(start)) < TOLERANCE
-    else:
-        kept = Kept(networks.encode(ours.autoencoder, 2 * image - 1), 1 - given["mask"], start)
-        assert apart(stock, ours(start, kept=kept)) < TOLERANCE
+    for w in GUIDANCE:
+        stock = pipeline(
+            PROMPT, image=image, mask_image=mask, num_inference_steps=steps, guidance_scale=1 + w, latents=start,
+            strength=1.0, output_type="pt", height=pipelines.SIZE, width=pipelines.SIZE,
+        ).images  # fmt: skip
+        ours = Ours(run, steps, w)
+        given = masked_condition(ours.autoencoder, 2 * image - 1, mask)
+        kept = None
+        if name == "inpainting":
+            ours.condition |= given
+        else:
+            kept = Kept(networks.encode(ours.autoencoder, 2 * image - 1), 1 - given["mask"], start)
+        assert apart(stock, ours(start, kept=kept)) < TOLERANCE, f"w = {w}"
 
 
 @pytest.mark.parametrize("name", ["sd1", "inpainting", "sdxl"])
