@@ -157,10 +157,12 @@ class Schedule:
     def rectified_flow(cls, timesteps: int = 1000, shift: float = 1.0) -> Schedule:
         """z = (1 - s) x + s eps (Liu et al. 2023) scaled to preserve variance, s = shift t / (1 + (shift - 1) t).
 
-        Raises ValueError unless `shift` is positive.
+        Raises ValueError unless `shift` and `timesteps` are positive.
         """
         if not 0 < shift < math.inf:
             raise ValueError(f"shift = {shift} is not positive")
+        if timesteps < 1:
+            raise ValueError(f"{timesteps} timesteps are no schedule")
         t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         s = shift * t / (1 + (shift - 1) * t)
         return cls(torch.atan2(s, 1 - s), continuous=True)
@@ -191,6 +193,10 @@ class Schedule:
         angles, place = self.angles.to(t.device), t.double() * self.timesteps
         lower = place.floor().clamp(0, self.timesteps - 1).long()
         return torch.lerp(angles[lower], angles[lower + 1], place - lower)
+
+    def last_time(self, alpha: float) -> float:
+        """The last t = i / T whose alpha is at least so much."""
+        return int((self.alphas >= alpha).sum() - 1) / self.timesteps
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma at per-row times t (B,), shaped to broadcast against `like` (B, *)."""

@@ -15,13 +15,15 @@ from diffusers.models.embeddings import LabelEmbedding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.diffusion import TO_V, Prediction, Schedule
+from training.diffusion import TO_V, Prediction, Schedule, expand, v_from_x, x_from_v
 from training.guidance import Condition
 from training.recipe import AutoencoderRecipe, NetworkRecipe
 
 GUIDANCE_EMBEDDING_DIM = 256
 GUIDANCE_WEIGHTS = "guidance.safetensors"
 POOLING_HEADS = 8
+LEAST_ALPHA = 5e-3
+"""What an eps says of x is divided by alpha. The linear betas of DDPM end above this, a cosine schedule at 5e-5."""
 
 Network: TypeAlias = UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel
 NETWORKS = {network.__name__: network for network in (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel)}
@@ -105,6 +107,7 @@ class NetworkDenoiser(nn.Module):
         self.network, self.schedule, self.prediction, self.guidance_input = (
             network, schedule, prediction, guidance_input,
         )  # fmt: skip
+        self._last = schedule.last_time(LEAST_ALPHA) if prediction == "eps" else 1.0
         self.takes_timestep_cond = network.config.get("time_cond_proj_dim") is not None
 
     @property
@@ -117,13 +120,18 @@ class NetworkDenoiser(nn.Module):
         if self.prediction == "v":
             return self._call(z, (t * self.schedule.timesteps - 1).clamp(min=0), condition, w).to(z.dtype)
         t = t.clamp(min=1 / self.schedule.timesteps)  # where networks begin, and sigma is not 0
-        alpha, sigma = self.schedule.at(t, z)
+        asked = t.clamp(max=self._last)
+        alpha, sigma = self.schedule.at(asked, z)
         if self.prediction == "flow":
             size = alpha + sigma
             output = self._call(z / size, (self.schedule.timesteps * sigma / size).flatten(), condition, w)
         else:
-            output = self._call(z, t * self.schedule.timesteps - 1, condition, w)
-        return TO_V[self.prediction](z, output.to(z.dtype), alpha, sigma)
+            output = self._call(z, asked * self.schedule.timesteps - 1, condition, w)
+        v = TO_V[self.prediction](z, output.to(z.dtype), alpha, sigma)
+        if self._last == 1:
+            return v
+        x = x_from_v(z, v, alpha, sigma)  # z is all but the same noise later: so is what it says of x
+        return torch.where(expand(t > asked, z), v_from_x(z, x, *self.schedule.at(t, z)), v)
 
     def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
         with self.guidance_input.given(w) if self.guidance_input is not None else nullcontext():
@@ -271,6 +279,24 @@ def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     """Scaled latents (B, c, h, w), the mean of the posterior, of images (B, 3, H, W) in [-1, 1]."""
     latents: Tensor = autoencoder.encode(images, return_dict=False)[0].mode() * autoencoder.config["scaling_factor"]
     return latents.to(images.dtype)
+
+
+def same_latents(one: AutoencoderKL | None, other: AutoencoderKL | None) -> bool:
+    """Whether two autoencoders, or none, give an image the same latents, but for rounding; decoders may differ."""
+    if one is None or other is None:
+        return one is other
+    ours, theirs = (_encoder_weights(autoencoder) for autoencoder in (one, other))
+    return (
+        one.config["scaling_factor"] == other.config["scaling_factor"]
+        and {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in theirs.items()}
+        and all(torch.allclose(value, theirs[name], rtol=1e-2, atol=1e-4) for name, value in ours.items())
+    )
+
+
+def _encoder_weights(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
+    return {
+        name: value for name, value in autoencoder.state_dict().items() if name.startswith(("encoder.", "quant_conv."))
+    }
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -236,7 +236,8 @@ class Run:
         if self.pipeline is not None:
             channels = self.pipeline.channels
             halvings = self.pipeline.autoencoder_halvings
-            self.pipeline.check_side(side)
+            for pipeline in filter(None, (self.pipeline, self.unconditional)):
+                pipeline.check_side(side)
         elif self.recipe.autoencoder is not None:
             channels = self.recipe.autoencoder.latent_channels
             halvings = len(self.recipe.autoencoder.channels) - 1

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from training.diffusion import Prediction, Schedule
-from training.networks import Network, NetworkDenoiser, never_drop
+from training.networks import Network, NetworkDenoiser, never_drop, same_latents
 from training.pipeline_prompts import PipelinePrompts
 from training.store import hash_of, hash_of_files
 
@@ -64,8 +64,10 @@ class TeacherPipeline:
         opened = cls(folder, index, source, variant)
         try:
             opened._check()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise TeacherError(f"{source}: a setting is missing or of a wrong type: {error}") from error
+        except TeacherError:
+            raise
+        except Exception as error:  # whatever odd settings make it raise
+            raise TeacherError(f"{source}: a setting is missing or faulty: {_first_line(error)}") from error
         return opened
 
     def _check(self) -> None:
@@ -90,7 +92,12 @@ class TeacherPipeline:
         if self.is_text and self.autoencoder_class is None:
             raise TeacherError(f"{self.folder}: a text-to-image pipeline without an autoencoder is not known")
         self._check_pooled()
-        _ = self.schedule, self.prediction, self.unit, self.only_side, self._numbers
+        _ = self.schedule, self.prediction, self.unit, self.only_side
+        unknown = [number for numbers in self._numbers.values() for number in numbers if not self._is_class(number)]
+        if self.labels_count and unknown:
+            raise TeacherError(
+                f"{self.folder}: id2label names class {unknown[0]}, and its network has {self.labels_count}"
+            )
 
     def _class_of(self, part: str) -> str | None:
         """The class of one of the pipeline's parts; None if it has none."""
@@ -151,7 +158,9 @@ class TeacherPipeline:
             schedule = Schedule.from_alphas_cumprod(alphas_cumprod)
         except ValueError as error:
             raise TeacherError(f"{self.folder}: {error}") from error
-        if self.prediction == "eps" and float(schedule.alphas[-1]) < 1e-4:
+        # The flag, since EulerDiscreteScheduler then ends at a number beside 0, above where a cosine schedule ends.
+        ends_in_noise = config.get("rescale_betas_zero_snr") or float(alphas_cumprod[-1]) == 0
+        if self.prediction == "eps" and ends_in_noise:
             raise TeacherError(f"{self.folder}: it predicts eps, which says nothing of x where alpha is 0, at t = 1")
         return schedule
 
@@ -275,6 +284,8 @@ class TeacherPipeline:
         if unlike := [name for name in ours if ours[name] != theirs.get(name)]:
             name = unlike[0]
             raise TeacherError(f"{self.folder} has {name} {ours[name]}, and {theirs[name]} {second.folder}")
+        if not same_latents(self.autoencoder(), second.autoencoder()):
+            raise TeacherError(f"{self.folder} and {second.folder} have different autoencoders")
 
     @property
     def _calling(self) -> dict[str, Any]:
@@ -292,7 +303,7 @@ class TeacherPipeline:
         count = self.labels_count
         if not count:
             raise TeacherError(f"{self.folder} knows no classes")
-        if wanted is not None and wanted >= count:
+        if wanted is not None and not self._is_class(wanted):
             raise TeacherError(f"{self.folder} has {count} classes: {wanted} is none of them")
         return count - 1 if wanted is None else wanted
 
@@ -303,6 +314,9 @@ class TeacherPipeline:
         if self.part == "transformer":
             return int(config.get("num_embeds_ada_norm", 1000)) + 1
         return int(config.get("num_class_embeds") or 0)
+
+    def _is_class(self, number: int) -> bool:
+        return 0 <= number < self.labels_count
 
     @cached_property
     def _numbers(self) -> dict[str, set[int]]:
@@ -339,7 +353,7 @@ class TeacherPipeline:
             )
         if meant:
             return next(iter(meant))
-        if name.isdecimal() and int(name) < self.labels_count:
+        if name.isdecimal() and self._is_class(int(name)):
             return int(name)
         if self._numbers or name.isdecimal():
             raise TeacherError(f"{self.folder} has no class {name!r}")

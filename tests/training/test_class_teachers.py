@@ -152,6 +152,16 @@ def test_two_networks_of_different_shapes_are_refused(images: Path, tmp_path: Pa
         make_run(tmp_path / "run", images, 32, checkpoint=pipelines.dit(tmp_path / "dit"), unconditional=unconditional)
 
 
+def test_a_second_network_of_another_size_is_refused_before_training(images: Path, tmp_path: Path) -> None:
+    unconditional = pipelines.dit(tmp_path / "unconditional")
+    file = unconditional / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 8}))
+    conditional = pipelines.dit(tmp_path / "dit")
+    run = make_run(tmp_path / "run", images, 32, checkpoint=conditional, unconditional=unconditional)
+    with pytest.raises(TeacherError, match="unconditional takes images of side 16, not 32"):
+        distill(run)
+
+
 def test_a_checkpoint_that_brings_its_network_takes_no_other(images: Path) -> None:
     with pytest.raises(ValueError, match="brings its own network"):
         Recipe.model_validate(

@@ -1,14 +1,19 @@
-"""Networks: what compiling leaves as it is."""
+"""Networks: what compiling leaves as it is, and what is had from an eps where there is next to no image in z."""
 
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training.networks import build_unet, compile_network
+from training.diffusion import Schedule, eps_from_v, x_from_v
+from training.guidance import Condition
+from training.mixture import ExactDenoiser, GaussianMixture
+from training.networks import NetworkDenoiser, build_unet, compile_network
 from training.recipe import NetworkRecipe
 
 
@@ -35,3 +40,33 @@ def test_a_compiled_network_has_the_gradients_of_the_plain_one(device: str) -> N
     theirs = gradients(compiled, device)
     for name, ours in gradients(plain, device).items():
         assert (theirs[name] - ours).norm() <= 1e-3 * ours.norm() + 1e-5, name
+
+
+class ExactEps(NetworkDenoiser):
+    """A network whose eps is exact, but for an error as a trained one has it."""
+
+    ERROR = 1e-4
+
+    def __init__(self, exact: ExactDenoiser) -> None:
+        network: Any = SimpleNamespace(config={})
+        super().__init__(network, exact.schedule, "eps")
+        self.exact = exact
+
+    def _call(self, z: Tensor, timestep: Tensor, condition: Condition, w: Tensor) -> Tensor:
+        t = (timestep + 1) / self.schedule.timesteps
+        v = self.exact(z, t, condition, w)
+        return eps_from_v(z, v, *self.schedule.at(t, z)) + self.ERROR
+
+
+@pytest.mark.parametrize("schedule", [Schedule.cosine(1000), Schedule.scaled_linear()], ids=["cosine", "linear"])
+@pytest.mark.parametrize("t", [0.5, 0.9, 0.99, 0.999, 1.0])
+def test_an_eps_gives_the_exact_x_wherever_the_schedule_ends(schedule: Schedule, t: float) -> None:
+    mixture = GaussianMixture.on_a_circle(16)
+    exact = ExactDenoiser(mixture, schedule)
+    z = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    label, times = {"label": torch.arange(64) % mixture.classes}, torch.full((64,), t)
+    alpha, sigma = schedule.at(times, z)
+    ours, theirs = (denoiser(z, times, label, torch.zeros(64)) for denoiser in (ExactEps(exact), exact))
+    assert (x_from_v(z, ours - theirs, alpha, sigma) - alpha * z).norm() < 0.1 * x_from_v(
+        z, theirs, alpha, sigma
+    ).norm()

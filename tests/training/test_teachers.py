@@ -188,7 +188,14 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "autoencoder with latents_mean"),
         ("vae/config.json", {"shift_factor": 0.1}, "autoencoder with shift_factor"),
         (SCHEDULER, {"beta_schedule": "odd"}, "its scheduler PNDMScheduler"),
-        (UNET, {"block_out_channels": None, "in_channels": None}, "setting is missing or of a wrong type|neither"),
+        (
+            SCHEDULER,
+            {"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": True},
+            "alpha is 0",
+        ),
+        (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, "shift = 0 is not positive"),
+        ("model_index.json", {"unet": ["diffusers"]}, "a setting is missing or faulty"),
+        (UNET, {"block_out_channels": None, "in_channels": None}, "setting is missing or faulty|neither"),
     ],
 )
 def test_what_cannot_be_a_teacher_is_refused_with_the_reason(
@@ -266,6 +273,8 @@ def test_an_autoencoder_that_is_not_the_networks_is_refused(tmp_path: Path) -> N
     ("file", "values"),
     [
         ("model_index.json", {"id2label": ["cat", "dog"]}),
+        ("model_index.json", {"id2label": {"x": "cat"}}),
+        ("transformer/config.json", {"num_embeds_ada_norm": "ten"}),
         ("transformer/config.json", {"sample_size": None}),
         ("transformer/config.json", {"patch_size": None}),
     ],
@@ -275,7 +284,7 @@ def test_settings_of_a_wrong_type_are_refused_when_it_is_opened(
 ) -> None:
     folder = pipelines.dit(tmp_path / "dit")
     changed(folder, file, **values)
-    with pytest.raises(TeacherError, match="a setting is missing or of a wrong type"):
+    with pytest.raises(TeacherError, match="a setting is missing or faulty"):
         TeacherPipeline.open(str(folder))
 
 
@@ -285,6 +294,38 @@ def test_a_second_network_that_is_called_otherwise_is_refused(folders: dict[str,
     for name, says in (("inpainting", "in_channels 4, and 9"), ("sdxl", "cross_attention_dim"), ("dit", "prompts")):
         with pytest.raises(TeacherError, match=says):
             first.check_pair(TeacherPipeline.open(str(folders[name])))
+
+
+@pytest.mark.parametrize("number", [-1, pipelines.CLASSES + 1])
+def test_a_name_of_a_class_that_the_network_lacks_is_refused(tmp_path: Path, number: int) -> None:
+    folder = pipelines.class_unet(tmp_path / "unet")
+    changed(folder, "model_index.json", id2label={"0": "ant", str(pipelines.CLASSES): "none"})
+    TeacherPipeline.open(str(folder))
+    changed(folder, "model_index.json", id2label={"0": "ant", str(number): "bee"})
+    with pytest.raises(TeacherError, match=f"names class {number}, and its network has 4"):
+        TeacherPipeline.open(str(folder))
+
+
+def test_a_second_network_in_other_latents_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    second = pipelines.dit(tmp_path / "dit")
+    first = TeacherPipeline.open(str(folders["dit"]))
+    first.check_pair(TeacherPipeline.open(str(second)))
+    torch.manual_seed(1)
+    pipelines.autoencoder().save_pretrained(second / "vae")
+    with pytest.raises(TeacherError, match="different autoencoders"):
+        first.check_pair(TeacherPipeline.open(str(second)))
+
+
+def test_an_eps_on_a_cosine_schedule_is_a_teacher_whose_guided_v_is_bounded(tmp_path: Path) -> None:
+    folder = pipelines.class_unet(tmp_path / "unet")
+    changed(folder, SCHEDULER, beta_schedule="squaredcos_cap_v2")
+    teacher = TeacherPipeline.open(str(folder))
+    network, null = teacher.denoiser(), {"label": torch.tensor(teacher.null_label(None))}
+    z, condition = rows(teacher)
+    guided, w = GuidedTeacher(network, network, null), torch.full((3,), 4.0)
+    with torch.no_grad():
+        sizes = [float(guided(z, torch.full((3,), t), condition, w).norm()) for t in (0.996, 1.0)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
 
 
 def test_what_a_teacher_predicts_by_is_its_identity(tmp_path: Path) -> None:
