@@ -7,15 +7,21 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from click.testing import CliRunner, Result
 from PIL import Image
 
 import fewstep
 from training.data.place import StreamError
+from training.data.shard_index import MadeWith
+from training.data.shard_writer import TensorShardWriter
+from training.data.streamed import StreamedTensors, open_stream, require_fit
+from training.draws import Draws
 from training.loop import TrainingError
-from training.recipe import Recipe, RecipeError
+from training.recipe import DataRecipe, Recipe, RecipeError
 from training.run import Run
 
 RECIPE = """
@@ -190,3 +196,25 @@ def test_shards_that_do_not_say_their_origin_are_taken_and_told_to_be_unchecked(
     )  # fmt: skip
     assert again.exit_code == 0, again.output
     assert json.loads(file.read_text()) == index
+
+
+def labelled(folder: Path, labels: list[int], dtype: str) -> StreamedTensors:
+    """Items with such labels of three classes, whose numbers are 5, 6 and 7."""
+    with TensorShardWriter(str(folder), 4, "labels") as writer:
+        for label in labels:
+            writer.write({"x": np.zeros((3, 8, 8), np.float16), "label": np.array([label], dtype)})
+    classes = ("ant", "bee", "cat")
+    stream = open_stream(DataRecipe(source="stream", address=str(folder), size=8, classes=classes))
+    require_fit(stream, (3, 8, 8), {"label": torch.tensor(0)}, MadeWith(classes=classes))
+    return StreamedTensors(stream, classes, torch.tensor([5, 6, 7]))
+
+
+def test_labels_are_whole_numbers_of_any_type_within_the_classes(tmp_path: Path) -> None:
+    draws, device = Draws(0, 0, range(3)), torch.device("cpu")
+    for dtype in ("uint8", "int32", "int64"):
+        batch = labelled(tmp_path / dtype, [2, 0, 1], dtype).batch(torch.arange(3), draws, device)
+        assert batch.condition["label"].tolist() == [7, 5, 6]
+    with pytest.raises(StreamError, match="a label is -1, and there are 3 classes"):
+        labelled(tmp_path / "negative", [0, -1, 1], "int64").batch(torch.arange(3), draws, device)
+    with pytest.raises(StreamError, match="holds label of float32; whole numbers are needed"):
+        labelled(tmp_path / "float", [0], "float32")

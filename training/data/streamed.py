@@ -38,6 +38,11 @@ def require_fit(stream: ShardStream, shape: tuple[int, int, int], condition: Con
     wanted = {DATA: shape, **{name: tuple(value.shape) for name, value in condition.items()}}
     if found != wanted:
         raise StreamError(f"{address} holds {_listed(found)}; {_listed(wanted)} is needed")
+    for name, value in condition.items():
+        dtype = stream.specs[name].dtype
+        if dtype.startswith("float") != value.is_floating_point():
+            needed = "floating point" if value.is_floating_point() else "whole numbers"
+            raise StreamError(f"{address} holds {name} of {dtype}; {needed} are needed")
     if told is None:
         return
     for label, (theirs, ours) in enumerate(zip_longest(told.classes, made_with.classes, fillvalue="no class")):
@@ -91,9 +96,10 @@ class StreamedTensors:
         """The items (B,) on `device`, each with one of its conditions."""
         parts = self.stream.parts(items, draws.uniform())
         if "label" in parts and self.numbers is not None:
-            if int(parts["label"].max()) >= len(self.numbers):
-                raise StreamError(f"a label is {int(parts['label'].max())}, and there are {len(self.numbers)} classes")
-            parts["label"] = self.numbers[parts["label"]]
+            labels = parts["label"].long()  # torch takes uint8 for a mask
+            if outside := [label for label in labels.tolist() if not 0 <= label < len(self.numbers)]:
+                raise StreamError(f"a label is {outside[0]}, and there are {len(self.numbers)} classes")
+            parts["label"] = self.numbers[labels]
         parts = {name: value.to(device) for name, value in parts.items()}
         parts = {name: value.float() if value.is_floating_point() else value for name, value in parts.items()}
         x = parts.pop(DATA)
