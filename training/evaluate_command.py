@@ -155,6 +155,7 @@ def evaluate(
     The table, its plots, its picture and all that they are made of are kept in the run's folder under evaluation/.
     What was measured before is not measured again, and an evaluation that was stopped goes on where it was.
     """
+    _require_rows(solvers, teacher_steps)
     run = open_finished_run(recipe, folder, data)
     plan = Plan(_candidates(run, steps, teacher_steps, solvers), _within_range(run, guidance), frechet_dims)
     picture_w = _picture_guidance(plan, run.recipe.default_guidance, picture_guidance)
@@ -180,6 +181,18 @@ def evaluate(
             partial.write_text(text)
     save_plots(quality, folder)
     click.echo(reports["table.md"])
+
+
+def _require_rows(solvers: tuple[Sampler, ...], teacher_steps: tuple[int, ...]) -> None:
+    """Raises click's BadParameter for a solver that was asked for and has no row: it would take fewer steps."""
+    context = click.get_current_context()
+    given = context.get_parameter_source("solvers") is ParameterSource.COMMANDLINE
+    if given and len(teacher_steps) == 1 and (rest := [name for name in solvers if name != "ddim"]):
+        raise click.BadParameter(
+            f"{rest[0]} samples the teacher at fewer steps than the most, and --teacher-steps names "
+            f"{teacher_steps[0]} alone",
+            param_hint="--solvers",
+        )
 
 
 def _command(recipe: Path) -> str:

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from string import Template
+from urllib.parse import urlsplit
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -242,7 +243,7 @@ def describe(
         attributions=(*sources, *_teacher_attribution(run)),
         provenance=Provenance(
             recipe=recipe.portable_json(),
-            data=_data_name(run),
+            data=data_name(run),
             commit=_commit(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             quality_table=table,
@@ -346,9 +347,10 @@ class _Description(BaseModel):
     sources: tuple[_Source, ...] = ()
 
 
-def _data_name(run: Run) -> str:
+def data_name(run: Run) -> str:
+    """What the students learned from, and how many there are of it; nothing of where it lies."""
     if run.recipe.data.source == "stream":
-        return f"{run.recipe.data.address}, {len(run.data)} items"
+        return f"{_last_part(str(run.recipe.data.address))}, {len(run.data)} items"
     if run.recipe.data.source == "digits":
         return f"scikit-learn digits, {len(run.data)} images"
     assert run.recipe.data.path is not None
@@ -356,12 +358,22 @@ def _data_name(run: Run) -> str:
     return f"{run.recipe.data.path.name}, {len(run.data)} images" + (f" of {groups}" if groups else "")
 
 
+def _last_part(address: str) -> str:
+    """The name of a folder at an address, which may have passwords elsewhere."""
+    parts = urlsplit(address)
+    return PurePosixPath(parts.path).name or parts.hostname or "shards"
+
+
 def _quality_table(run: Run) -> str:
     """The table of the run's last evaluation, if any. Raises ExportError if it is not of the students exported."""
     table = run.folder / "evaluation" / "table.md"
     if not table.exists():
         return ""
-    measured: dict[str, str] = json.loads(table.with_suffix(".json").read_text())["provenance"]["weights"]
+    figures = table.with_suffix(".json")
+    try:
+        measured: dict[str, str] = dict(json.loads(figures.read_text())["provenance"]["weights"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{figures} is damaged: run `fewstep evaluate` again") from error
     exported = [student_stage(steps) for steps in run.recipe.export.steps]
     for stage in (*exported, "teacher", *(["autoencoder"] if run.is_latent else [])):
         if measured.get(stage) != run.weights(stage):

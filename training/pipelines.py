@@ -122,12 +122,23 @@ def _of_scratch(folder: Path) -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path, variant: str | None, patterns: tuple[str, ...] = ("*",)) -> None:
-    """The files of a folder under another one, a variant's under their plain names; copied across disks."""
+    """The files of a folder under another one; copied across disks.
+
+    A variant's files have their plain names there, and plain ones that lie beside them are left out.
+    """
     target.mkdir(exist_ok=True)
-    for file in sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()}):
+    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
+    of_variant = [file for file in files if variant and f".{variant}." in file.name]
+    replaced = {_stem(file) for file in of_variant}
+    for file in [*of_variant, *(file for file in files if file not in of_variant and _stem(file) not in replaced)]:
         name = target / (file.name.replace(f".{variant}.", ".") if variant else file.name)
         name.unlink(missing_ok=True)
         try:
             os.link(file.resolve(), name)
         except OSError:
             shutil.copyfile(file, name)
+
+
+def _stem(file: Path) -> str:
+    """What a file is, however its values are stored."""
+    return file.name.partition(".")[0]

@@ -280,6 +280,7 @@ def test_more_samples_than_images_are_made_from_other_noise_and_counted(folder: 
         (["--picture-guidance", "1"], "not among the values of w, 0, 2"),
         (["--samples", "1"], "1 is not in the range x>=2"),
         (["--solvers", "ddim,euler"], "'euler' is not one of ddim, dpm-solver++, unipc"),
+        (["--solvers", "unipc", "--teacher-steps", "3"], "unipc samples the teacher at fewer steps than the most"),
         (["--inception", "missing.pth"], "'missing.pth' does not exist"),
         (["--inception", __file__], "SHA-256 begins with"),
         (["--clip", "missing"], "'missing' does not exist"),

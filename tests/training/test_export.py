@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
 from training.distill import distill, encoder_stage, student_stage
-from training.export import export
+from training.export import data_name, export
 from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
@@ -270,6 +271,10 @@ def test_a_quality_table_ships_and_one_of_other_networks_is_refused(digits_run: 
         (folder / "table.json").write_text(json.dumps({"provenance": {"weights": {"student-4": "0"}}}))
         with pytest.raises(ExportError, match="not of this student-4"):
             export(digits_run, tmp_path / "bundle")
+        for damaged in ("{", "[]", '{"provenance": {"weights": 1}}'):
+            (folder / "table.json").write_text(damaged)
+            with pytest.raises(ExportError, match=r"table\.json is damaged"):
+                export(digits_run, tmp_path / "bundle")
         stages = ("teacher", *(student_stage(steps) for steps in digits_run.recipe.export.steps))
         weights = {stage: digits_run.weights(stage) for stage in stages}
         (folder / "table.json").write_text(json.dumps({"provenance": {"weights": weights}}))
@@ -289,3 +294,19 @@ def test_a_faulty_description_of_the_data_is_named_before_any_work(text_run: Run
             export(text_run, tmp_path / "bundle")
     finally:
         description.unlink()
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("https://me:secret@host/data/laion?token=secret", "laion"),
+        ("s3://key:secret@bucket", "bucket"),
+        ("data/laion/", "laion"),
+        ("memory://", "shards"),
+    ],
+)
+def test_a_bundle_names_no_more_of_a_stream_than_its_folder(address: str, named: str) -> None:
+    run: Any = SimpleNamespace(
+        recipe=SimpleNamespace(data=SimpleNamespace(source="stream", address=address)), data=range(3)
+    )
+    assert data_name(run) == f"{named}, 3 items"
