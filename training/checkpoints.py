@@ -23,18 +23,20 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         """`folder` is there."""
         self.folder = folder
+        self._torn = False
 
     def save(self, state: State) -> bool:
-        """Keep `state` as the last checkpoint, the last one as the one before.
+        """Keep `state` as the last checkpoint, the last one as the one before, unless `load` could not read it.
 
         A disk that is full loses nothing: it is told, the checkpoints that are there stay, and the answer is False.
         """
         partial = self.folder / f"{LAST}.partial"
         if not _written(state, partial):
             return False
-        if (self.folder / LAST).exists():
+        if (self.folder / LAST).exists() and not self._torn:
             (self.folder / LAST).replace(self.folder / PREVIOUS)
         partial.replace(self.folder / LAST)
+        self._torn = False
         return True
 
     def load(self) -> State | None:
@@ -48,6 +50,7 @@ class Checkpoints:
                 state: State = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # what a torn file raises is the pickle's and the archive's affair
                 tqdm.write(f"{self.folder / name} cannot be read: {error}")
+                self._torn |= name == LAST
             else:
                 return state
         if names:

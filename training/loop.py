@@ -52,7 +52,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Validation:
-    """A distance, lower is better, taken every `every` updates; `patience` of them without a gain end the stage."""
+    """A distance, lower is better, taken every `every` updates and after the last one.
+
+    `patience` of them in a row without a gain end the stage.
+    """
 
     distance: Callable[[nn.Module], float]
     every: int
@@ -105,7 +108,7 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=lerp)
 
 
-def shares(batch_size: int, accelerator: Accelerator, micro_batch: int | None) -> list[range]:
+def shares(batch_size: int, accelerator: Accelerator, micro_batch: int | None = None) -> list[range]:
     """The rows of a batch that this process passes through the network, part by part.
 
     Raises TrainingError where the processes cannot share the batch equally.
@@ -165,20 +168,27 @@ def train(
                     "its network is not kept: lower the stage's learning_rate, in the recipe and in the run's "
                     f"recipe.json, remove {folder}, and go on"
                 )
-            report.tell(state.update, value, norm, rate, state.guard.skipped)
+            last = state.update == recipe.updates
+            if validation and (last or state.update % validation.every == 0):
+                state.validate(validation)
+            report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept)
             shown = sample and accelerator.is_main_process and not state.is_sharded
             if shown and sample and state.update % pace.sample_every == 0:
                 _show(sample, state.result, folder / f"samples-{state.update:07d}.png")
-            if validation and state.update % validation.every == 0:
-                state.validate(validation)
             if state.any(leave.asked):
-                kept = "" if state.save() else "; what was done since the last checkpoint could not be written"
-                raise Stopped(f"{folder.name} was stopped after update {state.update}{kept}; the same command goes on")
+                raise _stopped(folder.name, state.update, is_saved=state.save())
             if state.any(report.checkpoint_is_due):
                 state.save()
                 report.checkpoint_done()
-        state.save()
+        is_saved = state.save()
+        if state.any(leave.asked):
+            raise _stopped(folder.name, state.update, is_saved=is_saved)
     return cast(Network, state.finish(validation))
+
+
+def _stopped(stage: str, update: int, *, is_saved: bool) -> Stopped:
+    lost = "" if is_saved else "; what was done since the last checkpoint could not be written"
+    return Stopped(f"{stage} was stopped after update {update}{lost}; the same command goes on")
 
 
 def _show(sample: Sampler, network: nn.Module, path: Path) -> None:
@@ -248,6 +258,7 @@ class _State:
     checkpoints: Checkpoints
     update: int = 0
     best: float = math.inf
+    best_update: int = 0
     stale: int = 0
     wrapped: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -293,6 +304,7 @@ class _State:
                 "guard": self.guard.state(),
                 "update": self.update,
                 "best": self.best,
+                "best_update": self.best_update,
                 "stale": self.stale,
             }
         )
@@ -310,6 +322,7 @@ class _State:
             self.average.load_state_dict(state["average"])
         self.guard.restore(state["guard"])
         self.update, self.best, self.stale = state["update"], state["best"], state["stale"]
+        self.best_update = state.get("best_update", 0)  # which older checkpoints lack
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -338,7 +351,12 @@ class _State:
         weights = self._gathered() if self.is_sharded else network.state_dict()
         lost = self.accelerator.is_main_process and not self.checkpoints.save_best(weights)
         if not self.any(lost):
-            self.best, self.stale = value, 0
+            self.best, self.best_update, self.stale = value, self.update, 0
+
+    @property
+    def kept(self) -> int:
+        """The update whose network is kept if training ends now."""
+        return self.best_update if math.isfinite(self.best) else self.update
 
     def settled(self, validation: Validation | None) -> bool:
         """Whether the last validations brought nothing."""

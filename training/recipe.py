@@ -181,7 +181,8 @@ class Round(Distillation):
     its teacher that often.
 
     With `validate_every` the distance of the student's images from its teacher's, at equal noise, is taken every so
-    many updates; the best student is kept, and the round ends when `patience` of them in a row brought nothing.
+    many updates and after the last; the best student is kept, and the round ends when `patience` of them in a row
+    brought nothing.
     A `stochastic` student is for the sampler that takes 2 `steps` calls, of which each but the last is followed by
     noise.
     """
@@ -351,6 +352,13 @@ class Recipe(Section):
             else:
                 side = halved(name, side, len(part.channels) - 1)
         return self
+
+    @property
+    def stages(self) -> tuple[Optimisation, ...]:
+        """All that is trained here, in order."""
+        encoders = () if self.encoder is None else self.encoder.rounds
+        first = [stage for stage in (self.autoencoder, self.teacher) if isinstance(stage, Optimisation)]
+        return (*first, self.stage1, *self.stage2.rounds, *encoders)
 
     @property
     def exported_encoders(self) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class Report:
             total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True,
             disable=None if main else True,
         )  # fmt: skip
-        self._last = (update, 0.0, 0)
+        self._last = (update, 0.0, 0, update)
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -45,12 +45,12 @@ class Report:
         self._write()
         self._bar.close()
 
-    def tell(self, update: int, loss: float, norm: float, rate: float, skipped: int) -> None:
-        """Tell of an update that is done, or was skipped."""
+    def tell(self, update: int, loss: float, norm: float, rate: float, skipped: int, kept: int) -> None:
+        """Tell of an update that is done, or was skipped; `kept` is the one whose network is the best so far."""
         self._bar.update()
         if self._log is not None:
             self._log.add(loss, norm)
-            self._last = update, rate, skipped
+            self._last = update, rate, skipped, kept
             if update % self.pace.log_every == 0:
                 self._write()
 
@@ -100,7 +100,7 @@ class _Log:
         self.losses.append(loss)
         self.norms.append(norm)
 
-    def write(self, update: int, rate: float, skipped: int) -> dict[str, str]:
+    def write(self, update: int, rate: float, skipped: int, kept: int) -> dict[str, str]:
         now = time.monotonic()
         loss = _mean(self.losses)
         images_per_s = (update - self.update) * self.batch_size / (now - self.since)
@@ -111,6 +111,7 @@ class _Log:
             "gradient_norm": _mean(self.norms),
             "learning_rate": rate,
             "skipped": skipped,
+            "kept": kept,
             "images_per_s": images_per_s,
         }
         try:

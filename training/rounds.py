@@ -67,11 +67,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round: what was trained, and relative L2 distances at equal noise."""
+    """One round: what was trained, and relative L2 distances at equal noise.
+
+    `kept` is the update whose student was kept: the last of all `updates`, or with validations the best.
+    """
 
     stage: str
     steps: int
     updates: int | None
+    kept: int | None
     images: int | None
     skipped: int | None
     to_its_teacher: float
@@ -89,8 +93,8 @@ def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: i
         return
     log = _last_line(run, stage)
     row = RoundRow(
-        stage, steps, log.get("update"), log.get("images"), log.get("skipped"), trial.distance(student, steps, target),
-        trial.distance(student, steps, trial.reference),
+        stage, steps, log.get("update"), log.get("kept"), log.get("images"), log.get("skipped"),
+        trial.distance(student, steps, target), trial.distance(student, steps, trial.reference),
         trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
     )  # fmt: skip
     path = run.folder / FIGURES
@@ -135,6 +139,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         "stage": lambda row: row["stage"],
         "steps": lambda row: str(row["steps"]),
         "updates": lambda row: str(row["updates"]),
+        "update kept": lambda row: str(row.get("kept")),
         "images": lambda row: str(row["images"]),
         "skipped updates": lambda row: str(row["skipped"]),
         "to its teacher": lambda row: f"{row['to_its_teacher']:.4f}",

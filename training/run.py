@@ -28,7 +28,7 @@ from training.data.streamed import StreamedImages, StreamedTensors, open_stream,
 from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
-from training.loop import TrainingError
+from training.loop import TrainingError, shares
 from training.networks import NetworkDenoiser, compile_network, load_network, save_network
 from training.pipelines import has_pipeline, save_pipeline, student_card
 from training.prompts import PromptEncoder
@@ -65,11 +65,16 @@ class Run:
     pace: Pace = Pace()
 
     def __post_init__(self) -> None:
-        """Claim the folder for the recipe. Raises TrainingError if another recipe, or autoencoder, has it."""
+        """Claim the folder for the recipe.
+
+        Raises TrainingError if another recipe, or autoencoder, has it, or for batches that the processes cannot share.
+        """
         _ = self.pipeline, self.unconditional  # a recipe that names an unfit one claims nothing
         for ladder in filter(None, (self.recipe.stage2, self.recipe.encoder)):
             if ladder.start > self.schedule.timesteps:
                 raise TrainingError(f"{ladder.start} steps cannot be taken on {self.schedule.timesteps} timesteps")
+        for stage in self.recipe.stages:
+            shares(stage.batch_size, self.accelerator)
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.loads(self.recipe.portable_json())
         theirs = self._recorded(RECORD, ours)

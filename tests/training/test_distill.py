@@ -231,6 +231,19 @@ def test_a_run_notices_that_its_data_changed(digits_run: Run, tmp_path: Path) ->
         _ = Run(digits_run.recipe, tmp_path, Accelerator(cpu=True)).data
 
 
+def test_a_batch_of_any_stage_that_the_processes_cannot_share_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 16)
+    (tmp_path / "small.toml").write_text(SMALL)
+    Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "shared", Accelerator(cpu=True))
+    last = "{ steps = 1, updates = 3, batch_size = "
+    (tmp_path / "small.toml").write_text(SMALL.replace(f"{last}16", f"{last}24"))
+    with pytest.raises(TrainingError, match="16 processes cannot share batches of 24 rows"):
+        Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "refused", Accelerator(cpu=True))
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_broken_record_is_named(digits_run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(TrainingError, match=r"recipe\.json is not JSON"):

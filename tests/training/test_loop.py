@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws
 from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, train
@@ -196,6 +197,24 @@ def test_a_stage_ends_when_validation_brings_nothing_and_keeps_the_best(tmp_path
         assert torch.equal(trained.state_dict()[name], value)
 
 
+@pytest.mark.parametrize(("distances", "kept"), [([2.0, 1.0, 0.5], 12), ([2.0, 1.0, 3.0], 10), ([math.nan] * 3, 12)])
+def test_the_last_update_is_validated_too_and_the_log_says_which_is_kept(
+    tmp_path: Path, distances: list[float], kept: int
+) -> None:
+    left, seen = iter(distances), dict[int, Tensor]()
+
+    def distance(module: nn.Module) -> float:
+        seen[(5, 10, 12)[len(seen)]] = module.state_dict()["weight"].clone()
+        return next(left)
+
+    trained = train(
+        network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=Pace(log_every=1),
+        validation=Validation(distance, every=5, patience=9),
+    )  # fmt: skip
+    assert torch.equal(trained.state_dict()["weight"], seen[kept])
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["kept"] == kept
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +268,21 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
         assert torch.equal(resumed.state_dict()[name], value)
 
 
+def test_a_torn_checkpoint_does_not_replace_the_good_one_at_the_next_save(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for update in (1, 2):
+        checkpoints.save({"update": update})
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    resumed = Checkpoints(tmp_path)
+    assert resumed.load() == {"update": 1}
+    resumed.save({"update": 3})
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    assert Checkpoints(tmp_path).load() == {"update": 1}
+    resumed.save({"update": 4})
+    resumed.save({"update": 5})
+    assert torch.load(tmp_path / "checkpoint-previous.pt") == {"update": 4}
+
+
 def test_a_run_whose_checkpoints_are_all_torn_is_not_begun_anew(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path, killed_at=7)
@@ -275,6 +309,20 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(tmp_path
     resumed = run(tmp_path / "left")
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_a_signal_during_the_last_save_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = torch.save
+
+    def signalled(state: Any, path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", signalled)
+    slow = Pace(checkpoint_every_s=1e9)
+    with pytest.raises(Stopped, match="after update 12; the same command goes on"):
+        train(network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=slow)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["update"] == 12
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,12 @@ from training.draws import Draws
 from training.export import export
 from training.guidance import of_rows
 from training.losses import teacher_loss
+from training.networks import NetworkDenoiser
+from training.pipelines import save_pipeline
 from training.recipe import Recipe
 from training.run import Run, decode_all
 from training.sampler import Kept, noised, sample
+from training.teachers import TeacherPipeline
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -224,7 +227,7 @@ def test_every_round_has_its_row(runs: Callable[[str], Run], name: str) -> None:
     assert [row["steps"] for row in rows] == list(STEPS)
     for row in rows:
         assert 0 < row["to_its_teacher"] < 10
-        assert row["updates"] == 4
+        assert row["updates"] == row["kept"] == 4
     assert "student-4" in (runs(name).folder / "rounds.md").read_text()
 
 
@@ -338,3 +341,19 @@ def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_pat
     (run.folder / "student-1").mkdir()
     run.finish("student-1", run.denoiser("teacher"))
     assert StableDiffusionPipeline.from_pretrained(run.folder / "student-1").safety_checker is None
+
+
+def test_a_students_parts_are_those_of_the_variant_where_plain_ones_lie_beside_them(tmp_path: Path) -> None:
+    checkpoint = pipelines.stable_diffusion(tmp_path / "sd")
+    for part in ("vae", "text_encoder"):
+        plain = next((checkpoint / part).glob("*.safetensors"))
+        plain.rename(plain.with_suffix(".fp16.safetensors"))
+        plain.write_bytes(b"another")
+        plain.with_suffix(".bin").write_bytes(b"another")
+    opened = TeacherPipeline.open(str(checkpoint), variant="fp16")
+    save_pipeline(tmp_path, NetworkDenoiser(pipelines.unet(), opened.schedule), opened)
+    for part in ("vae", "text_encoder"):
+        weights = [file for file in (tmp_path / part).iterdir() if file.suffix != ".json"]
+        assert [file.suffix for file in weights] == [".safetensors"]
+        assert weights[0].read_bytes() != b"another"
+        assert (tmp_path / part / "config.json").exists()
