@@ -22,9 +22,10 @@ from torch import Tensor
 
 from engines.pipeline import Generate, Pipeline, noise_of
 from training.distill import student_stage
+from training.networks import decode_all
 from training.pictures import to_uint8
 from training.recipe import Recipe
-from training.run import Run, decode_all
+from training.run import Run
 from training.sampler import sample
 from training.text import load_text_encoder, load_tokenizer, tokenize
 

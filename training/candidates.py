@@ -16,8 +16,9 @@ from training.draws import generator_at
 from training.evaluation_set import EvaluationSet
 from training.features import Pixels
 from training.guidance import Denoiser
+from training.networks import decode_all
 from training.pictures import to_uint8
-from training.run import Run, decode_all
+from training.run import Run
 from training.sampler import fresh_from, sample_stochastic
 from training.solvers import SAMPLER_NAMES, SAMPLERS, Sampler, sample_with
 from training.store import Store

@@ -6,6 +6,8 @@ A stage that is not done is trained, from its checkpoint if there is one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,14 +18,14 @@ from training.autoencoder import Reconstructor, measure_scale, reconstruction_lo
 from training.data.training_set import load_pixels, load_training_set
 from training.diffusion import Grid
 from training.draws import Draws, generator_at, stage_seed
-from training.guidance import Denoiser, GuidedTeacher
+from training.guidance import Condition, Denoiser, GuidedTeacher
 from training.loop import BatchOrder, Validation, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
-from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
+from training.networks import NetworkDenoiser, build_autoencoder, build_unet, decode_all, student_from
 from training.pictures import save_grid
 from training.recipe import Optimisation, Round, Stage2Recipe, TeacherRecipe
 from training.rounds import Trial, has_row, record_round
-from training.run import STUDENT, Run, decode_all
+from training.run import STUDENT, Run
 from training.sampler import sample
 from training.store import hash_of_array
 
@@ -149,18 +151,18 @@ def _run_round(
             teacher_steps // recipe.steps,
         )  # fmt: skip
 
-    target = trial.result(teacher, teacher_steps)
+    from_teacher = trial.from_teacher(teacher, teacher_steps, recipe.steps, recipe.stochastic)
     validation = None
     if recipe.validate_every:
-        validation = Validation(
-            lambda network: trial.distance(network, recipe.steps, target), recipe.validate_every, recipe.patience
-        )
+        validation = Validation(from_teacher, recipe.validate_every, recipe.patience)
     if run.is_done(stage):  # and only its row is missing
         student = run.denoiser(stage)
     else:
         untrained = student_from(run.denoiser(previous))
-        student = _train_denoiser(run, stage, untrained, loss, recipe, recipe.steps, validation=validation)
-    record_round(run, stage, trial, student, recipe.steps, target)
+        # An encoder makes noise, of which there is nothing to see.
+        sample_steps = None if course == "encoding" else recipe.steps
+        student = _train_denoiser(run, stage, untrained, loss, recipe, sample_steps, validation=validation)
+    record_round(run, stage, trial, student, recipe.steps, from_teacher)
 
 
 def _train_denoiser(
@@ -169,7 +171,7 @@ def _train_denoiser(
     network: NetworkDenoiser,
     loss: Loss,
     recipe: Optimisation,
-    sample_steps: int,
+    sample_steps: int | None,
     as_sampled: Callable[[nn.Module], Denoiser] = lambda network: network,
     validation: Validation | None = None,
 ) -> NetworkDenoiser:
@@ -184,8 +186,11 @@ def _train_denoiser(
         data.prefetch(draws.of(order.at(update + 1)))
         return batch
 
+    picture = Picture(run)
+
     def show(network: nn.Module, path: Path) -> None:
-        save_grid(_samples(run, as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)
+        if sample_steps is not None:
+            save_grid(picture.of(as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)
 
     trained = train(
         network, loss, recipe, run.folder / stage, seed=seed, load=load, sample=show, validation=validation,
@@ -197,15 +202,26 @@ def _train_denoiser(
     return trained
 
 
-def _samples(run: Run, denoiser: Denoiser, grid: Grid) -> Tensor:
-    """Images for a fixed choice of conditions, each row of the picture at another w."""
-    draws = Draws(run.recipe.seed, 0, range(SAMPLE_COLUMNS))
-    items = torch.linspace(0, len(run.data) - 1, SAMPLE_COLUMNS).long()
-    batch = run.data.batch(items, draws, run.device)
-    noise = draws.normal(batch.x)
-    rows = []
-    for w in torch.linspace(*run.recipe.guidance, SAMPLE_ROWS).tolist():
-        weight = torch.full((SAMPLE_COLUMNS,), w, device=run.device)
-        rows.append(sample(denoiser, grid, noise, batch.condition, weight))
-    z = torch.cat(rows)
-    return decode_all(run.autoencoder(), z) if run.is_latent else z
+@dataclass(frozen=True)
+class Picture:
+    """Images for a fixed choice of conditions, read once, each row of the picture at another w."""
+
+    run: Run
+
+    @cached_property
+    def start(self) -> tuple[Tensor, Condition]:
+        """The noise and the conditions of a row."""
+        draws, data = Draws(self.run.recipe.seed, 0, range(SAMPLE_COLUMNS)), self.run.data
+        items = torch.linspace(0, len(data.excerpt(1)) - 1, SAMPLE_COLUMNS).long()
+        batch = data.batch(items, draws, self.run.device)
+        return draws.normal(batch.x), batch.condition
+
+    def of(self, denoiser: Denoiser, grid: Grid) -> Tensor:
+        """The images, row by row."""
+        noise, condition = self.start
+        rows = []
+        for w in torch.linspace(*self.run.recipe.guidance, SAMPLE_ROWS).tolist():
+            weight = torch.full((SAMPLE_COLUMNS,), w, device=self.run.device)
+            rows.append(sample(denoiser, grid, noise, condition, weight))
+        z = torch.cat(rows)
+        return decode_all(self.run.autoencoder(), z) if self.run.is_latent else z

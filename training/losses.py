@@ -132,12 +132,16 @@ def draw_steps(course: Course, steps: int, draws: Draws, replaced: int = 2) -> l
     from 1/2N, is half as long, which is one step of the teacher (Meng et al. 2023, section 3.3).
     """
     if course == "stochastic":
-        t = draw_times(2 * steps, draws)
-        t_next = (t - 1 / steps).clamp(min=0)
-        return [t, t_next + 0.5 / steps, t_next]
+        return stochastic_step(draw_times(2 * steps, draws), steps)
     t = draw_times(steps, draws)
     times = [t, *(t - k / (replaced * steps) for k in range(1, replaced)), ((t * steps).round() - 1) / steps]
     return times[::-1] if course == "encoding" else times
+
+
+def stochastic_step(t: Tensor, steps: int) -> list[Tensor]:
+    """Where the step of a stochastic student of N = `steps` steps from t (B,) begins, where between, where it ends."""
+    t_next = (t - 1 / steps).clamp(min=0)
+    return [t, t_next + 0.5 / steps, t_next]
 
 
 def progressive_loss(

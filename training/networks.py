@@ -22,6 +22,7 @@ from training.recipe import AutoencoderRecipe, NetworkRecipe
 GUIDANCE_EMBEDDING_DIM = 256
 GUIDANCE_WEIGHTS = "guidance.safetensors"
 POOLING_HEADS = 8
+PIXELS_AT_ONCE = 1 << 20
 LEAST_ALPHA = 5e-3
 """What an eps says of x is divided by alpha. The linear betas of DDPM end above this, a cosine schedule at 5e-5."""
 
@@ -303,3 +304,22 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) of scaled latents (B, c, h, w)."""
     images: Tensor = autoencoder.decode(latents / autoencoder.config["scaling_factor"], return_dict=False)[0]
     return images.to(latents.dtype)
+
+
+@torch.inference_mode()
+def encode_all(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
+    """Scaled latents (N, c, h, w) on the CPU of images (N, 3, H, W)."""
+    rows = _rows_at_once(images.shape[-1])
+    return torch.cat([encode(autoencoder, part.to(device)).cpu() for part in images.split(rows)])
+
+
+@torch.inference_mode()
+def decode_all(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (N, 3, H, W) of scaled latents (N, c, h, w)."""
+    rows = _rows_at_once(latents.shape[-1] << (len(autoencoder.config["block_out_channels"]) - 1))
+    return torch.cat([decode(autoencoder, part) for part in latents.split(rows)])
+
+
+def _rows_at_once(side: int) -> int:
+    """Images that pass an autoencoder together: a megapixel, and 256 at most."""
+    return max(1, min(256, PIXELS_AT_ONCE // side**2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.draws import Draws
-from training.guidance import Denoiser
+from training.diffusion import Schedule
+from training.draws import Draws, generator_at
+from training.guidance import Condition, Denoiser
 from training.loop import TrainingError
-from training.losses import Batch
+from training.losses import Batch, stochastic_step, target_along
 from training.run import Run
-from training.sampler import encode, sample
+from training.sampler import encode, fresh_from, sample, sample_stochastic
 from training.store import whole_file
 
 ROWS = 32
 ROWS_AT_ONCE = 16
+SHARDS = 4
+NOISE_STREAM = 6  # of the generators of `generator_at`
 REFERENCE_STEPS = 64
 TABLE, FIGURES = "rounds.md", "rounds.json"
 
@@ -37,9 +40,9 @@ class Trial:
 
     @classmethod
     def of(cls, run: Run, *, encoding: bool) -> Trial:
-        """Conditions of the training split, w over the whole range."""
+        """Conditions of the training split, of a stream from a few shards of it, w over the whole range."""
         draws = Draws(run.recipe.seed, 1, range(ROWS))
-        batch = run.data.batch(draws.integers(len(run.data)), draws, run.device)
+        batch = run.data.batch(draws.integers(len(run.data.excerpt(SHARDS))), draws, run.device)
         w = torch.linspace(*run.recipe.guidance, ROWS, device=run.device)
         return cls(run, encoding, draws.normal(batch.x), batch, w)
 
@@ -48,12 +51,39 @@ class Trial:
         grid = self.run.schedule.grid(steps)
         along, start = (encode, self.batch.x) if self.encoding else (sample, self.noise)
         parts = []
-        for first in range(0, ROWS, ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
-            condition = {name: value[rows] for name, value in self.batch.condition.items()}
+        for rows, condition in self._parts():
             with self.run.accelerator.autocast():
                 parts.append(along(denoiser, grid, start[rows], condition, self.w[rows]))
         return torch.cat(parts)
+
+    def noisy_result(self, denoiser: Denoiser, steps: int) -> Tensor:
+        """Clean data (B, *) from the noise by the stochastic sampler, for a student of so many steps."""
+        grid, parts = self.run.schedule.grid(2 * steps), []
+        fresh = fresh_from(generator_at(self.run.recipe.seed, 1, NOISE_STREAM))
+        for rows, condition in self._parts():
+            with self.run.accelerator.autocast():
+                parts.append(sample_stochastic(denoiser, grid, self.noise[rows], condition, self.w[rows], fresh))
+        return torch.cat(parts)
+
+    def _parts(self) -> Iterator[tuple[slice, Condition]]:
+        """The rows that are sampled at once, and their conditions."""
+        for first in range(0, ROWS, ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            yield rows, {name: value[rows] for name, value in self.batch.condition.items()}
+
+    def from_teacher(
+        self, teacher: Denoiser, teacher_steps: int, steps: int, stochastic: bool
+    ) -> Callable[[Denoiser], float]:
+        """Takes the relative L2 distance of a student of `steps` steps from the teacher that it replaces.
+
+        A stochastic one is compared along the stochastic sampler, which asks it at 2 `steps` places, with a teacher
+        that takes two deterministic steps for each of its own.
+        """
+        if not stochastic:
+            target = self.result(teacher, teacher_steps)
+            return lambda student: self.distance(student, steps, target)
+        noisy = self.noisy_result(_two_steps(teacher, self.run.schedule, steps), steps)
+        return lambda student: _apart(self.noisy_result(student, steps), noisy)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -62,14 +92,28 @@ class Trial:
 
     def distance(self, denoiser: Denoiser, steps: int, target: Tensor) -> float:
         """The relative L2 distance from the target of what the denoiser makes in so many steps."""
-        return float((self.result(denoiser, steps) - target).norm() / target.norm())
+        return _apart(self.result(denoiser, steps), target)
+
+
+def _apart(made: Tensor, target: Tensor) -> float:
+    return float((made - target).norm() / target.norm())
+
+
+def _two_steps(teacher: Denoiser, schedule: Schedule, steps: int) -> Denoiser:
+    """The two steps of a teacher that one of a stochastic student of `steps` steps replaces, as one prediction."""
+
+    def v(z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
+        return target_along(teacher, schedule, z, stochastic_step(t, steps), condition, w)
+
+    return v
 
 
 @dataclass(frozen=True)
 class RoundRow:
     """One round: what was trained, and relative L2 distances at equal noise.
 
-    `kept` is the update whose student was kept: the last of all `updates`, or with validations the best.
+    That to the teacher is taken by the sampler that the student is for, the others by the deterministic one. `kept` is
+    the update whose student was kept: the last of all `updates`, or with validations the best.
     """
 
     stage: str
@@ -84,17 +128,19 @@ class RoundRow:
     reference_steps: int
 
 
-def record_round(run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, target: Tensor) -> None:
+def record_round(
+    run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, from_teacher: Callable[[Denoiser], float]
+) -> None:
     """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row.
 
-    `target` is what the round's teacher makes in its own steps.
+    `from_teacher` takes the student's distance from the round's teacher.
     """
     if not run.accelerator.is_main_process:
         return
     log = _last_line(run, stage)
     row = RoundRow(
         stage, steps, log.get("update"), log.get("kept"), log.get("images"), log.get("skipped"),
-        trial.distance(student, steps, target), trial.distance(student, steps, trial.reference),
+        from_teacher(student), trial.distance(student, steps, trial.reference),
         trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
     )  # fmt: skip
     path = run.folder / FIGURES
@@ -151,5 +197,6 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     steps = rows[0]["reference_steps"]
     return (
         f"Relative L2 distances at equal noise, condition and w, over {ROWS} rows with w over the whole range. Its "
-        f"teacher is the one of the round before; the guided teacher takes {steps} steps.\n\n" + "\n".join(lines) + "\n"
+        "teacher is the one of the round before, and a stochastic student goes by its own sampler there; the guided "
+        f"teacher takes {steps} steps.\n\n" + "\n".join(lines) + "\n"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,7 +40,6 @@ from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"
-PIXELS_AT_ONCE = 1 << 20
 NETWORK = "unet"
 STUDENT = "student-"
 AUTOENCODER = "autoencoder"
@@ -189,24 +189,31 @@ class Run:
                 raise TrainingError(f"the images are {images.shape}, the teacher makes {shape}")
             return images
         autoencoder = self.autoencoder()
-        latents = replace(images, x=encode_all(autoencoder, images.x, self.device), constants=self.constants)
-        if self.pipeline is not None and self.pipeline.is_inpainting:
-            return InpaintingSet(latents, images.x, autoencoder)
-        return latents
+        latents = replace(images, x=networks.encode_all(autoencoder, images.x, self.device), constants=self.constants)
+        return self._masked(latents, images.x.__getitem__)
+
+    def _masked(self, latents: Data, images: Callable[[Tensor], Tensor]) -> Data:
+        """The same data, with a mask in each row for an inpainting network. `images` gives those of items (B,)."""
+        if self.pipeline is None or not self.pipeline.is_inpainting:
+            return latents
+        return InpaintingSet(latents, images, self.recipe.data.size, self.autoencoder())
 
     def _streamed(self) -> Data:
         recipe = self.recipe.data
         stream = open_stream(recipe)
-        inpainting = self.pipeline is not None and self.pipeline.is_inpainting
-        if inpainting:
-            raise TrainingError("an inpainting network learns from images in memory: a new mask goes with each")
         if stream.index.kind == "images":
             if self.prompts is None:
                 raise TrainingError(
                     f"{recipe.address}: images are streamed with captions; precompute those with classes"
                 )
             encode = partial(networks.encode, self.autoencoder()) if self.is_latent else lambda images: images
-            return StreamedImages(stream, self.prompts, encode, self.shape, self.constants)
+            streamed = StreamedImages(stream, self.prompts, encode, self.shape, self.constants)
+            return self._masked(streamed, streamed.images)
+        if self.pipeline is not None and self.pipeline.is_inpainting:
+            raise TrainingError(
+                f"{recipe.address}: an inpainting network learns from images, each masked anew each time; these are "
+                "latents"
+            )
         condition = {"label": torch.tensor(0)} if self.prompts is None else self.prompts.null
         require_fit(stream, self.shape, condition, self.made_with(recipe.classes))
         if stream.index.made_with is None and self.accelerator.is_main_process:
@@ -389,22 +396,3 @@ def _save(folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pip
     for file in sorted(partial.iterdir(), key=lambda file: file.name == AUTOENCODER_WEIGHTS):
         file.replace(folder / file.name)
     partial.rmdir()
-
-
-@torch.inference_mode()
-def encode_all(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> Tensor:
-    """Scaled latents (N, c, h, w) on the CPU of images (N, 3, H, W)."""
-    rows = _rows_at_once(images.shape[-1])
-    return torch.cat([networks.encode(autoencoder, part.to(device)).cpu() for part in images.split(rows)])
-
-
-@torch.inference_mode()
-def decode_all(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images (N, 3, H, W) of scaled latents (N, c, h, w)."""
-    rows = _rows_at_once(latents.shape[-1] << (len(autoencoder.config["block_out_channels"]) - 1))
-    return torch.cat([networks.decode(autoencoder, part) for part in latents.split(rows)])
-
-
-def _rows_at_once(side: int) -> int:
-    """Images that pass an autoencoder together: a megapixel, and 256 at most."""
-    return max(1, min(256, PIXELS_AT_ONCE // side**2))

@@ -74,6 +74,8 @@ def check_student(run: Run) -> None:
     assert not torch.equal(made[1:], unguided[1:])
     assert (run.folder / student_stage(2) / "scheduler").is_dir()
     assert run.is_done(encoder_stage(2))
+    assert (run.folder / student_stage(2) / "samples.png").exists()
+    assert not (run.folder / encoder_stage(2) / "samples.png").exists(), "noise is nothing to look at"
     rows = json.loads((run.folder / "rounds.json").read_text())
     assert [row["stage"] for row in rows] == ["student-2", "student-1", "encoder-2"]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from training import distill
+from training.diffusion import Schedule
 from training.distill import student_stage
-from training.draws import generator_at
+from training.draws import Draws, generator_at
 from training.guidance import Condition, Denoiser
 from training.loop import TrainingError
+from training.losses import Batch, stochastic_step, target_along
+from training.mixture import ExactDenoiser, GaussianMixture
 from training.networks import student_from
 from training.recipe import Recipe
+from training.rounds import ROWS as TRIAL_ROWS
+from training.rounds import Trial
 from training.run import NETWORK, Run
 from training.sampler import sample
 
@@ -242,6 +250,24 @@ def test_a_batch_of_any_stage_that_the_processes_cannot_share_is_refused_at_once
     with pytest.raises(TrainingError, match="16 processes cannot share batches of 24 rows"):
         Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "refused", Accelerator(cpu=True))
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_stochastic_student_is_compared_at_the_places_of_its_own_sampler() -> None:
+    """One that is right at those of the deterministic sampler alone is not near its teacher."""
+    mixture, schedule, steps = GaussianMixture.on_a_circle(4), Schedule.cosine(64), 2
+    teacher, draws = ExactDenoiser(mixture, schedule), Draws(0, 0, range(TRIAL_ROWS))
+    run: Any = SimpleNamespace(schedule=schedule, recipe=SimpleNamespace(seed=0), accelerator=Accelerator(cpu=True))
+    noise, label = draws.normal(torch.empty(TRIAL_ROWS, 4)), {"label": draws.integers(mixture.classes)}
+    trial = Trial(run, False, noise, Batch(noise, label), torch.zeros(TRIAL_ROWS))
+
+    def student(z: Tensor, t: Tensor, condition: Condition, w: Tensor, at_odd_places: float) -> Tensor:
+        v = target_along(teacher, schedule, z, stochastic_step(t, steps), condition, w)
+        return v * (at_odd_places if (t[0] * 2 * steps) % 2 == 1 else 1.0)
+
+    good, bad = (partial(student, at_odd_places=factor) for factor in (1.0, 0.0))
+    deterministic, stochastic = (trial.from_teacher(teacher, 2 * steps, steps, noisy) for noisy in (False, True))
+    assert max(deterministic(good), deterministic(bad), stochastic(good)) < 1e-5
+    assert stochastic(bad) > 0.1
 
 
 def test_a_broken_record_is_named(digits_run: Run, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +18,17 @@ from PIL import Image
 
 import fewstep
 from training.data.place import StreamError
-from training.data.shard_index import MadeWith
+from training.data.shard_contents import Contents
+from training.data.shard_index import IndexedShard, MadeWith
 from training.data.shard_writer import TensorShardWriter
+from training.data.stream import ShardStream
 from training.data.streamed import StreamedTensors, open_stream, require_fit
+from training.diffusion import Schedule
+from training.distill import Picture
 from training.draws import Draws
 from training.loop import TrainingError
 from training.recipe import DataRecipe, Recipe, RecipeError
+from training.rounds import Trial
 from training.run import Run
 
 RECIPE = """
@@ -218,3 +225,26 @@ def test_labels_are_whole_numbers_of_any_type_within_the_classes(tmp_path: Path)
         labelled(tmp_path / "negative", [0, -1, 1], "int64").batch(torch.arange(3), draws, device)
     with pytest.raises(StreamError, match="holds label of float32; whole numbers are needed"):
         labelled(tmp_path / "float", [0], "float32")
+
+
+def test_tables_and_pictures_read_a_few_shards_and_a_picture_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = labelled(tmp_path, [0] * 40, "int64"), list[str]()
+    contents_of = ShardStream._read
+
+    def counted(stream: ShardStream, shard: IndexedShard) -> Contents:
+        read.append(shard.name)
+        return contents_of(stream, shard)
+
+    monkeypatch.setattr(ShardStream, "_read", counted)
+    run: Any = SimpleNamespace(
+        data=data, device=torch.device("cpu"), recipe=SimpleNamespace(seed=0, guidance=(0.0, 4.0)), is_latent=False
+    )
+    Trial.of(run, encoding=False)
+    assert len(read) == len(set(read)) == 4, "of ten"
+    picture = Picture(run)
+    for first in range(0, 40, 4):
+        picture.of(lambda z, t, condition, w: z, Schedule.cosine().grid(1))
+        data.batch(torch.arange(first, first + 4), Draws(0, 0, range(4)), run.device)
+    assert len(read) == 4 + 6, "the others, and none again"

@@ -33,10 +33,10 @@ from training.draws import Draws
 from training.export import export
 from training.guidance import of_rows
 from training.losses import teacher_loss
-from training.networks import NetworkDenoiser
+from training.networks import NetworkDenoiser, decode_all
 from training.pipelines import save_pipeline
 from training.recipe import Recipe
-from training.run import Run, decode_all
+from training.run import Run
 from training.sampler import Kept, noised, sample
 from training.teachers import TeacherPipeline
 

@@ -25,7 +25,7 @@ from training.draws import Draws
 from training.evaluation_set import load_evaluation_set
 from training.loop import TrainingError
 from training.precompute import precompute
-from training.recipe import DataRecipe
+from training.recipe import CheckpointRecipe, DataRecipe
 from training.run import Run
 
 DEVICE = torch.device("cpu")
@@ -175,3 +175,20 @@ def test_a_streamed_run_is_evaluated_on_a_folder(in_memory: Run, tmp_path: Path)
     found = load_evaluation_set(run, "train", 3, 0, in_memory.recipe.data.path)
     assert len(found) == 3
     assert set(found.condition) == {"context", "pooled", "size"}
+
+
+def test_an_inpainting_network_learns_from_streamed_images_what_it_does_from_those_in_memory(
+    in_memory: Run, tmp_path: Path
+) -> None:
+    checkpoint = pipelines.stable_diffusion(tmp_path / "inpainting", in_channels=9)
+    changes = {"teacher": CheckpointRecipe(checkpoint=str(checkpoint))}
+    run = Run(in_memory.recipe.model_copy(update=changes), tmp_path / "memory", Accelerator(cpu=True))
+    streamed, items = image_stream(run, tmp_path), torch.tensor([3, 0, 2])
+    ours, theirs = (r.data.batch(items, Draws(0, 0, range(3)), DEVICE) for r in (streamed, run))
+    assert set(ours.condition) == {"context", "mask", "masked"}
+    for name, value in {"x": theirs.x, **theirs.condition}.items():
+        torch.testing.assert_close({"x": ours.x, **ours.condition}[name], value, atol=2e-3, rtol=0)
+    assert 0 < ours.condition["mask"].mean() < 1
+    precompute(run, str(tmp_path / "latents"), per_shard=4)
+    with pytest.raises(TrainingError, match="an inpainting network learns from images"):
+        _ = streaming(run, tmp_path / "refused", str(tmp_path / "latents")).data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from training import networks
-from training.data.training_set import Order, TrainingSet
+from training.data.training_set import Data, Order
 from training.draws import Draws
 from training.guidance import Condition
 from training.losses import Batch
@@ -21,10 +22,14 @@ SMALLEST_SIDE = 0.2
 
 @dataclass(frozen=True)
 class InpaintingSet:
-    """A training set whose batches have a mask each, new every time. `pixels` (N, 3, H, W) are its images."""
+    """Data whose batches have a mask each, new every time.
 
-    latents: TrainingSet
-    pixels: Tensor
+    `images` gives those of items (B,), each (3, side, side) in [-1, 1].
+    """
+
+    latents: Data
+    images: Callable[[Tensor], Tensor]
+    side: int
     autoencoder: AutoencoderKL
 
     @property
@@ -50,15 +55,20 @@ class InpaintingSet:
         """The order in which items are learned from."""
         return self.latents.order(batch_size, seed)
 
+    def excerpt(self, shards: int) -> range:
+        """Items to look at."""
+        return self.latents.excerpt(shards)
+
     def prefetch(self, items: Tensor) -> None:
-        """All is in memory."""
+        """Prepare for a coming batch of items (B,)."""
+        self.latents.prefetch(items)
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, each with one of its captions, a mask and what it leaves, encoded in fp32."""
         batch = self.latents.batch(items, draws, device)
-        mask = random_masks(draws, self.pixels.shape[-1]).to(device)
+        mask = random_masks(draws, self.side).to(device)
         with torch.autocast(device.type, enabled=False):
-            masked = masked_condition(self.autoencoder, self.pixels[items].to(device), mask)
+            masked = masked_condition(self.autoencoder, self.images(items).to(device), mask)
         return Batch(batch.x, {**batch.condition, **masked})
 
 

@@ -88,6 +88,10 @@ class StreamedTensors:
         """The order in which items are learned from."""
         return ShardOrder(self.stream.counts, batch_size, seed, self.stream.window)
 
+    def excerpt(self, shards: int) -> range:
+        """The items of the first shards."""
+        return range(sum(self.stream.counts[:shards]))
+
     def prefetch(self, items: Tensor) -> None:
         """Read the shards of coming items in the background."""
         self.stream.prefetch(items)
@@ -130,16 +134,23 @@ class StreamedImages:
         """The order in which items are learned from."""
         return ShardOrder(self.stream.counts, batch_size, seed, self.stream.window)
 
+    def excerpt(self, shards: int) -> range:
+        """The items of the first shards."""
+        return range(sum(self.stream.counts[:shards]))
+
     def prefetch(self, items: Tensor) -> None:
         """Read the shards of coming items in the background."""
         self.stream.prefetch(items)
+
+    def images(self, items: Tensor) -> Tensor:
+        """The images (B, 3, H, W) in [-1, 1] of items (B,)."""
+        return self.stream.parts(items)[DATA].float().div(127.5).sub(1)
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, encoded now, in fp32 like those in memory, each with one of its captions."""
         texts, choices = self.stream.texts(items), draws.uniform().tolist()
         chosen = [own[int(choice * len(own))] for own, choice in zip(texts, choices, strict=True)]
-        images = self.stream.parts(items)[DATA].to(device).float().div(127.5).sub(1)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            x = self.to_x(images)
+            x = self.to_x(self.images(items).to(device))
             context = {name: value.to(device) for name, value in self.prompts.encode(chosen).items()}
         return Batch(x, {**context, **{name: of_rows(value, x) for name, value in self.constants.items()}})

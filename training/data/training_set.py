@@ -60,6 +60,10 @@ class Data(Protocol):
         """The order in which items are learned from."""
         ...
 
+    def excerpt(self, shards: int) -> range:
+        """Items to look at: all that are in memory, of a stream those of so many neighbouring shards."""
+        ...
+
     def prefetch(self, items: Tensor) -> None:
         """Prepare for a coming batch of items (B,)."""
         ...
@@ -111,6 +115,10 @@ class TrainingSet:
     def order(self, batch_size: int, seed: int) -> BatchOrder:
         """The order in which items are learned from."""
         return BatchOrder(len(self), batch_size, seed)
+
+    def excerpt(self, shards: int) -> range:
+        """All items."""
+        return range(len(self))
 
     def prefetch(self, items: Tensor) -> None:
         """All is in memory."""
