@@ -73,8 +73,8 @@ def variants(graph: GraphSpec, threads: int, folder: Path) -> dict[str, Run]:
         made["one thread"] = on_ort(graph.path, output, threads=1)
         made["threads that never spin"] = on(graph.path, **{"intra_op.allow_spinning": 0})
         made["threads that spin between runs too"] = on(graph.path, force_spinning_stop=0)
-    made["weights stored as fp32"] = on(unpack(graph.path, folder / graph.path.name))
-    if attentions := fuse_attention(graph.path, fused := folder / f"fused-{graph.path.name}"):
+    made["weights stored as fp32"] = on(unpack(graph, folder / graph.path.name))
+    if attentions := fuse_attention(graph, fused := folder / f"fused-{graph.path.name}"):
         made[f"attention fused, {attentions} times"] = on(fused)
     try:
         for name, settings in OPENVINO.items():

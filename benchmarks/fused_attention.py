@@ -7,14 +7,15 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
+from engines.backends.base import GraphSpec
 from engines.compile import unpack
 
 CARRIED = ("Transpose", "Reshape", "Mul")
 """What lies between a projection and the product of queries and keys: heads are split off, and both are scaled."""
 
 
-def fuse_attention(source: Path, target: Path) -> int:
-    """Write the graph at `source` with its attention fused; return how many there were.
+def fuse_attention(source: GraphSpec, target: Path) -> int:
+    """Write a graph with its attention fused; return how many there were.
 
     Only softmaxes of a bare product are taken: a mask, or scores that are reshaped, stay as they are.
     """

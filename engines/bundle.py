@@ -112,11 +112,21 @@ class Bundle:
         """Every graph by file name, with the inputs and outputs it must have."""
         manifest = self.manifest
         graphs: dict[str, GraphSpec] = {}
+        tokenizers = () if manifest.text is None else manifest.text.tokenizers
 
         def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
             program = manifest.programs.get(name)
-            torch_form = () if program is None else (self.graph_path(program), manifest.files[program].sha256)
-            graphs[name] = GraphSpec(role, self.graph_path(name), inputs, outputs, self._digest(name), *torch_form)
+            graphs[name] = GraphSpec(
+                role,
+                self.graph_path(name),
+                inputs,
+                outputs,
+                self._digest(name),
+                None if program is None else self.graph_path(program),
+                "" if program is None else manifest.files[program].sha256,
+                max(len(manifest.classes), 1),
+                tuple(self.graph_path(file) for file in tokenizers),
+            )
 
         if manifest.text is not None:
             tokens = (BATCH, manifest.text.max_tokens)

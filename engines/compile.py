@@ -14,10 +14,12 @@ import onnxruntime as ort
 
 from engines.backends.base import Array, EngineError, GraphSpec
 from engines.backends.cuda import Cuda
+from engines.backends.ort import check_signature
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
-from engines.manifest import LABEL
+from engines.manifest import ATTENTION_MASK, LABEL
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
+from engines.tokenizer import TokenizerError, vocabulary_size
 
 FLOOR_DB = 30.0
 """The least peak signal-to-noise ratio, to the graph in fp32, of the output of a graph in a lower precision."""
@@ -91,10 +93,13 @@ def _chip(library: Library, target: str | None) -> str:
 def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:
     """The graph as compilers take it, in `folder`, and its fidelity: weights unpacked to fp32, then cast.
 
-    Raises EngineError for a graph that does not load, or whose fidelity is below `FLOOR_DB`, and without the package
-    onnx in any precision but fp32.
+    Raises EngineError for a graph that does not load, that differs from its specs, that gives values that are not
+    finite, or whose fidelity is below `FLOOR_DB`, and without the package onnx in any precision but fp32.
     """
-    unpacked = unpack(graph.path, folder / f"unpacked-{graph.path.name}")
+    unpacked = unpack(graph, folder / f"unpacked-{graph.path.name}")
+    inputs = typical_inputs(graph, CHECKED_ROWS)
+    whole = _run(unpacked, inputs)
+    check_finite(graph.path.name, whole)
     if precision == "fp32":
         return unpacked, None
     try:
@@ -113,16 +118,16 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
         onnx.save(emulate(model, precision, folder, Writer(emulated, outside=True)), emulated)
     except ValueError as error:
         raise EngineError(f"{graph.path.name}: {error}") from error
-    inputs = typical_inputs(graph, CHECKED_ROWS)
-    fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), _run(unpacked, inputs))
+    fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), whole)
     onnx.save(cast(model, precision, folder, Writer(lowered, outside=True)), lowered)
     return lowered, fidelity
 
 
-def unpack(graph: Path, out: Path) -> Path:
+def unpack(graph: GraphSpec, out: Path) -> Path:
     """The graph with its stored weights (int8 or fp16 with what restores them) computed once; of standard operators.
 
-    All but small weights go to a file of their own beside it.
+    All but small weights go to a file of their own beside it. Raises EngineError for a graph that does not load or that
+    differs from its specs.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -131,14 +136,25 @@ def unpack(graph: Path, out: Path) -> Path:
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}.weights")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
-        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{graph.name}: ONNX Runtime cannot load it ({error})") from error
+        raise EngineError(f"{graph.path.name}: ONNX Runtime cannot load it ({error})") from error
+    check_signature(session, graph)
     return out
 
 
+def check_finite(name: str, outputs: Sequence[Array]) -> None:
+    """Raise EngineError where a graph gives, on typical inputs and in fp32, values that are not finite."""
+    if not all(np.isfinite(array).all() for array in outputs):
+        raise EngineError(f"{name}: in fp32 it gives values that are not finite")
+
+
 def check_fidelity(name: str, precision: Precision, lowered: Sequence[Array], whole: Sequence[Array]) -> float:
-    """The PSNR in dB of a graph's outputs in a precision, to those in fp32. Raises EngineError below `FLOOR_DB`."""
+    """The PSNR in dB of a graph's outputs in a precision, to those in fp32.
+
+    Raises EngineError below `FLOOR_DB`, and where those in fp32 are not finite.
+    """
+    check_finite(name, whole)
     fidelity = min(_psnr_db(a, b) for a, b in zip(lowered, whole, strict=True))
     if not fidelity >= FLOOR_DB:
         raise EngineError(f"{name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB")
@@ -154,7 +170,11 @@ def _psnr_db(actual: Array, expected: Array) -> float:
 
 
 def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Array]:
-    """Inputs as a service gives them: noise at different places of a variance-preserving grid, w of 0 and more."""
+    """Inputs as a service gives them: noise at different places of a variance-preserving grid, w of 0 and more.
+
+    Classes come in turn; of texts, the first is as long as any, and the last a quarter of that. Raises EngineError for
+    a tokenizer that cannot be read.
+    """
     generator = np.random.default_rng(seed)
     time = np.linspace(1, 0.25, batch, dtype=np.float32)
     alpha, sigma = np.cos(time * np.pi / 2), np.sin(time * np.pi / 2)
@@ -173,13 +193,24 @@ def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Arr
             inputs[spec.name] = scalars[spec.name].astype(np.float32)
         elif spec.name == "keep":
             inputs[spec.name] = np.zeros(shape, np.float32)
-        elif spec.name == LABEL:  # the first, which every bundle of classes has
-            inputs[spec.name] = np.zeros(shape, spec.dtype)
+        elif spec.name == LABEL:
+            inputs[spec.name] = np.arange(batch, dtype=spec.dtype) % graph.classes
+        elif spec.name == ATTENTION_MASK:
+            lengths = np.ceil(np.linspace(1, 0.25, batch) * shape[1])
+            inputs[spec.name] = (np.arange(shape[1]) < lengths[:, None]).astype(spec.dtype)
         elif spec.dtype == "float32":
             inputs[spec.name] = generator.standard_normal(shape, np.float32)
         else:
-            inputs[spec.name] = np.ones(shape, spec.dtype)
+            inputs[spec.name] = generator.integers(0, _vocabulary(graph), shape, spec.dtype)
     return inputs
+
+
+def _vocabulary(graph: GraphSpec) -> int:
+    """How many ids every tokenizer of a text graph has; 2 where none is known."""
+    try:
+        return min((vocabulary_size(path) for path in graph.tokenizers), default=2)
+    except TokenizerError as error:
+        raise EngineError(str(error)) from error
 
 
 def _run(path: Path, inputs: dict[str, Array]) -> list[Array]:

@@ -1,8 +1,9 @@
 """Graphs in a lower precision: the casts are written into the graph, so that every runtime computes the same.
 
-Convolutions, matrix products and what lies between them compute in fp16 or bf16. Normalisations, softmax, the
-embeddings of time and guidance, and the sampler's arithmetic after the network stay in fp32. In int8 and fp8 (E4M3) it
-is the weights of products that have 8 bits and a scale for each output channel; the products themselves are fp16's.
+Convolutions, matrix products and what lies between them compute in fp16 or bf16. Normalisations, as one operator or
+written out, softmax, the embeddings of time and guidance, and the sampler's arithmetic after the network stay in fp32.
+In int8 and fp8 (E4M3) it is the weights of products that have 8 bits and a scale for each output channel; the products
+themselves are fp16's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from engines.plans import Precision
-from engines.weights import INSIDE, Writer, value_of
+from engines.weights import INSIDE, Writer, half_scales, value_of
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 BETWEEN = PRODUCTS | {
@@ -166,7 +167,7 @@ class _Rewrite:
         dtype, largest = self.stored
         value = value_of(self.weights[name], self.folder)
         others = tuple(axis for axis in range(value.ndim) if axis != channels)
-        scale = np.maximum(np.abs(value).max(axis=others) / largest, np.finfo(np.float16).tiny).astype(np.float16)
+        scale = half_scales(np.abs(value).max(axis=others), largest)
         shape = [-1 if axis == channels else 1 for axis in range(value.ndim)]
         scaled = np.clip(value / scale.astype(np.float32).reshape(shape), -largest, largest)
         whole_numbers = np.rint(scaled) if dtype == TensorProto.INT8 else scaled
@@ -209,10 +210,10 @@ class _Rewrite:
 def _bfloat16(
     value: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
-    """The upper halves of float32 values, rounded to nearest, ties to even. Infinities stay; there are no NaNs."""
+    """The upper halves of float32 values, rounded to nearest, ties to even. Infinities and NaNs stay what they are."""
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return rounded.astype(np.uint16)
+    return np.where(np.isnan(value), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _float_tensors(model: ModelProto) -> set[str]:
@@ -233,21 +234,15 @@ def _infos(graph: GraphProto) -> Iterator[onnx.ValueInfoProto]:
 
 
 def _between_products(graph: GraphProto) -> list[NodeProto]:
-    """Products, and the nodes that have products before and after them, less the affine ends of normalisations."""
+    """Products, and the nodes that have products before and after them, less what normalisations are made of."""
+    norms = _normalised(graph) | _reduced_only(graph)
     after: set[str] = set()  # tensors that depend on a product
-    norm: set[str] = set()  # tensors that are a normalisation's, reshaped or scaled
     candidates: list[NodeProto] = []
     for node in graph.node:
-        reads = set(_reads(node))
-        product = node.op_type in PRODUCTS
-        if node.op_type in NORMS or (
-            node.op_type in ("Reshape", "Mul", "Add") and reads & norm and _ends(node, norm, graph)
-        ):
-            norm.update(node.output)
-        elif product or reads & after:
-            candidates.append(node)
-        if product or reads & after:
+        if node.op_type in PRODUCTS or after & set(_reads(node)):
             after.update(node.output)
+            if node.output[0] not in norms:
+                candidates.append(node)
     before: set[str] = set()  # tensors that a product depends on
     for node in reversed(graph.node):
         if node.op_type in PRODUCTS or before & set(node.output):
@@ -255,12 +250,50 @@ def _between_products(graph: GraphProto) -> list[NodeProto]:
     return [node for node in candidates if node.op_type in PRODUCTS or before & set(node.output)]
 
 
-def _ends(node: NodeProto, norm: set[str], graph: GraphProto) -> bool:
-    """Whether a node that reads a normalisation is the end of it: back to its shape, scale or shift by a weight."""
+def _normalised(graph: GraphProto) -> set[str]:
+    """Tensors that are a normalisation's: its statistics, what they are applied to, and that reshaped or scaled."""
     weights = {initializer.name for initializer in graph.initializer}
+    statistics: set[str] = set()
+    norm: set[str] = set()
+    for node in graph.node:
+        reads = set(_reads(node))
+        if node.op_type in PRODUCTS:
+            continue
+        if node.op_type in NORMS:
+            norm.update(node.output)
+        elif _reduces(node) or (reads & statistics and reads <= statistics | weights):
+            statistics.update(node.output)
+        elif reads & statistics or _ends(node, norm, weights):
+            norm.update(node.output)
+    return statistics | norm
+
+
+def _reduced_only(graph: GraphProto) -> set[str]:
+    """Tensors that nothing but reductions read, directly or through such tensors: squares, of which there is a mean."""
+    reduced: set[str] = set()
+    read = {output.name for output in graph.output}  # by anything else
+    for node in reversed(graph.node):
+        if not _reduces(node):
+            if node.op_type in PRODUCTS or read & set(node.output):
+                read.update(_reads(node))
+            else:
+                reduced.update(node.output)
+    return reduced
+
+
+def _reduces(node: NodeProto) -> bool:
+    return node.op_type.startswith("Reduce")
+
+
+def _ends(node: NodeProto, norm: set[str], weights: set[str]) -> bool:
+    """Whether a node is the end of a normalisation: back to its shape, scale or shift by a weight."""
     if node.op_type == "Reshape":
         return node.input[0] in norm
-    return all(name in norm or name in weights for name in node.input)
+    return (
+        node.op_type in ("Mul", "Add")
+        and not norm.isdisjoint(node.input)
+        and all(name in norm or name in weights for name in node.input)
+    )
 
 
 def _output_channels(node: NodeProto, place: int) -> int | None:

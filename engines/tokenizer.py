@@ -29,6 +29,19 @@ class PromptSize(NamedTuple):
     known: int
 
 
+def vocabulary_size(path: Path) -> int:
+    """How many ids the tokenizer.json at ``path`` has. Raises TokenizerError for a file that is none."""
+    size: int = _read_tokenizer(path).get_vocab_size()
+    return size
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{path.name}: not a tokenizer ({error})") from error
+
+
 class Tokenizer:
     """A tokenizer.json with every prompt padded to ``max_tokens``; nothing is ever truncated silently."""
 
@@ -37,10 +50,7 @@ class Tokenizer:
 
         ``second`` is that of a second text encoder, which sees the same prompts.
         """
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path.name}: not a tokenizer ({error})") from error
+        self._tokenizer = _read_tokenizer(path)
         if self._tokenizer.id_to_token(pad_id) is None:
             size = self._tokenizer.get_vocab_size()
             raise TokenizerError(f"{path.name}: none of its {size} tokens has the pad_id of the manifest, {pad_id}")

@@ -34,6 +34,17 @@ def value_of(tensor: TensorProto, folder: Path) -> NDArray[Any]:
     return np.memmap(folder / place["location"], dtype, "r", int(place.get("offset", 0)), shape)
 
 
+def half_scales(largest: NDArray[np.float32], code: float) -> NDArray[np.float16]:
+    """Scales in fp16 for weights of at most `largest` each, so that no code is beyond `code`.
+
+    They are rounded up, and at least the smallest that fp16 has.
+    """
+    wanted = np.maximum(largest / np.float32(code), np.finfo(np.float16).smallest_subnormal)
+    scales = wanted.astype(np.float16)
+    rounded_up: NDArray[np.float16] = np.where(scales < wanted, np.nextafter(scales, np.float16(np.inf)), scales)
+    return rounded_up
+
+
 def bytes_of(model: onnx.ModelProto) -> int:
     """What the weights of a graph take, wherever they lie."""
     return sum(_size(tensor) for tensor in model.graph.initializer)

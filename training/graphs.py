@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from engines.weights import Writer, bytes_of, value_of
+from engines.weights import Writer, bytes_of, half_scales, value_of
 from training.diffusion import blend_known, ddim_step, expand
 from training.guidance import Condition, of_rows
 from training.networks import NetworkDenoiser
@@ -287,8 +287,7 @@ def _as_int8(name: str, value: NDArray[np.float32], writer: Writer) -> Stored:
     if block is None:
         return _as_fp16(name, value, writer)
     blocks = value.reshape(-1, block)
-    largest = np.abs(blocks).max(axis=1, keepdims=True)
-    scale = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
+    scale = half_scales(np.abs(blocks).max(axis=1, keepdims=True), 127)
     codes = np.clip(np.rint(blocks / scale.astype(np.float32)), -127, 127).astype(np.int8)
     cast = TensorProto.FLOAT
     made = [

@@ -84,7 +84,8 @@ class TensorSpec(BaseModel):
 class GraphSpec:
     """One graph of a bundle: where it lies, what it must take and give, and the SHA-256 that the manifest has of it.
 
-    ``program`` is the same graph as a torch.export program, where the bundle has one.
+    ``program`` is the same graph as a torch.export program, where the bundle has one. ``classes`` is how many labels
+    there are, and ``tokenizers`` are those whose ids a text graph takes.
     """
 
     role: Role
@@ -94,6 +95,8 @@ class GraphSpec:
     sha256: str = ""
     program: Path | None = None
     program_sha256: str = ""
+    classes: int = 1
+    tokenizers: tuple[Path, ...] = ()
 
 
 class Engine(Protocol):

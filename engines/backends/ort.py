@@ -45,8 +45,7 @@ class OrtEngine(GraphEngine):
         super().__init__(graph)
         self._outputs = [spec.name for spec in graph.outputs]
         session = self._open(options)
-        _check_signature(self._name, "input", session.get_inputs(), graph.inputs)
-        _check_signature(self._name, "output", session.get_outputs(), graph.outputs)
+        check_signature(session, graph)
         self._session: ort.InferenceSession | None = session
 
     def _open(self, options: EngineOptions) -> ort.InferenceSession:
@@ -208,8 +207,13 @@ def _options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _check_signature(graph: str, kind: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+def check_signature(session: ort.InferenceSession, graph: GraphSpec) -> None:
     """Raise EngineError where the graph's own inputs or outputs are not those of the specs."""
+    _check_nodes(graph.path.name, "input", session.get_inputs(), graph.inputs)
+    _check_nodes(graph.path.name, "output", session.get_outputs(), graph.outputs)
+
+
+def _check_nodes(graph: str, kind: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
     nodes = {node.name: node for node in found}
     expected = {spec.name for spec in specs}
     if nodes.keys() != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ from engines.backends.base import EngineError, GraphSpec, TensorSpec
 from engines.backends.trt_library import Library, build_plan, find_library
 from engines.build_command import build
 from engines.bundle import Bundle, load_bundle, shipped_bundle
-from engines.compile import build_bundle, prepare
+from engines.compile import build_bundle, prepare, typical_inputs
 from engines.plans import PRECISIONS, PlanCache, PlanKey, Precision, Profile, batch_sizes_up_to
+from tests.bundles import WORDS
 
 PROFILE = Profile((1, 4))
 TARGETS = ("sm86", "sm89", "sm120")
@@ -153,18 +155,45 @@ def test_a_graph_that_it_cannot_build_is_an_error(library: Library, tmp_path: Pa
 
 def test_a_precision_that_loses_the_image_is_refused(tmp_path: Path) -> None:
     """Values beyond fp16's range."""
+    with pytest.raises(EngineError, match=r"large\.onnx: in fp16 it is at .* dB to fp32, below 30 dB"):
+        prepare(products(tmp_path, 1e4), "fp16", tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_that_gives_values_that_are_not_finite_is_refused(tmp_path: Path, precision: Precision) -> None:
+    with pytest.raises(EngineError, match=r"large\.onnx: in fp32 it gives values that are not finite"):
+        prepare(products(tmp_path, np.nan), precision, tmp_path)
+
+
+def test_a_graph_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
+    graph = products(tmp_path, 1)
+    wider = graph.outputs[0].model_copy(update={"shape": ("batch", 8)})
+    with pytest.raises(EngineError, match=r"large\.onnx: output y .* the manifest wants y float32\(batch, 8\)"):
+        prepare(replace(graph, outputs=(wider,)), "fp32", tmp_path)
+
+
+def products(folder: Path, factor: float) -> GraphSpec:
+    """A graph that multiplies by a factor twice."""
     spec = TensorSpec(name="x", dtype="float32", shape=("batch", 4))
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
-    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32) * 1e4, name) for name in ("a", "b")]
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32) * factor, name) for name in ("a", "b")]
     nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])]
     model = helper.make_model(
         helper.make_graph(nodes, "large", values[:1], values[1:], weights),
         opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
     )  # fmt: skip
-    onnx.save(model, tmp_path / "large.onnx")
-    graph = GraphSpec("decode", tmp_path / "large.onnx", (spec,), (spec.model_copy(update={"name": "y"}),))
-    with pytest.raises(EngineError, match=r"large\.onnx: in fp16 it is at .* dB to fp32, below 30 dB"):
-        prepare(graph, "fp16", tmp_path)
+    onnx.save(model, folder / "large.onnx")
+    return GraphSpec("decode", folder / "large.onnx", (spec,), (spec.model_copy(update={"name": "y"}),))
+
+
+def test_typical_prompts_and_classes_differ(bundles: dict[tuple[str, str], Bundle]) -> None:
+    text = typical_inputs(bundles["text", "pixel"].graphs()["text.onnx"], 4)
+    ids, mask = text["input_ids"], text["attention_mask"]
+    assert 0 <= ids.min() < ids.max() < 4 + len(WORDS)
+    assert len(np.unique(ids)) > len(WORDS) / 2
+    assert mask.sum(axis=1).tolist() == [8, 6, 4, 2]
+    labels = typical_inputs(bundles["class", "pixel"].graphs()["step-1.onnx"], 5)["label"]
+    assert labels.tolist() == [0, 1, 2, 3, 0]
 
 
 def test_the_command_builds_and_says_where(library: Library, text_bundle: Bundle, tmp_path: Path) -> None:
