@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from engines.backends import open_engines
-from engines.backends.base import BATCH_SIZES, Engine, EngineError, EngineOptions
+from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions, Role
 from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
@@ -207,27 +207,27 @@ class Pipeline:
         if len(groups) != 1 or next(iter(groups)).revision != self.manifest.revision:
             raise ValueError(f"a tick needs rows of one group of this bundle, got {groups or 'none'}")
         inputs = self._inputs.of(rows)
-        z_next = self._engines[rows[0].step.graph].run(inputs)["z_next"]
-        if not np.isfinite(z_next).all():
-            raise EngineError("the step graph gave values that are not finite")
+        z_next = self._finite("step", rows[0].step.graph, inputs, "z_next")
         self._inputs.move(rows, inputs, z_next)
 
     def finish(self, rows: Sequence[Row]) -> list[Pixels]:
-        """Decode rows that are done (else ValueError) to uint8 (H, W, 3). Kept pixels come back exactly."""
+        """Decode rows that are done (else ValueError) to uint8 (H, W, 3). Kept pixels come back exactly.
+
+        Raises EngineError as `decode` does.
+        """
         if not all(row.done for row in rows):
             raise ValueError("a row is not done yet")
         decoded = self.decode([row.z for row in rows])
         return [_paste(row.task, image) for row, image in zip(rows, decoded, strict=True)]
 
     def decode(self, latents: Sequence[Floats]) -> list[Pixels]:
-        """Latents (c, h, w) as images, uint8 (H, W, 3)."""
+        """Latents (c, h, w) as images, uint8 (H, W, 3). Raises EngineError where values are not finite."""
         if self.manifest.decode is None:
             return [to_pixels(latent) for latent in latents]
-        engine = self._engines[self.manifest.decode]
         return [
             to_pixels(image)
             for batch in self._batches(latents)
-            for image in engine.run({"latent": np.stack(batch)})["image"]
+            for image in self._finite("decode", self.manifest.decode, {"latent": np.stack(batch)}, "image")
         ]
 
     def run(self, tasks: Sequence[Task], progress: Callable[[int], None] | None = None) -> list[Pixels]:
@@ -293,12 +293,18 @@ class Pipeline:
         """Images (3, H, W) in -1..1 in the space that the networks work in."""
         if self.manifest.encode is None:
             return arrays
-        engine = self._engines[self.manifest.encode]
         return [
             latent.copy()
             for batch in self._batches(arrays)
-            for latent in engine.run({"image": np.stack(batch)})["latent"]
+            for latent in self._finite("encode", self.manifest.encode, {"image": np.stack(batch)}, "latent")
         ]
+
+    def _finite(self, role: Role, graph: str, inputs: Mapping[str, Array], output: str) -> Array:
+        """An output of a graph. Raises EngineError where it has values that are not finite."""
+        array = self._engines[graph].run(inputs)[output]
+        if not np.isfinite(array).all():
+            raise EngineError(f"the {role} graph gave values that are not finite")
+        return array
 
 
 def _seconds_of_run(engine: Engine, batch: int) -> float:

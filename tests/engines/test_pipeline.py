@@ -355,3 +355,23 @@ def test_an_estimate_ends_at_the_image_and_keeps_what_is_kept(pipeline: Pipeline
         kept = np.broadcast_to(row.keep == 1, row.z.shape)
         assert np.abs(row.estimate - row.known)[kept].max() < 1e-4
     assert np.abs(row.estimate - row.z).max() < 1e-4
+
+
+class Nowhere(FakeEngine):
+    """An engine whose values are not finite."""
+
+    def run(self, inputs: Any) -> dict[str, Any]:
+        return {name: array * np.nan for name, array in super().run(inputs).items()}
+
+
+@pytest.mark.parametrize("role", ["encode", "decode", "step"])
+def test_values_that_are_not_finite_are_an_error_and_no_image(text_bundle: Bundle, role: str) -> None:
+    graphs = text_bundle.graphs()
+    engines = {
+        name: (Nowhere if graph.role == role else FakeEngine)(graph, EngineOptions()) for name, graph in graphs.items()
+    }
+    with (
+        Pipeline(text_bundle, engines) as pipeline,
+        pytest.raises(EngineError, match=f"the {role} graph .* not finite"),
+    ):
+        pipeline.run([Edit("a cat", 4, 1.0, 1, IMAGE, 1.0)])
