@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
+REWRITING = 2
+"""Raised whenever engines/precision.py comes to cast graphs in another way: older plans are not what it would make."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
 
 _log = logging.getLogger(__name__)
@@ -68,13 +71,17 @@ class Profile:
 
 @dataclass(frozen=True)
 class PlanKey:
-    """All that a plan depends on: the graph's SHA-256, the library and its version, the chip, precision, profile."""
+    """All that a plan depends on: the graph's SHA-256, the library and its version, the chip, precision, profile.
+
+    ``rewriting`` is how graphs were cast to that precision.
+    """
 
     graph: str
     library: str
     target: str
     precision: Precision
     profile: Profile
+    rewriting: int = REWRITING
 
     @property
     def digest(self) -> str:
@@ -139,7 +146,7 @@ class PlanCache:
             try:
                 document = json.loads(path.read_text(encoding="utf-8"))["key"]
                 profile = Profile(tuple(document["profile"]["batch_sizes"]), document["profile"]["dynamic"])
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
             is_wider = profile != key.profile and profile.covers(key.profile)
             if is_wider and document == replace(key, profile=profile).document:
@@ -154,10 +161,10 @@ class PlanCache:
             plan = path.read_bytes()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path}: {error}") from error
         if not isinstance(record, dict) or record.get("key") != key.document:
-            raise PlanError(f"{path}: its record is of another graph, library, chip, precision or profile")
+            raise PlanError(f"{path}: its record is of another graph, library, chip, precision, profile or casting")
         if record.get("sha256") != hashlib.sha256(plan).hexdigest():
             raise PlanError(f"{path}: its SHA-256 does not match its record")
         return plan
@@ -189,12 +196,11 @@ class PlanCache:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as partial:
-        try:
-            partial.write(content)
-            partial.close()
-            Path(partial.name).replace(path)
-        except BaseException:
-            Path(partial.name).unlink(missing_ok=True)
-            raise
+    """Write a file that appears whole or not at all, and that others may read if the umask lets them."""
+    partial = path.with_name(f".{secrets.token_hex(8)}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ OTHERS: dict[str, Any] = {
     "target": "sm86",
     "precision": "fp32",
     "profile": Profile((1, 4), dynamic=True),
+    "rewriting": 1,
 }
 
 
@@ -59,12 +62,22 @@ def test_a_damaged_plan_is_refused(cache: PlanCache) -> None:
         cache.load(KEY)
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{", '"key"', "{}"])
+@pytest.mark.parametrize("record", ["", "[]", "{", '"key"', "{}", "[" * 100_000])
 def test_a_broken_record_is_refused(cache: PlanCache, record: str) -> None:
     path = cache.save(KEY, b"plan")
     path.with_suffix(".json").write_text(record)
     with pytest.raises(PlanError):
         cache.load(KEY)
+    assert cache.find(KEY) is None
+
+
+def test_a_plan_is_for_whom_the_umask_lets_read_it(cache: PlanCache) -> None:
+    before = os.umask(0o022)
+    try:
+        path = cache.save(KEY, b"plan")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, path.with_suffix(".json"))] == [0o644, 0o644]
 
 
 def test_a_plan_without_its_record_is_none(cache: PlanCache) -> None:
