@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 from engines.backends.base import Engine, EngineError, EngineOptions, GraphSpec
+from engines.backends.faults import kind_of
 from engines.plans import PlanError
 
 BACKENDS: dict[str, str] = {
@@ -21,8 +22,8 @@ BACKENDS: dict[str, str] = {
     "fake": "engines.backends.fake:FakeEngine",
 }
 AUTO = "auto"
-BEST_FIRST = ("trt", "pytorch-cuda", "ort-cuda", "ort")
-"""What `auto` tries, in this order."""
+BEST_FIRST = ("trt", "pytorch-cuda", "ort-cuda", "ort-tensorrt", "ort", "pytorch-aot", "pytorch")
+"""What `auto` tries, in this order: GPUs first. ort-tensorrt multiplies float32 in TF32, which ort-cuda does not."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,25 @@ def open_engine(backend: str, graph: GraphSpec, options: EngineOptions = EngineO
     """Open ``graph`` on ``backend``.
 
     Raises EngineError for an unknown backend, a missing library, no folder for plans, or a graph that differs from its
-    specs.
+    specs; the kinds that `kind_of` tells apart, for whatever else fails while it opens.
     """
     if backend not in BACKENDS:
         raise EngineError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     module_name, _, factory_name = BACKENDS[backend].partition(":")
     try:
         module = import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # of a library that is missing, or that does not load
         raise EngineError(f"backend {backend!r} cannot be imported: {error}") from error
     factory: Callable[[GraphSpec, EngineOptions], Engine] = getattr(module, factory_name)
     try:
         return factory(graph, options)
+    except EngineError:
+        raise
     except PlanError as error:
         raise EngineError(f"backend {backend!r}: {error}") from error
+    except Exception as error:  # the errors of the libraries share no base class
+        said = f"{type(error).__name__}: {error}"
+        raise kind_of(said)(f"backend {backend!r}: {graph.path.name}: {said}") from error
 
 
 def open_engines(backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions = EngineOptions()) -> Opened:

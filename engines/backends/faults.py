@@ -11,6 +11,11 @@ _NO_MEMORY = (
     "memoryallocation",
     "outofmemory",
     "can't allocate memory",
+    "unable to allocate",
+    "alloc_failed",
+    "allocation_failed",
+    "bad_alloc",
+    "memoryerror",
 )
 # Errors of CUDA after which every later call of the process fails too, as its runtime names and describes them.
 _LOST = (

@@ -25,7 +25,7 @@ from engines.backends.base import (
 from engines.backends.cores import usable_cores
 from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
-from engines.plans import Precision, make_folder, plans_folder
+from engines.plans import REWRITING, Precision, make_folder, plans_folder
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -62,7 +62,7 @@ class OrtEngine(GraphEngine):
         try:
             outputs = self._run(session, inputs)
         except Exception as error:  # the library's errors share no base class
-            raise kind_of(str(error))(f"{self._name}: {error}") from error
+            raise kind_of(f"{type(error).__name__}: {error}")(f"{self._name}: {error}") from error
         if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
             raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
         return outputs
@@ -154,7 +154,7 @@ class OrtTensorrtEngine(OrtCudaEngine):
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),
             # The provider's own key leaves out the weights.
-            "trt_engine_cache_prefix": f"ort-{self._graph.sha256[:16]}-{options.precision}",
+            "trt_engine_cache_prefix": f"ort-{self._graph.sha256[:16]}-{options.precision}-{REWRITING}",
         }
         return [(TENSORRT, settings), (CUDA, _EXACT)]
 
@@ -163,7 +163,8 @@ def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
+        kind = kind_of(f"{type(error).__name__}: {error}")
+        raise kind(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
 
 
 @cache

@@ -35,5 +35,5 @@ def _pytorch(graph: GraphSpec) -> Any:
         raise EngineError(f"the bundle has no program of {name}: write it with `fewstep export RECIPE OUT --programs`")
     try:
         return import_module("engines.backends.pytorch")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise EngineError(f"torch cannot be imported ({error}): pip install 'fewstep[pytorch]'") from error

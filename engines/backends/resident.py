@@ -6,15 +6,28 @@ import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from engines.backends.base import Array
 
 _Value = TypeVar("_Value")
 
 
+def _is_fixed(array: Array) -> bool:
+    """Whether nobody can write to an array, nor to any that it is a view of."""
+    seen: object = array
+    while isinstance(seen, np.ndarray):
+        if seen.flags.writeable:
+            return False
+        seen = seen.base
+    return True
+
+
 class Resident(Generic[_Value]):
     """Values on a device by the host array that they are a copy of, the last one of each name.
 
-    An array is known by its identity, so only arrays that nobody can write to are remembered.
+    An array is known by its identity, so only arrays that nobody can write to are remembered: neither to them nor to
+    what they are views of.
     """
 
     def __init__(self) -> None:
@@ -33,7 +46,7 @@ class Resident(Generic[_Value]):
     def put(self, name: str, array: Array, value: _Value) -> None:
         """Note that `value` is the device's copy of `array`; the earlier one of that name is let go."""
         self._values.pop(name, None)
-        if not array.flags.writeable:
+        if _is_fixed(array):
             self._values[name] = (weakref.ref(array), value)
 
     def clear(self) -> None:

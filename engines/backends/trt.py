@@ -34,6 +34,8 @@ from engines.compile import prepare
 from engines.plans import PlanCache, PlanKey, Profile
 
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
+_DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}
+"""What TensorRT calls them."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,10 +94,7 @@ class TrtEngine(GraphEngine):
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(f"{self._name}: {library.name} cannot load its plan ({self._logger.worst})")
-        found = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        wanted = {spec.name for spec in (*graph.inputs, *graph.outputs)}
-        if found != wanted:
-            raise EngineError(f"{self._name}: its plan has {sorted(found)}; the manifest wants {sorted(wanted)}")
+        self._check_signature(self._engine)
         self._shapes: dict[int, _Shape] = {}
         self._lock = Lock()
 
@@ -112,6 +111,20 @@ class TrtEngine(GraphEngine):
             if place not in self._shapes:
                 self._shapes[place] = _Shape(self._engine, self._graph, self._cuda, self._profile, place)
             return self._shapes[place].run(inputs, batch)
+
+    def _check_signature(self, engine: Any) -> None:
+        """Raise EngineError where the plan's tensors are not those of the specs; an open dimension fits any."""
+        specs = {spec.name: spec for spec in (*self.inputs, *self.outputs)}
+        found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        if found != specs.keys():
+            raise EngineError(f"{self._name}: its plan has {sorted(found)}; the manifest wants {sorted(specs)}")
+        for name, spec in specs.items():
+            shape, dtype = tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name).name
+            fits = len(shape) == len(spec.shape) and all(
+                isinstance(want, str) or have in (want, -1) for have, want in zip(shape, spec.shape, strict=True)
+            )
+            if not fits or dtype != _DTYPES[spec.dtype]:
+                raise EngineError(f"{self._name}: its plan has {name} {dtype}{shape}; the manifest wants {spec}")
 
     def close(self) -> None:
         """Give the device's memory back; a run in another thread ends first."""

@@ -44,13 +44,13 @@ class Library:
 
 
 def find_library() -> Library:
-    """The first of `MODULES` that is installed. Raises EngineError naming what to install."""
+    """The first of `MODULES` that is installed. Raises EngineError naming what to install, or what does not load."""
     for name in MODULES:
         try:
             return Library(import_module(name))
-        except ImportError:
-            continue
-        except OSError as error:  # the bindings are there, the libraries are not
+        except (ImportError, OSError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                continue
             raise EngineError(f"{name} is installed but its libraries do not load: {error}") from error
     raise EngineError(f"neither TensorRT nor TensorRT-RTX is installed: {INSTALL}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import onnxruntime as ort
 import pytest
 
 from engines import backends
-from engines.backends import BACKENDS, open_engine, open_engines
-from engines.backends.base import EngineError, EngineOptions
+from engines.backends import BACKENDS, BEST_FIRST, open_engine, open_engines, trt_library
+from engines.backends.base import DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import CPU, OrtCudaEngine, OrtEngine, OrtTensorrtEngine
 from engines.backends.resident import Resident
@@ -62,6 +63,63 @@ def test_auto_without_any_that_opens_says_all_reasons(text_bundle: Bundle, monke
     monkeypatch.setattr(backends, "BEST_FIRST", ("ort-cuda",))
     with pytest.raises(EngineError, match="no backend opens the bundle; ort-cuda: this ONNX Runtime has no"):
         open_engines("auto", text_bundle.graphs())
+
+
+def test_auto_tries_every_backend_and_a_cpu_keeps_onnx_runtime(text_bundle: Bundle) -> None:
+    assert set(BEST_FIRST) == BACKENDS.keys() - {"fake"}
+    if len(ort.get_available_providers()) > 2:
+        pytest.skip("this ONNX Runtime has providers for devices")
+    opened = open_engines("auto", text_bundle.graphs())
+    assert opened.backend == "ort"
+    assert list(opened.passed_over) == ["trt", "pytorch-cuda", "ort-cuda", "ort-tensorrt"]
+    with pytest.raises(EngineError, match=r"ort: ONNX Runtime computes in fp32 .*; pytorch-aot: .* no program of"):
+        open_engines("auto", text_bundle.graphs(), EngineOptions(precision="bf16"))
+
+
+def open_nothing(graph: GraphSpec, options: EngineOptions) -> Engine:
+    raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def test_whatever_fails_while_a_backend_opens_is_passed_over(
+    text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "full", "tests.engines.test_backends:open_nothing")
+    monkeypatch.setattr(backends, "BEST_FIRST", ("full", "fake"))
+    with pytest.raises(DeviceMemoryError, match=r"backend 'full': .*\.onnx: RuntimeError: CUDA out of memory"):
+        open_engine("full", graph_of(text_bundle, "step"))
+    assert open_engines("auto", text_bundle.graphs()).backend == "fake"
+
+
+def test_a_library_that_does_not_load_is_passed_over(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name == "engines.backends.trt":
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        return import_module(name)
+
+    monkeypatch.setattr(backends, "import_module", load)
+    monkeypatch.setattr(backends, "BEST_FIRST", ("trt", "fake"))
+    opened = open_engines("auto", text_bundle.graphs())
+    assert opened.passed_over == {
+        "trt": "backend 'trt' cannot be imported: libcudart.so.12: cannot open shared object file"
+    }
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libnvinfer.so.10: cannot open shared object file"),
+        ModuleNotFoundError("No module named 'tensorrt_libs'", name="tensorrt_libs"),
+    ],
+)
+def test_a_tensorrt_without_its_libraries_is_not_called_absent(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(trt_library, "import_module", load)
+    with pytest.raises(EngineError, match=f"tensorrt is installed but its libraries do not load: {error}"):
+        trt_library.find_library()
 
 
 @pytest.mark.parametrize("backend", ["ort-cuda", "ort-tensorrt"])
@@ -182,8 +240,13 @@ def test_an_array_that_can_be_written_to_is_sent_each_time() -> None:
     fixed, loose = frozen(1), np.array([2.0])
     assert [resident.get("a", fixed, send) for _ in range(3)] == [1, 1, 1]
     assert [resident.get("b", loose, send) for _ in range(2)] == [2, 3]
-    assert resident.get("a", frozen(1), send) == 4
-    assert resident.get("a", fixed, send) == 5
+    shown = loose.view()
+    shown.flags.writeable = False
+    assert [resident.get("c", array, send) for array in (shown, shown, fixed[:], fixed[:])] == [4, 5, 6, 7]
+    part = fixed[:]
+    assert [resident.get("d", part, send) for _ in range(2)] == [8, 8]
+    assert resident.get("a", frozen(1), send) == 9
+    assert resident.get("a", fixed, send) == 10
 
 
 def test_an_array_that_is_gone_is_not_mistaken_for_another() -> None:

@@ -92,9 +92,12 @@ def test_a_bundle_without_programs_says_how_to_get_them(text_bundle: Bundle, bac
         open_engine(backend, graph_of(text_bundle, "step"))
 
 
-def test_without_torch_it_says_what_to_install(halving: GraphSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'torch'"), OSError("libcudnn.so.9: not found")])
+def test_without_torch_it_says_what_to_install(
+    halving: GraphSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def absent(name: str) -> Any:
-        raise ModuleNotFoundError("No module named 'torch'")
+        raise error
 
     monkeypatch.setattr(programs, "import_module", absent)
     with pytest.raises(EngineError, match=r"torch cannot be imported .*pip install 'fewstep\[pytorch\]'"):

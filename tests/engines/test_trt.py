@@ -114,11 +114,17 @@ class MadeUpEngine:
     def __init__(self, plan: bytes) -> None:
         self.session = ort.InferenceSession(plan, providers=["CPUExecutionProvider"])
         nodes = [*self.session.get_inputs(), *self.session.get_outputs()]
-        self.names = [node.name for node in nodes]
-        self.num_io_tensors = len(self.names)
+        self.nodes = {node.name: node for node in nodes}
+        self.num_io_tensors = len(self.nodes)
 
     def get_tensor_name(self, i: int) -> str:
-        return self.names[i]
+        return list(self.nodes)[i]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(dim if isinstance(dim, int) else -1 for dim in self.nodes[name].shape)
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name={"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}[self.nodes[name].type])
 
     def create_execution_context(self) -> MadeUpContext:
         return MadeUpContext(self.session)
@@ -179,6 +185,16 @@ def test_it_gives_what_onnx_runtime_gives(engine: TrtEngine, reference: Engine, 
 def test_a_batch_beyond_the_largest_is_refused(engine: TrtEngine) -> None:
     with pytest.raises(EngineError, match="batch of 5 is larger than the plan's largest, 4"):
         engine.run(random_inputs(engine, 5))
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "w"}, {"shape": ("batch", 4, 8, 9)}, {"shape": ("batch",)}, {"dtype": "int64"}]
+)
+def test_a_plan_of_another_graph_does_not_load(text_bundle: Bundle, cuda: MadeUpCuda, change: dict[str, Any]) -> None:
+    graph = graph_of(text_bundle, "step")
+    other = graph.outputs[0].model_copy(update=change)
+    with pytest.raises(EngineError, match=r"its plan has .*; the manifest wants"):
+        TrtEngine(replace(graph, outputs=(other,)), graph.path.read_bytes(), Library(MADE_UP), cuda, PROFILE)  # type: ignore[arg-type]
 
 
 def test_launches_of_fixed_shapes_are_captured_once_a_shape(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
