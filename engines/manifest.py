@@ -32,7 +32,15 @@ WEIGHT_BITS: dict[str, int] = {
 }
 """What a weight may be stored as, and how wide that is."""
 
+_NAME = re.compile(r"\w[\w .-]{0,99}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def plain_name(name: str) -> str:
+    """The name itself; ValueError where it could not be written in a path of a URL, or as name@revision."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of at most 100 letters, digits, spaces, '.', '_' and '-'")
+    return name
 
 
 def plain_file_name(name: str) -> str:
@@ -53,6 +61,7 @@ FileName = Annotated[str, AfterValidator(plain_file_name)]
 Storages = Annotated[str, AfterValidator(known_storages)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]  # as tokenizers have them
 ImageShape = tuple[Literal[3], Size, Size]
 LatentShape = tuple[Size, Size, Size]
 
@@ -123,7 +132,7 @@ class SecondTokens(Model):
     """How a graph of two text encoders has its second one read a prompt: another tokenizer, or another padding."""
 
     tokenizer: FileName
-    pad_id: Annotated[int, Field(ge=0)] = 0
+    pad_id: TokenId = 0
 
 
 class TextEncoder(Model):
@@ -132,7 +141,7 @@ class TextEncoder(Model):
     graph: FileName
     tokenizer: FileName
     max_tokens: Size
-    pad_id: Annotated[int, Field(ge=0)] = 0
+    pad_id: TokenId = 0
     second: SecondTokens | None = None
 
     @property
@@ -192,7 +201,7 @@ class Description(Model):
     """
 
     format_version: Literal[1] = FORMAT_VERSION
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, AfterValidator(plain_name)]
     space: Literal["pixel", "latent"]
     conditioning: Literal["text", "class"]
     image_shape: ImageShape
@@ -260,6 +269,13 @@ class Description(Model):
         return self
 
     @model_validator(mode="after")
+    def _roles_differ(self) -> Self:
+        graphs = [*dict.fromkeys(self.step_graphs()), *self._other_graphs()]  # students may share theirs
+        if shared := [name for name in graphs if graphs.count(name) > 1]:
+            raise ValueError(f"{shared[0]} is a graph of two kinds")
+        return self
+
+    @model_validator(mode="after")
     def _programs_fit(self) -> Self:
         if unknown := sorted(self.programs.keys() - set(self.graph_names())):
             raise ValueError(f"programs of no graph: {', '.join(unknown)}")
@@ -303,6 +319,9 @@ class Description(Model):
     def graph_names(self) -> Iterator[str]:
         """Every graph, by file name."""
         yield from self.step_graphs()
+        yield from self._other_graphs()
+
+    def _other_graphs(self) -> Iterator[str]:
         if self.text is not None:
             yield self.text.graph
         yield from (name for name in (self.encode, self.decode) if name is not None)

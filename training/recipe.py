@@ -278,7 +278,7 @@ def _agree(ours: Any, theirs: Any, given: Any) -> bool:
 class Recipe(Section):
     """A whole run: data -> (autoencoder) -> teacher -> stage 1 -> stage 2."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=100)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Of the networks' arithmetic in training. Weights are fp32 in both."

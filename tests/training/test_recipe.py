@@ -43,6 +43,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("learning_rate = 2e-3", "learning_rate = inf", "learning_rate"),
         ("guidance = [0.0, 4.0]", "guidance = [0.0, inf]", "guidance"),
         ("seed = 0", "seed = -1", "seed"),
+        ('name = "digits"', f'name = "{"x" * 101}"', "name: .* at most 100"),
         ("channels = [32, 64]", "channels = []", "channels"),
         ("updates = 1500", "updates = true", "updates"),
         ("size = 8", "size = 8\nbackground = [300, 0, 0]", "background"),
