@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from engines.pipeline import Generate, Pipeline
 from engines.plans import Precision, Profile
 
 PROMPTS = ("a red apple", "a smiling face", "a dog", "the sun")
+_REFERENCES = ("pytorch", "ort", "fake")
 _WARM_RUNS = 2
 _ON_DEVICE = ("trt", "ort-tensorrt", "ort-cuda")
 _BY_TORCH: dict[str, Literal["cpu", "cuda"]] = {"pytorch": "cpu", "pytorch-aot": "cpu", "pytorch-cuda": "cuda"}
@@ -91,25 +93,20 @@ class Bench:
     ) -> None:
         """Open them. Raises EngineError for a backend that does not open the bundle, naming it.
 
-        Images are of ``prompts`` in turn; where there are none, of every class, or of `PROMPTS`. With ``skip`` such a
-        backend is left out, and `left_out` says why; at least one must open.
+        Images are of ``prompts`` in turn; where there are none, of every class, or of `PROMPTS`. With ``skip`` a
+        backend that does not open, or that fails later, is left out, and `left_out` says why; at least one must remain.
         """
         self.bundle, self.batch_sizes, self.options = bundle, tuple(batch_sizes), options
         self.prompts = tuple(prompts) or bundle.manifest.classes or PROMPTS
-        self._closing = ExitStack()
+        self._closing, self._skip = ExitStack(), skip
         self.pipelines: dict[Contender, Pipeline] = {}
         self.left_out: dict[Contender, str] = {}
         try:
             for contender in contenders:
-                try:
+                with self.trying(contender):
                     opened = _opened(bundle.path, contender, self.batch_sizes, options)
                     self.pipelines[contender] = self._closing.enter_context(opened)
-                except EngineError as error:
-                    if not skip:
-                        raise
-                    self.left_out[contender] = str(error)
-            if not self.pipelines:
-                raise EngineError("; ".join(self.left_out.values()))
+            self._check_any()
         except BaseException:
             self.close()
             raise
@@ -118,36 +115,64 @@ class Bench:
         """Close every engine."""
         self._closing.close()
 
+    @property
+    def reference(self) -> Contender:
+        """What errors are against: the first of `_REFERENCES` that is compared, in fp32, else the first contender."""
+        exact = [one for name in _REFERENCES for one in self.pipelines if one == Contender(name)]
+        return exact[0] if exact else next(iter(self.pipelines))
+
+    @contextmanager
+    def trying(self, contender: Contender) -> Iterator[None]:
+        """Name a contender that fails within, in an EngineError; or leave it out from there on, with ``skip``."""
+        try:
+            yield
+        except EngineError as error:
+            if not self._skip:
+                raise EngineError(f"{contender}: {error}") from error
+            self.left_out[contender] = f"{contender}: {error}"
+            self.pipelines.pop(contender, None)
+
+    def _check_any(self) -> None:
+        if not self.pipelines:
+            raise EngineError("; ".join(self.left_out.values()))
+
     def speeds(self, steps: int, rounds: int) -> list[Speed]:
         """Time whole images of the student of so many steps. In every round all contenders have their turn.
 
         Prompts are encoded before, in the warm runs, and kept, as a service keeps those that it has seen. Raises
-        TaskError for a prompt that the bundle does not take.
+        TaskError for a prompt that the bundle does not take, EngineError for a contender that fails.
         """
-        speeds = []
+        speeds = list[Speed]()
         for batch in self.batch_sizes:
             tasks, operations = self._tasks(steps, batch), self._operations(steps, batch)
             seconds: dict[Contender, list[float]] = {contender: [] for contender in self.pipelines}
             for k in range(_WARM_RUNS + rounds):
-                for contender, pipeline in self.pipelines.items():
-                    start = time.perf_counter()
-                    pipeline.run(tasks)
-                    if k >= _WARM_RUNS:
-                        seconds[contender].append(time.perf_counter() - start)
+                for contender, pipeline in list(self.pipelines.items()):
+                    with self.trying(contender):
+                        start = time.perf_counter()
+                        pipeline.run(tasks)
+                        if k >= _WARM_RUNS:
+                            seconds[contender].append(time.perf_counter() - start)
+            self._check_any()
             speeds += [
-                Speed(contender, steps, batch, statistics.median(taken), operations)
-                for contender, taken in seconds.items()
+                Speed(contender, steps, batch, statistics.median(seconds[contender]), operations)
+                for contender in self.pipelines
             ]
-        return speeds
+        return [speed for speed in speeds if speed.contender in self.pipelines]
 
-    def parities(self, steps: int, reference: Contender) -> list[Parity]:
-        """How far every contender is from the reference, on the largest batch."""
+    def parities(self, steps: int) -> list[Parity]:
+        """How far every contender is from the reference, on the largest batch. Raises EngineError as `speeds` does."""
         batch = self.batch_sizes[-1]
         tasks = self._tasks(steps, batch)
         graph = self.bundle.graphs()[self.bundle.student(steps).graph]
         inputs = typical_inputs(graph, batch)
-        given = {contender: _step(graph, contender, self.options, inputs) for contender in self.pipelines}
-        images = {contender: np.stack(pipeline.run(tasks)) for contender, pipeline in self.pipelines.items()}
+        given, images = dict[Contender, Array](), dict[Contender, Array]()
+        for contender, pipeline in list(self.pipelines.items()):
+            with self.trying(contender):
+                given[contender] = _step(graph, contender, self.options, inputs)
+                images[contender] = np.stack(pipeline.run(tasks))
+        self._check_any()
+        reference = self.reference
         parities = []
         for contender in self.pipelines:
             step = np.abs(given[contender] - given[reference])
@@ -175,15 +200,12 @@ class Bench:
 
 
 def _opened(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> Pipeline:
-    """The bundle on a contender, with all built that it compiles. Raises EngineError naming the contender."""
+    """The bundle on a contender, with all built that it compiles. Raises EngineError where one does not work."""
     backend, precision = contender.backend, contender.precision
-    try:
-        with ExitStack() as closing:
-            pipeline = Pipeline.open(bundle, backend, options.threads, batch_sizes, precision, options.plans)
-            closing.enter_context(pipeline).wait_until_built()
-            closing.pop_all()
-    except EngineError as error:
-        raise EngineError(f"{contender}: {error}") from error
+    with ExitStack() as closing:
+        pipeline = Pipeline.open(bundle, backend, options.threads, batch_sizes, precision, options.plans)
+        closing.enter_context(pipeline).wait_until_built()
+        closing.pop_all()
     return pipeline
 
 
@@ -258,9 +280,15 @@ def _products(path: Path, size: int) -> GraphSpec:
 def memory_bytes(
     bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions
 ) -> dict[str, int]:
-    """What a process grows by when it opens and warms up the bundle, at its peak: of the host, and of the device."""
+    """What a process grows by when it opens and warms up the bundle, at its peak: of the host, and of the device.
+
+    Raises EngineError where the contender does not work, or the process is killed.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-        return child.submit(_grown, bundle, contender, tuple(batch_sizes), options).result()
+        try:
+            return child.submit(_grown, bundle, contender, tuple(batch_sizes), options).result()
+        except BrokenProcessPool as error:
+            raise EngineError("the process that measured its memory was killed") from error
 
 
 def _grown(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> dict[str, int]:

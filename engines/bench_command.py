@@ -12,16 +12,14 @@ from typing import Any
 
 import click
 
-from engines.backends import BACKENDS
-from engines.backends.base import EngineError, EngineOptions
+from engines.backends import BACKENDS, KEEP_PLANS
+from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
 from engines.backends.cores import usable_cores
 from engines.bench import PROMPTS, Bench, Contender, Parity, Speed, memory_bytes, peak_operations_per_second
 from engines.build_command import sizes_option
 from engines.bundle import BundleError, find_bundle, load_bundle
 from engines.pipeline import TaskError
 from engines.plans import PRECISIONS
-
-_REFERENCES = ("pytorch", "ort", "fake")
 
 
 def _contenders(context: click.Context, option: click.Parameter, value: str) -> tuple[Contender, ...]:
@@ -56,10 +54,12 @@ def _contenders(context: click.Context, option: click.Parameter, value: str) -> 
 )
 @click.option("--batch-sizes", callback=sizes_option, default="1,4,16", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Runs that medians are taken of.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Of a CPU; 0 (default): every core it may use.")
+@click.option(
+    "--threads", type=click.IntRange(0, MAX_THREADS), default=0, help="Of a CPU; 0 (default): every core it may use."
+)
 @click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure it too, in a process for each.")
-@click.option("--skip", is_flag=True, help="Leave out backends that do not open the bundle, and say why.")
+@click.option("--skip", is_flag=True, help="Leave out backends that do not open the bundle or fail, and say why.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench(
     bundle: str,
@@ -83,20 +83,27 @@ def bench(
     the package onnx, but for backends of PyTorch, whose products are torch's own. Errors are those against the first of
     pytorch, ort and fake that is compared, in fp32, else the first named.
     """
+    if plans is not None and not any(one.backend in KEEP_PLANS for one in contenders):
+        raise click.BadParameter(f"none of these keeps plans; {', '.join(KEEP_PLANS)} do", param_hint="--plans")
     options = EngineOptions(threads or usable_cores(), plans=plans)
     try:
         opened = load_bundle(find_bundle(bundle))
         steps = max(student.steps for student in opened.manifest.students) if steps is None else steps
         opened.student(steps)
         running = Bench(opened, contenders, batch_sizes, options, skip, prompts)
-        contenders = tuple(running.pipelines)
         try:
             speeds = running.speeds(steps, rounds)
-            parities = running.parities(steps, _reference(contenders))
+            parities = running.parities(steps)
+            reference = running.reference
         finally:
             running.close()
-        peaks = {contender: _peak(contender, options) for contender in contenders}
-        taken = {one: memory_bytes(opened.path, one, batch_sizes, options) for one in contenders if memory}
+        compared = tuple(running.pipelines)
+        speeds = [speed for speed in speeds if speed.contender in compared]
+        peaks = {contender: _peak(contender, options) for contender in compared}
+        taken = dict[Contender, dict[str, int]]()
+        for one in compared if memory else ():
+            with running.trying(one):
+                taken[one] = memory_bytes(opened.path, one, batch_sizes, options)
     except TaskError as error:
         raise click.BadParameter(f"{error.message}; name others", param_hint="--prompt") from error
     except (BundleError, EngineError) as error:
@@ -114,11 +121,11 @@ def bench(
         click.echo(json.dumps(document, indent=2, allow_nan=False))
         return
     click.echo(f"{opened.manifest.name} {opened.manifest.revision}, {steps} steps. {_machine(options.threads)}.\n")
-    click.echo("\n".join(_speed_table(speeds, peaks, contenders[0])))
+    click.echo("\n".join(_speed_table(speeds, peaks, compared[0])))
     if opened.manifest.text is not None:
         click.echo("\nPrompts were encoded before: neither seconds nor GFLOP have the text encoder's part.")
     click.echo()
-    click.echo("\n".join(_parity_table(parities, _reference(contenders))))
+    click.echo("\n".join(_parity_table(parities, reference)))
     for why in running.left_out.values():
         click.echo(f"\nLeft out: {why}")
     for one, grown in taken.items():
@@ -132,11 +139,6 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
-
-
-def _reference(contenders: Sequence[Contender]) -> Contender:
-    exact = [one for name in _REFERENCES for one in contenders if one == Contender(name)]
-    return exact[0] if exact else contenders[0]
 
 
 def _peak(contender: Contender, options: EngineOptions) -> float | None:

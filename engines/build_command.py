@@ -12,15 +12,19 @@ from engines.backends.trt_library import Progress
 from engines.bundle import BundleError, find_bundle, load_bundle
 from engines.plans import PRECISIONS, PlanCache, PlanError, Precision, Profile, batch_sizes_up_to
 
+LARGEST_BATCH = 65536
 _SIZES = ",".join(map(str, BATCH_SIZES))
 
 
 def sizes_option(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     """Batch sizes between commas, in order and each once."""
     try:
-        return Profile(tuple(int(part) for part in value.split(","))).batch_sizes
+        sizes = Profile(tuple(int(part) for part in value.split(","))).batch_sizes
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of batch sizes such as {_SIZES}") from None
+    if sizes[-1] > LARGEST_BATCH:
+        raise click.BadParameter(f"a batch of {sizes[-1]} is too large: at most {LARGEST_BATCH}")
+    return sizes
 
 
 @click.command()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from engines.backends import AUTO, BACKENDS, open_engine
-from engines.backends.base import EngineError, EngineOptions
+from engines.backends import AUTO, BACKENDS, KEEP_PLANS, open_engine
+from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, Sampler
@@ -47,7 +47,7 @@ def _image_format(out: Path) -> ImageFormat:
 )
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="0 (default): every core it may use.")
+@click.option("--threads", type=click.IntRange(0, MAX_THREADS), default=0, help="0 (default): every core it may use.")
 def generate(
     bundle: str,
     prompt: str,
@@ -67,6 +67,8 @@ def generate(
     With N above 1, the files are numbered: image-0.png, image-1.png ...
     """
     image_format = _image_format(out)
+    if plans is not None and backend not in (AUTO, *KEEP_PLANS):
+        raise click.BadParameter(f"{backend} keeps no plans; {', '.join(KEEP_PLANS)} do", param_hint="--plans")
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     try:
         with Pipeline.open(find_bundle(bundle), backend, threads, precision=precision, plans=plans) as pipeline:

@@ -21,6 +21,8 @@ BACKENDS: dict[str, str] = {
     "pytorch": "engines.backends.programs:open_program",
     "fake": "engines.backends.fake:FakeEngine",
 }
+KEEP_PLANS = ("trt", "ort-tensorrt", "pytorch-cuda", "pytorch-aot")
+"""Those that compile, and keep what they have compiled."""
 AUTO = "auto"
 BEST_FIRST = ("trt", "pytorch-cuda", "ort-cuda", "ort-tensorrt", "ort", "pytorch-aot", "pytorch")
 """What `auto` tries, in this order: GPUs first. ort-tensorrt multiplies float32 in TF32, which ort-cuda does not."""

@@ -20,6 +20,7 @@ Role = Literal["text", "encode", "decode", "step"]
 
 BATCH = "batch"
 BATCH_SIZES = batch_sizes_up_to(16)
+MAX_THREADS = 1024
 
 
 class EngineError(Exception):
@@ -38,7 +39,7 @@ class DeviceLostError(EngineError):
 class EngineOptions:
     """How engines are opened: threads of a CPU (0 leaves them to the backend), and which plans, kept where.
 
-    Raises EngineError for a negative number of threads.
+    Raises EngineError for a number of threads below 0 or above `MAX_THREADS`.
     """
 
     threads: int = 0
@@ -48,8 +49,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         """Check the threads."""
-        if self.threads < 0:
-            raise EngineError(f"threads must not be negative, got {self.threads}")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise EngineError(f"threads must be 0 to {MAX_THREADS}, got {self.threads}")
 
 
 class TensorSpec(BaseModel):

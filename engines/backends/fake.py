@@ -24,7 +24,12 @@ class FakeEngine(GraphEngine):
     """An Engine that ignores the graph file and computes a made-up function of the inputs, row by row."""
 
     def __init__(self, graph: GraphSpec, options: EngineOptions) -> None:
-        """Take the specs of ``graph``. No option matters: there is too little work to share, and nothing to compile."""
+        """Take the specs of ``graph``. Threads do not matter, as there is too little work to share.
+
+        Raises EngineError for another precision than fp32.
+        """
+        if options.precision != "fp32":
+            raise EngineError(f"the fake backend computes in fp32 only, not in {options.precision}")
         super().__init__(graph)
         self._open = True
 

@@ -76,6 +76,10 @@ def test_auto_tries_every_backend_and_a_cpu_keeps_onnx_runtime(text_bundle: Bund
         open_engines("auto", text_bundle.graphs(), EngineOptions(precision="bf16"))
 
 
+def open_anyhow(graph: GraphSpec, options: EngineOptions) -> Engine:
+    return FakeEngine(graph, EngineOptions())
+
+
 def open_nothing(graph: GraphSpec, options: EngineOptions) -> Engine:
     raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
@@ -144,13 +148,14 @@ def test_a_precision_without_the_package_that_casts_is_passed_over(
     text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BACKENDS, "host", "tests.engines.test_backends:HostEngine")
-    monkeypatch.setattr(backends, "BEST_FIRST", ("host", "fake"))
+    monkeypatch.setitem(BACKENDS, "lower", "tests.engines.test_backends:open_anyhow")
+    monkeypatch.setattr(backends, "BEST_FIRST", ("host", "lower"))
     monkeypatch.setitem(sys.modules, "onnx", None)
     options = EngineOptions(threads=1, precision="fp16")
     with pytest.raises(EngineError, match=r"casting a graph to fp16 needs the package onnx .*pip install onnx"):
         open_engine("host", graph_of(text_bundle, "step"), options)
     opened = open_engines("auto", text_bundle.graphs(), options)
-    assert opened.backend == "fake"
+    assert opened.backend == "lower"
     assert "pip install onnx" in opened.passed_over["host"]
 
 

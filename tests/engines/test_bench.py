@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from engines import bench as benching
 from engines.backends import BACKENDS
 from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.backends.fake import FakeEngine
 from engines.backends.ort import OrtEngine
 from engines.backends.standin import StandIn
 from engines.bench import Bench, Contender, memory_bytes, peak_operations_per_second
@@ -104,7 +106,7 @@ def test_operations_of_an_image_are_those_of_the_runs_that_are_timed(
 
 def test_a_backend_against_itself_is_no_error_and_against_another_one_is(text_bundle: Bundle) -> None:
     running = Bench(text_bundle, [Contender("ort"), Contender("fake")], (1, 2), EngineOptions(1))
-    same, other = running.parities(4, Contender("ort"))
+    same, other = running.parities(4)
     assert (same.step_maximum, same.image_maximum, same.image_psnr_db) == (0, 0, np.inf)
     assert other.step_maximum > 0
     assert other.image_psnr_db < 40
@@ -152,6 +154,9 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
         (("--backend", "ort:fp64"), "'fp64' is not one of fp32"),
         (("--backend", "ort:fp16"), "ort:fp16: ONNX Runtime computes in fp32 on a CPU"),
         (("--batch-sizes", "0"), "not a list of batch sizes"),
+        (("--batch-sizes", "65537"), "a batch of 65537 is too large: at most 65536"),
+        (("--threads", "3000000000"), "not in the range 0<=x<=1024"),
+        (("--backend", "ort,fake", "--plans", "plans"), "none of these keeps plans; trt, "),
         (("--steps", "3"), "no student of 3 steps"),
         (("--prompt", "zebra", "--no-memory"), "Invalid value for --prompt: the text encoder knows none of the words"),
         (("--prompt", "cat " * 9, "--no-memory"), "Invalid value for --prompt"),
@@ -175,11 +180,58 @@ def test_a_backend_that_does_not_open_leaves_none_open(text_bundle: Bundle) -> N
         Bench(text_bundle, contenders[:1], (1,), EngineOptions(1), skip=True)
 
 
+@pytest.mark.parametrize("failing", ["step-4.onnx", "decode.onnx"])
+def test_a_backend_that_fails_while_it_runs_is_named_or_left_out(
+    text_bundle: Bundle, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its second batch size, when there are results of the first."""
+    run = FakeEngine.run
+
+    def fail(engine: FakeEngine, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = run(engine, inputs)
+        if engine._name == failing and len(next(iter(outputs.values()))) == 2:
+            raise EngineError("the device has no memory")
+        return outputs
+
+    monkeypatch.setattr(FakeEngine, "run", fail)
+    contenders = [Contender("fake"), Contender("ort")]
+    running = Bench(text_bundle, contenders, (1, 2), EngineOptions(1))
+    with pytest.raises(EngineError, match=r"^fake: the device has no memory"):
+        running.speeds(4, 1)
+    running.close()
+    running = Bench(text_bundle, contenders, (1, 2), EngineOptions(1), skip=True)
+    assert {(str(speed.contender), speed.batch) for speed in running.speeds(4, 1)} == {("ort", 1), ("ort", 2)}
+    assert [parity.contender for parity in running.parities(4)] == [Contender("ort")]
+    assert running.left_out == {Contender("fake"): "fake: the device has no memory"}
+    running.close()
+
+
+@pytest.mark.parametrize("skip", [(), ("--skip",)])
+def test_a_process_that_is_killed_while_it_is_measured_is_named(
+    text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, skip: tuple[str, ...]
+) -> None:
+    class Killed:
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> Killed:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, *_: Any) -> Any:
+            raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(benching, "ProcessPoolExecutor", Killed)
+    result = call(text_bundle.path, "--backend", "fake", "--batch-sizes", 1, "--rounds", 1, "--threads", 1, *skip)
+    assert result.exit_code == (0 if skip else 1)
+    said = "Left out: " if skip else "Error: "
+    assert f"{said}fake: the process that measured its memory was killed" in result.output
+    assert ("| `fake` | 1 |" in result.output) == bool(skip)
+
+
 def test_what_a_backend_compiles_is_waited_for(text_bundle: Bundle, slow: Contender) -> None:
     running = Bench(text_bundle, [Contender("ort"), slow], (1,), EngineOptions(1))
     running.speeds(1, 1)
     assert {"text.onnx", "step-1.onnx", "decode.onnx"} == set(Built.asked)
-    same, other = running.parities(1, Contender("ort"))
+    same, other = running.parities(1)
     assert same.step_maximum == 0
     assert other.step_maximum > 0
     running.close()

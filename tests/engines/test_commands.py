@@ -65,7 +65,7 @@ def test_generate_waits_for_what_its_backend_compiles(
     def open_slowly(graph: GraphSpec, options: EngineOptions) -> StandIn:
         opened.append(options)
         plain = replace(options, precision="fp32")
-        return StandIn(OrtEngine(graph, plain), lambda: FakeEngine(graph, options), graph.path.name)
+        return StandIn(OrtEngine(graph, plain), lambda: FakeEngine(graph, plain), graph.path.name)
 
     monkeypatch.setattr(backends.fake, "open_slowly", open_slowly, raising=False)
     monkeypatch.setitem(backends.BACKENDS, "trt", "engines.backends.fake:open_slowly")
@@ -121,6 +121,8 @@ def test_generate_without_a_seed_says_which_it_took(text_bundle: Bundle, tmp_pat
         (("--out", "image.gif"), "--out"),
         (("--out", "absent/image.png"), "--out"),
         (("--backend", "abacus"), "--backend"),
+        (("--threads", 3_000_000_000), "--threads"),
+        (("--backend", "ort", "--plans", "plans"), "--plans: ort keeps no plans; trt, ort-tensorrt, pytorch-cuda"),
     ],
 )
 def test_generate_refuses_what_it_cannot_honour(
@@ -131,6 +133,13 @@ def test_generate_refuses_what_it_cannot_honour(
     assert result.exit_code == 2
     assert named in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_generate_refuses_a_precision_that_nothing_computes_in(text_bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--out", tmp_path / "x.png", "--backend", "fake", "--precision", "fp8")
+    result = call(generate, text_bundle.path, "a cat", *options)
+    assert result.exit_code == 1
+    assert "the fake backend computes in fp32 only, not in fp8" in result.output
 
 
 def test_generate_names_prompts_that_do_not_fit(text_bundle: Bundle, tmp_path: Path) -> None:

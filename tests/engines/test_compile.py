@@ -213,6 +213,7 @@ def test_the_command_builds_and_says_where(library: Library, text_bundle: Bundle
     [
         (["--batch-sizes", "1,0"], "is not a list of batch sizes"),
         (["--batch-sizes", "a"], "is not a list of batch sizes"),
+        (["--batch-sizes", "99999999999999999999"], "is too large: at most 65536"),
         (["--precision", "fp4"], "is not one of"),
         (["--backend", "ort"], "is not"),
     ],

@@ -254,9 +254,10 @@ def test_threads_may_share_an_engine(engine: Engine) -> None:
             np.testing.assert_array_equal(array["z_next"], wanted)
 
 
-def test_negative_threads_are_refused(text_bundle: Bundle, backend: str) -> None:
-    with pytest.raises(EngineError, match="threads"):
-        open_engine(backend, graph_of(text_bundle, "step"), EngineOptions(threads=-1))
+@pytest.mark.parametrize("threads", [-1, 3_000_000_000])
+def test_threads_that_make_no_sense_are_refused(threads: int) -> None:
+    with pytest.raises(EngineError, match="threads must be 0 to 1024"):
+        EngineOptions(threads=threads)
 
 
 def test_unknown_backend_names_those_there_are(text_bundle: Bundle) -> None:
