@@ -283,7 +283,10 @@ class Limits(Body):
     max_grow_mask: int
     max_inflight: Annotated[int, Field(description="Requests for images at once, of all clients.")]
     max_inflight_bytes: Annotated[int, Field(description="Of their bodies together.")]
-    max_queue_cost: Annotated[int, Field(description="Images x steps that may wait; newcomers fill half.")]
+    max_queue_cost: Annotated[
+        int,
+        Field(description="Images x steps that may wait; newcomers fill half (priority low: a quarter, high: all)."),
+    ]
     body_timeout_ms: int
     timeout_ms: int
     max_timeout_ms: int

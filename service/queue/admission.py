@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from service.jobs import Priority
+
 MARGIN = 2.0
 """What is let in should be done in its time limit divided by this, at the speed measured so far."""
 
@@ -14,7 +16,10 @@ EXPECTED = 0.5
 """The part of a warm-up's speed that is counted on until there is a measurement: requests are more than their ticks."""
 
 NEWCOMERS = 0.5
-"""The part of the room that newcomers may fill. The rest is for those who come back when they were told to."""
+"""The part of the room that newcomers may fill. The rest is for those who come back when they were told to.
+
+Of the bound on what waits a step of priority doubles the part: a quarter for low, all of it for high.
+"""
 
 PACE = 0.5
 """The part of the measured speed that is promised: so promises are kept also where it falls a little."""
@@ -86,12 +91,15 @@ class Throughput:
 
 
 class Door:
-    """Lets in what will be done in time behind all that was let in, and promises the others a time to come back.
+    """Lets in what will be done in time behind what goes before it, and promises the others a time to come back.
+
+    Before it goes what workers have, and what waits with the same priority or a higher one.
 
     Newcomers may fill a part of the room: of the bound on what waits, and of what can be done within the time limit.
-    One who is refused is given the next time at which its work can be done if all who were refused before come back
-    at theirs. Who does is recognised, and may fill all the room; so a promise is kept while the overload lasts. Where
-    they stay away nothing is lost, as newcomers have their part in any case.
+    One who is refused is given the next time at which its work can be done if all who were refused before, with its
+    priority or a higher one, come back at theirs. Who does is recognised, and may fill all the room; so a promise is
+    kept while the overload lasts, unless more of a higher priority comes meanwhile. Where they stay away nothing is
+    lost, as newcomers have their part in any case.
 
     A request that is refused again before its time is told the rest of it, and gains nothing.
     """
@@ -100,27 +108,42 @@ class Door:
         """Let at most ``max_cost`` row-ticks wait, or one job that is dearer."""
         self._max_cost = max_cost
         self._promises: dict[str, float] = {}
-        self._next_promise = -math.inf
-        self.waiting = 0
+        self._next_promise = dict.fromkeys(Priority, -math.inf)
+        self._waiting = dict.fromkeys(Priority, 0)
         self.outstanding = 0
         self.throughput = Throughput()
 
-    def knock(self, identity: str, cost: int, left_s: float, now: float) -> float | None:
+    def knock(
+        self, identity: str, cost: int, left_s: float, now: float, priority: Priority = Priority.NORMAL
+    ) -> float | None:
         """None lets ``cost`` in, with ``left_s`` to its deadline; else it should come back after so many whole seconds.
 
         ``identity`` recognises what comes again, "" does not.
         """
+        wait_s = self.ask(identity, cost, left_s, now, priority)
+        if wait_s is None:
+            self._promises.pop(identity, None)
+            self._let_in(cost, now, priority)
+        return wait_s
+
+    def ask(
+        self, identity: str, cost: int, left_s: float, now: float, priority: Priority = Priority.NORMAL
+    ) -> float | None:
+        """What `knock` would say now. It lets nothing in; a time that it tells is promised as there."""
         self._forget_old(now)
         due = self._promises.get(identity)
         in_turn = due is not None and due <= now
-        missing_s = self._missing_s(cost, left_s, 1.0 if in_turn else NEWCOMERS)
+        missing_s = self._missing_s(cost, left_s, 1.0 if in_turn else NEWCOMERS, priority)
         if missing_s <= 0:
-            self._promises.pop(identity, None)
-            self._let_in(cost, now)
             return None
         if due is not None and not in_turn:
             return math.ceil(due - now)
-        return self._promise(identity, cost, now, now + max(SHORTEST_S, missing_s))
+        return self._promise(identity, cost, now, now + max(SHORTEST_S, missing_s), priority)
+
+    @property
+    def waiting(self) -> int:
+        """Row-ticks that wait, of every priority."""
+        return sum(self._waiting.values())
 
     @property
     def backlog_s(self) -> float:
@@ -128,13 +151,13 @@ class Door:
         speed = self.throughput.per_second
         return self.outstanding / speed if speed > 0 else 0.0
 
-    def took(self, cost: int) -> None:
+    def took(self, cost: int, priority: Priority = Priority.NORMAL) -> None:
         """``cost`` that waited was given to a worker."""
-        self.waiting -= cost
+        self._waiting[priority] -= cost
 
-    def withdrew(self, cost: int) -> None:
+    def withdrew(self, cost: int, priority: Priority = Priority.NORMAL) -> None:
         """``cost`` that waited is not wanted any more."""
-        self.waiting -= cost
+        self._waiting[priority] -= cost
         self._ended(cost)
 
     def settled(self, cost: int, finished: bool, now: float) -> None:
@@ -143,12 +166,12 @@ class Door:
             self.throughput.finished(cost, self.outstanding, now)
         self._ended(cost)
 
-    def _let_in(self, cost: int, now: float) -> None:
+    def _let_in(self, cost: int, now: float, priority: Priority) -> None:
         if self.outstanding == 0:
             # Nobody came for a while: what was promised for later hinders nobody.
-            self._next_promise = now
+            self._next_promise = dict.fromkeys(Priority, now)
             self.throughput.begin(now)
-        self.waiting += cost
+        self._waiting[priority] += cost
         self.outstanding += cost
 
     def _ended(self, cost: int) -> None:
@@ -156,29 +179,33 @@ class Door:
         if self.outstanding == 0:
             self.throughput.end()
 
-    def _missing_s(self, cost: int, left_s: float, share: float) -> float:
+    def _missing_s(self, cost: int, left_s: float, share: float, priority: Priority) -> float:
         """Seconds until there is room if nobody else comes, not above 0 where there is now.
 
-        Where there is nothing to do there is room for everything: an estimate that is wrong locks nobody out.
+        Where nothing goes before it there is time for everything: an estimate that is wrong locks nobody out.
         """
-        if self.outstanding == 0:
-            return 0.0
-        over = self.waiting + cost - share * self._max_cost if self.waiting > 0 else 0.0
+        bound = min(1.0, share * 2.0**priority) * self._max_cost
+        over = self.waiting + cost - bound if self.waiting > 0 else 0.0
         speed = self.throughput.per_second
         if speed == 0:
             return SHORTEST_S if over > 0 else 0.0
-        return max(over / speed, (self.outstanding + cost) / speed - share * left_s / MARGIN)
+        before = self.outstanding - sum(self._waiting[other] for other in Priority if other < priority)
+        late_s = (before + cost) / speed - share * left_s / MARGIN if before > 0 else 0.0
+        return max(over / speed, late_s)
 
-    def _promise(self, identity: str, cost: int, now: float, earliest: float) -> float:
+    def _promise(self, identity: str, cost: int, now: float, earliest: float, priority: Priority) -> float:
         """The whole seconds to the time that is promised."""
-        at = max(self._next_promise, earliest)
+        at = max(self._next_promise[priority], earliest)
         wait_s = math.ceil(at - now)
         self._promises.pop(identity, None)
         if not identity or wait_s > FARTHEST_S or len(self._promises) >= MOST_PROMISES:
             return min(wait_s, FARTHEST_S)
         self._promises[identity] = now + wait_s
         if (speed := self.throughput.per_second) > 0:
-            self._next_promise = at + cost / (PACE * speed)
+            behind = at + cost / (PACE * speed)
+            for other in Priority:
+                if other <= priority:
+                    self._next_promise[other] = max(self._next_promise[other], behind)
         return wait_s
 
     def _forget_old(self, now: float) -> None:

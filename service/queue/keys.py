@@ -42,7 +42,7 @@ def jobs(model: str, priority: Priority) -> str:
 
 
 def load(model: str) -> str:
-    """Hash: the cost that waits in a model's streams, and all that is outstanding."""
+    """Hash: the cost that waits in each of a model's streams, all that is outstanding, and what was promised last."""
     return f"{PREFIX}load:{model}"
 
 

@@ -59,7 +59,7 @@ class MemoryQueue:
             if job.id in self._outcomes or job.id in self._shelf:
                 raise ValueError(f"job {job.id} was submitted before")
             now = self._clock()
-            wait_s = self._doors[job.model].knock(job.identity, job.cost, job.deadline - now, now)
+            wait_s = self._doors[job.model].knock(job.identity, job.cost, job.deadline - now, now, job.priority)
             if wait_s is not None:
                 raise QueueFull(wait_s)
             self._waiting[job.id] = job
@@ -92,7 +92,7 @@ class MemoryQueue:
             if not goes_on:
                 return None
             if (job := self._waiting.pop(job_id, None)) is not None:
-                self._doors[job.model].withdrew(job.cost)
+                self._doors[job.model].withdrew(job.cost, job.priority)
                 return "queued"
             self._cancelled.add(job_id)
             return "running"
@@ -106,7 +106,7 @@ class MemoryQueue:
             for job in taken:
                 self._taken[job.id] = self._waiting.pop(job.id)
                 self._shelf.taken(job.id)
-                self._doors[job.model].took(job.cost)
+                self._doors[job.model].took(job.cost, job.priority)
             return taken
 
     def expect(self, model: str, per_second: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import math
@@ -14,7 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.pipeline import Generate
+from service.jobs import Finished, Job, Output, Priority, Timings
 from service.queue.admission import EXPECTED, FARTHEST_S, MOST_PROMISES, PACE, Door, Throughput
+from service.queue.base import QueueFull
+from service.queue.memory import MemoryQueue
 
 SPEED = 100.0
 LIMIT_S = 10.0
@@ -201,3 +206,34 @@ def test_a_stall_is_no_new_speed() -> None:
     throughput.begin(0.0)
     throughput.finished(SPEED, SPEED, 300.0)
     assert throughput.per_second >= 0.3 * SPEED
+
+
+def test_all_that_low_priority_asks_for_locks_nobody_out_and_nobody_is_late() -> None:
+    """Jobs of 40 row-ticks that may take ten minutes, as many as are let in; beside them requests at half the speed."""
+    now, late, refused, served, numbers, rng = 0.0, 0, 0, 0, itertools.count(), Random(1)
+    queue = MemoryQueue(100_000, lambda: now)
+    queue.expect("model", SPEED / EXPECTED)
+
+    def let_in(images: int, limit_s: float, priority: Priority) -> bool:
+        tasks = (Generate("", 4, 0.0, 0),) * images
+        job = Job(f"{next(numbers)}", "", tasks, Output("png"), now, now + limit_s, "model", priority=priority)
+        try:
+            asyncio.run(queue.submit(job))
+        except QueueFull:
+            return False
+        return True
+
+    arrival = 0.0
+    while now < 150.0:
+        while arrival <= now:
+            refused += not let_in(1, LIMIT_S, Priority.NORMAL)
+            arrival += rng.expovariate(0.5 * SPEED / 4)
+        while let_in(10, 600.0, Priority.LOW):
+            pass
+        [job] = queue.take({"model": 1}, 0.0)
+        now += job.cost / SPEED
+        late += now > job.deadline
+        served += job.priority is Priority.NORMAL
+        queue.settle(job.id, Finished((), Timings(0, 0, 0, 0), ()))
+    assert (late, refused) == (0, 0)
+    assert served > 0.45 * 150.0 * SPEED / 4

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from service.queue.base import JobQueue, QueueFull
-from tests.service.queues import FINISHED, MAX_COST, MODEL, job, taken
+from service.jobs import Priority
+from service.queue.base import JobQueue, QueueFull, QueueStats
+from tests.service.queues import FINISHED, MAX_COST, MODEL, ROOM, job, taken
 
 pytestmark = pytest.mark.anyio
 
@@ -55,6 +56,45 @@ async def test_a_job_that_would_come_too_late_behind_the_others_is_refused(queue
     for name in ("4", "5", "6", "7", "in time"):
         queue.settle(name, FINISHED)
     await queue.submit(job("nobody before it", left_s=0.5))
+
+
+async def test_what_waits_with_less_priority_is_not_before_a_job(queue: JobQueue) -> None:
+    await queue.submit(job("first"))
+    assert taken(queue, 1) == ["first"]
+    queue.expect(MODEL, 2.0)  # Half of that is counted on: a row-tick a second.
+    for name in ("a", "b"):
+        await queue.submit(job(name, left_s=600.0, priority=Priority.LOW))
+    with pytest.raises(QueueFull):
+        await queue.submit(job("as low", left_s=50.0, priority=Priority.LOW))
+    await queue.submit(job("normal", left_s=50.0))
+    with pytest.raises(QueueFull):  # What runs is before it, and the one of its own priority.
+        await queue.submit(job("another", left_s=40.0))
+    await queue.submit(job("high", left_s=40.0, priority=Priority.HIGH))
+
+
+async def test_of_the_bound_newcomers_fill_a_quarter_half_or_all_by_priority(queue: JobQueue) -> None:
+    for priority, part in ((Priority.LOW, 4), (Priority.NORMAL, 2), (Priority.HIGH, 1)):
+        while queue.stats().cost < ROOM // part:
+            await queue.submit(job(f"{priority} {queue.stats().cost}", priority=priority))
+        with pytest.raises(QueueFull):
+            await queue.submit(job(f"{priority}", priority=priority))
+    for name in taken(queue, 99):
+        queue.settle(name, FINISHED)
+    assert queue.stats() == QueueStats(0, 0, 0.0)
+
+
+async def test_refused_high_priority_is_not_told_to_wait_for_those_below(queue: JobQueue) -> None:
+    queue.expect(MODEL, 2.0)
+    await queue.submit(job("low", images=3, left_s=600.0, priority=Priority.LOW))
+    assert taken(queue) == ["low"]
+    low, high = [], []
+    for k in range(5):
+        for priority, told in ((Priority.LOW, low), (Priority.HIGH, high)):
+            with pytest.raises(QueueFull) as caught:
+                await queue.submit(job(f"{priority} {k}", priority=priority, left_s=8.0, identity=f"{priority} {k}"))
+            told.append(caught.value.retry_after_s)
+    assert high[-1] - high[0] == pytest.approx(4 * 8, abs=2)  # 4 row-ticks each, at half the speed
+    assert low[-1] >= high[-2]  # Behind the high ones.
 
 
 async def test_a_queue_goes_by_what_it_expects_until_that_is_measured(queue: JobQueue) -> None:

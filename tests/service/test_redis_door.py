@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from engines.pipeline import Generate
-from service.jobs import Job, Output
+from service.jobs import Job, Output, Priority
 from service.queue.base import JobQueue, QueueFull
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
@@ -29,7 +29,9 @@ def some_jobs(seed: int, model: str) -> list[Job]:
     for k in range(60):
         tasks = tuple(Generate("a cat", 4, 0.0, seed) for seed in range(rng.randint(1, 4)))
         identity = rng.choice(["", *(f"client {n}" for n in range(20))])
-        jobs.append(Job(f"{model}-{k}", "", tasks, Output("png"), 0.0, 0.0, model, identity=identity))
+        priority = rng.choice(list(Priority))
+        output = Output("png")
+        jobs.append(Job(f"{model}-{k}", "", tasks, output, 0.0, 0.0, model, priority=priority, identity=identity))
     return jobs
 
 

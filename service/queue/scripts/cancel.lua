@@ -13,7 +13,7 @@ end
 if state == 'queued' then
   local load = PREFIX .. 'load:' .. model
   remove(stream_of(model, priority), load, entry)
-  redis.call('HINCRBY', load, 'cost', -cost)
+  redis.call('HINCRBY', load, waiting_of(priority), -cost)
   forget(id)
 elseif state == 'running' then
   redis.call('HSET', record, 'state', 'cancelled') -- Its worker sees that, and settles.

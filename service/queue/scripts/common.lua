@@ -36,6 +36,22 @@ local function speed_at(key)
   return tonumber(finished or 0), tonumber(seconds or 0)
 end
 
+-- Where a load has the cost that waits with a priority.
+local function waiting_of(priority)
+  return 'waiting:' .. priority
+end
+
+-- The cost that waits in a load with a priority of at least so much.
+local function waiting_from(load, lowest)
+  local waiting = 0
+  for _, priority in ipairs(PRIORITIES) do
+    if priority >= tonumber(lowest) then
+      waiting = waiting + (redis.call('HGET', load, waiting_of(priority)) or 0)
+    end
+  end
+  return waiting
+end
+
 -- The consumer group of a stream of jobs; nil where nobody asked for the model lately.
 local function group_of(jobs)
   if redis.call('EXISTS', jobs) == 0 then

@@ -16,7 +16,7 @@ for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
     end
   end
   if known then
-    cost = cost + (redis.call('HGET', PREFIX .. 'load:' .. model, 'cost') or 0)
+    cost = cost + waiting_from(PREFIX .. 'load:' .. model, PRIORITIES[1])
   else
     redis.call('SREM', KEYS[1], model)
   end

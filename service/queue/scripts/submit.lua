@@ -45,22 +45,28 @@ if fresh then
 end
 
 local now = now_ms()
-local waiting, outstanding, next_promise =
-  unpack(redis.call('HMGET', load, 'cost', 'outstanding', 'next_promise'))
-waiting, outstanding = tonumber(waiting or 0), tonumber(outstanding or 0)
+
+-- Where the load has the time from which on those of a priority are promised one.
+local function next_promise_of(other)
+  return 'next_promise:' .. other
+end
+
+local outstanding, next_promise = unpack(redis.call('HMGET', load, 'outstanding', next_promise_of(priority)))
+outstanding = tonumber(outstanding or 0)
+local waiting = waiting_from(load, PRIORITIES[1])
+-- What goes before this one: all that workers have, and what waits with its priority or a higher one.
+local before = outstanding - waiting + waiting_from(load, priority)
 local finished, seconds = speed_at(PREFIX .. 'speed:' .. model)
 local ms_per_cost = finished > 0 and 1000 * seconds / finished -- false while nothing is known
 
 -- Milliseconds until there is room if nobody else comes, not above 0 where there is now.
 local function missing_ms(share)
-  if outstanding <= 0 then
-    return 0
-  end
-  local over = waiting > 0 and waiting + cost - share * bound or 0
+  local over = waiting > 0 and waiting + cost - math.min(1, share * 2 ^ priority) * bound or 0
   if not ms_per_cost then
     return over > 0 and tonumber(shortest) or 0
   end
-  return math.max(over * ms_per_cost, (outstanding + cost) * ms_per_cost - share * left / margin)
+  local late = before > 0 and (before + cost) * ms_per_cost - share * left / margin or 0
+  return math.max(over * ms_per_cost, late)
 end
 
 -- The whole seconds to the time that is promised.
@@ -75,7 +81,13 @@ local function promise(earliest)
   redis.call('ZADD', promises, now + wait_s * 1000, identity)
   redis.call('PEXPIRE', promises, farthest + promise_kept)
   if ms_per_cost then
-    redis.call('HSET', load, 'next_promise', at + cost * ms_per_cost / pace)
+    local behind = at + cost * ms_per_cost / pace
+    for _, other in ipairs(PRIORITIES) do
+      if other <= tonumber(priority) then
+        local later = tonumber(redis.call('HGET', load, next_promise_of(other)) or 0)
+        redis.call('HSET', load, next_promise_of(other), math.max(later, behind))
+      end
+    end
   end
   return wait_s
 end
@@ -99,9 +111,12 @@ local entry = redis.call('XADD', stream_of(model, priority), '*', 'id', id, 'cos
 redis.call('ZREM', promises, identity)
 if outstanding <= 0 then
   -- Nobody came for a while: what was promised for later hinders nobody.
-  redis.call('HSET', load, 'next_promise', now, 'since', now)
+  redis.call('HSET', load, 'since', now)
+  for _, other in ipairs(PRIORITIES) do
+    redis.call('HSET', load, next_promise_of(other), now)
+  end
 end
-redis.call('HINCRBY', load, 'cost', cost)
+redis.call('HINCRBY', load, waiting_of(priority), cost)
 redis.call('HINCRBY', load, 'outstanding', cost)
 redis.call('HSET', record, 'state', 'queued', 'model', model, 'priority', priority, 'message', message, 'entry', entry,
   'cost', cost, 'replies', replies)

@@ -71,6 +71,10 @@ local function model_of(stream)
   return tonumber(ARGV[3 + streams + stream])
 end
 
+local function priority_of(stream)
+  return KEYS[stream]:match(':jobs:(-?%d+):')
+end
+
 local function goes_before(head, other)
   if head.at_risk ~= other.at_risk then
     return head.at_risk
@@ -114,7 +118,7 @@ while true do
     end
   else
     redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', KEYS[stream], '>')
-    redis.call('HINCRBY', KEYS[streams + stream], 'cost', -head.cost)
+    redis.call('HINCRBY', KEYS[streams + stream], waiting_of(priority_of(stream)), -head.cost)
     local job = job_of(stream, head.entry, 'queued', 1)
     if job then
       given[#given + 1] = job
