@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from engines.tasks import Floats, Mask, Pixels
@@ -87,8 +86,9 @@ def decode_mask(data: bytes, mode: MaskMode, size: tuple[int, int], limits: Imag
                 raise ImageError("mask_without_alpha", "mask mode 'alpha' needs a mask with an alpha channel")
             alpha = np.asarray(_in_bytes(image).convert("RGBA"))[..., 3]
             return np.asarray(alpha == 0)
-        pixels = _flatten(image, _BLACK if mode == "white" else _WHITE)
-        grey = np.asarray(Image.fromarray(pixels).convert("L"))
+        if image.mode != "L" or image.has_transparency_data:
+            image = Image.fromarray(_flatten(image, _BLACK if mode == "white" else _WHITE)).convert("L")
+        grey = np.asarray(image)
         return grey >= 128 if mode == "white" else grey < 128
 
 
@@ -109,11 +109,7 @@ def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 def _touched(mask: Mask, size: int) -> Mask:
     """The rows of a mask as ``size`` rows, each the union of those that it overlaps."""
     rows, out = len(mask), np.arange(size)
-    return union_of_rows(mask, out * rows // size, -((out + 1) * rows // -size))
-
-
-def union_of_rows(mask: Mask, first: NDArray[np.int64], last: NDArray[np.int64]) -> Mask:
-    """A mask whose row i is the union of the rows of ``mask`` (H, W) from ``first[i]`` up to, not with, ``last[i]``."""
+    first, last = out * rows // size, -((out + 1) * rows // -size)
     above = np.zeros((1, mask.shape[1]), np.int32)
     marked = np.concatenate([above, mask.cumsum(0, dtype=np.int32)])
     union: Mask = marked[last] > marked[first]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFilter
 
-from engines.images import union_of_rows
 from engines.tasks import Blend, Mask, Pixels
 
 MAX_BLUR_PX = 256
@@ -23,8 +22,14 @@ def grown(mask: Mask, pixels: int) -> Mask:
 
 
 def _spread(mask: Mask, pixels: int) -> Mask:
-    rows = np.arange(len(mask))
-    return union_of_rows(mask, np.maximum(rows - pixels, 0), np.minimum(rows + pixels + 1, len(mask)))
+    """Each row the union of those within ``pixels`` of it, in as many steps as their number has bits."""
+    union: Mask = np.pad(mask, ((pixels, pixels), (0, 0)))
+    joined_rows, wanted = 1, 2 * pixels + 1
+    while joined_rows < wanted:
+        step = min(joined_rows, wanted - joined_rows)
+        union = union[:-step] | union[step:]
+        joined_rows += step
+    return union
 
 
 def blurred(mask: Mask, radius: float) -> Blend:

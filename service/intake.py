@@ -5,6 +5,9 @@ from __future__ import annotations
 import secrets
 import uuid
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from engines.images import ImageFormat, ImageLimits
 from engines.manifest import SAMPLERS, Manifest
@@ -23,7 +26,7 @@ _REUSED_TO_ENCODE = ("steps", "guidance_scale")
 _SOURCES = {"prompt": "source_prompt", "class": "source_class"}
 
 
-def make_job(
+def draft_job(
     request: GenerateRequest,
     output_format: ImageFormat,
     pipeline: Pipeline,
@@ -32,7 +35,10 @@ def make_job(
     request_id: str,
     began: float,
 ) -> Job:
-    """The job for a request that arrived at ``began``. Raises ApiError; decodes images last, as that is dear."""
+    """The job for a request that arrived at ``began``, all but its images, in the place of which it has blank ones.
+
+    Raises ApiError.
+    """
     request = _with_settings(request, pipeline.manifest, settings)
     _check_options(request, output_format, pipeline.manifest, settings)
     tasks = _tasks(request, pipeline, settings)
@@ -46,6 +52,20 @@ def make_job(
         model=pipeline.manifest.model,
         priority=Priority[request.priority.upper()],
     )
+
+
+def with_images(draft: Job, request: ImageRequest, manifest: Manifest, settings: Settings) -> Job:
+    """The draft with the images of its request, which are decoded here. Raises ApiError."""
+    _, height, width = manifest.image_shape
+    size = width, height
+    limits = _limits(settings)
+    image, image_size = read_image(request.image, size, limits)
+    found: dict[str, Any] = {"image": image}
+    if isinstance(request, InpaintRequest):
+        edge = MaskEdge(request.grow_mask, request.mask_blur)
+        repaint, blend = read_mask(request.mask, request.mask_mode, edge, image_size, size, limits)
+        found |= {"repaint": repaint, "blend": blend}
+    return replace(draft, tasks=tuple(replace(task, **found) for task in draft.tasks))
 
 
 def deadline_of(request: GenerateRequest, settings: Settings, began: float) -> float:
@@ -121,7 +141,7 @@ def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> 
         pipeline.validate(first)
         if _encodes(request):
             check_encoder(first.steps, manifest)
-        task = _with_images(first, request, manifest, settings)
+        task = _on_a_blank(first, request, manifest, settings)
         if task is not first:
             pipeline.validate(task)
     except TaskError as error:
@@ -183,19 +203,15 @@ def _limits(settings: Settings) -> ImageLimits:
     return ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
 
 
-def _with_images(first: Generate, request: GenerateRequest, manifest: Manifest, settings: Settings) -> Task:
+def _on_a_blank(first: Generate, request: GenerateRequest, manifest: Manifest, settings: Settings) -> Task:
+    """The task, on an image and a mask that stand for those of the request: all but these can be checked."""
     if not isinstance(request, ImageRequest):
         return first
     _, height, width = manifest.image_shape
-    size = width, height
-    limits = _limits(settings)
-    image, image_size = read_image(request.image, size, limits)
-    shared = (first.condition, first.steps, first.guidance, first.seed, image)
+    shared = (first.condition, first.steps, first.guidance, first.seed, np.zeros((height, width, 3), np.uint8))
     if isinstance(request, InpaintRequest):
-        edge = MaskEdge(request.grow_mask, request.mask_blur)
-        repaint, blend = read_mask(request.mask, request.mask_mode, edge, image_size, size, limits)
         strength = 1.0 if request.strength is None else request.strength
-        return Inpaint(*shared, repaint, strength, blend, sampler=first.sampler)
+        return Inpaint(*shared, np.ones((height, width), np.bool_), strength, sampler=first.sampler)
     if isinstance(request, EditRequest) and request.method == "encode":
         given = {"source_prompt": request.source_prompt, "source_class": request.source_class}
         _, source = _condition(given, manifest, settings)

@@ -57,13 +57,14 @@ def read_mask(
     """True where the image is to be repainted, at ``size``; the mask must come at ``image_size``. And its blend.
 
     Without blur there is no blend, and a pixel is True where any part of it is marked, so what stays is wholly the
-    client's. A blurred mask is True where its blend is not 0.
+    client's. A blurred mask is True where its blend is not 0. One that is True nowhere is refused.
     """
     data = _file_bytes(value, "mask", limits)
     drawn = _decoded(lambda: decode_mask(data, mode, image_size, limits), "mask")
     repaint, blend = _with_edge(drawn, edge, size)
-    if drawn.any() and not repaint.any():
-        raise ApiError(422, "empty_mask", "shrunk or blurred as asked, the mask marks no pixel", param="mask")
+    if not repaint.any():
+        how = "shrunk or blurred as asked, the mask marks no pixel" if drawn.any() else "the mask marks no pixel"
+        raise ApiError(422, "empty_mask", how, param="mask")
     return repaint, blend
 
 

@@ -277,8 +277,19 @@ class Service:
         """
         await self._screen(job)
         job = replace(job, submitted=self.clock(), trace=self._tracing.current())
-        try:
+        with self._refusals():
             return await self._queue.submit(job, keep)
+
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+        """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""
+        with self._refusals():
+            await self._queue.ask(job, keep)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What the queue raises at its door, as ApiError."""
+        try:
+            yield
         except KeyConflict as error:
             raise idempotency_conflict(error) from error
         except QueueFull as error:

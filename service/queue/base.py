@@ -115,8 +115,8 @@ class JobQueue(Protocol):
     The API side (coroutines) submits, waits and cancels; the worker side (blocking calls from threads of its
     own) takes and settles. Taking may hand out a job again after its worker died, so settling is idempotent.
 
-    While the queue is away, ``submit``, ``status``, ``cancel`` and ``stats`` raise QueueUnavailable and ``outcome``
-    goes on waiting. The worker side never fails then: there is nothing to take, and outcomes are handed over later.
+    While the queue is away, ``submit``, ``ask``, ``status``, ``cancel`` and ``stats`` raise QueueUnavailable and
+    ``outcome`` goes on waiting. The worker side never fails then: there is nothing to take, and outcomes are handed over later.
     """
 
     @property
@@ -134,6 +134,13 @@ class JobQueue(Protocol):
         Without ``keep`` the submitter waits for its ``outcome``; with it anybody asks for its ``status``. Returns the
         id of the job: that of an older one where its key names one. Raises KeyConflict where that asks for another
         thing.
+        """
+        ...
+
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+        """Raise what `submit` would raise now, and let nothing in. Of the tasks only their number and cost count.
+
+        Who is refused here need not be refused again by `submit`: the same time is promised.
         """
         ...
 

@@ -62,6 +62,10 @@ class RedisQueue:
         """See JobQueue.submit."""
         return await self._submissions.submit(job, keep)
 
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+        """See JobQueue.ask."""
+        await self._submissions.ask(job, keep)
+
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""
         return await self._submissions.outcome(job_id)

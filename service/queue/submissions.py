@@ -88,6 +88,14 @@ class Submissions:
             self._note_away(error)
             raise QueueUnavailable from error
 
+    async def ask(self, job: Job, keep: Keep | None) -> None:
+        """See JobQueue.ask."""
+        try:
+            await self._at_the_door(job, keep, b"", asks=True)
+        except AWAY as error:
+            self._note_away(error)
+            raise QueueUnavailable from error
+
     async def _submit_and_wait(self, job: Job) -> None:
         """Have the job accepted, and its outcome from then on waited for."""
         if job.id in self._waiting:
@@ -152,13 +160,26 @@ class Submissions:
     async def _submit(self, job: Job, keep: Keep | None = None) -> str:
         """Have the job accepted. Returns its id, or that of the job which has its key."""
         packed = pack_job(job)
+        if not packed.images:
+            return await self._at_the_door(job, keep, packed.message)
+        client = await self._redis.client()
+        left = milliseconds(job.deadline - time.monotonic())
+        await client.set(keys.images(job.id), packed.images, px=max(0, left) + milliseconds(GRACE_S))
+        try:
+            accepted = await self._at_the_door(job, keep, packed.message)
+        except (QueueFull, KeyConflict):
+            await client.unlink(keys.images(job.id))
+            raise
+        if accepted != job.id:
+            await client.unlink(keys.images(job.id))
+        return accepted
+
+    async def _at_the_door(self, job: Job, keep: Keep | None, message: bytes, *, asks: bool = False) -> str:
+        """What the script `submit` says. Returns as `_submit`; who ``asks`` is not let in."""
         # Clocks of hosts differ, and a monotonic one means nothing elsewhere: only durations leave this process.
         now = time.monotonic()
         left = milliseconds(job.deadline - now)
         ttl = max(0, left) + milliseconds(GRACE_S)
-        if packed.images:
-            client = await self._redis.client()
-            await client.set(keys.images(job.id), packed.images, px=ttl)
         model = job.model
         names = [keys.load(model), keys.promises(model), keys.record(job.id), keys.MODELS]
         costs = [job.cost, len(job.tasks)]
@@ -170,21 +191,19 @@ class Submissions:
         arguments: Arguments = [
             job.id,
             model,
-            packed.message,
+            message,
             *costs,
             *times,
             self._replies,
             job.identity,
             int(job.priority),
+            int(asks),
             *self._door,
             *kept,
         ]
         code, *answer = await self._redis.run("submit", names, arguments)
         if code == _ACCEPTED:
             return job.id
-        if packed.images:
-            client = await self._redis.client()
-            await client.unlink(keys.images(job.id))
         if code == _SAME:
             holder: bytes = answer[0]
             return holder.decode()

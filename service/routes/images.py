@@ -15,7 +15,7 @@ from service.answers import Ticket, job_document, render_images
 from service.bodies import check_fields, read_fields
 from service.errors import ApiError
 from service.idempotency import digest_of, identity_of, key_of
-from service.intake import deadline_of, make_job
+from service.intake import deadline_of, draft_job, with_images
 from service.jobs import Finished, Job
 from service.negotiation import choose
 from service.queue.base import Keep, Status
@@ -98,16 +98,21 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
     deadline = deadline_of(body, service.settings, began)
     gone = partial(_disconnected, request)
     async with service.leased(body.model, deadline, gone) as pipeline:
-        make = partial(_job, request, body, rendering.format, pipeline)
-        job = await service.decoded(make, deadline, gone) if isinstance(body, ImageRequest) else make()
+        draft = partial(_draft, request, body, rendering.format, pipeline)
+        job = await service.parsed(draft, deadline) if isinstance(body, ImageRequest) else draft()
         ticket = Ticket.of(job, pipeline.manifest)
-        if not body.asynchronous and key is None:
+        keep = None
+        if body.asynchronous or key is not None:
+            digest = partial(digest_of, request.url.path, body, rendering.format)
+            said = "" if key is None else await service.parsed(digest, deadline)
+            keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, said)
+        if isinstance(body, ImageRequest):
+            await service.ask(job, keep)  # Before the images are decoded, as that is dear.
+            decode = partial(with_images, job, body, pipeline.manifest, service.settings)
+            job = await service.decoded(decode, deadline, gone)
+        if keep is None:
             finished = await service.complete(job, gone)
             return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
-    digest = ""
-    if key is not None:
-        digest = await service.parsed(partial(digest_of, request.url.path, body, rendering.format), deadline)
-    keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, digest)
     job_id = await service.accept(job, keep)
     if body.asynchronous:
         return await _accepted(request, job, job_id, keep)
@@ -116,10 +121,10 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
     return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
 
 
-def _job(request: Request, body: GenerateRequest, output_format: ImageFormat, pipeline: Pipeline) -> Job:
+def _draft(request: Request, body: GenerateRequest, output_format: ImageFormat, pipeline: Pipeline) -> Job:
     state = request.state
     settings: Settings = request.app.state.service.settings
-    job = make_job(body, output_format, pipeline, settings, request_id=state.request_id, began=state.began)
+    job = draft_job(body, output_format, pipeline, settings, request_id=state.request_id, began=state.began)
     return replace(job, identity=identity_of(request, body, output_format))
 
 

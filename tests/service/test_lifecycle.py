@@ -155,6 +155,8 @@ async def test_a_full_queue_is_a_429_that_says_when_to_come_back(
         assert (found["type"], found["retryable"]) == ("overloaded_error", True)
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert app.metric("fewstep_rejected_total", reason="queue_full") == 1
+        # The queue is asked before an image is decoded.
+        error(await app.post("/edit", prompt="a cat", image=b64(b"no image")), 429, "queue_full")
         gate.opened.set()
         assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {200}
         assert (await app.post("/generate", prompt="a cat")).status_code == 200

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
 from service.jobs import Priority
-from service.queue.base import JobQueue, QueueFull, QueueStats
+from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueStats
 from tests.service.queues import FINISHED, MAX_COST, MODEL, ROOM, job, taken
 
 pytestmark = pytest.mark.anyio
@@ -23,6 +24,35 @@ async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(queue: Jo
     assert queue.stats().cost == MAX_COST
     taken(queue, 1)
     await queue.submit(job("one more"))
+
+
+async def test_who_only_asks_is_told_the_same_and_takes_no_room(queue: JobQueue) -> None:
+    for _ in range(20):
+        await queue.ask(job("one"))
+    assert (queue.stats(), taken(queue)) == (QueueStats(0, 0, 0.0), [])
+    for k in range(8):
+        await queue.submit(job(f"{k}", age_s=0.5))
+    asked = job("one more", identity="client")
+    for knock in (queue.ask, queue.submit, queue.ask):
+        with pytest.raises(QueueFull) as caught:
+            await knock(asked)
+        assert caught.value.retry_after_s == 1
+    await asyncio.sleep(1.05)
+    await queue.ask(asked)
+    await queue.submit(asked)
+    with pytest.raises(QueueFull):
+        await queue.ask(job("once more", identity="client"))
+
+
+async def test_who_asks_with_a_key_is_not_refused_what_is_there(queue: JobQueue) -> None:
+    keep = Keep(60.0, "", "a key", "a digest")
+    await queue.submit(job("0"), keep)
+    for k in range(1, 8):
+        await queue.submit(job(f"{k}"))
+    await queue.ask(job("again"), keep)
+    assert await queue.submit(job("again"), keep) == "0"
+    with pytest.raises(KeyConflict):
+        await queue.ask(job("another"), replace(keep, digest="another digest"))
 
 
 async def test_a_job_dearer_than_the_bound_runs_when_nothing_else_waits(queue: JobQueue) -> None:

@@ -1,15 +1,15 @@
 -- Accepts a job, or says when it should come back because there is no room, or not in time.
 -- KEYS: load, promises, record of the job, models, and the claim where the job has a key
 -- ARGV: id, model, message, cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
--- the request, priority; then of the door: bound on cost, margin, newcomers' part, pace, shortest and farthest wait in ms, ms that
--- a promise is kept, the most promises; then where its outcome is kept: ms to keep that, note, digest, ms after
--- its deadline at which a job has failed though nobody says so
--- Returns {1}; or {0, whole seconds until it should come back}; or {2, the job that has the key}; or {3} where that one
--- has another digest.
+-- the request, priority, 1 for who asks and is not let in; then of the door: bound on cost, margin, newcomers' part,
+-- pace, shortest and farthest wait in ms, ms that a promise is kept, the most promises; then where its outcome is kept:
+-- ms to keep that, note, digest, ms after its deadline at which a job has failed though nobody says so
+-- Returns {1} to who is let in, or would be; or {0, whole seconds until it should come back}; or {2, the job that has
+-- the key}; or {3} where that one has another digest.
 local load, promises, record, models, claim = unpack(KEYS)
-local id, model, message, cost, rows, age, left, keep, replies, identity, priority = unpack(ARGV)
-local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 12, 19)
-local kept, note, digest, late = unpack(ARGV, 20)
+local id, model, message, cost, rows, age, left, keep, replies, identity, priority, asks = unpack(ARGV)
+local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 13, 20)
+local kept, note, digest, late = unpack(ARGV, 21)
 
 -- Whether a job has not failed. One that is late has: no worker does its work, nor says that it will not.
 local function goes_on_or_done(job)
@@ -35,6 +35,9 @@ for k, each in ipairs(PRIORITIES) do
   streams[k] = stream_of(model, each)
 end
 local fresh = redis.call('EXISTS', unpack(streams)) == 0
+if fresh and asks == '1' then
+  return {1}
+end
 for _, stream in ipairs(streams) do
   if redis.call('EXISTS', stream) == 0 then
     redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
@@ -106,6 +109,9 @@ if missing > 0 then
   return {0, promise(now + math.max(shortest, missing))}
 end
 
+if asks == '1' then
+  return {1}
+end
 local entry = redis.call('XADD', stream_of(model, priority), '*', 'id', id, 'cost', cost, 'rows', rows,
   'submitted', now - age, 'deadline', now + left)
 redis.call('ZREM', promises, identity)
