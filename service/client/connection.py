@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import httpx
@@ -14,6 +15,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_POLL_S = 0.5
 
+# What a header can carry: in a message of httpx the key would be quoted.
+_KEY = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 # So that an address where nobody answers leaves time for another try.
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -32,6 +35,8 @@ class Connection:
             raise ValueError("url must begin with http:// or https://")
         if not self.timeout_s > 0:
             raise ValueError("timeout_s must be more than 0")
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            raise ValueError("api_key must be ASCII, without white space at its ends: strip the line of a file")
 
     def tries(self) -> Tries:
         """The tries of one call, which begins now."""

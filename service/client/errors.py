@@ -81,6 +81,9 @@ def as_client_errors() -> Iterator[None]:
         raise Unreachable("the connection was not made in time") from error
     except httpx.TimeoutException as error:
         raise TimeLimitPassed("the time limit passed before the answer came") from error
+    except httpx.LocalProtocolError:
+        # Its text quotes what is wrong, which may be a secret.
+        raise ClientError("the request is not one that HTTP can carry") from None
     except httpx.TransportError as error:
         raise Unreachable(str(error) or "the connection broke") from error
     except httpx.DecodingError as error:

@@ -116,7 +116,8 @@ class JobQueue(Protocol):
     own) takes and settles. Taking may hand out a job again after its worker died, so settling is idempotent.
 
     While the queue is away, ``submit``, ``ask``, ``status``, ``cancel`` and ``stats`` raise QueueUnavailable and
-    ``outcome`` goes on waiting. The worker side never fails then: there is nothing to take, and outcomes are handed over later.
+    ``outcome`` goes on waiting. The worker side never fails then: there is nothing to take, and outcomes are handed
+    over later.
     """
 
     @property

@@ -12,6 +12,7 @@ from email.utils import format_datetime
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from service.client import (
     Unreachable,
 )
 from service.client.bounded import within
+from service.client.errors import as_client_errors
 from service.client.tries import Tries
 from service.schemas import ModelList
 from tests.service.scripted import (
@@ -197,6 +199,20 @@ def test_the_key_is_sent_and_not_shown(ask: Ask) -> None:
         assert "authorization" not in server.requests[1].lower()
     with Client(api_key="very-secret") as client:
         assert "very-secret" not in repr(vars(client))
+
+
+@pytest.mark.parametrize("key", ["very-secret\n", " very-secret", "very-secr\u00e9t", "very\nsecret", ""])
+def test_a_key_that_no_header_carries_is_refused_unquoted(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key") as caught:
+        Client(api_key=key)
+    assert "secr" not in str(caught.value)
+
+
+def test_a_request_that_http_cannot_carry_is_not_tried_again_nor_quoted() -> None:
+    with pytest.raises(ClientError) as caught, as_client_errors():
+        raise httpx.LocalProtocolError("Illegal header value b'very-secret'")
+    assert not caught.value.retryable
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("options", [{"url": "127.0.0.1:8000"}, {"timeout_s": 0}, {"timeout_s": float("nan")}])
