@@ -37,7 +37,8 @@ class Access:
         """Serve one request."""
         if scope["type"] == "http" and not self._is_open(scope["path"]):
             try:
-                scope.setdefault("state", {})["api_key"] = await self._admitted(Headers(scope=scope))
+                key = scope.setdefault("state", {})["api_key"] = self._known(Headers(scope=scope))
+                await self._check_rate(key)
             except ApiError as refusal:
                 await refusal.response()(scope, receive, send)
                 return
@@ -46,20 +47,23 @@ class Access:
     def _is_open(self, path: str) -> bool:
         return path in self._open or path == _PAGE or path.startswith(_PAGE_FILES)
 
-    async def _admitted(self, headers: Headers) -> ApiKey:
-        """The key of a request that may go on. Raises ApiError."""
+    def _known(self, headers: Headers) -> ApiKey:
+        """The key of a request. Raises ApiError 401."""
         offered = _offered(headers)
         key = self._keys.find(offered)
         if key is None:
             self._metrics.rejected.labels("unauthorized").inc()
             message = "this API key is not known" if offered else "an API key is needed"
             raise ApiError(401, "unauthorized", message, headers=_CHALLENGE)
+        return key
+
+    async def _check_rate(self, key: ApiKey) -> None:
+        """Raise ApiError 429 where the key asked too often."""
         wait_s = await self._rates.wait_s(key)
         if wait_s > 0:
             self._metrics.rejected.labels("rate_limited").inc()
             message = f"this key may make {key.per_minute:g} requests a minute"
             raise ApiError(429, "rate_limited", message, retry_after_s=wait_s)
-        return key
 
 
 async def require_admin(request: Request) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from engines.provenance import package_version
 from service import errors
@@ -99,17 +100,21 @@ def create_app(
         app.add_middleware(Preflights)
     app.add_middleware(Foreign, origins=settings.cors_origins, local=local, metrics=metrics)
     tracing.watch(app)
-    app.add_middleware(RequestContext, metrics=metrics)
+    routers = _routers(settings)
+    routes = [*app.routes, *(route for router, _ in routers for route in router.routes)]
+    app.add_middleware(RequestContext, metrics=metrics, routes=routes)
     if settings.cors_origins:
         app.add_middleware(Readable, origins=settings.cors_origins)
-    by_keys = guarded(settings.api_keys_file is not None)
-    if settings.role != "worker":
-        app.include_router(images.router, **by_keys)
-        app.include_router(jobs.router, **by_keys)
-        app.include_router(models.router, **by_keys)
-        app.include_router(openai.router, **by_keys)
-        app.include_router(status.about, **by_keys)
-        app.include_router(page_router())
-    app.include_router(status.router)
-    app.include_router(status.scraped, **({} if settings.open_metrics else by_keys))
+    for router, options in routers:
+        app.include_router(router, **options)
     return app
+
+
+def _routers(settings: Settings) -> list[tuple[APIRouter, dict[str, Any]]]:
+    """What this service answers, with what including each takes."""
+    by_keys = guarded(settings.api_keys_file is not None)
+    status_routers = [(status.router, {}), (status.scraped, {} if settings.open_metrics else by_keys)]
+    if settings.role == "worker":
+        return status_routers
+    keyed = (images.router, jobs.router, models.router, openai.router, status.about)
+    return [*((router, by_keys) for router in keyed), (page_router(), {}), *status_routers]

@@ -36,7 +36,7 @@ class Metrics:
         self.redeliveries = self._counter("redeliveries", "Jobs taken again after their worker died")
         self.dead_letters = self._counter("dead_letter", "Jobs given up after too many tries, or unreadable")
         self.request_seconds = self._histogram(
-            "request_duration_seconds", "From a request's first byte to its answer, unless that is 202", "endpoint"
+            "request_duration_seconds", "From a request's first byte to what it asked for, a fault or a 504", "endpoint"
         )
         self.queue_seconds = self._histogram("queue_wait_seconds", "From acceptance of a job to its start")
         self.queue_ratio = Histogram(

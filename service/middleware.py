@@ -10,9 +10,12 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
+from operator import itemgetter
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError, internal_error, shutting_down
@@ -28,6 +31,8 @@ _BUSY_RETRY_S = 1.0
 _CLIENT_CLOSED = 499
 _ACCEPTED = 202
 _OUTCOMES = {_ACCEPTED: "accepted", _CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504: "timeout"}
+# Others made nothing and tried nothing: their few milliseconds would hide how long images take.
+_TIMED = frozenset({"ok", "timeout", "error"})
 _QUIET = frozenset({"livez", "readyz", "metrics"})
 
 
@@ -43,9 +48,10 @@ _SECURITY_HEADERS = {
 class RequestContext:
     """Gives each request an id and a start time, and reports how it ended in one log line and in metrics."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
         self.app = app
         self.metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -87,10 +93,9 @@ class RequestContext:
             request_id_var.reset(token)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        endpoint = getattr(route, "name", None) or "unmatched"
-        self.metrics.requests.labels(endpoint, _outcome(status)).inc()
-        if status != _ACCEPTED:  # Nothing was made yet: its few milliseconds would hide how long images take.
+        endpoint, outcome = self._endpoint(scope), _outcome(status)
+        self.metrics.requests.labels(endpoint, outcome).inc()
+        if outcome in _TIMED:
             self.metrics.request_seconds.labels(endpoint).observe(seconds)
         level = logging.DEBUG if endpoint in _QUIET else logging.INFO
         fields = {
@@ -102,6 +107,15 @@ class RequestContext:
         if (key := scope["state"].get("api_key")) is not None:
             fields["key"] = key.name
         logger.log(level, "request", extra=fields)
+
+    def _endpoint(self, scope: Scope) -> str:
+        """The name of the request's route, also where it was refused before it came to that."""
+        route = scope.get("route")
+        if route is None:
+            likeness, route = max(((each.matches(scope)[0].value, each) for each in self._routes), key=itemgetter(0))
+            if likeness == Match.NONE.value:
+                return "unmatched"
+        return getattr(route, "name", None) or "unmatched"
 
 
 class BodyLimit:

@@ -35,7 +35,8 @@ async def test_a_request_leaves_its_marks(app: Running) -> None:
     assert app.metric("fewstep_queue_wait_seconds_count") == 2
     for stage in ("encode", "denoise", "decode"):
         assert app.metric("fewstep_stage_duration_seconds_count", stage=stage) == 2
-    assert app.metric("fewstep_request_duration_seconds_count", endpoint="generate") == 2
+    # A refusal takes no time, and says nothing of how long images take.
+    assert app.metric("fewstep_request_duration_seconds_count", endpoint="generate") == 1
     assert app.metric("fewstep_inflight_requests") == 0
     assert app.metric("fewstep_worker_up") == 1
     manifest = app.pipeline.manifest
