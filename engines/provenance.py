@@ -50,7 +50,9 @@ class ImageSettings(BaseModel):
     task: Literal["generate", "edit", "inpaint"] | None = None
     strength: Annotated[float | None, Field(allow_inf_nan=False)] = None
     sampler: Sampler | None = None
+    method: Literal["encode"] | None = None
     prompt: str | None = None
+    source_prompt: str | None = None
 
 
 def describe_image(task: Task, manifest: Manifest, metadata: Metadata = "settings") -> dict[str, str]:

@@ -100,7 +100,7 @@ def _check_options(
 
 def _check_method(request: EditRequest) -> None:
     """Refuse the options that the other method of an edit has."""
-    if request.method == "sdedit":
+    if not _encodes(request):
         for param in _SOURCES.values():
             if getattr(request, param) is not None:
                 raise _unsupported(param, "only the method encode asks what the image shows")
@@ -192,10 +192,15 @@ def _with_settings(request: GenerateRequest, manifest: Manifest, settings: Setti
     if not isinstance(request, ImageRequest) or not request.reuse:
         return request
     found = read_settings(request.image, _limits(settings))
+    by_text = manifest.conditioning == "text"
+    if isinstance(request, EditRequest) and request.method is None:
+        request = request.model_copy(update={"method": found.method})
     reused = _REUSED_TO_ENCODE if _encodes(request) else _REUSED
     taken = {name: getattr(found, name) for name in reused if getattr(request, name) is None}
     if request.prompt is None and request.class_name is None:
-        taken["prompt" if manifest.conditioning == "text" else "class_name"] = found.prompt
+        taken["prompt" if by_text else "class_name"] = found.prompt
+    if isinstance(request, EditRequest) and _encodes(request) and not (request.source_prompt or request.source_class):
+        taken["source_prompt" if by_text else "source_class"] = found.source_prompt
     return request.model_copy(update=taken)
 
 

@@ -138,7 +138,7 @@ class ImagesEditBody(ImagesGenerateBody):
     mask_mode: Annotated[MaskMode, Field(description="As in /inpaint, but alpha when absent.")] = "alpha"
     grow_mask: Annotated[int, Field(ge=-MAX_GROW_PX, le=MAX_GROW_PX, description="As in /inpaint.")] = 0
     mask_blur: Annotated[Finite, Field(ge=0, le=MAX_BLUR_PX, description="As in /inpaint.")] = 0.0
-    method: Annotated[EditMethod, Field(description="As in /edit.")] = "sdedit"
+    method: Annotated[EditMethod | None, Field(description="As in /edit.")] = None
     source_prompt: Annotated[str | None, Field(description="As in /edit.")] = None
     source_class: Annotated[str | None, Field(description="As in /edit.")] = None
 

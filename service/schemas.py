@@ -111,9 +111,9 @@ class ImageRequest(GenerateRequest):
     reuse: Annotated[
         bool,
         Field(
-            description="Take steps, guidance_scale, sampler, seed, strength, and the prompt or class, where they are "
-            "absent, from what the image's file says of how it was made (see metadata; the prompt is in files of "
-            "`full` only). Refused where it says nothing."
+            description="Take steps, guidance_scale, sampler, seed, strength, an edit's method, and the prompt or "
+            "class, where they are absent, from what the image's file says of how it was made (see metadata; prompts "
+            "are in files of `full` only). Refused where it says nothing."
         ),
     ] = False
 
@@ -126,9 +126,12 @@ class EditRequest(ImageRequest):
     """
 
     method: Annotated[
-        EditMethod,
-        Field(description="encode is for style transfer, in the numbers of steps that /capabilities has for it."),
-    ] = "sdedit"
+        EditMethod | None,
+        Field(
+            description="sdedit when absent; encode is for style transfer, in the numbers of steps that /capabilities "
+            "has for it."
+        ),
+    ] = None
     source_prompt: Annotated[
         str | None, Field(description="For encode: what the image shows.", examples=["a red apple"])
     ] = None

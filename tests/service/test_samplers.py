@@ -112,6 +112,24 @@ async def test_the_file_says_how_it_was_made_and_it_is_made_so_again(styled: Run
     assert encoded.status_code == 200, encoded.text
 
 
+async def test_what_was_made_by_encoding_is_made_so_again(styled: Running) -> None:
+    fields = {"prompt": "a cat", "method": "encode", "source_prompt": "the sun", "guidance_scale": 4.0}
+    said = {}
+    for metadata in ("full", "settings"):
+        made = await styled.post("/edit", image=b64(png(IMAGE)), metadata=metadata, **fields)
+        said[metadata] = made.json()["images"][0]["b64_json"]
+    for path in ("/edit", "/v1/images/edits"):
+        reused = await styled.post(path, image=said["full"], reuse=True)
+        named = await styled.post(path, image=said["full"], steps=2, **fields)
+        assert reused.status_code == 200
+        images = [next(iter(answer.json().get("images") or answer.json()["data"])) for answer in (reused, named)]
+        assert images[0]["b64_json"] == images[1]["b64_json"]
+    lacking = await styled.post("/edit", image=said["settings"], prompt="a cat", reuse=True)
+    error(lacking, 422, "missing_field", "source_prompt")
+    noised = await styled.post("/edit", image=said["settings"], prompt="a cat", reuse=True, method="sdedit")
+    assert noised.status_code == 200
+
+
 async def test_an_encoded_edit_says_so_in_its_file(styled: Running) -> None:
     answer = await styled.client.post(
         "/edit",
