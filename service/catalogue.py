@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from engines.bundle import MANIFEST_NAME, BundleError, Manifest, find_bundle, re
 from engines.manifest import WEIGHT_BITS
 from service.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 _FP32_BITS = 32
 
 
@@ -20,7 +23,16 @@ class UnknownModel(Exception):
 
 
 class ModelError(Exception):
-    """A bundle cannot be loaded: it is damaged, does not open, or is larger than the bound on memory."""
+    """A bundle cannot be loaded: it is damaged, does not open, or is larger than the bound on memory.
+
+    ``told`` is for clients: the message itself may name folders of this host. ``passing``: it may load later as it is.
+    """
+
+    def __init__(self, message: str, told: str | None = None, *, passing: bool = False) -> None:
+        """Without ``told``, clients are told the message."""
+        super().__init__(message)
+        self.told = message if told is None else told
+        self.passing = passing
 
 
 class LoadsEnded(ModelError):
@@ -60,6 +72,12 @@ class Entry:
     def answers_to(self, name: str) -> bool:
         """Whether ``name`` is its name, or its name@revision."""
         return name in (self.manifest.name, self.key)
+
+
+def unreadable(error: BundleError) -> ModelError:
+    """A bundle of the catalogue cannot be read now; the log says why."""
+    logger.warning("a bundle cannot be read", extra={"detail": str(error)})
+    return ModelError(str(error), "the bundle cannot be read; the log says why", passing=True)
 
 
 class Catalogue:

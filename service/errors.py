@@ -15,7 +15,7 @@ from starlette.routing import Match
 
 from engines.images import ImageError
 from engines.pipeline import TaskError
-from service.catalogue import LoadsEnded
+from service.catalogue import LoadsEnded, ModelError
 from service.jobs import Failed
 from service.logs import request_id_var
 
@@ -45,6 +45,7 @@ _METHODS = ("GET", "HEAD", "POST", "DELETE")
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
+_LOAD_RETRY_S = 60.0
 _BUSY_RETRY_S = 1.0
 
 
@@ -142,11 +143,14 @@ def model_not_found(error: Exception) -> ApiError:
     return ApiError(404, "model_not_found", str(error), param="model")
 
 
-def model_unavailable(error: Exception) -> ApiError:
+def model_unavailable(error: ModelError) -> ApiError:
     """The answer where a bundle that is there cannot be loaded, or is not because the service ends."""
     if isinstance(error, LoadsEnded):
         return shutting_down()
-    return ApiError(503, "model_unavailable", str(error), param="model", retryable=False, retry_after_s=60.0)
+    retry_after_s = _LOAD_RETRY_S if error.passing else None
+    return ApiError(
+        503, "model_unavailable", error.told, param="model", retryable=error.passing, retry_after_s=retry_after_s
+    )
 
 
 def from_task_error(error: TaskError, param: str) -> ApiError:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engines.bundle import BundleError, load_bundle
 from engines.pipeline import Pipeline
-from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError
+from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError, unreadable
 from service.loaded import Loaded, ModelState, pending
 from service.logs import describe
 from service.memory import trim
@@ -138,7 +138,7 @@ class Models:
         try:
             return self._begin(self.catalogue.find(name))
         except BundleError as error:
-            raise ModelError(str(error)) from error
+            raise unreadable(error) from error
 
     def unload(self, name: str) -> Future[None]:
         """Close the pipelines of that name when those who hold them are done; the future is then done.

@@ -34,19 +34,24 @@ class Refused:
         if refusal is None:
             return
         if self._clock() < refusal.until and entry.fingerprint() == refusal.fingerprint:
-            raise ModelError(str(refusal.error)) from refusal.error.__cause__
+            told, passing = refusal.error.told, refusal.error.passing
+            raise ModelError(str(refusal.error), told, passing=passing) from refusal.error.__cause__
         self._refusals.pop(entry.key, None)
 
     def note(self, entry: Entry, fingerprint: Hashable, error: Exception) -> ModelError:
         """Learn that it did not load with the files that gave ``fingerprint``. Returns what those who wait are told."""
         refused = error if isinstance(error, ModelError) else _unloadable(entry, error)
-        lasting = isinstance(error, BundleError | ModelError)
-        until = math.inf if lasting else self._clock() + _TRY_AGAIN_S
+        until = self._clock() + _TRY_AGAIN_S if refused.passing else math.inf
         self._refusals[entry.key] = _Refusal(fingerprint, until, refused)
         return refused
 
 
 def _unloadable(entry: Entry, error: Exception) -> ModelError:
-    failed = ModelError(f"{entry.manifest.name} cannot be loaded: {error}")
+    name = entry.manifest.name
+    if isinstance(error, BundleError):
+        told = f"{name} cannot be loaded: {error}".replace(f"{entry.path}/", "").replace(str(entry.path), name)
+    else:
+        told = f"{name} cannot be loaded now; the log says why"
+    failed = ModelError(f"{name} cannot be loaded: {error}", told, passing=not isinstance(error, BundleError))
     failed.__cause__ = error
     return failed

@@ -21,7 +21,7 @@ from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
 from engines.provenance import package_version
-from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
+from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel, unreadable
 from service.errors import (
     ApiError,
     deadline_exceeded,
@@ -213,7 +213,7 @@ class Service:
         except UnknownModel as error:
             raise model_not_found(error) from error
         except BundleError as error:
-            raise model_unavailable(error) from error
+            raise model_unavailable(unreadable(error)) from error
 
     async def in_time(self, future: asyncio.Future[None], deadline: float) -> None:
         """Wait for a load or an unload, until the deadline. Raises ApiError."""
@@ -229,7 +229,7 @@ class Service:
         except UnknownModel as error:
             raise model_not_found(error) from error
         except BundleError as error:
-            raise model_unavailable(error) from error
+            raise model_unavailable(unreadable(error)) from error
 
     def require_loaded(self) -> None:
         """Raise ApiError 503 until the default bundle has been loaded once."""

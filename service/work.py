@@ -65,7 +65,7 @@ class Parked:
             message = f"{self.job.model} was replaced or removed before the images were made"
             return Failed("engine", message, retryable=True)
         except ModelError as error:
-            return Failed("engine", str(error), retryable=True)
+            return Failed("engine", error.told, retryable=True)
         return None
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 
 from engines.bundle import BundleError
 from service.access import require_admin
+from service.catalogue import unreadable
 from service.errors import ApiError, model_unavailable
 from service.routes.examples import MODEL, MODELS, UNLOADED
 from service.routes.openapi import error, success
@@ -74,7 +75,7 @@ def _listed(service: Service) -> ModelList:
     try:
         states = service.models.states()
     except BundleError as problem:
-        raise model_unavailable(problem) from problem
+        raise model_unavailable(unreadable(problem)) from problem
     found = [
         Model(
             name=state.name,

@@ -14,6 +14,7 @@ from engines.bundle import BundleError
 from engines.manifest import Manifest
 from service.answers import Ticket, server_timing, timings_ms
 from service.bodies import FILE_FIELDS, check_fields, read_fields
+from service.catalogue import unreadable
 from service.errors import ApiError, model_unavailable
 from service.jobs import Finished
 from service.openai import (
@@ -109,7 +110,7 @@ def _manifests(service: Service) -> dict[str, Manifest]:
     try:
         entries, _ = service.models.catalogue.read()
     except BundleError as problem:
-        raise model_unavailable(problem) from problem
+        raise model_unavailable(unreadable(problem)) from problem
     return {entry.manifest.name: entry.manifest for entry in entries}
 
 

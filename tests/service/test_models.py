@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.backends.base import EngineError
 from engines.bundle import MANIFEST_NAME
 from engines.pipeline import Generate, Pipeline
-from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel
+from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError, UnknownModel
+from service.errors import model_unavailable
 from service.models import Models
 from service.opening import open_pipeline
+from service.refused import Refused
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service.helpers import SIZE, Gate, Running, error, pipeline_of, running, until
@@ -131,7 +134,10 @@ async def test_bundles_are_listed_while_the_default_is_away(
         assert {model["name"] for model in listed.json()["models"]} == {"amber", "blue", "coral"}
         await generate(app, "amber")
         for name in (None, "tiny"):
-            error(await app.post("/generate", prompt="a cat", model=name), 503, "model_unavailable", "model")
+            away = await app.post("/generate", prompt="a cat", model=name)
+            assert error(away, 503, "model_unavailable", "model")["retryable"]
+            assert away.headers["retry-after"] == "60"
+            assert str(tmp_path) not in away.text
         (tmp_path / "away").rename(tmp_path / "mine")
         await generate(app, None)
 
@@ -143,8 +149,12 @@ async def test_a_model_that_does_not_load_is_said_and_harms_no_other(
         graph.seek(40)
         graph.write(b"\x00\x01")
     async with running(several) as app:
-        found = error(await app.post("/generate", prompt="a cat", model="amber"), 503, "model_unavailable", "model")
-        assert "step-4.onnx" in found["message"]
+        for _ in range(2):
+            damaged = await app.post("/generate", prompt="a cat", model="amber")
+            found = error(damaged, 503, "model_unavailable", "model")
+            assert "step-4.onnx" in found["message"]
+            assert "retry-after" not in damaged.headers
+            assert (found["retryable"], str(folder) in found["message"]) == (False, False)
         await generate(app, None)
         small = several.model_copy(update={"max_model_bytes": 10})
     async with running(small, wait=False) as app:
@@ -314,6 +324,7 @@ from pathlib import Path
 from service.catalogue import Catalogue
 from service.models import Models
 from service.opening import open_pipeline
+from service.refused import Refused
 from service.settings import Settings
 
 def megabytes():
@@ -381,3 +392,20 @@ async def test_what_needs_a_load_while_the_service_ends_may_be_tried_again(app: 
     app.service.models.unload("tiny").result(60)
     app.service.models.cancel_loads()
     error(await app.post("/generate", prompt="a cat"), 503, "shutting_down")
+
+
+def test_what_may_pass_may_be_asked_for_again_and_no_folder_is_told(several: Settings) -> None:
+    entry = Catalogue.of(several).find("amber")
+    for cause in (MemoryError(f"{entry.path}"), EngineError(f"{entry.path}: no memory")):
+        refused = Refused()
+        for failed in (refused.note(entry, entry.fingerprint(), cause), _refusal(refused, entry)):
+            answer = model_unavailable(failed)
+            assert (answer.retryable, answer.headers) == (True, {"Retry-After": "60"})
+            assert str(entry.path) not in answer.message
+            assert str(entry.path) in str(failed)
+
+
+def _refusal(refused: Refused, entry: Entry) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        refused.check(entry)
+    return caught.value
