@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -89,8 +89,9 @@ class Leases:
         self._begin(rooms)
         while True:
             taken: list[Job] = []
-            nothing_seen: dict[str, bytes] = {}
-            seen = self._reach(partial(self._take, rooms, taken), nothing_seen)
+            seen: dict[str, bytes] = {}
+            if not self._has_one_alone():
+                seen = self._reach(partial(self._take, rooms, taken), seen)
             left_s = until - time.monotonic()
             if taken or left_s <= 0:
                 return taken
@@ -100,7 +101,7 @@ class Leases:
         """See JobQueue.expect."""
         with self._changed:
             self._expected[model] = per_second
-        self._reach(self._remind, None)
+        self._remind()
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
         """See JobQueue.cancelled. Among them are jobs that another worker has settled meanwhile."""
@@ -156,8 +157,8 @@ class Leases:
             return
         self._beating.join()
         self._away_until = None
-        self._reach(self._send, None)
-        self._reach(self._sweep, None)
+        self._send()
+        self._sweep()
 
     def _begin(self, models: Collection[str]) -> None:
         with self._changed:
@@ -165,20 +166,22 @@ class Leases:
             if self._beating.ident is None:
                 self._beating.start()
 
+    def _has_one_alone(self) -> bool:
+        """Whether a job is held that was handed out again: nothing comes beside it."""
+        with self._changed:
+            return any(lease.tries > 1 for lease in self._held.values())
+
     def _take(self, rooms: Mapping[str, int], taken: list[Job]) -> dict[str, bytes]:
         """Append what there is to ``taken``. Returns the last entry given of each stream, none where to pause."""
         with self._changed:
-            alone = any(lease.tries > 1 for lease in self._held.values())
             holding = bool(self._held)
-        if alone:
-            return {}
         models = sorted(rooms)
         lines = list(product(models, Priority))
         streams = [keys.jobs(model, priority) for model, priority in lines]
         loads, speeds = ([name(model) for model, _ in lines] for name in (keys.load, keys.speed))
         head_starts = [milliseconds(HEAD_START_S * priority) for _, priority in lines]
         # After an outage everybody seems silent; those that live get the time to say so.
-        patient = time.monotonic() < self._reclaims_from
+        patient = self._away_until is not None or time.monotonic() < self._reclaims_from
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         numbers = [models.index(model) + 1 for model, _ in lines]
         room = [rooms[model] for model in models]
@@ -254,7 +257,7 @@ class Leases:
                 duties.append(self._remind)
             for duty in duties:
                 try:
-                    self._reach(duty, None)
+                    duty()
                 except Exception as error:  # whatever it is: without beats others take what this process works on
                     logger.error("a beat failed", extra=describe(error))
             if self._closing.wait(beat_s):
@@ -264,14 +267,14 @@ class Leases:
         with self._changed:
             unsent = list(self._unsent.values())
         for lease, outcome in unsent:
-            self._settle(lease, outcome)
+            self._reach(partial(self._settle, lease, outcome), None)
 
     def _renew(self) -> None:
         with self._changed:
             held = list(self._held.values())
         for stream in {lease.stream for lease in held}:
             entries = [lease.entry for lease in held if lease.stream == stream]
-            self._redis.run("renew", [stream], [self._consumer, *entries])
+            self._command("renew", [stream], [self._consumer, *entries])
 
     def _remind(self) -> None:
         """Say what is expected of every model: a Redis that lost its data knows nothing of it."""
@@ -283,16 +286,23 @@ class Leases:
                 str(EXPECTATION_S),
                 milliseconds(SPEED_TTL_S),
             ]
-            self._redis.run("expect", [keys.speed(model)], arguments)
+            self._command("expect", [keys.speed(model)], arguments)
 
     def _sweep(self) -> None:
         with self._changed:
             models = list(self._models)
         for model, priority in product(models, Priority):
-            self._redis.run("sweep", [keys.jobs(model, priority)], [self._consumer, milliseconds(_FORGOTTEN_AFTER_S)])
+            self._command("sweep", [keys.jobs(model, priority)], [self._consumer, milliseconds(_FORGOTTEN_AFTER_S)])
+
+    def _command(self, name: str, names: Sequence[str], arguments: Arguments) -> None:
+        """Run a script of which no answer is needed, where Redis can be reached."""
+        self._reach(partial(self._redis.run, name, names, arguments), None)
 
     def _reach(self, call: Callable[[], Result], otherwise: Result) -> Result:
-        """What the call gives; ``otherwise`` where Redis is away, which is then left alone for a moment."""
+        """What the call gives; ``otherwise`` where Redis is away, which is then left alone for a moment.
+
+        The call must ask Redis something: where it succeeds, Redis is back.
+        """
         away_until = self._away_until  # Once, as several threads come here.
         if away_until is not None and time.monotonic() < away_until:
             return otherwise

@@ -35,8 +35,7 @@ class RedisQueue:
     The tests run it on one server, by its port and by its socket, with a password and with TLS, behind a sentinel
     through a failover, on a cluster of three nodes with a password, whose slots move, and by IPv6 addresses; a sentinel
     and its server, and a cluster of one node, with TLS. That TLS is a proxy's, as the tests' Redis has none built in.
-    Clusters with replicas and Redis' own TLS are **not** verified, and sentinels that ask for a password are not
-    supported.
+    Clusters with replicas and Redis' own TLS are **not** verified.
 
     All keys lie in one slot: a cluster keeps the whole queue on one of its nodes.
     """

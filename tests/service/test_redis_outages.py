@@ -97,6 +97,17 @@ async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> 
         assert taken(queue) == []
 
 
+async def test_who_has_nothing_to_say_does_not_take_the_server_for_back(
+    anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with opened("redis://127.0.0.1:1/0", reclaim_after_s=0.5) as queue:
+        assert taken(queue) == []
+        await asyncio.sleep(1.0)  # Beats that have nothing to renew.
+        assert caplog.messages.count("the queue is away") == 1
+    assert "the queue is back" not in caplog.messages
+
+
 async def test_a_node_of_a_cluster_is_away(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
     with redis_cluster(redis_path, tmp_path) as cluster:
         owner = cluster.owner
