@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import uuid
 from http import HTTPStatus
 from typing import Any
 
@@ -12,7 +13,9 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.errors import ApiError
+from service.logs import request_id_var
 from service.metrics import Metrics
+from service.middleware import SECURITY_HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +119,11 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         self._metrics.rejected.labels(error.code).inc()
+        request_id = uuid.uuid4().hex
+        token = request_id_var.set(request_id)
         answer = error.response()
+        request_id_var.reset(token)
+        answer.headers.update({"X-Request-ID": request_id, **SECURITY_HEADERS})
         status = HTTPStatus(answer.status_code)
         head = h11.Response(status_code=status, headers=answer.raw_headers, reason=status.phrase.encode())
         for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):

@@ -36,13 +36,14 @@ _TIMED = frozenset({"ok", "timeout", "error"})
 _QUIET = frozenset({"livez", "readyz", "metrics"})
 
 
-# For answers that are no page: nothing in them may be run, framed or read by another site.
-_SECURITY_HEADERS = {
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+"""For answers that are no page: nothing in them may be run, framed or read by another site."""
 
 
 class RequestContext:
@@ -69,8 +70,7 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                for name, value in _SECURITY_HEADERS.items():
+                for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 

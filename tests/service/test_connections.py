@@ -29,6 +29,7 @@ from fastapi import FastAPI
 from service import logs
 from service.app import create_app
 from service.connections import Connection, bound_connections
+from service.middleware import SECURITY_HEADERS
 from service.runtime import State
 from service.settings import Settings
 from tests.service.helpers import Gate, pipeline_of, wait_until
@@ -82,6 +83,9 @@ def refusal(answer: bytes) -> tuple[int, dict[str, Any]]:
     status = re.findall(rb"HTTP/1.1 (\d+) ", head)[-1]
     assert b"connection: close" in head.lower()
     found: dict[str, Any] = json.loads(body)["error"]
+    headers = dict(re.findall(r"([\w-]+): (.*)", head.rpartition(b"HTTP/1.1")[2].decode().lower()))
+    assert headers["x-request-id"].strip() == found["request_id"]
+    assert all(headers[name.lower()].strip() == value.lower() for name, value in SECURITY_HEADERS.items())
     assert found.keys() == {"type", "code", "message", "param", "request_id", "retryable"}
     return int(status), found
 
