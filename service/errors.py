@@ -172,8 +172,9 @@ def from_failure(failure: Failed) -> ApiError:
         "engine": (500, failure.code or "generation_failed"),
         "stopped": (503, "shutting_down"),
     }[failure.reason]
-    retryable = failure.retryable if failure.reason == "engine" else None
-    retry_after_s = 1.0 if status == 503 else None
+    # What its client has given up is not to be tried again.
+    retryable = {"engine": failure.retryable, "cancelled": False}.get(failure.reason)
+    retry_after_s = 1.0 if failure.reason == "stopped" else None
     return ApiError(
         status,
         code,

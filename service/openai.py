@@ -19,6 +19,7 @@ from engines.provenance import Metadata
 from service.errors import ApiError
 from service.schemas import (
     MAX_SEED,
+    Asked,
     Body,
     EditMethod,
     EditRequest,
@@ -55,7 +56,7 @@ class _Only:
         raise PydanticCustomError("unsupported_option", "{reason}", {"reason": self.otherwise})
 
 
-class ImagesGenerateBody(Body):
+class ImagesGenerateBody(Asked):
     """OpenAI's request for images from text, with options of /generate beside.
 
     A class bundle takes a ``class`` in place of the prompt, which is then absent or empty.

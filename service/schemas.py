@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from engines.images import ImageFormat, MaskMode
 from engines.manifest import Sampler
@@ -31,8 +31,23 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-class GenerateRequest(Body):
-    """Make images from text (or from a class, where the bundle is class-conditional)."""
+class Asked(Body):
+    """Base of requests: an optional field that is null is as absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields: Any) -> Any:
+        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None or name not in optional}
+
+
+class GenerateRequest(Asked):
+    """Make images from text (or from a class, where the bundle is class-conditional).
+
+    An optional field that is null is as absent.
+    """
 
     prompt: Annotated[
         str | None, Field(description="What to show. Text bundles need it.", examples=["a red apple"])

@@ -40,7 +40,10 @@ async def livez() -> Health:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Requests for images are welcome", responses=_READY)
 async def readyz(request: Request, response: Response) -> Health:
-    """200 once the bundle is loaded and warm and the queue answers, until the service drains; else 503."""
+    """200 once the bundle is loaded and warm and the queue answers, until the service drains; else 503.
+
+    A bundle that was unloaded on request changes nothing: the next request that wants it loads it and waits.
+    """
     service: Service = request.app.state.service
     state = await service.health()
     if state is not State.READY:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from engines.images import fit
 from engines.pipeline import Edit, Generate, Inpaint
+from service.openai import ImagesEditBody
+from service.schemas import EditRequest, InpaintRequest
 from service.settings import Settings
 from tests.service.helpers import (
     SIZE,
@@ -268,3 +270,17 @@ async def test_the_page_and_its_files_come_with_a_strict_policy(app: Running) ->
         assert answer.status_code == 200
         assert answer.headers["cache-control"] == "no-cache"
         assert "etag" not in answer.headers
+
+
+async def test_every_optional_field_may_be_null(app: Running) -> None:
+    given = {"prompt": "a cat", "seed": 3, "image": b64(png(random_image())), "mask": b64(png(box_mask()))}
+    for path, model, theirs in (
+        ("/edit", EditRequest, False),
+        ("/inpaint", InpaintRequest, False),
+        ("/v1/images/edits", ImagesEditBody, True),
+    ):
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        fields = {name: value for name, value in given.items() if name in names - ({"mask"} if theirs else set())}
+        answer = await app.post(path, **dict.fromkeys(names) | fields)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["data" if theirs else "images"]) == 1

@@ -143,7 +143,8 @@ async def test_a_running_and_a_waiting_job_are_cancelled_and_again_is_no_error(
             assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
         gate.opened.set()
         assert (await over(app, last))["status"] == "done"
-        assert (await look(app, held))["error"]["code"] == "cancelled"
+        cancelled = (await look(app, held))["error"]
+        assert (cancelled["code"], cancelled["retryable"]) == ("cancelled", False)
         assert (await app.client.delete(f"/jobs/{last}")).json()["status"] == "done"
         assert (await look(app, last))["result"] is not None
         for stage in ("queued", "running"):
