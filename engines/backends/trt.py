@@ -29,7 +29,7 @@ from engines.backends.cuda import Captured, Cuda, Pointer
 from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn
-from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library
+from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library, started
 from engines.compile import prepare
 from engines.plans import PlanCache, PlanKey, Profile
 
@@ -90,7 +90,7 @@ class TrtEngine(GraphEngine):
         super().__init__(graph)
         self._cuda, self._profile = cuda, profile
         self._logger = error_logger(library.module)
-        self._runtime = library.module.Runtime(self._logger)
+        self._runtime = started(library, "Runtime", self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(f"{self._name}: {library.name} cannot load its plan ({self._logger.worst})")

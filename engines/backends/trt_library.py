@@ -60,11 +60,12 @@ def build_plan(
 ) -> bytes:
     """Compile an ONNX graph, strongly typed, for a chip; None is the one that is there.
 
-    Raises EngineError for a chip that the library does not compile for, and for a graph that does not parse or build.
+    Raises EngineError for a chip that the library does not compile for, for a graph that does not parse or build, and
+    where the library does not start.
     """
     trt = library.module
     logger = error_logger(trt)
-    builder = trt.Builder(logger)
+    builder = started(library, "Builder", logger)
     flags = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows nothing else
     network = builder.create_network(0 if flags is None else 1 << int(flags))
     parser = trt.OnnxParser(network, logger)
@@ -107,6 +108,15 @@ def _shapes(builder: Any, network: Any, sizes: tuple[int, int, int]) -> Any:
         dims = tuple(tensor.shape)
         profile.set_shape(tensor.name, *(tuple(size if dim == -1 else dim for dim in dims) for size in sizes))
     return profile
+
+
+def started(library: Library, kind: str, logger: Any) -> Any:
+    """The library's Builder or Runtime. Raises EngineError where it gives none, as without a GPU or its driver."""
+    try:
+        return getattr(library.module, kind)(logger)
+    except TypeError as error:  # how the bindings put it
+        reason = logger.worst or "is there a GPU, and a driver that is new enough?"
+        raise EngineError(f"{library.name} does not start: {reason}") from error
 
 
 def error_logger(trt: Any) -> Any:

@@ -21,7 +21,7 @@ from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError,
 from engines.backends.cuda import Captured
 from engines.backends.standin import StandIn
 from engines.backends.trt import TrtEngine
-from engines.backends.trt_library import Library
+from engines.backends.trt_library import Library, build_plan
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Pipeline
 from engines.plans import PlanCache, PlanError, PlanKey, Profile
@@ -167,6 +167,20 @@ def opened(graph: GraphSpec, cuda: MadeUpCuda, profile: Profile = PROFILE) -> Tr
 def engine(request: pytest.FixtureRequest, text_bundle: Bundle, cuda: MadeUpCuda) -> Iterator[TrtEngine]:
     with opened(graph_of(text_bundle, "step"), cuda, Profile((1, 4), request.param)) as made:
         yield made
+
+
+def no_gpu(logger: Any) -> None:
+    """What TensorRT's bindings do where its library gives them nothing."""
+    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+def test_a_library_that_does_not_start_is_an_error_of_one_line(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
+    library = Library(SimpleNamespace(**vars(MADE_UP) | {"Runtime": no_gpu, "Builder": no_gpu}))
+    graph = graph_of(text_bundle, "step")
+    with pytest.raises(EngineError, match=r"tensorrt-rtx 1\.0 does not start: is there a GPU"):
+        build_plan(library, graph.path, PROFILE)
+    with pytest.raises(EngineError, match="does not start"):
+        TrtEngine(graph, b"", library, cuda, PROFILE)  # type: ignore[arg-type]
 
 
 @pytest.fixture
