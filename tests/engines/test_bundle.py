@@ -351,3 +351,38 @@ def test_guidance_ranges_are_ordered(values: tuple[float, float, float]) -> None
     minimum, maximum, default = values
     with pytest.raises(ValidationError):
         GuidanceRange(minimum=minimum, maximum=maximum, default=default)
+
+
+def seen(channels: int, side: int) -> list[dict[str, Any]]:
+    """What networks see of a mask: the mask and what is left of the image."""
+    return [
+        {"name": name, "dtype": "float32", "shape": ["batch", count, side, side]}
+        for name, count in (("mask", 1), ("masked", channels))
+    ]
+
+
+def test_networks_that_see_masks_take_them_at_the_size_of_their_latents() -> None:
+    document = tiny_description("text", "latent").model_dump(mode="json")
+    channels, side, _ = document["latent_shape"]
+    context = document["condition"]
+    whole = Description.model_validate(document | {"condition": [*context, *seen(channels, side)]})
+    assert whole.sees_masks
+    assert [spec.name for spec in whole.encoded] == ["context"]
+    for wrong in (seen(channels, side)[:1], seen(channels, side)[1:], seen(channels, 2 * side), seen(1, side)):
+        with pytest.raises(ValueError, match="take mask and masked"):
+            Description.model_validate(document | {"condition": [*context, *wrong]})
+    pixels = tiny_description("text", "pixel").model_dump(mode="json")
+    with pytest.raises(ValueError, match="take mask and masked"):
+        Description.model_validate(pixels | {"condition": [*pixels["condition"], *seen(3, pixels["latent_shape"][1])]})
+
+
+def test_a_second_tokenizer_is_a_file_of_the_bundle_and_an_input_of_the_text_graph(bundle_copy: Path) -> None:
+    def with_second(name: str) -> Edit:
+        return lambda document: document["text"].update(second={"tokenizer": name, "pad_id": 1})
+
+    edit_manifest(bundle_copy, with_second("tokenizer-2.json"))
+    with pytest.raises(BundleError, match=r"files does not list tokenizer-2\.json"):
+        load_bundle(bundle_copy)
+    edit_manifest(bundle_copy, with_second("tokenizer.json"))
+    graph = load_bundle(bundle_copy).graphs()["text.onnx"]
+    assert [spec.name for spec in graph.inputs] == ["input_ids", "attention_mask", "input_ids_2"]
