@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from training.data.shard_writer import TensorShardWriter
 from training.run import NETWORK
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,22 @@ def test_a_run_killed_at_a_random_update_resumes_to_the_same_bits(
     assert resumed.returncode == 0, resumed.stderr
     for name, value in undisturbed.items():
         assert torch.equal(weights(tmp_path)[name], value), name
+
+
+def test_a_streamed_run_killed_amid_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Thirty updates see 170 rows four times and more, two shards of 17 at a time."""
+    shards = tmp_path / "shards"
+    with TensorShardWriter(str(shards), 17, "labels") as writer:
+        for row in torch.randn(170, 8, generator=torch.Generator().manual_seed(0)):
+            writer.write({"x": row.reshape(2, 2, 2).numpy()})
+    assert start(tmp_path / "alone", SHARDS=str(shards)).returncode == 0
+    at = random.randrange(1, 30)
+    print(f"killed at update {at}")
+    assert start(tmp_path / "killed", SHARDS=str(shards), KILLED_AT=str(at)).returncode == -signal.SIGKILL
+    resumed = start(tmp_path / "killed", SHARDS=str(shards))
+    assert resumed.returncode == 0, resumed.stderr
+    for name, value in weights(tmp_path / "alone").items():
+        assert torch.equal(weights(tmp_path / "killed")[name], value), name
 
 
 def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_run(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:

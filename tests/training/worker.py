@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from training.data.entries import DataError
+from training.data.shard_order import ShardOrder
+from training.data.stream import ShardStream
 from training.draws import Draws
 from training.loop import train
 from training.recipe import Optimisation
@@ -49,18 +52,33 @@ class ShardedAccelerator(Accelerator):  # type: ignore[misc]
         return whole
 
 
-def load(update: int, draws: Draws) -> int:
-    """The update, but for the process whose data end."""
+Load = Callable[[int, Draws], Tensor]
+
+
+def load(update: int, draws: Draws) -> Tensor:
+    """Noise for each row, but for the process whose data end; or the end of the process itself."""
     if (os.environ.get("RANK"), str(update)) == (os.environ.get("LOST_RANK"), os.environ.get("LOST_AT")):
         raise DataError("too many shards are lost")
-    return update
-
-
-def loss(module: nn.Module, update: int, draws: Draws) -> Tensor:
-    """Sines from data and noise of each row."""
     if update == int(os.environ.get("KILLED_AT", "-1")):
         os.kill(os.getpid(), signal.SIGKILL)
-    x = draws.normal(torch.empty(len(draws), 8))
+    return draws.normal(torch.empty(len(draws), 8))
+
+
+def streamed(address: str) -> Load:
+    """Rows of shards, in their order, beside `load`."""
+    stream = ShardStream(address)
+    order = ShardOrder(stream.counts, RECIPE.batch_size, seed=3, window=stream.window)
+
+    def rows(update: int, draws: Draws) -> Tensor:
+        load(update, draws)
+        stream.prefetch(draws.of(order.at(update + 1)))
+        return stream.parts(draws.of(order.at(update)))["x"].flatten(1)
+
+    return rows
+
+
+def loss(module: nn.Module, x: Tensor, draws: Draws) -> Tensor:
+    """Sines from data and noise of each row."""
     shift = draws.uniform().float()[:, None]
     target: Tensor = (x + shift).sin()[:, :2]
     output: Tensor = module(x)
@@ -75,7 +93,8 @@ def main(folder: Path) -> None:
     pace = Pace(log_every=1, checkpoint_every_s=float(os.environ.get("CHECKPOINT_EVERY_S", "-1")))
     if limit := int(os.environ.get("FILE_BYTES", "0")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    trained = train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, load=load, pace=pace)
+    given = streamed(os.environ["SHARDS"]) if "SHARDS" in os.environ else load
+    trained = train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, load=given, pace=pace)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if accelerator.is_main_process:
         torch.save(trained.state_dict(), folder / "weights.pt")
