@@ -26,6 +26,9 @@ from engines.bundle import Bundle, find_bundle, load_bundle
 from engines.compile import typical_inputs, unpack
 
 WARMUP = 2
+PAUSE_S = 0.2
+"""In which threads of the last in turn stop spinning."""
+
 BATCHES = (1, 4, 16)
 SERVICE = "ONNX Runtime, as the service has it"
 OPENVINO = {
@@ -72,7 +75,6 @@ def variants(graph: GraphSpec, threads: int, folder: Path) -> dict[str, Run]:
     if threads > 1:
         made["one thread"] = on_ort(graph.path, output, threads=1)
         made["threads that never spin"] = on(graph.path, **{"intra_op.allow_spinning": 0})
-        made["threads that spin between runs too"] = on(graph.path, force_spinning_stop=0)
     made["weights stored as fp32"] = on(unpack(graph, folder / graph.path.name))
     if attentions := fuse_attention(graph, fused := folder / f"fused-{graph.path.name}"):
         made[f"attention fused, {attentions} times"] = on(fused)
@@ -81,6 +83,8 @@ def variants(graph: GraphSpec, threads: int, folder: Path) -> dict[str, Run]:
             made[name] = on_openvino(graph.path, threads, settings)
     except ImportError:
         click.echo("OpenVINO is not installed: pip install openvino\n", err=True)
+    if threads > 1:  # last, as they take a core from whoever comes next
+        made["threads that spin between runs too"] = on(graph.path, force_spinning_stop=0)
     return made
 
 
@@ -93,6 +97,7 @@ def in_turn(runs: dict[str, Run], inputs: Inputs, rounds: int) -> tuple[dict[str
             start = time.perf_counter()
             outputs[name] = run(inputs)
             seconds[name].append(time.perf_counter() - start)
+        time.sleep(PAUSE_S)
     first = next(iter(seconds.values()))[WARMUP:]
     ratios = {
         name: statistics.median(a / b for a, b in zip(mine[WARMUP:], first, strict=True))
