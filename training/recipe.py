@@ -245,12 +245,21 @@ class EncoderRecipe(Stage2Recipe):
 class ScaleRecipe(Section):
     """How a run fits its machines. Nothing here changes what is computed, but for rounding.
 
-    `micro_batch` rows at most pass a network at once; gradients add up over the batch.
+    `micro_batch` rows at most pass a network at once; gradients add up over the batch. `capture` replays the launches
+    of CUDA's kernels, which are most of a small network's time; other devices have none.
     """
 
     micro_batch: Positive | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    capture: bool = False
+
+    @model_validator(mode="after")
+    def captured_alone(self) -> Self:
+        """What is captured is of whole batches, and of networks as they are."""
+        if self.capture and (self.micro_batch or self.gradient_checkpointing or self.compile):
+            raise ValueError("capture goes without micro_batch, gradient_checkpointing and compile")
+        return self
 
 
 class ExportRecipe(Section):
@@ -336,6 +345,13 @@ class Recipe(Section):
             self.network and "attention_heads" in self.network.model_fields_set
         ):
             raise ValueError("max_tokens and network.attention_heads are of text conditioning only")
+        return self
+
+    @model_validator(mode="after")
+    def captured_networks_are_small(self) -> Self:
+        """Others have no need of it; what it captures is fp32."""
+        if self.scale.capture and (self.network is None or self.precision != "fp32"):
+            raise ValueError("scale.capture is for networks that are trained from scratch, with precision fp32")
         return self
 
     @model_validator(mode="after")

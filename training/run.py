@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from training import networks
 from training.autoencoder import AUTOENCODER_WEIGHTS, latent_shape, take_autoencoder
+from training.capture import capture_network
 from training.checkpoints import Checkpoints
 from training.data.inpainting import InpaintingSet, all_masked
 from training.data.shard_index import MadeWith
@@ -67,7 +68,7 @@ class Run:
     def __post_init__(self) -> None:
         """Claim the folder for the recipe.
 
-        Raises TrainingError if another recipe, or autoencoder, has it, or for batches that the processes cannot share.
+        Raises TrainingError if another recipe, or autoencoder, has it, or for what the processes cannot share.
         """
         _ = self.pipeline, self.unconditional  # a recipe that names an unfit one claims nothing
         for ladder in filter(None, (self.recipe.stage2, self.recipe.encoder)):
@@ -75,6 +76,8 @@ class Run:
                 raise TrainingError(f"{ladder.start} steps cannot be taken on {self.schedule.timesteps} timesteps")
         for stage in self.recipe.stages:
             shares(stage.batch_size, self.accelerator)
+        if self.recipe.scale.capture and self.accelerator.num_processes > 1:
+            raise TrainingError("scale.capture is for one process")
         self.folder.mkdir(parents=True, exist_ok=True)
         ours = json.loads(self.recipe.portable_json())
         theirs = self._recorded(RECORD, ours)
@@ -319,9 +322,11 @@ class Run:
         return GuidedTeacher(network, second, self.null)
 
     def compiled(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
-        """The denoiser, its network compiled if the recipe says so."""
+        """The denoiser, compiled or captured if the recipe says so."""
         if self.recipe.scale.compile:
             compile_network(denoiser.network)
+        if self.recipe.scale.capture:
+            capture_network(denoiser)
         return denoiser
 
     @property

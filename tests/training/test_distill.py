@@ -154,6 +154,7 @@ def student_weights(folder: Path, more: str = "") -> Tensor:
     [
         "micro_batch = 5",
         "gradient_checkpointing = true",
+        "capture = true",
         pytest.param(
             "compile = true",
             marks=[
@@ -250,6 +251,9 @@ def test_a_batch_of_any_stage_that_the_processes_cannot_share_is_refused_at_once
     with pytest.raises(TrainingError, match="16 processes cannot share batches of 24 rows"):
         Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "refused", Accelerator(cpu=True))
     assert not (tmp_path / "refused").exists()
+    (tmp_path / "small.toml").write_text(SMALL + "[scale]\ncapture = true\n")
+    with pytest.raises(TrainingError, match="capture is for one process"):
+        Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "refused", Accelerator(cpu=True))
 
 
 def test_a_stochastic_student_is_compared_at_the_places_of_its_own_sampler() -> None:

@@ -83,6 +83,22 @@ def test_what_an_encoder_cannot_learn_with_is_refused(tmp_path: Path, setting: s
         Recipe.load(tmp_path / "faulty.toml")
 
 
+@pytest.mark.parametrize(
+    ("precision", "also", "named"),
+    [
+        ("fp32", "micro_batch = 4", "without micro_batch"),
+        ("fp32", "compile = true", "and compile"),
+        ("bf16", "", "with precision fp32"),
+    ],
+)
+def test_what_is_captured_is_small_and_alone(tmp_path: Path, precision: str, also: str, named: str) -> None:
+    text = next(path for path in SHIPPED if path.stem == "mnist").read_text()
+    faulty = f'precision = "{precision}"\n{text}\n[scale]\ncapture = true\n{also}\n'
+    (tmp_path / "captured.toml").write_text(faulty)
+    with pytest.raises(RecipeError, match=named):
+        Recipe.load(tmp_path / "captured.toml")
+
+
 def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="absent"):
         Recipe.load(tmp_path / "absent.toml")
