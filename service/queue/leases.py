@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import socket
@@ -80,6 +81,7 @@ class Leases:
         self._expected: dict[str, float] = {}
         self._away_until: float | None = None
         self._reclaims_from = 0.0
+        self._unanswered = False  # whether jobs may have been given in an answer that never came
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -174,7 +176,7 @@ class Leases:
     def _take(self, rooms: Mapping[str, int], taken: list[Job]) -> dict[str, bytes]:
         """Append what there is to ``taken``. Returns the last entry given of each stream, none where to pause."""
         with self._changed:
-            holding = bool(self._held)
+            holding = list(self._held)
         models = sorted(rooms)
         lines = list(product(models, Priority))
         streams = [keys.jobs(model, priority) for model, priority in lines]
@@ -185,8 +187,11 @@ class Leases:
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         numbers = [models.index(model) + 1 for model, _ in lines]
         room = [rooms[model] for model in models]
-        arguments: Arguments = [self._consumer, silence, int(holding), *head_starts, *numbers, *room]
+        held = json.dumps(holding) if self._unanswered else ""
+        arguments: Arguments = [self._consumer, silence, int(bool(holding)), held, *head_starts, *numbers, *room]
+        self._unanswered = True
         now, given, seen = self._redis.run("take", [*streams, *loads, *speeds], arguments)
+        self._unanswered = False
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
         for stream, entry, job_id, message, submitted, deadline, tries, kept in given:

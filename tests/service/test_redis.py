@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
@@ -204,6 +205,36 @@ async def test_a_full_redis_goes_on_with_jobs_that_are_kept(open_queue: OpenQueu
         assert worker.settle("a", FINISHED)
         assert (await api.status("a")).outcome == FINISHED
         assert taken(worker) == ["c"]
+
+
+async def test_jobs_whose_answer_was_lost_are_given_again_at_once(
+    open_queue: OpenQueue, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same worker, once, beside what it holds, and not as tries of their own."""
+    api, worker = open_queue(), open_queue()
+    await api.submit(job("held"))
+    assert taken(worker) == ["held"]
+    run = worker._leases._redis.run
+
+    def cut(name: str, *rest: Any) -> Any:
+        answer = run(name, *rest)
+        if name == "take":
+            raise redis.ConnectionError("cut")
+        return answer
+
+    for job_id in "abc":
+        await api.submit(job(job_id))
+    with monkeypatch.context() as patched:
+        patched.setattr(leases, "_AFTER_ERROR_S", 0.0)
+        patched.setattr(worker._leases._redis, "run", cut)
+        assert taken(worker) == []
+        assert worker.take({MODEL: ROOM}, 0) == []
+    assert await api.cancel("b") == "running"
+    await asyncio.sleep(0.01)
+    assert taken(worker) == ["a", "c"]
+    assert taken(worker) == []
+    assert [worker.settle(job_id, FINISHED) for job_id in ("held", "a", "c")] == [True] * 3
+    assert counts.redeliveries == 0
 
 
 async def test_what_is_expected_is_said_again_to_a_redis_that_lost_it(
