@@ -229,15 +229,21 @@ def capture(launch: Callable[[], Tensors]) -> Callable[[], Tensors]:
 
 
 def time_products(matrix: Array, count: int, options: EngineOptions, device: Device) -> float:
-    """Seconds that torch's own product with a square matrix takes, so many times in a row; none is sent meanwhile."""
-    factor = send(matrix, device).to(DTYPES[options.precision])
-    with _threads(options.threads or usable_cores()), torch.inference_mode():
-        start = perf_counter()
-        product = factor
-        for _ in range(count):
-            product = product @ factor
-        product[0, 0].item()  # waits for the device
-        return perf_counter() - start
+    """Seconds that torch's own product with a square matrix takes, so many times in a row; none is sent meanwhile.
+
+    Raises EngineError where the device fails, or has no memory for it.
+    """
+    try:
+        factor = send(matrix, device).to(DTYPES[options.precision])
+        with _threads(options.threads or usable_cores()), torch.inference_mode():
+            start = perf_counter()
+            product = factor
+            for _ in range(count):
+                product = product @ factor
+            product[0, 0].item()  # waits for the device
+            return perf_counter() - start
+    except RuntimeError as error:
+        raise kind_of(str(error))(f"products of matrices cannot be timed: {error}") from error
 
 
 def send(array: Array, device: Device) -> Tensor:

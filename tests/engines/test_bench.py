@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from engines import bench as benching
 from engines.backends import BACKENDS
-from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.backends.base import Array, DeviceMemoryError, EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import OrtEngine
 from engines.backends.standin import StandIn
@@ -131,6 +131,18 @@ def test_the_peak_is_that_of_products_and_the_memory_that_of_a_process(text_bund
 def test_the_peak_of_torch_is_that_of_its_own_products(backend: str, precision: Precision) -> None:
     pytest.importorskip("torch")
     assert 1e8 < peak_operations_per_second(Contender(backend, precision), EngineOptions(1)) < 1e14
+
+
+def test_a_device_without_memory_for_the_peak_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from engines.backends import pytorch
+
+    def none_left(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB")
+
+    monkeypatch.setattr(pytorch, "send", none_left)
+    with pytest.raises(DeviceMemoryError, match="out of memory"):
+        peak_operations_per_second(Contender("pytorch"), EngineOptions(1))
 
 
 def test_the_command_prints_tables(text_bundle: Bundle) -> None:
