@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -24,7 +25,7 @@ from training.losses import Batch, Course, output_matching_loss, progressive_los
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, decode_all, student_from
 from training.pictures import save_grid
 from training.recipe import Optimisation, Round, Stage2Recipe, TeacherRecipe
-from training.rounds import Trial, has_row, record_round
+from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record_round
 from training.run import STUDENT, Run
 from training.sampler import sample
 from training.store import hash_of_array
@@ -32,7 +33,9 @@ from training.store import hash_of_array
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
 TEACHER_SAMPLE_STEPS = 32
 SCALE_IMAGES = 2048
+VALIDATION_PARTS = 16
 
+Loaded = TypeVar("Loaded")
 Loss = Callable[[nn.Module, Batch, Draws], Tensor]
 
 
@@ -93,20 +96,27 @@ def train_autoencoder(run: Run) -> None:
     network = Reconstructor(build_autoencoder(recipe, run.recipe.data.size))
     order = BatchOrder(len(images), recipe.batch_size, run.recipe.seed)
 
-    def loss(network: nn.Module, update: int, draws: Draws) -> Tensor:
-        return reconstruction_loss(network, images[draws.of(order.at(update))].to(run.device), recipe, draws)
+    def load(update: int, draws: Draws) -> Tensor:
+        return images[draws.of(order.at(update))].to(run.device)
+
+    def loss(network: nn.Module, batch: Tensor, draws: Draws) -> Tensor:
+        return reconstruction_loss(network, batch, recipe, draws)
+
+    def some(draws: Draws) -> Tensor:
+        return images[draws.integers(len(images))].to(run.device)
 
     def show(network: Reconstructor, path: Path) -> None:
-        some = images[: SAMPLE_ROWS * SAMPLE_COLUMNS // 2].to(run.device)
+        shown = images[: SAMPLE_ROWS * SAMPLE_COLUMNS // 2].to(run.device)
         with torch.inference_mode():
-            save_grid(torch.cat([some, network.autoencoder(some, return_dict=False)[0]]), path, SAMPLE_COLUMNS)
+            save_grid(torch.cat([shown, network.autoencoder(shown, return_dict=False)[0]]), path, SAMPLE_COLUMNS)
 
     model: AutoencoderKL = train(
-        network, loss, recipe, run.folder / "autoencoder", seed=run.recipe.seed, sample=show,
+        network, loss, recipe, run.folder / "autoencoder", seed=run.recipe.seed, load=load, sample=show,
+        validation=_validation(run, "autoencoder", recipe, loss, some),
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).autoencoder  # fmt: skip
-    some = images[torch.randperm(len(images), generator=generator_at(run.recipe.seed, 0, 4))[:SCALE_IMAGES]]
-    model.register_to_config(scaling_factor=measure_scale(model, some, run.device))
+    measured = images[torch.randperm(len(images), generator=generator_at(run.recipe.seed, 0, 4))[:SCALE_IMAGES]]
+    model.register_to_config(scaling_factor=measure_scale(model, measured, run.device))
     run.finish("autoencoder", model)
 
 
@@ -152,16 +162,13 @@ def _run_round(
         )  # fmt: skip
 
     from_teacher = trial.from_teacher(teacher, teacher_steps, recipe.steps, recipe.stochastic)
-    validation = None
-    if recipe.validate_every:
-        validation = Validation(from_teacher, recipe.validate_every, recipe.patience)
     if run.is_done(stage):  # and only its row is missing
         student = run.denoiser(stage)
     else:
         untrained = student_from(run.denoiser(previous))
         # An encoder makes noise, of which there is nothing to see.
         sample_steps = None if course == "encoding" else recipe.steps
-        student = _train_denoiser(run, stage, untrained, loss, recipe, sample_steps, validation=validation)
+        student = _train_denoiser(run, stage, untrained, loss, recipe, sample_steps, distance=from_teacher)
     record_round(run, stage, trial, student, recipe.steps, from_teacher)
 
 
@@ -173,7 +180,7 @@ def _train_denoiser(
     recipe: Optimisation,
     sample_steps: int | None,
     as_sampled: Callable[[nn.Module], Denoiser] = lambda network: network,
-    validation: Validation | None = None,
+    distance: Callable[[nn.Module], float] | None = None,
 ) -> NetworkDenoiser:
     data, seed = run.data, stage_seed(run.recipe.seed, stage)
     order = data.order(recipe.batch_size, seed)
@@ -186,6 +193,9 @@ def _train_denoiser(
         data.prefetch(draws.of(order.at(update + 1)))
         return batch
 
+    def some(draws: Draws) -> Batch:
+        return data.batch(draws.integers(len(data.excerpt(SHARDS))), draws, run.device)
+
     picture = Picture(run)
 
     def show(network: nn.Module, path: Path) -> None:
@@ -193,13 +203,46 @@ def _train_denoiser(
             save_grid(picture.of(as_sampled(network), run.schedule.grid(sample_steps)), path, SAMPLE_COLUMNS)
 
     trained = train(
-        network, loss, recipe, run.folder / stage, seed=seed, load=load, sample=show, validation=validation,
+        network, loss, recipe, run.folder / stage, seed=seed, load=load, sample=show,
+        validation=_validation(run, stage, recipe, loss, some, distance),
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).requires_grad_(False)  # fmt: skip
     run.finish(stage, trained)
     if run.accelerator.is_main_process:
         show(trained, run.folder / stage / "samples.png")
     return trained
+
+
+def _validation(
+    run: Run,
+    stage: str,
+    recipe: Optimisation,
+    loss: Callable[[nn.Module, Loaded, Draws], Tensor],
+    some: Callable[[Draws], Loaded],
+    distance: Callable[[nn.Module], float] | None = None,
+) -> Validation | None:
+    """What the recipe asks for: by `distance`, or by the loss of `some` data, which are read once."""
+    if not recipe.validate_every:
+        return None
+    return Validation(distance or _fixed_loss(run, stage, loss, some), recipe.validate_every, recipe.patience)
+
+
+def _fixed_loss(
+    run: Run,
+    stage: str,
+    loss: Callable[[nn.Module, Loaded, Draws], Tensor],
+    some: Callable[[Draws], Loaded],
+) -> Callable[[nn.Module], float]:
+    """Takes the loss of a stage, always of the same data, times and noise."""
+    seed, rows = stage_seed(run.recipe.seed, f"{stage}, validation"), range(ROWS_AT_ONCE)
+    batches = [some(Draws(seed, part, rows)) for part in range(VALIDATION_PARTS)]
+
+    def distance(network: nn.Module) -> float:
+        with torch.no_grad(), run.accelerator.autocast():
+            parts = enumerate(batches, start=VALIDATION_PARTS)
+            return float(torch.stack([loss(network, batch, Draws(seed, part, rows)) for part, batch in parts]).mean())
+
+    return distance
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,12 @@ class Section(BaseModel):
 
 
 class Optimisation(Section):
-    """How one stage is optimised: Adam with decoupled weight decay, gradient clipping, optional EMA."""
+    """How one stage is optimised: Adam with decoupled weight decay, gradient clipping, optional EMA.
+
+    With `validate_every` a distance is taken every so many updates and after the last; the best network is kept, and
+    the stage ends when `patience` of them in a row brought nothing. In a round it is that of the student's images from
+    its teacher's, at equal noise, elsewhere the stage's loss, always of the same data, times and noise.
+    """
 
     updates: Positive
     batch_size: Positive = 64
@@ -45,12 +50,21 @@ class Optimisation(Section):
     skip_limit: int = Field(
         default=10, ge=0, lt=100, description="A run in which more of the last hundred updates were skipped stops."
     )
+    validate_every: int = Field(default=0, ge=0)
+    patience: Positive = 3
 
     @model_validator(mode="after")
     def warm_up_ends(self) -> Self:
         """The learning rate is reached before the stage is over."""
         if self.warmup >= self.updates:
             raise ValueError(f"a warmup of {self.warmup} updates does not end within {self.updates}")
+        return self
+
+    @model_validator(mode="after")
+    def validations_happen(self) -> Self:
+        """A stage that is to be validated is so at least once."""
+        if self.validate_every > self.updates:
+            raise ValueError(f"validate_every = {self.validate_every} never happens within {self.updates} updates")
         return self
 
 
@@ -180,24 +194,12 @@ class Round(Distillation):
     It may take any other whole number of times as many, so that a ladder reaches 1 from every start: a round then asks
     its teacher that often.
 
-    With `validate_every` the distance of the student's images from its teacher's, at equal noise, is taken every so
-    many updates and after the last; the best student is kept, and the round ends when `patience` of them in a row
-    brought nothing.
     A `stochastic` student is for the sampler that takes 2 `steps` calls, of which each but the last is followed by
     noise.
     """
 
     steps: Positive
-    validate_every: int = Field(default=0, ge=0)
-    patience: Positive = 3
     stochastic: bool = False
-
-    @model_validator(mode="after")
-    def validations_happen(self) -> Self:
-        """A round that is to be validated is so at least once."""
-        if self.validate_every > self.updates:
-            raise ValueError(f"validate_every = {self.validate_every} never happens within {self.updates} updates")
-        return self
 
 
 class Stage2Recipe(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from training import distill
 from training.diffusion import Schedule
@@ -168,6 +169,52 @@ def test_how_a_run_fits_its_machine_does_not_change_its_student(tmp_path: Path, 
     plain = student_weights(tmp_path / "plain")
     scaled = student_weights(tmp_path / "scaled", f"[scale]\n{scale}\n")
     assert (scaled - plain).norm() < 1e-4 * plain.norm()
+
+
+VALIDATED = """
+name = "validated"
+conditioning = "class"
+data = { source = "digits", size = 8 }
+export = { licence = "CC-BY-4.0", steps = [1] }
+stage2 = { start = 2, rounds = [{ steps = 1, updates = 3, batch_size = 16, learning_rate = 1e-3 }] }
+[network]
+channels = [8]
+norm_groups = 4
+[autoencoder]
+channels = [8, 8]
+norm_groups = 4
+"""
+
+
+def test_every_stage_keeps_its_best_network_and_ends_when_none_is_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates that are far too high: what the last updates make is worse than what was there before."""
+    taken = dict[str, list[float]]()
+    fixed = distill._fixed_loss
+
+    def noted(run: Run, stage: str, *rest: Any) -> Callable[[nn.Module], float]:
+        distance, values = fixed(run, stage, *rest), taken.setdefault(stage, [])
+
+        def note(network: nn.Module) -> float:
+            values.append(distance(network))
+            assert distance(network) == values[-1], "always of the same data, times and noise"
+            return values[-1]
+
+        return note
+
+    monkeypatch.setattr(distill, "_fixed_loss", noted)
+    setting = "updates = 60\nbatch_size = 16\nvalidate_every = 2\npatience = 1\nspike = 1e30\nlearning_rate ="
+    stages = ("autoencoder", "teacher", "stage1")
+    settings = [f"{setting} 0.3\n" if stage == "autoencoder" else f"[{stage}]\n{setting} 0.3\n" for stage in stages]
+    (tmp_path / "validated.toml").write_text(VALIDATED + "".join(settings))
+    run = Run(Recipe.load(tmp_path / "validated.toml"), tmp_path / "run", Accelerator(cpu=True))
+    distill.distill(run)
+    for stage in stages:
+        last = json.loads((run.folder / stage / "log.jsonl").read_text().splitlines()[-1])
+        values = taken[stage]
+        assert last["update"] == 2 * len(values) < 60, stage
+        assert last["kept"] == 2 * (1 + values.index(min(values))) == last["update"] - 2, stage
 
 
 def test_the_weighting_of_the_loss_changes_the_student(tmp_path: Path) -> None:
