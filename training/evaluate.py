@@ -60,7 +60,7 @@ def evaluate(
     are too few images for the figures, before any is made.
     """
     data = maker.data
-    judge = Judge(data, extractor, plan.frechet_dims, maker.seed, maker.store, inception, clip)
+    judge = Judge(data, extractor, plan.frechet_dims, maker.seed, maker.store, inception, clip, maker.run.device)
     floor = judge(data.images)
     make_images(maker, plan)
     cells = {(w, candidate): cell for w, candidate, cell in _compare(maker, judge, plan)}

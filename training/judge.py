@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from training.clip_score import ClipScorer
 from training.evaluation_set import EvaluationSet
@@ -40,13 +41,14 @@ class Judge:
         store: Store,
         inception: Inception | None = None,
         clip: ClipScorer | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """The Frechet distance, precision and recall are taken in `frechet_dims` principal components.
 
-        These are the reference's, in the features of `extractor`.
+        These are the reference's, in the features of `extractor`. `device` computes the kernels of KID.
         """
         self.data, self.extractor, self.inception, self.clip = data, extractor, inception, clip
-        self.frechet_dims, self.seed, self.store = frechet_dims, seed, store
+        self.frechet_dims, self.seed, self.store, self.device = frechet_dims, seed, store, device
         self._reference_hash = hash_of_array(data.reference)
         self.reference = self._features(extractor, data.reference, self._reference_hash)
 
@@ -78,7 +80,7 @@ class Judge:
     def _measure(self, features: Features) -> dict[str, Any]:
         projected, reference = self._project(features), self._project(self.reference)
         frechet = frechet_distance(projected, reference)
-        kid = kernel_distance(features, self.reference, seed=self.seed, subsets=KID_SUBSETS)
+        kid = kernel_distance(features, self.reference, seed=self.seed, subsets=KID_SUBSETS, device=self.device)
         count = min(len(projected), len(reference))
         drawn = np.random.Generator(np.random.PCG64(self.seed)).permutation(len(reference))[:count]
         precision, recall = precision_and_recall(reference[drawn], projected[:count], NEIGHBOURS)

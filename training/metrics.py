@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
+from torch import Tensor
 
 Array = NDArray[np.float64]
 DISTANCES_AT_ONCE = 1 << 20
@@ -27,10 +29,9 @@ class KernelDistance:
     subset_images: int
 
 
-def polynomial_kernel(x: Array, y: Array) -> Array:
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
     """k(a, b) = (a . b / D + 1)^3 for all pairs: (N, M) of x (N, D) and y (M, D) (Binkowski et al. 2018)."""
-    kernel: Array = (x @ y.T / x.shape[1] + 1) ** 3
-    return kernel
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def squared_mmd(x: ArrayLike, y: ArrayLike) -> float:
@@ -39,11 +40,14 @@ def squared_mmd(x: ArrayLike, y: ArrayLike) -> float:
     Zero on average, and so at times negative, when both are drawn from one distribution.
     """
     x, y = _features(x, y)
-    within_x = polynomial_kernel(x, x)
-    within_y = polynomial_kernel(y, y)
+    return _squared_mmd(torch.from_numpy(x), torch.from_numpy(y))
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    within_x, within_y = polynomial_kernel(x, x), polynomial_kernel(y, y)
     return float(
-        (within_x.sum() - np.trace(within_x)) / (len(x) * (len(x) - 1))
-        + (within_y.sum() - np.trace(within_y)) / (len(y) * (len(y) - 1))
+        (within_x.sum() - within_x.trace()) / (len(x) * (len(x) - 1))
+        + (within_y.sum() - within_y.trace()) / (len(y) * (len(y) - 1))
         - 2 * polynomial_kernel(x, y).mean()
     )
 
@@ -54,11 +58,18 @@ def default_subset_images(n: int, m: int) -> int:
 
 
 def kernel_distance(
-    x: ArrayLike, y: ArrayLike, *, seed: int, subsets: int = 100, subset_images: int | None = None
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    seed: int,
+    subsets: int = 100,
+    subset_images: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> KernelDistance:
     """KID (Binkowski et al. 2018): the unbiased squared MMD of x (N, D) and y (M, D), averaged over subsets.
 
-    The same seed and counts give the same subsets, so that sets of equal sizes are compared pairwise.
+    The same seed and counts give the same subsets, so that sets of equal sizes are compared pairwise. `device` computes
+    the kernels, in float64.
     Raises MetricError if a subset would have fewer than two images or more than there are.
     """
     x, y = _features(x, y)
@@ -66,10 +77,12 @@ def kernel_distance(
     if not 2 <= size <= min(len(x), len(y)):
         raise MetricError(f"KID on subsets of {size} images cannot be had from {len(x)} and {len(y)} images")
     random = np.random.Generator(np.random.PCG64(seed))
-    values = [
-        squared_mmd(x[random.choice(len(x), size, replace=False)], y[random.choice(len(y), size, replace=False)])
-        for _ in range(subsets)
-    ]
+    all_x, all_y = (torch.from_numpy(side).to(device) for side in (x, y))
+
+    def drawn(side: Tensor) -> Tensor:
+        return side[torch.from_numpy(random.choice(len(side), size, replace=False)).to(device)]
+
+    values = [_squared_mmd(drawn(all_x), drawn(all_y)) for _ in range(subsets)]
     return KernelDistance(float(np.mean(values)), float(np.std(values)), subsets, size)
 
 
