@@ -81,6 +81,7 @@ class Leases:
         self._expected: dict[str, float] = {}
         self._away_until: float | None = None
         self._reclaims_from = 0.0
+        self._taking = threading.Lock()  # one at a time: what is given is held before it is asked for again
         self._unanswered = False  # whether jobs may have been given in an answer that never came
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
@@ -92,8 +93,9 @@ class Leases:
         while True:
             taken: list[Job] = []
             seen: dict[str, bytes] = {}
-            if not self._has_one_alone():
-                seen = self._reach(partial(self._take, rooms, taken), seen)
+            with self._taking:
+                if not self._has_one_alone():
+                    seen = self._reach(partial(self._take, rooms, taken), seen)
             left_s = until - time.monotonic()
             if taken or left_s <= 0:
                 return taken
