@@ -37,16 +37,16 @@ name = "tiny-digits"
 conditioning = "class"
 data = { source = "digits", size = 8 }
 network = { channels = [16, 32], norm_groups = 8 }
-teacher = { updates = 400, batch_size = 64, learning_rate = 4e-3, warmup = 20, ema = 0.97 }
-stage1 = { updates = 250, batch_size = 64, learning_rate = 2e-3 }
+teacher = { updates = 400, batch_size = 32, learning_rate = 4e-3, warmup = 20, ema = 0.97 }
+stage1 = { updates = 250, batch_size = 32, learning_rate = 2e-3 }
 export = { licence = "CC-BY-4.0", steps = [4, 2, 1] }
 
 [stage2]
 start = 8
 rounds = [
-    { steps = 4, updates = 100, batch_size = 64, learning_rate = 2e-3 },
-    { steps = 2, updates = 100, batch_size = 64, learning_rate = 2e-3 },
-    { steps = 1, updates = 100, batch_size = 64, learning_rate = 2e-3 },
+    { steps = 4, updates = 100, batch_size = 32, learning_rate = 2e-3 },
+    { steps = 2, updates = 100, batch_size = 32, learning_rate = 2e-3 },
+    { steps = 1, updates = 100, batch_size = 32, learning_rate = 2e-3 },
 ]
 """
 

@@ -101,6 +101,7 @@ def check_bundle(run: Run, bundle: Bundle) -> None:
     assert (expected[0] - expected[1:]).flatten(1).abs().amax(1).min() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_dit_in_latents_with_classes_in_another_order(images: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images, 32, checkpoint=name_classes(pipelines.dit(tmp_path / "dit")))
     check_student(run)

@@ -249,7 +249,7 @@ def bundles(
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "a blue! circle!!"])
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "inpainting"])
+@pytest.mark.parametrize("name", ["sd1", "inpainting", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_bundle_makes_our_samplers_images(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str, prompt: str
 ) -> None:
@@ -260,7 +260,7 @@ def test_a_bundle_makes_our_samplers_images(
     assert off(image, Ours(run, 4, 1.5, prompt)(start)) <= 1
 
 
-@pytest.mark.parametrize("name", ["sdxl", "inpainting"])
+@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "inpainting"])
 def test_a_bundle_edits_as_our_sampler_does(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_run_killed_at_a_random_update_resumes_to_the_same_bits(
         assert torch.equal(weights(tmp_path)[name], value), name
 
 
+@pytest.mark.slow
 def test_a_streamed_run_killed_amid_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Thirty updates see 170 rows four times and more, two shards of 17 at a time."""
     shards = tmp_path / "shards"
@@ -97,6 +98,7 @@ def test_two_processes_equal_one_at_the_same_batch(tmp_path: Path, undisturbed: 
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 30, "one process writes"
 
 
+@pytest.mark.slow
 def test_a_run_of_sharded_weights_equals_one_process_and_resumes_when_killed(tmp_path: Path) -> None:
     """Fully sharded, as for networks that one device cannot hold."""
     assert start(tmp_path / "alone", EMA="0").returncode == 0
