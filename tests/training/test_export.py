@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fewstep
-from engines.bundle import Bundle, BundleError, load_bundle, read_manifest
+from engines.bundle import Bundle, BundleError, load_bundle
 from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
@@ -43,8 +43,23 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), 
 
 
 @pytest.fixture(scope="module")
-def digits_bundle(digits_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(digits_run, tmp_path_factory.mktemp("bundles") / "digits")
+def digits_bundle(digits_run: Run, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Exported by the command, with torch programs and with a quality table."""
+    folder, out = digits_run.folder / "evaluation", tmp_path_factory.mktemp("bundles") / "digits"
+    stages = ("teacher", *(student_stage(steps) for steps in digits_run.recipe.export.steps))
+    folder.mkdir()
+    write_table(folder, json.dumps({"provenance": {"weights": {stage: digits_run.weights(stage) for stage in stages}}}))
+    arguments = [str(tiny_recipe), str(out), "--run", str(digits_run.folder), "--programs"]
+    result = CliRunner().invoke(fewstep.main, ["export", *arguments])
+    shutil.rmtree(folder)
+    assert result.exit_code == 0, result.output
+    return load_bundle(out)
+
+
+def write_table(folder: Path, provenance: str) -> None:
+    """What an evaluation leaves: a table, and of which networks it is."""
+    (folder / "table.md").write_text("| KID |")
+    (folder / "table.json").write_text(provenance)
 
 
 @pytest.fixture(scope="module")
@@ -221,16 +236,11 @@ def test_programs_draw_what_the_graphs_draw(text_run: Run, tmp_path: Path) -> No
     assert "| step-2.pt2 | fp32 |" in (text_bundle.path / "README.md").read_text()
 
 
-def test_programs_are_written_when_asked_for(
-    digits_run: Run, digits_bundle: Bundle, tiny_recipe: Path, tmp_path: Path
-) -> None:
-    arguments = [str(tiny_recipe), str(tmp_path / "bundle"), "--run", str(digits_run.folder), "--programs"]
-    result = CliRunner().invoke(fewstep.main, ["export", *arguments])
-    assert result.exit_code == 0, result.output
+def test_programs_are_written_when_asked_for(digits_bundle: Bundle, text_bundle: Bundle) -> None:
     programs = {f"step-{steps}.onnx": f"step-{steps}.pt2" for steps in (1, 2, 4)}
-    assert read_manifest(tmp_path / "bundle").programs == programs
-    assert not digits_bundle.manifest.programs
-    shown = CliRunner().invoke(fewstep.main, ["inspect", str(tmp_path / "bundle")]).output
+    assert digits_bundle.manifest.programs == programs
+    assert not text_bundle.manifest.programs
+    shown = CliRunner().invoke(fewstep.main, ["inspect", str(digits_bundle.path)]).output
     assert "step-4.onnx as a torch program: step-4.pt2" in shown
 
 
@@ -263,23 +273,29 @@ def test_an_unfinished_run_is_not_exported(digits_run: Run, tmp_path: Path) -> N
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_quality_table_ships_and_one_of_other_networks_is_refused(digits_run: Run, tmp_path: Path) -> None:
+def test_a_quality_table_ships(digits_bundle: Bundle, text_bundle: Bundle) -> None:
+    assert digits_bundle.manifest.provenance.quality_table == "| KID |"
+    assert text_bundle.manifest.provenance.quality_table == ""
+
+
+@pytest.mark.parametrize(
+    ("provenance", "says"),
+    [
+        ('{"provenance": {"weights": {"student-4": "0"}}}', "not of this student-4"),
+        ("{", r"table\.json is damaged"),
+        ("[]", r"table\.json is damaged"),
+        ('{"provenance": {"weights": 1}}', r"table\.json is damaged"),
+    ],
+)
+def test_a_quality_table_of_other_networks_is_refused(
+    digits_run: Run, tmp_path: Path, provenance: str, says: str
+) -> None:
     folder = digits_run.folder / "evaluation"
     folder.mkdir()
     try:
-        (folder / "table.md").write_text("| KID |")
-        (folder / "table.json").write_text(json.dumps({"provenance": {"weights": {"student-4": "0"}}}))
-        with pytest.raises(ExportError, match="not of this student-4"):
+        write_table(folder, provenance)
+        with pytest.raises(ExportError, match=says):
             export(digits_run, tmp_path / "bundle")
-        for damaged in ("{", "[]", '{"provenance": {"weights": 1}}'):
-            (folder / "table.json").write_text(damaged)
-            with pytest.raises(ExportError, match=r"table\.json is damaged"):
-                export(digits_run, tmp_path / "bundle")
-        stages = ("teacher", *(student_stage(steps) for steps in digits_run.recipe.export.steps))
-        weights = {stage: digits_run.weights(stage) for stage in stages}
-        (folder / "table.json").write_text(json.dumps({"provenance": {"weights": weights}}))
-        made = export(digits_run, tmp_path / "bundle")
-        assert made.manifest.provenance.quality_table == "| KID |"
     finally:
         shutil.rmtree(folder)
 

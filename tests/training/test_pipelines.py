@@ -249,7 +249,9 @@ def bundles(
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "a blue! circle!!"])
-@pytest.mark.parametrize("name", ["sd1", "inpainting", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["inpainting", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd1", "sdxl"))]
+)
 def test_a_bundle_makes_our_samplers_images(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str, prompt: str
 ) -> None:

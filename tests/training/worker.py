@@ -24,8 +24,12 @@ from training.recipe import Optimisation
 from training.report import Pace
 
 RECIPE = Optimisation(
-    updates=30, batch_size=24, learning_rate=1e-2, ema=float(os.environ.get("EMA", "0.9")), warmup=2
-)  # fmt: skip
+    updates=30,
+    batch_size=int(os.environ.get("BATCH_SIZE", "24")),
+    learning_rate=1e-2,
+    ema=float(os.environ.get("EMA", "0.9")),
+    warmup=2,
+)
 
 
 class ShardedAccelerator(Accelerator):  # type: ignore[misc]
