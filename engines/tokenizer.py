@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from engines.manifest import ATTENTION_MASK, IDS, SECOND_IDS
 
 # A prompt is read several times in a row: to check it, to check it again behind a queue, and to encode it.
 _REMEMBERED = 64
+# Words, and a character that hardly any vocabulary has: without a token for what is unknown, some fail at it.
+_PROBE = "a red apple \U0010fffd"
 
 
 class TokenizerError(Exception):
@@ -36,10 +39,19 @@ def vocabulary_size(path: Path) -> int:
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
+    with _failing_as(f"{path.name}: not a tokenizer"):
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{path.name}: not a tokenizer ({error})") from error
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Whatever the library raises as TokenizerError: bare Exception, and panics that are no Exception at all."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{what} ({error})") from error
 
 
 class Tokenizer:
@@ -60,16 +72,18 @@ class Tokenizer:
         self._pad_id = pad_id
         self._second = second
         self._encode = lru_cache(_REMEMBERED)(self._read)
+        with _failing_as(f"{path.name}: it cannot read a prompt"):
+            self._tokenizer.encode(_PROBE)
 
     def ids(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` with the special tokens. Raises TokenizerError for invalid Unicode."""
+        """Token ids of ``prompt`` with the special tokens. Raises TokenizerError where it cannot be read."""
         ids: list[int] = self._encode(prompt).ids
         return ids
 
     def measure(self, prompt: str) -> PromptSize:
         """How much of ``prompt`` the text encoder will see, and the most tokens that it is to one.
 
-        Raises TokenizerError for invalid Unicode.
+        Raises TokenizerError where it cannot be read.
         """
         encoding = self._encode(prompt)
         words = [token for token, mark in zip(encoding.tokens, encoding.special_tokens_mask, strict=True) if not mark]
@@ -78,11 +92,12 @@ class Tokenizer:
         return PromptSize(most, len(words), sum(word != unknown for word in words))
 
     def _read(self, prompt: str) -> tokenizers.Encoding:
-        try:
-            # One by one: encode_batch starts a thread pool, which forked workers do not survive.
-            return self._tokenizer.encode(prompt)
-        except (TypeError, UnicodeError) as error:
-            raise TokenizerError("the prompt is not valid Unicode text") from error
+        with _failing_as("the tokenizer cannot read the prompt"):
+            try:
+                # One by one: encode_batch starts a thread pool, which forked workers do not survive.
+                return self._tokenizer.encode(prompt)
+            except (TypeError, UnicodeError) as error:
+                raise TokenizerError("the prompt is not valid Unicode text") from error
 
     def inputs(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """The inputs of the text graph, each int64 (len(prompts), max_tokens): ids and attention mask.

@@ -283,7 +283,7 @@ class Models:
         except LoadsEnded as error:
             self._settle(entry, future, error)
             return
-        except Exception as error:
+        except BaseException as error:  # whatever it is, nobody may wait for ever
             logger.error("a bundle does not load", extra={"model": entry.key, **describe(error)})
             self._settle(entry, future, self._refused.note(entry, fingerprint, error))
             return

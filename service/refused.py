@@ -38,7 +38,7 @@ class Refused:
             raise ModelError(str(refusal.error), told, passing=passing) from refusal.error.__cause__
         self._refusals.pop(entry.key, None)
 
-    def note(self, entry: Entry, fingerprint: Hashable, error: Exception) -> ModelError:
+    def note(self, entry: Entry, fingerprint: Hashable, error: BaseException) -> ModelError:
         """Learn that it did not load with the files that gave ``fingerprint``. Returns what those who wait are told."""
         refused = error if isinstance(error, ModelError) else _unloadable(entry, error)
         until = self._clock() + _TRY_AGAIN_S if refused.passing else math.inf
@@ -46,7 +46,7 @@ class Refused:
         return refused
 
 
-def _unloadable(entry: Entry, error: Exception) -> ModelError:
+def _unloadable(entry: Entry, error: BaseException) -> ModelError:
     name = entry.manifest.name
     if isinstance(error, BundleError):
         told = f"{name} cannot be loaded: {error}".replace(f"{entry.path}/", "").replace(str(entry.path), name)
