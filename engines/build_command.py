@@ -91,8 +91,9 @@ def _progress(graph: str) -> Progress:
     """A line on a terminal that is written over; nothing where the output goes elsewhere."""
     terminal = sys.stderr.isatty()
 
-    def tell(phase: str, done: int, steps: int) -> None:
+    def tell(phase: str, done: int, steps: int) -> bool:
         if terminal:
             click.echo(f"\r\033[K{graph}: {phase} {done}/{steps}\r", nl=False, err=True)
+        return True
 
     return tell

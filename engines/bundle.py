@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engines.backends.base import BATCH, GraphSpec, Role, TensorSpec
+from engines.hashes import sha256_of
 from engines.manifest import (
     ATTENTION_MASK,
     FORMAT_VERSION,
@@ -87,14 +88,14 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
         return self.path / name
 
-    def _digest(self, graph: str) -> str:
-        """The SHA-256 of a graph; where the bundle has files that may be weights, of the names and hashes of all.
-
-        Which of them are this graph's is known to the graph only, so every one counts.
-        """
-        files = self.manifest.files
+    def _weights(self) -> list[str]:
+        """The files that may be weights. Of which graph is known to the graphs only, so all count for every one."""
         known = set(self.manifest.named_files())
-        weights = sorted(name for name in files if name not in known and not name.endswith(_NO_WEIGHTS))
+        return sorted(name for name in self.manifest.files if name not in known and not name.endswith(_NO_WEIGHTS))
+
+    def _digest(self, graph: str) -> str:
+        """The SHA-256 of a graph; where the bundle has files that may be weights, of the names and hashes of all."""
+        files, weights = self.manifest.files, self._weights()
         if not weights:
             return files[graph].sha256
         listed = "\n".join(f"{files[name].sha256} {name}" for name in (graph, *weights))
@@ -113,6 +114,7 @@ class Bundle:
         manifest = self.manifest
         graphs: dict[str, GraphSpec] = {}
         tokenizers = () if manifest.text is None else manifest.text.tokenizers
+        weights = self._weights()
 
         def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
             program = manifest.programs.get(name)
@@ -126,6 +128,7 @@ class Bundle:
                 "" if program is None else manifest.files[program].sha256,
                 max(len(manifest.classes), 1),
                 tuple(self.graph_path(file) for file in tokenizers),
+                tuple((self.graph_path(file), manifest.files[file].sha256) for file in (name, *weights)),
             )
 
         if manifest.text is not None:
@@ -231,7 +234,7 @@ def find_problems(path: Path | str, manifest: Manifest, hashes: bool = True) -> 
             problems.append(f"{name}: missing")
         elif (size := file.stat().st_size) != record.size_bytes:
             problems.append(f"{name}: {size} bytes, the manifest says {record.size_bytes}")
-        elif hashes and _sha256(file) != record.sha256:
+        elif hashes and sha256_of(file) != record.sha256:
             problems.append(f"{name}: its SHA-256 does not match the manifest")
     return problems
 
@@ -296,7 +299,8 @@ def _checked(name: str) -> str:
 
 
 def _write_manifest(folder: Path, description: Description, names: Sequence[str]) -> None:
-    records = {name: {"sha256": _sha256(folder / name), "size_bytes": (folder / name).stat().st_size} for name in names}
+    files = {name: folder / name for name in names}
+    records = {name: {"sha256": sha256_of(file), "size_bytes": file.stat().st_size} for name, file in files.items()}
     fields = Description.model_fields.keys()
     document: dict[str, Any] = {**description.model_dump(mode="json", include=set(fields)), "files": records}
     document["revision"] = seal(document)
@@ -306,8 +310,3 @@ def _write_manifest(folder: Path, description: Description, names: Sequence[str]
         out.write("\n")
         out.flush()
         os.fsync(out.fileno())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from engines.backends.cuda import Cuda
 from engines.backends.ort import check_signature
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
+from engines.hashes import check_unchanged
 from engines.manifest import ATTENTION_MASK, LABEL
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
 from engines.tokenizer import TokenizerError, vocabulary_size
@@ -94,9 +95,11 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
     """The graph as compilers take it, in `folder`, and its fidelity: weights unpacked to fp32, then cast.
 
     Raises EngineError for a graph that does not load, that differs from its specs, that gives values that are not
-    finite, or whose fidelity is below `FLOOR_DB`, and without the package onnx in any precision but fp32.
+    finite, whose files were replaced, or whose fidelity is below `FLOOR_DB`, and without the package onnx in any
+    precision but fp32.
     """
     unpacked = unpack(graph, folder / f"unpacked-{graph.path.name}")
+    check_unchanged(graph.files)
     inputs = typical_inputs(graph, CHECKED_ROWS)
     whole = _run(unpacked, inputs)
     check_finite(graph.path.name, whole)

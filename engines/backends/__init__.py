@@ -63,7 +63,7 @@ def open_engine(backend: str, graph: GraphSpec, options: EngineOptions = EngineO
 
 
 def open_engines(backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions = EngineOptions()) -> Opened:
-    """Open every graph on ``backend``; ``auto`` is the first of `BEST_FIRST` that opens them all.
+    """Open every graph on ``backend``; ``auto`` is the first of `BEST_FIRST` that opens them all and runs them once.
 
     Raises EngineError as `open_engine` does; then none is left open.
     """
@@ -72,16 +72,21 @@ def open_engines(backend: str, graphs: Mapping[str, GraphSpec], options: EngineO
     passed_over: dict[str, str] = {}
     for name in BEST_FIRST:
         try:
-            engines = _open_all(name, graphs, options)
+            engines = _open_all(name, graphs, options, tried=True)
         except EngineError as error:
             passed_over[name] = str(error)
         else:
             return Opened(name, engines, passed_over)
-    raise EngineError("no backend opens the bundle; " + "; ".join(f"{k}: {why}" for k, why in passed_over.items()))
+    raise EngineError("no backend runs the bundle; " + "; ".join(f"{k}: {why}" for k, why in passed_over.items()))
 
 
-def _open_all(backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions) -> dict[str, Engine]:
+def _open_all(
+    backend: str, graphs: Mapping[str, GraphSpec], options: EngineOptions, tried: bool = False
+) -> dict[str, Engine]:
     with ExitStack() as opened:
         engines = {name: opened.enter_context(open_engine(backend, graph, options)) for name, graph in graphs.items()}
+        if tried:  # a device may be there and yet run nothing: its driver too old, its memory full
+            for engine in engines.values():
+                engine.warmup((1,))
         opened.pop_all()
     return engines

@@ -86,7 +86,8 @@ class GraphSpec:
     """One graph of a bundle: where it lies, what it must take and give, and the SHA-256 that the manifest has of it.
 
     ``program`` is the same graph as a torch.export program, where the bundle has one. ``classes`` is how many labels
-    there are, and ``tokenizers`` are those whose ids a text graph takes.
+    there are, and ``tokenizers`` are those whose ids a text graph takes. ``files`` are those of the graph, its weights
+    with it, and the SHA-256 of each.
     """
 
     role: Role
@@ -98,6 +99,7 @@ class GraphSpec:
     program_sha256: str = ""
     classes: int = 1
     tokenizers: tuple[Path, ...] = ()
+    files: tuple[tuple[Path, str], ...] = ()
 
 
 class Engine(Protocol):

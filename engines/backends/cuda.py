@@ -13,6 +13,9 @@ from engines.backends.faults import kind_of
 
 Pointer = int
 
+_NON_BLOCKING = 1
+"""cudaStreamNonBlocking."""
+
 
 class Captured:
     """Launches that were captured from a stream: every call puts all of them there again."""
@@ -115,7 +118,8 @@ class Cuda:
     @property
     def _stream(self) -> Any:
         if self._made is None:
-            self._made = self._call("cudaStreamCreate")
+            # One that waits for nobody: others could not use the default stream while this one is captured.
+            self._made = self._call("cudaStreamCreateWithFlags", _NON_BLOCKING)
         return self._made
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:

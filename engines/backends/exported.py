@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.fx import GraphModule
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils import _pytree as pytree
 
@@ -36,18 +37,36 @@ _one_at_a_time = Lock()
 """torch.export keeps what it is doing in global variables, and packages are compiled in a thread of their own."""
 
 
-class Autocast(nn.Module):
-    """A program whose convolutions and matrix products compute in a lower precision; it gives float32."""
+_EXACT = tuple(getattr(torch.ops.aten, name) for name in ("group_norm", "layer_norm", "rms_norm", "softmax"))
+"""What computes in float32 in every precision; autocast sees to it on CUDA, not on a CPU."""
 
-    def __init__(self, program: nn.Module, device: Device, dtype: torch.dtype) -> None:
+
+class Autocast(nn.Module):
+    """A program whose convolutions and matrix products compute in a lower precision; it gives float32.
+
+    Normalisations and softmax compute in float32.
+    """
+
+    def __init__(self, program: GraphModule, device: Device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.program, self.device, self.dtype = program, device, dtype
+        self.program, self.device, self.dtype = _with_exact_norms(program), device, dtype
 
     def forward(self, inputs: Tensors) -> Tensors:
         """What the program gives, in float32."""
         with torch.autocast(self.device, self.dtype):
             outputs: Tensors = self.program(inputs)
         return {name: value.float() for name, value in outputs.items()}
+
+
+def _with_exact_norms(program: GraphModule) -> GraphModule:
+    """The program, with float32 tensors for its normalisations and softmax; in float32 nothing changes."""
+    for node in program.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in _EXACT:
+            with program.graph.inserting_before(node):
+                whole = program.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
+            node.replace_input_with(node.args[0], whole)
+    program.recompile()
+    return program
 
 
 def trace(module: nn.Module, inputs: Tensors) -> ExportedProgram:
@@ -62,12 +81,13 @@ def trace(module: nn.Module, inputs: Tensors) -> ExportedProgram:
         return torch.export.export(module, (inputs,), dynamic_shapes=(shapes,))
 
 
-def runnable(program: ExportedProgram) -> nn.Module:
+def runnable(program: ExportedProgram) -> GraphModule:
     """The module of a program, without torch's guards: of a memory layout they conclude that a batch is not of one.
 
     Names and shapes are checked by the engine, and the results at each size by the export.
     """
-    return program.module(check_guards=False)
+    module: GraphModule = program.module(check_guards=False)
+    return module
 
 
 def load_program(graph: GraphSpec, device: Device) -> ExportedProgram:

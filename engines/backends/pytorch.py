@@ -35,8 +35,9 @@ from engines.backends.exported import (
 )
 from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
-from engines.backends.standin import StandIn
+from engines.backends.standin import StandIn, Wanted
 from engines.compile import CHECKED_ROWS, check_fidelity, typical_inputs
+from engines.hashes import check_unchanged
 from engines.plans import PlanCache, PlanKey, Precision
 
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
@@ -59,8 +60,13 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
         except EngineError as error:
             _log.warning("a package does not load, and is compiled anew: %s", error)
 
-    def build() -> Engine:
-        made = compile_program(load_program(graph, device), options, device)
+    def build(wanted: Wanted) -> Engine:
+        assert graph.program is not None
+        loaded = load_program(graph, device)
+        check_unchanged([(graph.program, graph.program_sha256)])
+        made = compile_program(loaded, options, device)
+        if not wanted():
+            raise EngineError(f"{graph.path.name}: closed while it was compiled")
         with ExitStack() as closing:
             engine = closing.enter_context(PytorchEngine(graph, options, device, made))
             with PytorchEngine(graph, options, device) as program:

@@ -10,6 +10,9 @@ from typing import Self, TypeVar
 
 from engines.backends.base import Array, Engine, EngineError, TensorSpec
 
+Wanted = Callable[[], bool]
+"""Whether anybody still waits for what is being made."""
+
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
@@ -22,10 +25,13 @@ class StandIn:
     Where making fails, it stays the stand-in, and `failure` says why.
     """
 
-    def __init__(self, stand_in: Engine, make: Callable[[], Engine], name: str) -> None:
-        """Begin to make the engine in the background, after those that are being made already."""
+    def __init__(self, stand_in: Engine, make: Callable[[Wanted], Engine], name: str) -> None:
+        """Begin to make the engine in the background, after those that are being made already.
+
+        ``make`` may ask now and then whether it is still wanted, and give up with an EngineError.
+        """
         self._engine, self._make, self.name = stand_in, make, name
-        self._closed = False
+        self._closed = self._has_taken_over = False
         self._lock = Lock()
         self.failure: Exception | None = None
         self._thread = Thread(target=self._replace, name=f"building {name}", daemon=True)
@@ -45,6 +51,13 @@ class StandIn:
     def current(self) -> Engine:
         """The engine that answers now."""
         return self._engine
+
+    @property
+    def reason(self) -> str | None:
+        """Why the stand-in answers; None where the engine that was asked for does."""
+        if self._has_taken_over:
+            return None
+        return "it is being built" if self.failure is None else f"it could not be built: {self.failure}"
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the engine that is there. Raises EngineError as it does."""
@@ -74,15 +87,16 @@ class StandIn:
             if self._closed:
                 return
             try:
-                made = self._make()
+                made = self._make(lambda: not self._closed)
             except Exception as error:  # whatever it is, the stand-in goes on
                 self.failure = error
-                _log.warning("%s could not be built and stays on its stand-in: %s", self.name, error)
+                if not self._closed:
+                    _log.warning("%s could not be built and stays on its stand-in: %s", self.name, error)
                 return
         with self._lock:
             unwanted = made if self._closed else self._engine
             if not self._closed:
-                self._engine = made
+                self._engine, self._has_taken_over = made, True
                 _log.info("%s is built and has taken over", self.name)
         unwanted.__exit__(None, None, None)
 

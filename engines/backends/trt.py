@@ -16,6 +16,7 @@ import numpy as np
 
 from engines.backends.base import (
     Array,
+    DeviceLostError,
     DeviceMemoryError,
     Engine,
     EngineError,
@@ -28,7 +29,7 @@ from engines.backends.base import (
 from engines.backends.cuda import Captured, Cuda, Pointer
 from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
-from engines.backends.standin import StandIn
+from engines.backends.standin import StandIn, Wanted
 from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library, started
 from engines.compile import prepare
 from engines.plans import PlanCache, PlanKey, Profile
@@ -53,23 +54,30 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     if (found := cache.find(key)) is not None:
         plan, profile = found
         try:
-            return TrtEngine(graph, plan, library, cuda, profile)
+            return _warm(TrtEngine(graph, plan, library, cuda, profile), options.profile)
+        except DeviceLostError:
+            raise
         except EngineError as error:
-            _log.warning("a plan does not load, and is built anew: %s", error)
+            _log.warning("a plan does not load or run, and is built anew: %s", error)
 
-    def build() -> Engine:
+    def build(wanted: Wanted) -> Engine:
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
-            made = build_plan(library, prepared, options.profile, target)
-        with ExitStack() as closing:
-            engine = closing.enter_context(TrtEngine(graph, made, library, cuda, options.profile))
-            engine.warmup(options.profile.batch_sizes)
-            cache.keep(key, made)
-            closing.pop_all()
+            made = build_plan(library, prepared, options.profile, target, lambda *_: wanted())
+        engine = _warm(TrtEngine(graph, made, library, cuda, options.profile), options.profile)
+        cache.keep(key, made)
         return engine
 
     return StandIn(_stand_in(graph, replace(options, precision="fp32")), build, graph.path.name)
+
+
+def _warm(engine: TrtEngine, profile: Profile) -> TrtEngine:
+    """The engine, warm for the sizes of a profile; one that cannot be is closed."""
+    with ExitStack() as closing:
+        closing.enter_context(engine).warmup(profile.batch_sizes)
+        closing.pop_all()
+    return engine
 
 
 def _stand_in(graph: GraphSpec, options: EngineOptions) -> Engine:
@@ -88,7 +96,7 @@ class TrtEngine(GraphEngine):
     def __init__(self, graph: GraphSpec, plan: bytes, library: Library, cuda: Cuda, profile: Profile) -> None:
         """Load a plan that was built for `profile`. Raises EngineError for one that does not fit the graph."""
         super().__init__(graph)
-        self._cuda, self._profile = cuda, profile
+        self._cuda, self._profile, self._module = cuda, profile, library.module
         self._logger = error_logger(library.module)
         self._runtime = started(library, "Runtime", self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -109,7 +117,10 @@ class TrtEngine(GraphEngine):
             except ValueError as error:
                 raise EngineError(f"{self._name}: {error}") from error
             if place not in self._shapes:
-                self._shapes[place] = _Shape(self._engine, self._graph, self._cuda, self._profile, place)
+                # Room for that profile alone: by default each would have as much as the largest.
+                strategy = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+                context = self._engine.create_execution_context(strategy)
+                self._shapes[place] = _Shape(context, self._graph, self._cuda, self._profile, place)
             return self._shapes[place].run(inputs, batch)
 
     def _check_signature(self, engine: Any) -> None:
@@ -141,10 +152,10 @@ class TrtEngine(GraphEngine):
 class _Shape:
     """One optimisation profile of a plan: its context, its memory on the device, and its launches as one graph."""
 
-    def __init__(self, engine: Any, graph: GraphSpec, cuda: Cuda, profile: Profile, place: int) -> None:
+    def __init__(self, context: Any, graph: GraphSpec, cuda: Cuda, profile: Profile, place: int) -> None:
         self._graph, self._cuda, self._dynamic = graph, cuda, profile.dynamic
         self._largest = profile.ranges[place][2]
-        self._context = engine.create_execution_context()
+        self._context = context
         if self._context is None:
             raise DeviceMemoryError(f"{graph.path.name}: the device has no memory for a batch of {self._largest}")
         self._context.set_optimization_profile_async(place, cuda.stream)
@@ -174,8 +185,17 @@ class _Shape:
         self._cuda.synchronize()
         self._runs += 1
         if self._runs == 1 and not self._dynamic:  # a plain run first: it sets up what cannot be captured
-            self._captured = self._cuda.capture(self._execute)
+            self._capture()
         return outputs
+
+    def _capture(self) -> None:
+        """Launch all in one call from now on; where that cannot be captured, one by one as before."""
+        try:
+            self._captured = self._cuda.capture(self._execute)
+        except DeviceLostError:
+            raise
+        except EngineError as error:
+            _log.warning("%s: its launches are not captured: %s", self._graph.path.name, error)
 
     def close(self) -> None:
         """Give the captured launches and the memory back."""

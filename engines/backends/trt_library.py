@@ -14,8 +14,8 @@ from engines.plans import Profile
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 INSTALL = "pip install 'fewstep[tensorrt]' or 'fewstep[tensorrt-rtx]'"
 
-Progress = Callable[[str, int, int], None]
-"""Told of every phase of a build: its name, the steps that are done, and how many there are."""
+Progress = Callable[[str, int, int], bool]
+"""Told of every phase of a build: its name, the steps that are done, and how many there are. Whether to go on."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def build_plan(
 ) -> bytes:
     """Compile an ONNX graph, strongly typed, for a chip; None is the one that is there.
 
-    Raises EngineError for a chip that the library does not compile for, for a graph that does not parse or build, and
-    where the library does not start.
+    Raises EngineError for a chip that the library does not compile for, for a graph that does not parse or build, for
+    a build that `progress` ends, and where the library does not start.
     """
     trt = library.module
     logger = error_logger(trt)
@@ -136,7 +136,7 @@ def error_logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    """The library's own progress monitor; a build cannot be cancelled by it."""
+    """The library's own progress monitor, which ends a build between its steps."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -148,8 +148,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             progress(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            progress(phase, step + 1, self.steps.get(phase, step + 1))
-            return True
+            return progress(phase, step + 1, self.steps.get(phase, step + 1))
 
         def phase_finish(self, phase: str) -> None:
             steps = self.steps.pop(phase, 0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime as ort
@@ -14,7 +15,7 @@ import pytest
 
 from engines import backends
 from engines.backends import BACKENDS, BEST_FIRST, open_engine, open_engines, trt_library
-from engines.backends.base import DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
+from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import CPU, OrtCudaEngine, OrtEngine, OrtTensorrtEngine
 from engines.backends.resident import Resident
@@ -61,7 +62,7 @@ def test_auto_takes_the_best_that_opens_and_says_why_not_the_others(
 
 def test_auto_without_any_that_opens_says_all_reasons(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "BEST_FIRST", ("ort-cuda",))
-    with pytest.raises(EngineError, match="no backend opens the bundle; ort-cuda: this ONNX Runtime has no"):
+    with pytest.raises(EngineError, match="no backend runs the bundle; ort-cuda: this ONNX Runtime has no"):
         open_engines("auto", text_bundle.graphs())
 
 
@@ -92,6 +93,34 @@ def test_whatever_fails_while_a_backend_opens_is_passed_over(
     with pytest.raises(DeviceMemoryError, match=r"backend 'full': .*\.onnx: RuntimeError: CUDA out of memory"):
         open_engine("full", graph_of(text_bundle, "step"))
     assert open_engines("auto", text_bundle.graphs()).backend == "fake"
+
+
+class Unfit(FakeEngine):
+    """Opens, and runs nothing, as on a device that its library has no code for."""
+
+    opened: ClassVar[list[Unfit]] = []
+
+    def __init__(self, graph: GraphSpec, options: EngineOptions) -> None:
+        super().__init__(graph, options)
+        self.opened.append(self)
+        self.is_open = True
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise EngineError("no kernel image is available for execution on the device")
+
+    def close(self) -> None:
+        super().close()
+        self.is_open = False
+
+
+def test_what_opens_but_does_not_run_is_passed_over(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "unfit", "tests.engines.test_backends:Unfit")
+    monkeypatch.setattr(backends, "BEST_FIRST", ("unfit", "fake"))
+    opened = open_engines("auto", text_bundle.graphs())
+    assert opened.backend == "fake"
+    assert opened.passed_over == {"unfit": "no kernel image is available for execution on the device"}
+    assert Unfit.opened
+    assert not any(engine.is_open for engine in Unfit.opened)
 
 
 def test_a_library_that_does_not_load_is_passed_over(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from engines.backends import BACKENDS
 from engines.backends.base import Array, DeviceMemoryError, EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import OrtEngine
-from engines.backends.standin import StandIn
+from engines.backends.standin import StandIn, Wanted
 from engines.bench import Bench, Contender, memory_bytes, peak_operations_per_second
 from engines.bench_command import bench
 from engines.bundle import Bundle
@@ -41,7 +41,7 @@ class Built(OrtEngine):
 def open_slowly(graph: GraphSpec, options: EngineOptions) -> StandIn:
     """A backend that compiles, while ONNX Runtime answers, what is not in a precision that it cannot have."""
 
-    def make() -> Built:
+    def make(wanted: Wanted) -> Built:
         if options.precision != "fp32":
             raise EngineError("it cannot be compiled")
         time.sleep(0.1)

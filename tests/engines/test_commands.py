@@ -65,7 +65,7 @@ def test_generate_waits_for_what_its_backend_compiles(
     def open_slowly(graph: GraphSpec, options: EngineOptions) -> StandIn:
         opened.append(options)
         plain = replace(options, precision="fp32")
-        return StandIn(OrtEngine(graph, plain), lambda: FakeEngine(graph, plain), graph.path.name)
+        return StandIn(OrtEngine(graph, plain), lambda wanted: FakeEngine(graph, plain), graph.path.name)
 
     monkeypatch.setattr(backends.fake, "open_slowly", open_slowly, raising=False)
     monkeypatch.setitem(backends.BACKENDS, "trt", "engines.backends.fake:open_slowly")

@@ -79,7 +79,7 @@ def test_the_step_graph_that_ships_builds(library: Library, tmp_path: Path) -> N
     graph = load_bundle(shipped_bundle()).graphs()["step-1.onnx"]
     prepared, _ = prepare(graph, "fp16", tmp_path)
     told: list[tuple[str, int, int]] = []
-    plan = build_plan(library, prepared, Profile((1, 8), dynamic=True), "sm89", lambda *step: told.append(step))
+    plan = build_plan(library, prepared, Profile((1, 8), dynamic=True), "sm89", lambda *step: told.append(step) or True)
     assert len(plan) > 1e6
     assert any(done == steps > 0 for _, done, steps in told)
 
@@ -96,6 +96,19 @@ def test_what_is_there_is_not_built_again(
     assert [bool(plan.seconds) for plan in second] == [plan is victim for plan in first]
     assert names == [f"unpacked-{victim.graph}"]
     assert cache.load(victim.key) == b"anew"
+
+
+def test_a_build_ends_when_it_is_told_to(library: Library, text_bundle: Bundle) -> None:
+    told: list[str] = []
+
+    def progress(phase: str, done: int, steps: int) -> bool:
+        told.append(phase)
+        return done == 0
+
+    graph = text_bundle.graphs()["step-4.onnx"]
+    with pytest.raises(EngineError, match=r"step-4\.onnx: .* cannot build it"):
+        build_plan(library, graph.path, Profile((1,)), "sm89", progress)
+    assert told
 
 
 def test_a_chip_that_it_does_not_know_is_named(library: Library, text_bundle: Bundle, cache: PlanCache) -> None:

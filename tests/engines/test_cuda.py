@@ -13,7 +13,7 @@ from engines.backends.base import EngineError
 from engines.backends.cuda import Cuda
 
 OPPOSITES = {
-    "cudaStreamCreate": "cudaStreamDestroy",
+    "cudaStreamCreateWithFlags": "cudaStreamDestroy",
     "cudaStreamEndCapture": "cudaGraphDestroy",
     "cudaGraphInstantiate": "cudaGraphExecDestroy",
 }
@@ -62,7 +62,7 @@ def test_whoever_only_asks_for_the_device_makes_no_stream(bindings: Bindings) ->
 def test_streams_and_captured_launches_are_given_back(bindings: Bindings) -> None:
     device = Cuda()
     launches = [device.capture(lambda: None) for _ in range(2)]
-    assert bindings.kept == {"cudaStreamCreate": 1, "cudaGraphInstantiate": 2}
+    assert bindings.kept == {"cudaStreamCreateWithFlags": 1, "cudaGraphInstantiate": 2}
     for launch in launches:
         launch()
         launch.close()
@@ -79,7 +79,7 @@ def test_a_capture_that_fails_leaves_nothing(bindings: Bindings) -> None:
     device = Cuda()
     with pytest.raises(EngineError, match="could not be launched"):
         device.capture(fail)
-    assert bindings.kept == {"cudaStreamCreate": 1}
+    assert bindings.kept == {"cudaStreamCreateWithFlags": 1}
     bindings.failing = "cudaGraphInstantiate"
     with pytest.raises(EngineError, match="cudaGraphInstantiate failed"):
         device.capture(lambda: None)

@@ -19,6 +19,7 @@ from engines.backends.exported import Tensors, compile_program, load_program, ru
 from engines.backends.pytorch import PytorchEngine  # noqa: E402
 from engines.backends.standin import StandIn  # noqa: E402
 from engines.bundle import Bundle  # noqa: E402
+from engines.hashes import sha256_of  # noqa: E402
 from engines.pipeline import Generate, Inpaint, Pipeline  # noqa: E402
 from engines.plans import PlanCache, PlanKey, Precision, Profile  # noqa: E402
 from tests.engines.test_engine_contract import graph_of, random_inputs  # noqa: E402
@@ -41,6 +42,13 @@ class Halving(torch.nn.Module):
         return {"latent": inputs["image"] * 0.5}
 
 
+class Dividing(torch.nn.Module):
+    """The same, told otherwise."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return {"latent": inputs["image"] / 2}
+
+
 class Cancelling(torch.nn.Module):
     """The small difference of two large products."""
 
@@ -49,9 +57,17 @@ class Cancelling(torch.nn.Module):
         return {"latent": inputs["image"] @ (large + torch.eye(8)) - inputs["image"] @ large}
 
 
+class Normalising(torch.nn.Module):
+    """A product and a normalisation of it."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return {"latent": torch.nn.functional.layer_norm(inputs["image"] @ torch.eye(8), [8])}
+
+
 def graph_with(module: torch.nn.Module, folder: Path) -> GraphSpec:
-    graph = GraphSpec("encode", folder / "encode.onnx", (IMAGE,), (LATENT,), program_sha256="5" * 64)
-    return replace(graph, program=save_program(module, graph, folder / "encode.pt2"))
+    graph = GraphSpec("encode", folder / "encode.onnx", (IMAGE,), (LATENT,))
+    program = save_program(module, graph, folder / "encode.pt2")
+    return replace(graph, program=program, program_sha256=sha256_of(program))
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +341,24 @@ def test_a_package_is_compiled_once(halving: GraphSpec, tmp_path: Path, compilat
     assert len(compilations) == 1
 
 
+def test_normalisations_are_exact_in_every_precision(tmp_path: Path) -> None:
+    with open_engine("pytorch", graph_with(Normalising(), tmp_path), replace(ONE, precision="bf16")) as engine:
+        image = np.random.default_rng(0).standard_normal((2, *IMAGE.shape[1:])).astype(np.float32)
+        found = torch.tensor(engine.run({"image": image})["latent"])
+        expected = torch.nn.functional.layer_norm(torch.from_numpy(image).bfloat16().float(), [8])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_nothing_is_compiled_of_a_program_that_was_replaced(tmp_path: Path, compilations: list[str]) -> None:
+    graph = graph_with(Halving(), tmp_path)
+    save_program(Dividing(), graph, tmp_path / "encode.pt2")
+    with open_engine("pytorch-aot", graph, replace(ONE, plans=tmp_path / "plans")) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert "encode.pt2: replaced after the bundle was opened" in str(engine.failure)
+    assert not compilations
+
+
 def test_a_package_that_cannot_be_kept_is_used_all_the_same(
     halving: GraphSpec, tmp_path: Path, compilations: list[str]
 ) -> None:
@@ -351,7 +385,7 @@ def test_a_package_that_does_not_fit_is_compiled_anew(
     )
     match fault:
         case "another graph":
-            halving = replace(halving, program_sha256="6" * 64)
+            halving = graph_with(Dividing(), tmp_path)
         case "another precision":
             options = replace(options, precision="bf16")
         case "another chip":

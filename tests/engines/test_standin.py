@@ -9,7 +9,7 @@ import pytest
 
 from engines.backends.base import Array, EngineError, EngineOptions, GraphSpec
 from engines.backends.fake import FakeEngine
-from engines.backends.standin import StandIn, wait_until_built
+from engines.backends.standin import StandIn, Wanted, wait_until_built
 from engines.bundle import Bundle
 from tests.engines.test_engine_contract import graph_of, random_inputs
 
@@ -36,7 +36,7 @@ def test_who_asks_while_the_engine_takes_over_is_answered_by_it(text_bundle: Bun
     graph = graph_of(text_bundle, "step")
     replaced, made = Replaced(graph), FakeEngine(graph, EngineOptions())
 
-    def make() -> FakeEngine:
+    def make(wanted: Wanted) -> FakeEngine:
         assert replaced.take_over.wait(60)
         return made
 
@@ -52,7 +52,7 @@ def test_who_asks_while_the_engine_takes_over_is_answered_by_it(text_bundle: Bun
 def test_an_error_of_the_engine_that_is_there_stays_one(text_bundle: Bundle) -> None:
     graph, go_on = graph_of(text_bundle, "step"), Event()
 
-    def make() -> FakeEngine:
+    def make(wanted: Wanted) -> FakeEngine:
         assert go_on.wait(60)
         return FakeEngine(graph, EngineOptions())
 
@@ -63,7 +63,7 @@ def test_an_error_of_the_engine_that_is_there_stays_one(text_bundle: Bundle) -> 
 
 
 def test_waiting_for_what_cannot_be_built_is_an_error(text_bundle: Bundle) -> None:
-    def fail() -> FakeEngine:
+    def fail(wanted: Wanted) -> FakeEngine:
         raise RuntimeError("there is no compiler")
 
     plain = FakeEngine(graph_of(text_bundle, "step"), EngineOptions())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 
 from engines import backends
 from engines.backends import open_engine, open_engines, trt
-from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
+from engines.backends.base import (
+    DeviceLostError,
+    DeviceMemoryError,
+    Engine,
+    EngineError,
+    EngineOptions,
+    GraphSpec,
+)
 from engines.backends.cuda import Captured
 from engines.backends.standin import StandIn
 from engines.backends.trt import TrtEngine
@@ -25,133 +29,11 @@ from engines.backends.trt_library import Library, build_plan
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Pipeline
 from engines.plans import PlanCache, PlanError, PlanKey, Profile
+from tests.engines.made_up_trt import MADE_UP, MadeUpContext, MadeUpCuda, build_nothing
 from tests.engines.test_backends import HostEngine
 from tests.engines.test_engine_contract import graph_of, random_inputs
 
 PROFILE = Profile((1, 4))
-
-
-class MadeUpCuda:
-    """A device whose memory is the host's, and whose stream does at once what it is given."""
-
-    target = "sm89"
-    STREAM = 7
-
-    def __init__(self) -> None:
-        self.memory: dict[int, Any] = {}
-        self.uploads = 0
-        self.captured = 0
-        self.open = 0
-        """Streams and captured launches that were not given back."""
-        self.limit = 1 << 40
-
-    @property
-    def stream(self) -> int:
-        self.open = self.open or 1
-        return self.STREAM
-
-    def close(self) -> None:
-        self.open -= 1
-
-    def allocate(self, size: int) -> int:
-        if size > self.limit:
-            raise DeviceMemoryError("CUDA: cudaMalloc failed with cudaErrorMemoryAllocation")
-        block = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
-
-    def free(self, pointer: int) -> None:
-        del self.memory[pointer]
-
-    def upload(self, pointer: int, array: Array) -> None:
-        self.uploads += 1
-        self.move(pointer, array.ctypes.data, array.nbytes)
-
-    def download(self, array: Array, pointer: int) -> None:
-        self.move(array.ctypes.data, pointer, array.nbytes)
-
-    def move(self, target: int, source: int, size: int) -> None:
-        ctypes.memmove(target, source, size)
-
-    def synchronize(self) -> None:
-        pass
-
-    def capture(self, launch: Callable[[], None]) -> Captured:
-        self.captured += 1
-        self.open += 1
-        return Captured(launch, self.close)
-
-
-class MadeUpContext:
-    """Runs the plan, an ONNX graph, on what lies at the addresses it was given."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session, self.shapes, self.addresses = session, dict[str, Any](), dict[str, int]()
-
-    def set_optimization_profile_async(self, place: int, stream: int) -> None:
-        assert stream == MadeUpCuda.STREAM
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self.shapes[name] = shape
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
-
-    def execute_async_v3(self, stream: int) -> bool:
-        feeds = {}
-        for node in self.session.get_inputs():
-            dtype = np.float32 if node.type == "tensor(float)" else np.int64
-            size = int(np.prod(self.shapes[node.name])) * np.dtype(dtype).itemsize
-            raw = ctypes.string_at(self.addresses[node.name], size)
-            feeds[node.name] = np.frombuffer(raw, dtype).reshape(self.shapes[node.name])
-        names = [node.name for node in self.session.get_outputs()]
-        for name, array in zip(names, self.session.run(names, feeds), strict=True):
-            ctypes.memmove(self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
-        return True
-
-
-class MadeUpEngine:
-    def __init__(self, plan: bytes) -> None:
-        self.session = ort.InferenceSession(plan, providers=["CPUExecutionProvider"])
-        nodes = [*self.session.get_inputs(), *self.session.get_outputs()]
-        self.nodes = {node.name: node for node in nodes}
-        self.num_io_tensors = len(self.nodes)
-
-    def get_tensor_name(self, i: int) -> str:
-        return list(self.nodes)[i]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(dim if isinstance(dim, int) else -1 for dim in self.nodes[name].shape)
-
-    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(name={"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}[self.nodes[name].type])
-
-    def create_execution_context(self) -> MadeUpContext:
-        return MadeUpContext(self.session)
-
-
-class MadeUpRuntime:
-    def __init__(self, logger: Any) -> None:
-        self.logger = logger
-
-    def deserialize_cuda_engine(self, plan: bytes) -> MadeUpEngine | None:
-        if plan == b"of another version":
-            self.logger.log(1, "the plan was built by version 9")
-            return None
-        return MadeUpEngine(plan)
-
-
-class MadeUpLogger:
-    ERROR = 1
-
-
-MADE_UP = SimpleNamespace(
-    __name__="made_up_rtx",
-    __version__="1.0",
-    ILogger=type("ILogger", (MadeUpLogger,), {}),
-    Runtime=MadeUpRuntime,
-    ComputeCapability=SimpleNamespace(__members__={"CURRENT": 1, "SM120": 120, "SM89": 89}),
-)
 
 
 @pytest.fixture
@@ -216,6 +98,30 @@ def test_launches_of_fixed_shapes_are_captured_once_a_shape(text_bundle: Bundle,
         engine.warmup((1, 4))
         engine.run(random_inputs(engine, 3))
         assert cuda.captured == 2
+
+
+def test_launches_that_cannot_be_captured_go_one_by_one(
+    text_bundle: Bundle, cuda: MadeUpCuda, reference: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(launch: Callable[[], None]) -> Captured:
+        raise EngineError("CUDA: cudaStreamEndCapture failed with cudaErrorStreamCaptureInvalidated")
+
+    monkeypatch.setattr(cuda, "capture", fail)
+    with opened(graph_of(text_bundle, "step"), cuda) as engine:
+        for _ in range(2):
+            inputs = random_inputs(engine, 3)
+            np.testing.assert_allclose(engine.run(inputs)["z_next"], reference.run(inputs)["z_next"], atol=1e-5)
+
+
+def test_a_device_that_is_lost_in_a_capture_is_an_error(
+    text_bundle: Bundle, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(launch: Callable[[], None]) -> Captured:
+        raise DeviceLostError("CUDA: cudaStreamBeginCapture failed with cudaErrorIllegalAddress")
+
+    monkeypatch.setattr(cuda, "capture", fail)
+    with opened(graph_of(text_bundle, "step"), cuda) as engine, pytest.raises(DeviceLostError):
+        engine.run(random_inputs(engine, 1))
 
 
 def test_memory_is_given_back(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
@@ -294,7 +200,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, cuda: MadeUpCuda, tmp_path: Path) -
     """A machine with a made-up TensorRT, and a folder of plans."""
     monkeypatch.setattr(trt, "find_library", lambda: Library(MADE_UP))
     monkeypatch.setattr(trt, "Cuda", lambda: cuda)
-    monkeypatch.setattr(trt, "build_plan", lambda library, graph, *_: onnx.load(graph).SerializeToString())
+    monkeypatch.setattr(trt, "build_plan", build_nothing)
     return EngineOptions(profile=PROFILE, plans=tmp_path)
 
 
@@ -334,7 +240,7 @@ def test_a_plan_that_does_not_load_is_built_anew(
         assert isinstance(engine, StandIn)
         assert engine.wait(60)
         assert isinstance(engine.current, TrtEngine)
-    assert "does not load, and is built anew" in caplog.text
+    assert "does not load or run, and is built anew" in caplog.text
     assert "built by version 9" in caplog.text
     assert cache.load(key) != b"of another version"
 
@@ -379,6 +285,57 @@ def test_a_plan_that_cannot_be_built_leaves_the_stand_in(
         assert str(engine.failure) == "it cannot be built"
         engine.run(random_inputs(engine, 2))
     assert "stays on its stand-in: it cannot be built" in caplog.text
+
+
+def test_a_build_ends_when_its_engine_is_closed(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, go_on = Event(), Event()
+
+    def build(*given: Any) -> bytes:
+        begun.set()
+        assert go_on.wait(60)
+        return build_nothing(*given)
+
+    monkeypatch.setattr(trt, "build_plan", build)
+    with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert begun.wait(60)
+    go_on.set()
+    assert engine.wait(60)
+    assert str(engine.failure) == "the build was ended"
+    assert "stays on its stand-in" not in caplog.text
+
+
+def test_nothing_is_built_of_a_graph_that_was_replaced(
+    text_bundle: Bundle, made_up: EngineOptions, tmp_path: Path
+) -> None:
+    """Another revision in its place: its plan under the key of the older one would be found by that."""
+    graph = graph_of(text_bundle, "step")
+    copy = tmp_path / graph.path.name
+    copy.write_bytes(graph.path.read_bytes())
+    opened_as = replace(graph, path=copy, files=((copy, "0" * 64),))
+    with open_engine("trt", opened_as, made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert "replaced after the bundle was opened" in str(engine.failure)
+    assert not list(tmp_path.glob("*.plan"))
+
+
+def test_a_plan_that_does_not_run_is_built_anew(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graph_of(text_bundle, "step")
+    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", PROFILE)
+    PlanCache(made_up.plans).save(key, graph.path.read_bytes())
+    execute, failures = MadeUpContext.execute_async_v3, [False]
+    monkeypatch.setattr(
+        MadeUpContext, "execute_async_v3", lambda *given: failures.pop() if failures else execute(*given)
+    )
+    with open_engine("trt", graph, made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
 
 
 def test_a_plan_that_cannot_be_kept_is_used_all_the_same(text_bundle: Bundle, made_up: EngineOptions) -> None:
