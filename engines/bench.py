@@ -300,13 +300,13 @@ def memory_bytes(
 
 
 def _grown(bundle: Path, contender: Contender, batch_sizes: Sequence[int], options: EngineOptions) -> dict[str, int]:
-    device = _device_bytes() if contender.backend in _ON_DEVICE else None
+    device = _device_bytes(contender) if contender.backend in _ON_DEVICE else None
     before = _peak_resident_bytes()
     with _opened(bundle, contender, batch_sizes, options) as pipeline:
         pipeline.warmup()
         grown = {"host": _peak_resident_bytes() - before}
         if device is not None:
-            grown["device"] = _device_bytes() - device
+            grown["device"] = _device_bytes(contender) - device
     return grown
 
 
@@ -319,13 +319,11 @@ def _peak_resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _device_bytes() -> int:
+def _device_bytes(contender: Contender) -> int:
+    if contender.backend in _BY_TORCH:
+        from engines.backends.pytorch import used_bytes
+
+        return used_bytes()
     from engines.backends.cuda import Cuda
 
-    try:
-        return Cuda().used_bytes
-    except EngineError:  # without NVIDIA's own bindings, which torch does not need
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+    return Cuda().used_bytes

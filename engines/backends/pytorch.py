@@ -252,6 +252,12 @@ def time_products(matrix: Array, count: int, options: EngineOptions, device: Dev
         raise kind_of(str(error))(f"products of matrices cannot be timed: {error}") from error
 
 
+def used_bytes() -> int:
+    """Memory of the CUDA device that is taken now, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
 def send(array: Array, device: Device) -> Tensor:
     """A contiguous copy of an array on a device: compiled packages take it for that."""
     return torch.tensor(np.ascontiguousarray(array), device=device)
