@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -75,10 +76,11 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parities, made = list[Parity](), dict[str, Parity]()
-        for name, module, example in tqdm(_graphs(run, text), desc="exporting", unit="graph", disable=None):
-            parities.append(export_graph(module, example, folder / name, weights))
-            if programs:
-                made[name] = export_program(module, example, (folder / name).with_suffix(PROGRAM_SUFFIX))
+        for name, make in tqdm(_graphs(run, text).items(), desc="exporting", unit="graph", disable=None):
+            parity, program = _written(make, folder / name, weights, programs)
+            parities.append(parity)
+            if program is not None:
+                made[name] = program
         for name, tokens in tokenizer_files(text).items():
             (folder / name).write_text(tokens)
         names = {graph: parity.graph for graph, parity in made.items()}
@@ -91,6 +93,15 @@ def export(
         return write_bundle(out, description, {file.name: file for file in folder.iterdir()}, replace=replace)
 
 
+def _written(
+    make: Callable[[], tuple[nn.Module, Example]], path: Path, weights: Sequence[Weights], programs: bool
+) -> tuple[Parity, Parity | None]:
+    """Write a graph, and its program if asked for; how far each is from torch. The module is gone afterwards."""
+    module, example = make()
+    parity = export_graph(module, example, path, weights)
+    return parity, export_program(module, example, path.with_suffix(PROGRAM_SUFFIX)) if programs else None
+
+
 def step_graph_name(steps: int) -> str:
     """The file of the student of so many steps."""
     return f"step-{steps}.onnx"
@@ -101,18 +112,23 @@ def encoder_graph_name(steps: int) -> str:
     return f"encoder-{steps}.onnx"
 
 
-def _graphs(run: Run, text: TextGraph | None) -> list[tuple[str, nn.Module, Example]]:
-    graphs: list[tuple[str, nn.Module, Example]] = []
+def _graphs(run: Run, text: TextGraph | None) -> dict[str, Callable[[], tuple[nn.Module, Example]]]:
+    """What makes each graph's module, in turn: all networks at once may be more than memory holds.
+
+    Raises TrainingError for a stage that is not done.
+    """
+    graphs = dict[str, Callable[[], tuple[nn.Module, Example]]]()
     if text is not None:
-        graphs.append((TEXT, text.module, text_example(text)))
+        graphs[TEXT] = lambda: (text.module, text_example(text))
     if run.is_latent:
-        encoder, decoder = _Encoder(run), _Decoder(run)
-        graphs.append((ENCODE, encoder, Example(lambda b: (_images(run, b),), ("image",), ("latent",))))
-        graphs.append((DECODE, decoder, Example(lambda b: (_latents(run, b),), ("latent",), ("image",))))
+        graphs[ENCODE] = lambda: (_Encoder(run), Example(lambda b: (_images(run, b),), ("image",), ("latent",)))
+        graphs[DECODE] = lambda: (_Decoder(run), Example(lambda b: (_latents(run, b),), ("latent",), ("image",)))
     for steps in run.recipe.export.steps:
-        graphs.append((step_graph_name(steps), *step_graph(run, student_stage(steps), steps)))
+        run.check_done(stage := student_stage(steps))
+        graphs[step_graph_name(steps)] = partial(step_graph, run, stage, steps)
     for steps in run.recipe.exported_encoders:
-        graphs.append((encoder_graph_name(steps), *step_graph(run, encoder_stage(steps), steps, encodes=True)))
+        run.check_done(stage := encoder_stage(steps))
+        graphs[encoder_graph_name(steps)] = partial(step_graph, run, stage, steps, encodes=True)
     return graphs
 
 
