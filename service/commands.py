@@ -7,7 +7,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from engines.backends import AUTO, BACKENDS
+from engines.backends import AUTO, BACKENDS, KEEP_PLANS
 from engines.plans import PRECISIONS
 from engines.problems import problem_of
 from service.settings import Settings
@@ -40,6 +40,8 @@ def serve(**options: Any) -> None:
         settings = Settings(**given)
     except ValidationError as error:
         raise click.UsageError("; ".join(map(problem_of, error.errors()))) from error
+    if "plans" in given and settings.backend not in (AUTO, *KEEP_PLANS):
+        raise click.BadParameter(f"{settings.backend} keeps no plans; {', '.join(KEEP_PLANS)} do", param_hint="--plans")
     # Imported late, so that --help and a wrong option answer at once.
     from service import logs, server
 

@@ -38,6 +38,7 @@ def test_help_lists_the_options() -> None:
         ([], {"FEWSTEP_MAX_BATCH": "many"}, "max_batch"),
         (["--timeout-ms", "999999"], {}, "Error: timeout_ms must not exceed max_timeout_ms"),
         (["--models", "nowhere"], {}, "Error: models: there is no such folder"),
+        (["--plans", "plans"], {}, "ort keeps no plans; trt,"),
     ],
 )
 def test_wrong_settings_end_at_once(options: list[str], environment: dict[str, str], says: str) -> None:
