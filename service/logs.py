@@ -14,12 +14,13 @@ from typing import Any, Literal
 from engines.backends.base import EngineError
 from engines.bundle import BundleError
 from service.catalogue import ModelError
+from service.queue.wire import WireError
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 # Messages of other exceptions may quote what a client sent, so only their type and place are logged.
-_SAFE_MESSAGES = (EngineError, BundleError, ModelError, OSError, MemoryError)
+_SAFE_MESSAGES = (EngineError, BundleError, ModelError, WireError, OSError, MemoryError)
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class Tracker:
 
     async def cancel(self, job_id: str) -> Status:
         """Give the job up, unless it is over, and tell what became of it. Raises as `status` does."""
-        await self.status(job_id)  # Only a job that is kept may be cancelled by whoever knows its id.
+        status = await self.status(job_id)  # Only a job that is kept may be cancelled by whoever knows its id.
+        if status.outcome is not None:
+            return status  # Also where it failed by its deadline alone, which the queue does not know.
         try:
             stage = await self._queue.cancel(job_id)
         except QueueUnavailable as error:

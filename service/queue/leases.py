@@ -24,7 +24,7 @@ from service.queue.admission import BUSY_S, EXPECTATION_S, EXPECTED, RATE_MEMORY
 from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
-from service.queue.wire import WireError, pack_outcome, request_of, unpack_job
+from service.queue.wire import pack_outcome, request_of, unpack_job
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,6 @@ class Leases:
         self._away_until: float | None = None
         self._reclaims_from = 0.0
         self._taking = threading.Lock()  # one at a time: what is given is held before it is asked for again
-        self._unanswered = False  # whether jobs may have been given in an answer that never came
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -189,11 +188,9 @@ class Leases:
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         numbers = [models.index(model) + 1 for model, _ in lines]
         room = [rooms[model] for model in models]
-        held = json.dumps(holding) if self._unanswered else ""
-        arguments: Arguments = [self._consumer, silence, int(bool(holding)), held, *head_starts, *numbers, *room]
-        self._unanswered = True
+        # With what is held, always: where an answer is lost, redis-py asks again with the same arguments.
+        arguments: Arguments = [self._consumer, silence, json.dumps(holding), *head_starts, *numbers, *room]
         now, given, seen = self._redis.run("take", [*streams, *loads, *speeds], arguments)
-        self._unanswered = False
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
         for stream, entry, job_id, message, submitted, deadline, tries, kept in given:
@@ -211,8 +208,10 @@ class Leases:
             return None
         try:
             job = unpack_job(message, lambda: self._images(lease), submitted, deadline)
-        except WireError as error:
-            logger.error("a job cannot be read", extra={"job": lease.job_id, "detail": str(error)})
+        except AWAY:
+            raise
+        except Exception as error:  # whatever it is: a job neither held nor given up comes again at once, for ever
+            logger.error("a job cannot be read", extra={"job": lease.job_id, **describe(error)})
             self._give_up(lease, _UNREADABLE, request_of(message))
             return None
         with self._changed:

@@ -45,6 +45,7 @@ class MemoryQueue:
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, Job] = OrderedDict()
+        self._positions: dict[str, dict[str, int]] = {}  # of each model, until its line changes
         self._doors: defaultdict[str, Door] = defaultdict(partial(Door, max_cost))
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
@@ -63,6 +64,7 @@ class MemoryQueue:
             if wait_s is not None:
                 raise QueueFull(wait_s)
             self._waiting[job.id] = job
+            self._positions.pop(job.model, None)
             if keep is None:
                 self._outcomes[job.id] = _uncancellable()
             else:
@@ -102,6 +104,7 @@ class MemoryQueue:
             if not goes_on:
                 return None
             if (job := self._waiting.pop(job_id, None)) is not None:
+                self._positions.pop(job.model, None)
                 self._doors[job.model].withdrew(job.cost, job.priority)
                 return "queued"
             self._cancelled.add(job_id)
@@ -115,6 +118,7 @@ class MemoryQueue:
             taken = list(_fitting(self._in_line(rooms), rooms))
             for job in taken:
                 self._taken[job.id] = self._waiting.pop(job.id)
+                self._positions.pop(job.model, None)
                 self._shelf.taken(job.id)
                 self._doors[job.model].took(job.cost, job.priority)
             return taken
@@ -177,9 +181,11 @@ class MemoryQueue:
         wanted = self._waiting.get(job_id)
         if wanted is None:
             return None
-        line = sorted((job for job in self._waiting.values() if job.model == wanted.model), key=_rank)
-        position = line.index(wanted)
-        return position if position <= FARTHEST_POSITION else None
+        if wanted.model not in self._positions:
+            line = sorted((job for job in self._waiting.values() if job.model == wanted.model), key=_rank)
+            told = enumerate(line[: FARTHEST_POSITION + 1])
+            self._positions[wanted.model] = {job.id: position for position, job in told}
+        return self._positions[wanted.model].get(job_id)
 
     def _in_line(self, models: Collection[str]) -> list[Job]:
         """Those whose deadline is at risk by their deadlines, then the others by age and priority.

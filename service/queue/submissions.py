@@ -162,16 +162,16 @@ class Submissions:
         packed = pack_job(job)
         if not packed.images:
             return await self._at_the_door(job, keep, packed.message)
-        client = await self._redis.client()
         left = milliseconds(job.deadline - time.monotonic())
-        await client.set(keys.images(job.id), packed.images, px=max(0, left) + milliseconds(GRACE_S))
+        async with self._redis.turn() as client:
+            await client.set(keys.images(job.id), packed.images, px=max(0, left) + milliseconds(GRACE_S))
         try:
             accepted = await self._at_the_door(job, keep, packed.message)
         except (QueueFull, KeyConflict):
-            await client.unlink(keys.images(job.id))
+            await self._unlink(keys.images(job.id))
             raise
         if accepted != job.id:
-            await client.unlink(keys.images(job.id))
+            await self._unlink(keys.images(job.id))
         return accepted
 
     async def _at_the_door(self, job: Job, keep: Keep | None, message: bytes, *, asks: bool = False) -> str:
@@ -222,8 +222,8 @@ class Submissions:
                 if replies:
                     last = replies[-1][0]
                     await self._collect(reply[b"id"].decode() for _, reply in replies)
-                    client = await self._redis.client()
-                    await client.xdel(self._replies, *(entry for entry, _ in replies))
+                    async with self._redis.turn() as client:
+                        await client.xdel(self._replies, *(entry for entry, _ in replies))
                 if time.monotonic() - polled >= _POLL_S:
                     polled = time.monotonic()
                     await self._collect(job_id for job_id, wait in self._waiting.items() if wait.accepted)
@@ -260,8 +260,11 @@ class Submissions:
                 wait.outcome.set_result(outcome)
                 over.append(keys.result(job_id))
         if over:
-            client = await self._redis.client()
-            await client.unlink(*over)
+            await self._unlink(*over)
+
+    async def _unlink(self, *names: str) -> None:
+        async with self._redis.turn() as client:
+            await client.unlink(*names)
 
 
 _ACCEPTED, _SAME, _CONFLICT = 1, 2, 3

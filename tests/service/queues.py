@@ -53,9 +53,9 @@ async def soon(queue: JobQueue, job_id: str) -> Finished | Failed:
 
 
 @asynccontextmanager
-async def opened(url: str, reclaim_after_s: float = 60.0) -> AsyncIterator[RedisQueue]:
+async def opened(url: str, reclaim_after_s: float = 60.0, max_cost: int = ROOM) -> AsyncIterator[RedisQueue]:
     """The queue at an address, closed whatever happens."""
-    queue = RedisQueue(url, ROOM, bounds=BOUNDS, reclaim_after_s=reclaim_after_s)
+    queue = RedisQueue(url, max_cost, bounds=BOUNDS, reclaim_after_s=reclaim_after_s)
     try:
         yield queue
     finally:

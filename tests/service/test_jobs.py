@@ -184,6 +184,11 @@ async def test_a_job_that_no_worker_ends_is_over_soon_after_its_time(
         job_id = await ask(api, timeout_ms=1500)
         name, data = events_of((await api.client.get(f"/jobs/{job_id}/events")).text)[-1]
         assert (name, data["error"]["code"]) == ("failed", "deadline_exceeded")
+        # Who gives it up now changes nothing.
+        given_up = (await api.client.delete(f"/jobs/{job_id}")).json()
+        for found in (given_up, await look(api, job_id)):
+            assert (found["status"], found["error"]["code"]) == ("failed", "deadline_exceeded")
+        assert api.metric("fewstep_cancelled_total", stage="queued") == 0
 
 
 async def test_a_service_that_drains_does_what_it_accepted_and_still_tells(app: Running, gate: Gate) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 import pytest
 
-from service.jobs import Failed, Finished, Job, Output, Timings
+from service.jobs import Failed, Finished, Job, Output, Priority, Timings
+from service.queue import memory
 from service.queue.base import (
     FARTHEST_POSITION,
     LATE_S,
@@ -17,6 +19,7 @@ from service.queue.base import (
     QueueFull,
     QueueStats,
 )
+from service.queue.memory import MemoryQueue
 from tests.service.queues import FINISHED, KEEP, MODEL, job, taken
 
 pytestmark = pytest.mark.anyio
@@ -199,3 +202,41 @@ async def test_far_behind_there_is_no_position(queue: JobQueue) -> None:
         await queue.submit(empty, KEEP)
     assert (await queue.status(f"{FARTHEST_POSITION}")).position == FARTHEST_POSITION
     assert (await queue.status(f"{FARTHEST_POSITION + 1}")).position is None
+
+
+async def test_a_position_follows_whatever_joins_or_leaves_the_line(queue: JobQueue) -> None:
+    async def positions(names: str) -> list[int | None]:
+        return [(await queue.status(name)).position for name in names]
+
+    for name in "abcd":
+        await queue.submit(job(name), KEEP)
+        assert (await queue.status(name)).position == "abcd".index(name)
+    await queue.submit(job("other", model="other@1"), KEEP)
+    assert await positions("abcd") == [0, 1, 2, 3]
+    await queue.cancel("b")
+    assert await positions("abcd") == [0, None, 1, 2]
+    assert taken(queue, 1) == ["a"]
+    assert await positions("abcd") == [None, None, 0, 1]
+    await queue.submit(job("high", priority=Priority.HIGH), KEEP)
+    assert await positions("cd") == [1, 2]
+    assert taken(queue, 1, "other@1") == ["other"]
+    assert (await queue.status("high")).position == 0
+
+
+async def test_the_line_is_looked_through_once_however_many_ask(
+    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, looks = MemoryQueue(2000), Counter[str]()
+    names = [f"{k}" for k in range(500)]
+    for name in names:
+        await queue.submit(job(name, steps=1), KEEP)
+    rank = memory._rank
+
+    def counted(job: Job) -> float:
+        looks[job.id] += 1
+        return rank(job)
+
+    monkeypatch.setattr(memory, "_rank", counted)
+    for name in names:
+        await queue.status(name)
+    assert looks == dict.fromkeys(names, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -86,6 +87,13 @@ async def test_a_key_has_its_rate_and_no_other_is_hindered(rates: Rates) -> None
     assert [await rates.wait_s(few) for _ in range(3)] == [0.0] * 3
     assert 0 < await rates.wait_s(few) <= 20
     assert {await rates.wait_s(ApiKey("free", DIGEST)) for _ in range(10)} == {0.0}
+
+
+@pytest.mark.anyio
+async def test_who_asks_hundreds_of_times_at_once_has_no_more_than_the_rate(rates: Rates) -> None:
+    key = ApiKey("ann", DIGEST, per_minute=3)
+    waits = await asyncio.gather(*(rates.wait_s(key) for _ in range(500)))
+    assert waits.count(0.0) == 3
 
 
 @pytest.mark.anyio

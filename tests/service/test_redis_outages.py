@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from service.queue import clients
 from service.queue.base import QueueStats, QueueUnavailable
 from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
@@ -86,6 +87,20 @@ async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: Redi
         assert await soon(queue, "a") == FINISHED
         await queue.submit(job("b"))
         wait_until(lambda: "b" in taken(queue, wait_s=0.1))
+
+
+async def test_who_gets_no_turn_for_too_long_is_told_so(
+    anyio_backend: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "_AT_ONCE", 1)
+    async with opened(redis_server.url) as queue:
+        with monkeypatch.context() as patched:
+            patched.setattr(clients, "_TURN_WITHIN_S", 0.1)
+            async with queue._coroutines.turn():
+                with pytest.raises(QueueUnavailable):
+                    await queue.submit(job("refused"))
+        await queue.submit(job("a"))
+        assert taken(queue) == ["a"]
 
 
 async def test_a_server_that_was_never_there_is_no_crash(anyio_backend: str) -> None:

@@ -7,13 +7,15 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engines.pipeline import Edit
 from service.queue import keys
 from service.queue.base import QueueStats, QueueUnavailable
-from tests.service.helpers import wait_until
+from tests.service.helpers import random_image, wait_until
 from tests.service.queues import FINISHED, job, opened, soon, taken
 from tests.service.redis_cluster import RedisCluster
 from tests.service.redis_server import RedisServer, Sentinel, free_port
@@ -43,6 +45,15 @@ async def works(url: str, name: str) -> None:
         assert queue.stats() == QueueStats(0, 0, 0.0)
 
 
+async def works_for_many(url: str) -> None:
+    """Hand hundreds of jobs with images to the queue at this address, all at once."""
+    names = [f"{k}" for k in range(500)]
+    edit = Edit("a cat", 2, 0.0, 0, random_image(), strength=0.5)
+    async with opened(url, max_cost=4 * len(names)) as queue:
+        await asyncio.gather(*(queue.submit(replace(job(name), tasks=(edit,))) for name in names))
+        assert sorted(taken(queue, len(names))) == sorted(names)
+
+
 @contextmanager
 def cluster_of_one(redis_path: str, folder: Path, *options: str) -> Iterator[RedisServer]:
     """A node that has every slot."""
@@ -66,6 +77,17 @@ async def test_ipv6_addresses(anyio_backend: str, redis_path: str, tmp_path: Pat
     with RedisServer(redis_path, tmp_path, *both) as server, Sentinel(redis_path, tmp_path, server) as sentinel:
         await works(f"redis://[::1]:{server.port}/0", "b")
         await works(f"redis+sentinel://[::1]:{sentinel.port}/main", "c")
+
+
+async def test_hundreds_at_once_are_no_outage(
+    anyio_backend: str, redis_path: str, redis_server: RedisServer, cluster: RedisCluster, tmp_path: Path
+) -> None:
+    await works_for_many(redis_server.url)
+    await works_for_many(cluster.url)
+    with redis_server.client() as client:
+        client.flushall()
+    with Sentinel(redis_path, tmp_path, redis_server) as sentinel:
+        await works_for_many(sentinel.url)
 
 
 async def test_a_cluster_is_asked_at_the_right_node_from_the_first_command_on(

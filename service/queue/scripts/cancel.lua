@@ -12,8 +12,9 @@ if not kept then
 end
 if state == 'queued' then
   local load = PREFIX .. 'load:' .. model
-  remove(stream_of(model, priority), load, entry)
-  redis.call('HINCRBY', load, waiting_of(priority), -cost)
+  if remove(stream_of(model, priority), load, entry) then
+    redis.call('HINCRBY', load, waiting_of(priority), -cost)
+  end
   forget(id)
 elseif state == 'running' then
   redis.call('HSET', record, 'state', 'cancelled') -- Its worker sees that, and settles.

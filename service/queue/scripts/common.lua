@@ -71,7 +71,7 @@ local function oldest_waiting(jobs, last)
 end
 
 -- Acknowledged and deleted together: what is only acknowledged would stay in memory. With it goes its cost from what
--- is outstanding.
+-- is outstanding. Says whether it was there: a record that is kept outlives the streams.
 local function remove(jobs, load, entry)
   local found = redis.call('XRANGE', jobs, entry, entry)[1]
   redis.call('XACK', jobs, GROUP, entry)
@@ -79,6 +79,7 @@ local function remove(jobs, load, entry)
   if found and redis.call('HINCRBY', load, 'outstanding', -by_name(found[2]).cost) <= 0 then
     redis.call('HDEL', load, 'since')
   end
+  return found ~= nil
 end
 
 -- What is left of a job that nobody works on any more: nothing, but for one whose outcome is kept.

@@ -1,15 +1,15 @@
 -- Gives jobs to a consumer: one whose worker fell silent, alone, else those that are first in line.
 -- KEYS: streams of jobs, then the load of each, then the speed of each
--- ARGV: consumer, silence in ms, 1 where the consumer holds jobs, these as JSON where its last call had no answer, then
--- the head start of each stream in ms, then the number of the model of each, then how many images of each model there
--- is room for
+-- ARGV: consumer, silence in ms, the jobs that the consumer knows it holds as JSON, then the head start of each stream
+-- in ms, then the number of the model of each, then how many images of each model there is room for
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
-local consumer, silence, holding, held = unpack(ARGV)
+local consumer, silence = unpack(ARGV)
+local held = cjson.decode(ARGV[3])
 local streams = #KEYS / 3
 local MOST_UNANSWERED = 1000
 local room, begun = {}, {}
-for place = 5 + 2 * streams, #ARGV do
+for place = 4 + 2 * streams, #ARGV do
   room[#room + 1] = tonumber(ARGV[place])
 end
 local now = now_ms()
@@ -48,7 +48,7 @@ local function reclaim(stream, id)
   end
 end
 
--- Adds to `found` what this consumer was given of a stream and does not know of.
+-- Adds to `found` what this consumer was given of a stream and does not know of: the answer was lost.
 local function unanswered(stream, known, found)
   for _, pending in ipairs(redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', MOST_UNANSWERED, consumer)) do
     local entry = redis.call('XRANGE', KEYS[stream], pending[1], pending[1])[1]
@@ -75,12 +75,12 @@ local function head_behind(stream, last)
   local fields = by_name(entry[2])
   local deadline = tonumber(fields.deadline)
   local at_risk = deadline < now + backlog(stream)
-  local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[4 + stream]
+  local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[3 + stream]
   return {entry = entry, rows = tonumber(fields.rows), cost = fields.cost, at_risk = at_risk, rank = rank}
 end
 
 local function model_of(stream)
-  return tonumber(ARGV[4 + streams + stream])
+  return tonumber(ARGV[3 + streams + stream])
 end
 
 local function priority_of(stream)
@@ -97,23 +97,21 @@ end
 for stream = 1, streams do
   groups[stream] = group_of(KEYS[stream])
 end
-if held ~= '' then
-  local known, found = {}, {}
-  for _, id in ipairs(cjson.decode(held)) do
-    known[id] = true
+local known, found = {}, {}
+for _, id in ipairs(held) do
+  known[id] = true
+end
+for stream = 1, streams do
+  if groups[stream] then
+    unanswered(stream, known, found)
   end
-  for stream = 1, streams do
-    if groups[stream] then
-      unanswered(stream, known, found)
-    end
-  end
-  if #found > 0 then
-    return {now, found, {}}
-  end
+end
+if #found > 0 then
+  return {now, found, {}}
 end
 for stream = 1, streams do
   local id = groups[stream] and abandoned(stream)
-  if id and holding == '1' then
+  if id and #held > 0 then
     return {now, {}, {}} -- Comes back for that one with empty hands.
   end
   local job = id and reclaim(stream, id)

@@ -1,0 +1,105 @@
+"""The queue in Redis where something is lost: an answer on its way, or what had its time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engines.pipeline import Edit
+from service.jobs import Failed, Priority
+from service.queue import keys, leases
+from service.queue.clients import _script
+from service.queue.redis import RedisQueue
+from tests.service.cutting import Door, cutting_door
+from tests.service.helpers import random_image
+from tests.service.queues import FINISHED, KEEP, MODEL, job, opened, soon, taken
+from tests.service.redis_server import RedisServer
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def door(redis_server: RedisServer) -> Iterator[Door]:
+    """In front of a Redis with nothing in it."""
+    with cutting_door(redis_server.port) as door:
+        yield door
+
+
+@pytest.fixture
+async def api(anyio_backend: str, redis_server: RedisServer) -> AsyncIterator[RedisQueue]:
+    async with opened(redis_server.url) as queue:
+        yield queue
+
+
+@pytest.fixture
+async def worker(anyio_backend: str, door: Door) -> AsyncIterator[RedisQueue]:
+    """One whose answers may get lost, as in a connection that breaks. Nobody else takes its jobs in time."""
+    async with opened(f"redis://127.0.0.1:{door.port}/0") as queue:
+        yield queue
+
+
+async def test_what_was_given_in_an_answer_that_got_lost_is_given_again_at_once(
+    api: RedisQueue, worker: RedisQueue, door: Door
+) -> None:
+    await api.submit(job("held"))
+    assert taken(worker) == ["held"]
+    for name in "abc":
+        await api.submit(job(name))
+    door.lose(worker._threads.client.register_script(_script("take")).sha.encode())
+    assert taken(worker) == ["a", "b", "c"]
+    assert len(door.lost) == 1
+    assert taken(worker) == []
+    assert all(worker.settle(name, FINISHED) for name in ("held", *"abc"))
+
+
+async def test_jobs_whose_images_cannot_be_had_now_are_given_again_at_once(
+    api: RedisQueue, worker: RedisQueue, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_AFTER_ERROR_S", 0.0)
+    edit = Edit("a cat", 4, 0.0, 0, random_image(), strength=0.5)
+    for name in "abc":
+        await api.submit(replace(job(name), tasks=(edit,)))
+    door.lose(keys.images("b").encode(), times=2)  # Once more than it is asked for again.
+    assert taken(worker) == ["a"]
+    assert len(door.lost) == 2
+    assert taken(worker) == ["b", "c"]
+    assert taken(worker) == []
+    assert all(worker.settle(name, FINISHED) for name in "abc")
+
+
+async def test_a_job_at_which_reading_breaks_is_given_up_and_the_next_is_taken(
+    api: RedisQueue, worker: RedisQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        await api.submit(job(name))
+    unpack_job = leases.unpack_job
+
+    def unpack(message: bytes, *rest: Any) -> Any:
+        if b"request-a" in message:
+            raise AttributeError("whatever it is")
+        return unpack_job(message, *rest)
+
+    monkeypatch.setattr(leases, "unpack_job", unpack)
+    assert taken(worker) == ["b"]
+    assert isinstance(await soon(api, "a"), Failed)
+
+
+async def test_cancelling_a_job_whose_stream_had_its_time_takes_no_cost_from_others(
+    api: RedisQueue, redis_server: RedisServer
+) -> None:
+    for name in "ab":
+        await api.submit(job(name), KEEP)
+    with redis_server.client() as client:
+        client.delete(keys.load(MODEL), *(keys.jobs(MODEL, priority) for priority in Priority))
+        assert await api.cancel("a") == "queued"
+        assert not client.exists(keys.load(MODEL))
+        await api.submit(job("new"))
+        assert await api.cancel("b") == "queued"
+        load = client.hgetall(keys.load(MODEL))
+        assert (load[b"waiting:0"], load[b"outstanding"]) == (b"4", b"4")
+    assert (api.stats().depth, api.stats().cost) == (1, 4)
+    for name in "ab":
+        assert (await api.status(name)).state == "cancelled"
