@@ -14,7 +14,7 @@ import numpy as np
 
 from engines.backends import open_engines
 from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions, Role
-from engines.backends.standin import StandIn, wait_until_built
+from engines.backends.standin import BuildState, StandIn, wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
@@ -144,10 +144,10 @@ class Pipeline:
             wait_until_built(engine)
 
     @property
-    def stand_ins(self) -> dict[str, str]:
-        """The graphs for which another engine answers than was asked for, and why."""
-        waiting = {name: engine.reason for name, engine in self._engines.items() if isinstance(engine, StandIn)}
-        return {name: reason for name, reason in waiting.items() if reason is not None}
+    def stand_ins(self) -> dict[str, BuildState]:
+        """The graphs for which another engine answers than was asked for, and what became of that one so far."""
+        states = {name: engine.state for name, engine in self._engines.items() if isinstance(engine, StandIn)}
+        return {name: state for name, state in states.items() if state != "built"}
 
     def warmup(self) -> dict[str, dict[int, float]]:
         """Run every graph at every batch size; return seconds of a tick by step graph and rows.

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from engines.backends.base import Array, Engine, EngineError, TensorSpec
+
+BuildState = Literal["building", "built", "failed"]
 
 Wanted = Callable[[], bool]
 """Whether anybody still waits for what is being made."""
@@ -53,11 +55,11 @@ class StandIn:
         return self._engine
 
     @property
-    def reason(self) -> str | None:
-        """Why the stand-in answers; None where the engine that was asked for does."""
+    def state(self) -> BuildState:
+        """How far the engine that was asked for is; once it is built, it answers."""
         if self._has_taken_over:
-            return None
-        return "it is being built" if self.failure is None else f"it could not be built: {self.failure}"
+            return "built"
+        return "building" if self.failure is None else "failed"
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the engine that is there. Raises EngineError as it does."""

@@ -209,8 +209,10 @@ def test_onnx_runtime_answers_until_the_plan_is_there(text_bundle: Bundle, made_
     with open_engine("trt", graph, made_up) as engine:
         assert isinstance(engine, StandIn)
         inputs = random_inputs(engine, 2)
+        assert engine.state in ("building", "built")
         first = engine.run(inputs)["z_next"]
         assert engine.wait(60)
+        assert engine.state == "built"
         assert isinstance(engine.current, TrtEngine)
         np.testing.assert_allclose(engine.run(inputs)["z_next"], first, atol=1e-5)
     with open_engine("trt", graph, made_up) as engine:
@@ -282,7 +284,7 @@ def test_a_plan_that_cannot_be_built_leaves_the_stand_in(
     with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
         assert isinstance(engine, StandIn)
         assert engine.wait(60)
-        assert str(engine.failure) == "it cannot be built"
+        assert (engine.state, str(engine.failure)) == ("failed", "it cannot be built")
         engine.run(random_inputs(engine, 2))
     assert "stays on its stand-in: it cannot be built" in caplog.text
 
