@@ -22,6 +22,7 @@ from training.loop import Stopped, TrainingError
 from training.metrics import MetricError
 from training.recipe import Recipe, RecipeError
 from training.report import Pace
+from training.sharding import sharding
 from training.teachers import TeacherError
 
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -73,7 +74,7 @@ def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pac
         loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
     # Without this, accelerate takes several processes on a CPU for one each.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision], cpu=on_cpu)
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision], cpu=on_cpu, fsdp_plugin=sharding())
     return runs.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
 
 

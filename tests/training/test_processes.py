@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -52,12 +53,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 def test_a_run_killed_at_a_random_update_resumes_to_the_same_bits(
     tmp_path: Path, undisturbed: dict[str, Tensor]
 ) -> None:
-    at = random.randrange(1, 30)
+    """Checkpoints are seven updates apart: those since the last one are lost, and done again."""
+    at = 7 * random.randrange(4) + random.randrange(1, 7)
     print(f"killed at update {at}")
-    killed = start(tmp_path, KILLED_AT=str(at))
+    killed = start(tmp_path, KILLED_AT=str(at), CHECKPOINT_EVERY="7")
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "weights.pt").exists()
-    resumed = start(tmp_path)
+    kept = tmp_path / "checkpoint.pt"
+    assert (torch.load(kept, weights_only=True)["update"] if kept.exists() else 0) == at - at % 7
+    resumed = start(tmp_path, CHECKPOINT_EVERY="7")
     assert resumed.returncode == 0, resumed.stderr
     for name, value in undisturbed.items():
         assert torch.equal(weights(tmp_path)[name], value), name
@@ -119,6 +123,15 @@ def test_data_that_end_in_one_process_end_all_with_what_was_trained(tmp_path: Pa
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["update"] == 17
     assert kept["network"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_sharded_weights_in_bf16_are_asked_at_the_times_that_they_are_given(tmp_path: Path) -> None:
+    """By the policy that FSDP gets from a launcher's environment: accelerate's own would round them to bf16."""
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    shared = start(tmp_path, processes=2, SHARDED="1", EMA="0", PRECISION="bf16", **launched)
+    assert shared.returncode == 0, shared.stderr
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] < json.loads(lines[0])["loss"]
 
 
 def test_an_average_of_sharded_weights_is_refused(tmp_path: Path) -> None:

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from training import loop
 from training.data.entries import DataError
 from training.data.shard_order import ShardOrder
 from training.data.stream import ShardStream
 from training.draws import Draws
-from training.loop import train
 from training.recipe import Optimisation
-from training.report import Pace
+from training.report import Pace, Report
+from training.sharding import sharding
 
 RECIPE = Optimisation(
     updates=30,
@@ -38,10 +39,14 @@ class ShardedAccelerator(Accelerator):  # type: ignore[misc]
     distributed_type = DistributedType.FSDP
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        plugin = sharding() or FullyShardedDataParallelPlugin(fsdp_version=2)
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
         for layer in network.children():
             if list(layer.parameters()):
-                fully_shard(layer)
-        fully_shard(network)
+                fully_shard(layer, mp_policy=policy)
+        fully_shard(network, mp_policy=policy)
         return network, torch.optim.AdamW(network.parameters(), weight_decay=optimizer.defaults["weight_decay"])
 
     def unwrap_model(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -54,6 +59,24 @@ class ShardedAccelerator(Accelerator):  # type: ignore[misc]
         norm: Any = nn.utils.clip_grad_norm_(list(parameters), max_norm)
         whole: Tensor = norm.full_tensor()
         return whole
+
+
+class Layers(nn.Sequential):
+    """Layers that want what they are given as it is: a time, rounded to bf16, would be another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError(f"asked in {x.dtype}")
+        output: Tensor = super().forward(x)
+        return output
+
+
+class SparseReport(Report):
+    """For which a checkpoint is due only after every so many updates."""
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        return super().checkpoint_is_due and self._last[0] % int(os.environ.get("CHECKPOINT_EVERY", "1")) == 0
 
 
 Load = Callable[[int, Draws], Tensor]
@@ -75,8 +98,9 @@ def streamed(address: str) -> Load:
 
     def rows(update: int, draws: Draws) -> Tensor:
         load(update, draws)
-        stream.prefetch(draws.of(order.at(update + 1)))
-        return stream.parts(draws.of(order.at(update)))["x"].flatten(1)
+        x = stream.parts(draws.of(order.at(update)))["x"].flatten(1)
+        stream.prefetch(order.ahead(update))
+        return x
 
     return rows
 
@@ -92,13 +116,15 @@ def loss(module: nn.Module, x: Tensor, draws: Draws) -> Tensor:
 def main(folder: Path) -> None:
     """Train in `folder`, and write weights.pt there."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
-    accelerator = (ShardedAccelerator if "SHARDED" in os.environ else Accelerator)(cpu=True)
+    network = Layers(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+    kind = ShardedAccelerator if "SHARDED" in os.environ else Accelerator
+    accelerator = kind(cpu=True, mixed_precision=os.environ.get("PRECISION", "no"))
     pace = Pace(log_every=1, checkpoint_every_s=float(os.environ.get("CHECKPOINT_EVERY_S", "-1")))
     if limit := int(os.environ.get("FILE_BYTES", "0")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     given = streamed(os.environ["SHARDS"]) if "SHARDS" in os.environ else load
-    trained = train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, load=given, pace=pace)
+    loop.Report = SparseReport  # type: ignore[misc]
+    trained = loop.train(network, loss, RECIPE, folder, accelerator=accelerator, seed=3, load=given, pace=pace)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if accelerator.is_main_process:
         torch.save(trained.state_dict(), folder / "weights.pt")
