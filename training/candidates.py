@@ -145,7 +145,7 @@ class ImageMaker:
     def _key(self, candidate: Candidate, w: float, rows: range) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "precision": self.run.recipe.precision,
+            "precision": arithmetic(self.run),
             "weights": self.weights(candidate.stage),
             "autoencoder": self.weights("autoencoder") if self.run.is_latent else None,
             "model": candidate.model,
@@ -157,6 +157,12 @@ class ImageMaker:
             "conditions": self.data.words[rows.start : rows.stop],
             "encoding": self.data.encoding,
         }
+
+
+def arithmetic(run: Run) -> str:
+    """What networks compute in: on a GPU torch convolves float32 in TF32 unless it is told not to."""
+    in_tf32 = run.device.type == "cuda" and run.recipe.precision == "fp32" and torch.backends.cudnn.allow_tf32
+    return f"{run.recipe.precision}{', convolutions in TF32' if in_tf32 else ''}"
 
 
 def rows_at_once(shape: tuple[int, int, int]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.candidates import Candidate, ImageMaker
+from training.candidates import Candidate, ImageMaker, arithmetic
 from training.clip_score import ClipScorer
 from training.data.training_set import to_tensor
 from training.features import FeatureExtractor
@@ -84,7 +84,7 @@ def evaluate(
         frechet_dims=plan.frechet_dims,
         neighbours=NEIGHBOURS,
         seed=maker.seed,
-        precision=_arithmetic(maker.run),
+        precision=arithmetic(maker.run),
         weights={stage: maker.weights(stage) for stage in [*(c.stage for c in plan.candidates), *autoencoder]},
     )
     return Quality(rows, floor, provenance, timing)
@@ -143,12 +143,6 @@ def save_picture(maker: ImageMaker, plan: Plan, w: float, path: Path) -> str:
         f"{path.name}, w = {w:g}. Rows from the top: {'; '.join(names)}. "
         f"Columns from the left: {'; '.join(maker.data.words[:columns])}."
     )
-
-
-def _arithmetic(run: Run) -> str:
-    """What networks compute in: on a GPU torch convolves float32 in TF32 unless it is told not to."""
-    in_tf32 = run.device.type == "cuda" and run.recipe.precision == "fp32" and torch.backends.cudnn.allow_tf32
-    return f"{run.recipe.precision}{', convolutions in TF32' if in_tf32 else ''}"
 
 
 def _device_name(run: Run) -> str:

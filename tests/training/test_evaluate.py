@@ -220,6 +220,18 @@ def test_the_noise_of_an_image_depends_on_seed_and_place_only(run: Run) -> None:
     assert np.abs(other.make(STUDENT, 1.0, range(5, 9)) - whole[5:9]).max() > 1
 
 
+def test_images_of_another_arithmetic_are_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a CPU in fp32 keep the key that they always had."""
+    key = maker(run)._key(STUDENT, 1.0, range(24))
+    assert key["precision"] == "fp32"
+    on_gpu = maker(run)
+    monkeypatch.setattr(Run, "device", torch.device("cuda"))
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
+    assert on_gpu._key(STUDENT, 1.0, range(24)) != key
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    assert on_gpu._key(STUDENT, 1.0, range(24)) == key
+
+
 def images_of(pixels: Pixels) -> set[bytes]:
     return {image.tobytes() for image in pixels}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.diffusion import Schedule
+from training.diffusion import Schedule, stock_scheduler
 from training.draws import generator_at
 from training.guidance import Condition, GuidedTeacher
 from training.mixture import ExactDenoiser, GaussianMixture, solve_guided_ode
@@ -72,6 +72,18 @@ def test_every_sampler_calls_the_denoiser_once_a_step_at_the_times_of_the_grid(s
     sample_with(sampler, denoiser, COSINE, steps, torch.randn(2, 3), {}, torch.zeros(2))
     rounding = 0.0 if sampler == "ddim" else 0.5 / COSINE.timesteps
     assert times == pytest.approx(COSINE.grid(steps).times[:-1].tolist(), abs=rounding + 1e-6)
+
+
+@pytest.mark.parametrize("steps", [50, 8, 1])
+def test_our_ddim_is_that_of_diffusers_where_timesteps_are_whole(steps: int) -> None:
+    exact = ExactDenoiser(MIXTURE, LINEAR)
+    teacher = GuidedTeacher(exact, exact, {"label": torch.tensor(MIXTURE.classes)})
+    scheduler, z = stock_scheduler(LINEAR), NOISE
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        t = ((timestep + 1) / LINEAR.timesteps).to(z).expand(len(z))
+        z = scheduler.step(teacher(z, t, {"label": LABEL}, W), int(timestep), z).prev_sample
+    assert apart(samples("ddim", steps, LINEAR), z) < 1e-5
 
 
 @pytest.mark.parametrize("schedule", [COSINE, LINEAR], ids=["cosine", "linear"])
