@@ -139,6 +139,7 @@ def _train_teacher(run: Run) -> None:
 
 
 def _match_outputs(run: Run) -> None:
+    _ = run.data  # data that do not fit are told before the networks are read
     recipe, teacher = run.recipe.stage1, run.guided_teacher()
 
     def loss(network: nn.Module, batch: Batch, draws: Draws) -> Tensor:
@@ -190,7 +191,7 @@ def _train_denoiser(
 
     def load(update: int, draws: Draws) -> Batch:
         batch = data.batch(draws.of(order.at(update)), draws, run.device)
-        data.prefetch(draws.of(order.at(update + 1)))
+        data.prefetch(order.ahead(update))
         return batch
 
     def some(draws: Draws) -> Batch:

@@ -99,7 +99,7 @@ def _compared(run: Run, images: Path | None) -> Recipe:
     """The recipe with the images that are compared with."""
     data = run.recipe.data
     if images is not None:
-        folder = DataRecipe(path=images, size=data.size, background=data.background)
+        folder = DataRecipe(path=images, size=data.size, background=data.background, fit=data.fit)
         return run.recipe.model_copy(update={"data": folder})
     if data.source == "stream":
         raise DataError("the recipe streams its images: name a folder of images to compare with, by --images")

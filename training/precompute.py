@@ -27,6 +27,7 @@ from training.data.streamed import open_stream
 from training.data.training_set import open_images, to_tensor
 from training.distill import train_autoencoder
 from training.loop import TrainingError
+from training.recipe import DataRecipe
 from training.run import Run
 from training.store import hash_of
 
@@ -62,15 +63,15 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
     if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
         train_autoencoder(run)
     made_with = run.made_with(images.classes)
-    source = hash_of(
-        {
-            "images": images.fingerprint,
-            "size": run.recipe.data.size,
-            "autoencoder": made_with.autoencoder,
-            "prompts": made_with.prompts,
-        }
-    )
-    with TensorShardWriter(address, per_shard, source, made_with) as writer:
+    source = {
+        "images": images.fingerprint,
+        "size": run.recipe.data.size,
+        "autoencoder": made_with.autoencoder,
+        "prompts": made_with.prompts,
+    }
+    if made_with.fit:  # left out otherwise, as of shards that are older than it
+        source["fit"] = made_with.fit
+    with TensorShardWriter(address, per_shard, hash_of(source), made_with) as writer:
         first = writer.done
         with tqdm(total=images.count, initial=first, desc="precomputing", unit="image", disable=None) as bar:
             for sample in _encoded(run, images.parts(first)):
@@ -93,16 +94,30 @@ def _streamed(run: Run, stream: ShardStream) -> Images:
     address = run.recipe.data.address
     if stream.index.kind != "images":
         raise TrainingError(f"{address} holds tensors already")
-    if run.prompts is None:
-        raise TrainingError(f"{address}: shards of images have captions and no classes; precompute those of a folder")
 
     def read(first: int) -> Iterator[Some]:
         for rows in _rows(first, len(stream)):
             items = torch.tensor(rows)
             pixels = stream.parts(items)[DATA].float().div(127.5).sub(1)
-            yield Some(pixels, stream.texts(items))
+            labels = None if run.prompts else _labels(stream.classes(items), run.recipe.data)
+            yield Some(pixels, stream.texts(items), labels)
 
-    return Images(len(stream), stream.fingerprint, read)
+    return Images(len(stream), stream.fingerprint, read, run.recipe.data.classes)
+
+
+def _labels(names: Sequence[str | None], recipe: DataRecipe) -> NDArray[np.int64]:
+    """The place (N,) of each of N classes among those of the recipe: a .cls counts them, unless they are numbers.
+
+    Raises TrainingError for an image without a class, or with another.
+    """
+    known = {name: number for number, name in enumerate(recipe.classes)}
+    if not any(name.isdecimal() for name in recipe.classes):
+        known |= {str(number): number for number in known.values()}
+    for name in names:
+        if name not in known:
+            said = "has no class (a .cls, or a class_name in its .json)" if name is None else f"is of class {name!r}"
+            raise TrainingError(f"{recipe.address}: an image {said}; the recipe's are {', '.join(recipe.classes)}")
+    return np.array([known[name] for name in names if name is not None], np.int64)
 
 
 def _in_folder(run: Run, images: CaptionedImages) -> Images:
@@ -179,6 +194,8 @@ def section(run: Run, address: str) -> str:
     }
     if made_with is not None and made_with.classes:
         entries["classes"] = made_with.classes
+    if made_with is not None and made_with.fit:
+        entries["fit"] = made_with.fit
     if run.is_latent and run.pipeline is None:
         entries["autoencoder"] = str(run.folder / "autoencoder")
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in entries.items()]

@@ -5,27 +5,31 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from click.testing import CliRunner
+from PIL import Image
 
 import fewstep
 from tests import pipelines
 from tests.training.test_pipelines import recipe, write_squares
 from training.data.entries import DataError
 from training.data.place import StreamError
+from training.data.shard_index import make_index
 from training.data.shard_order import ShardOrder
 from training.data.shard_writer import PROGRESS
 from training.distill import distill, student_stage
 from training.draws import Draws
 from training.evaluation_set import load_evaluation_set
 from training.loop import TrainingError
-from training.precompute import precompute
-from training.recipe import CheckpointRecipe, DataRecipe
+from training.precompute import precompute, section
+from training.recipe import CheckpointRecipe, DataRecipe, Recipe
 from training.run import Run
 
 DEVICE = torch.device("cpu")
@@ -131,11 +135,82 @@ def test_contexts_of_another_encoder_of_the_same_width_are_refused(in_memory: Ru
         _ = run.data
 
 
-def test_shards_of_images_have_no_classes_to_precompute(in_memory: Run, tmp_path: Path) -> None:
-    run = image_stream(in_memory, tmp_path)
-    run.__dict__["prompts"] = None
-    with pytest.raises(TrainingError, match="captions and no classes"):
-        precompute(run, str(tmp_path / "tensors"), per_shard=4)
+def with_data(run: Run, folder: Path, **changes: Any) -> Run:
+    """The run with other settings of its data."""
+    data = DataRecipe.model_validate(run.recipe.data.model_dump(exclude_unset=True) | changes)
+    return Run(run.recipe.model_copy(update={"data": data}), folder, Accelerator(cpu=True))
+
+
+def test_cropped_images_are_told_from_padded_ones(in_memory: Run, tmp_path: Path) -> None:
+    """By the shards of what was made of them, in a run that streams these, and where they are being made."""
+    padded, shards = image_stream(in_memory, tmp_path), str(tmp_path / "cropped")
+    cropped = with_data(padded, tmp_path / "making", fit="crop")
+    assert precompute(cropped, shards, per_shard=3) == 4
+    index = json.loads((tmp_path / "cropped" / "index.json").read_text())
+    assert index["made_with"]["fit"] == "crop"
+    assert tomllib.loads(section(cropped, shards))["data"]["fit"] == "crop"
+    with pytest.raises(StreamError, match=r'made with data\.fit = "crop", and the recipe has "pad"'):
+        _ = with_data(padded, tmp_path / "pad", address=shards).data
+    assert len(with_data(cropped, tmp_path / "crop", address=shards).data) == 4
+    with pytest.raises(StreamError, match="begun from another source"):
+        precompute(padded, shards, per_shard=3)
+    assert precompute(padded, str(tmp_path / "padded"), per_shard=3) == 4
+    assert "fit" not in (tmp_path / "padded" / "index.json").read_text(), "as in those from before there was a choice"
+
+
+def test_a_background_of_tensors_is_refused(in_memory: Run, tmp_path: Path) -> None:
+    precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
+    run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
+    with pytest.raises(TrainingError, match=r"leave out data\.background"):
+        _ = with_data(run, tmp_path / "black", background=(0, 0, 0)).data
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said", "labels"),
+    [
+        (".cls", ("1", "0", "1"), [1, 0, 1]),
+        (".json", ('{"class_name": "dog"}', '{"class_name": "cat"}', '{"class_name": "dog"}'), [1, 0, 1]),
+        (".cls", ("1", "2", "1"), "an image is of class '2'; the recipe's are cat, dog"),
+        (".txt", ("a dog", "a cat", "a dog"), r"an image has no class \(a \.cls, or"),
+    ],
+)
+def test_shards_of_images_with_classes_become_tensors_that_are_streamed(
+    tmp_path: Path, suffix: str, said: tuple[str, ...], labels: list[int] | str
+) -> None:
+    (tmp_path / "images").mkdir()
+    with tarfile.open(tmp_path / "images" / "0.tar", "w") as archive:
+        for k, text in enumerate(said):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (80 * k, 0, 0)).save(picture, "PNG")
+            for name, data in ((f"{k}.png", picture.getvalue()), (f"{k}{suffix}", text.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    make_index(str(tmp_path / "images"))
+    short = {"updates": 1, "batch_size": 2, "learning_rate": 1e-3}
+    classes = Recipe.model_validate(
+        {
+            "name": "classes",
+            "conditioning": "class",
+            "data": {"source": "stream", "address": str(tmp_path / "images"), "size": 8, "classes": ["cat", "dog"]},
+            "network": {"channels": [8], "norm_groups": 4},
+            "teacher": short,
+            "stage1": short,
+            "stage2": {"start": 2, "rounds": [{"steps": 1, **short}]},
+            "export": {"licence": "CC0-1.0", "steps": [1]},
+        }
+    )
+    run = Run(classes, tmp_path / "run", Accelerator(cpu=True))
+    with pytest.raises(TrainingError, match="`fewstep precompute` makes shards of those with classes"):
+        _ = run.data
+    if isinstance(labels, str):
+        with pytest.raises(TrainingError, match=labels):
+            precompute(run, str(tmp_path / "tensors"), per_shard=2)
+        return
+    assert precompute(run, str(tmp_path / "tensors"), per_shard=2) == 3
+    streamed = with_data(run, tmp_path / "streamed", address=str(tmp_path / "tensors"))
+    batch = streamed.data.batch(torch.arange(3), Draws(0, 0, range(3)), DEVICE)
+    assert batch.condition["label"].tolist() == labels
 
 
 def test_streamed_images_are_encoded_in_full_precision(in_memory: Run, tmp_path: Path) -> None:
@@ -165,6 +240,18 @@ def test_tensors_are_not_precomputed_again(in_memory: Run, tmp_path: Path) -> No
     run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
     with pytest.raises(TrainingError, match="holds tensors already"):
         precompute(run, str(tmp_path / "again"), per_shard=3)
+
+
+def test_another_text_encoder_than_before_is_noticed(in_memory: Run, tmp_path: Path) -> None:
+    checkpoint = pipelines.stable_diffusion(tmp_path / "sd")
+    teacher = {"teacher": CheckpointRecipe(checkpoint=str(checkpoint))}
+    changed = in_memory.recipe.model_copy(update=teacher)
+    assert len(Run(changed, tmp_path / "run", Accelerator(cpu=True)).data) == 4
+    assert len(Run(changed, tmp_path / "run", Accelerator(cpu=True)).data) == 4
+    torch.manual_seed(1)
+    pipelines.text_encoder(pipelines.tokenizer(tmp_path)).save_pretrained(checkpoint / "text_encoder")
+    with pytest.raises(TrainingError, match=r"its prompts differ.*data-prompts\.json"):
+        _ = Run(changed, tmp_path / "run", Accelerator(cpu=True)).data
 
 
 def test_a_streamed_run_is_evaluated_on_a_folder(in_memory: Run, tmp_path: Path) -> None:

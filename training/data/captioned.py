@@ -13,7 +13,7 @@ from tqdm import tqdm
 from training.data.entries import IMAGE_SUFFIXES, DataError, Entry, Record, Skipped
 from training.data.folder import METADATA
 from training.data.imagefolder import read_imagefolder
-from training.data.pixels import Colour, composite, decode, fit_square
+from training.data.pixels import Colour, Fit, composite, decode, fit_square
 from training.data.shards import read_shards, shard_paths
 
 SPLITS = ("train", "heldout", "validation", "valid", "val", "test")
@@ -55,16 +55,18 @@ class CaptionedImages:
         background: Colour = WHITE,
         groups: Collection[str] | None = None,
         styles: Collection[str] | None = None,
+        fit: Fit = "pad",
     ) -> CaptionedImages:
         """Opens one split of a set: an imagefolder, or a folder of WebDataset shards.
 
         Args:
             path: the set; its split is the folder of that name in it, and a folder without splits is "train".
             split: name of the split.
-            size: side in pixels; other images are resized, their aspect kept by padding.
+            size: side in pixels; other images are resized.
             background: colour under transparent pixels and padding.
             groups: keep only records whose `group` or `subgroup` is one of these.
             styles: keep only records whose `style` is one of these.
+            fit: whether images that are not square are padded or cropped.
 
         Raises DataError when the split does not exist, a group or style is unknown, or nothing is left.
         """
@@ -79,18 +81,18 @@ class CaptionedImages:
         for fields, wanted in ((("group", "subgroup"), groups), (("style",), styles)):
             if wanted is not None:
                 entries = _keep(entries, fields, wanted, folder)
-        return cls._decoded(entries, skipped, size, background, folder)
+        return cls._decoded(entries, skipped, size, background, fit, folder)
 
     @classmethod
     def _decoded(
-        cls, entries: Sequence[Entry], skipped: list[Skipped], size: int, background: Colour, folder: Path
+        cls, entries: Sequence[Entry], skipped: list[Skipped], size: int, background: Colour, fit: Fit, folder: Path
     ) -> CaptionedImages:
         keep_all = len(entries) * size * size * 4 <= CACHE_BYTES
         good: list[Entry] = []
         pixels: list[NDArray[np.uint8]] = []
         for entry in tqdm(entries, desc=f"reading {folder.name}", unit="image", disable=None, leave=False):
             try:
-                array = _fitted(entry, size)
+                array = _fitted(entry, size, fit)
             except (OSError, ValueError) as error:
                 skipped.append(Skipped(entry.record.file_name, str(error)))
                 continue
@@ -99,7 +101,7 @@ class CaptionedImages:
                 pixels.append(array)
         if not good:
             raise DataError(f"{folder} holds no usable captioned image{_examples(skipped)}")
-        read = pixels.__getitem__ if keep_all else lambda i: _fitted(good[i], size)
+        read = pixels.__getitem__ if keep_all else lambda i: _fitted(good[i], size, fit)
         return cls([entry.record for entry in good], skipped, read, size, background)
 
     def __len__(self) -> int:
@@ -193,8 +195,8 @@ def _is_class(folder: Path) -> bool:
     return bool(suffixes & set(IMAGE_SUFFIXES)) and ".txt" not in suffixes
 
 
-def _fitted(entry: Entry, size: int) -> NDArray[np.uint8]:
-    image: Image.Image = fit_square(decode(entry.read()), size)
+def _fitted(entry: Entry, size: int, fit: Fit) -> NDArray[np.uint8]:
+    image: Image.Image = fit_square(decode(entry.read()), size, fit)
     return np.asarray(image, np.uint8)
 
 
@@ -216,7 +218,6 @@ def _examples(skipped: Sequence[Skipped]) -> str:
 
 
 def _class_of(record: Record) -> str:
-    for field in ("class_name", "group"):
-        if field in record.fields:
-            return str(record.fields[field])
-    raise DataError(f'{record.file_name} has neither "class_name" nor "group" to be its class')
+    if record.class_name is None:
+        raise DataError(f'{record.file_name} has neither "class_name" nor "group" to be its class')
+    return record.class_name

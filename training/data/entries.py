@@ -34,6 +34,12 @@ class Record:
     texts: tuple[str, ...]
     fields: Mapping[str, Any]
 
+    @property
+    def class_name(self) -> str | None:
+        """Its field `class_name`, or else its `group`, if it has one."""
+        named = [str(self.fields[field]) for field in ("class_name", "group") if field in self.fields]
+        return named[0] if named else None
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -1,15 +1,17 @@
-"""Image files and colours: decoded to RGBA, fitted into a square, laid over a background."""
+"""Image files and colours: decoded to RGBA, fitted to a square, laid over a background."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Colour = tuple[int, int, int]
+Fit = Literal["pad", "crop"]
 
 
 def decode(data: bytes) -> Image.Image:
@@ -52,12 +54,16 @@ def _rgba_of_16_bits(image: Image.Image) -> Image.Image:
     return rgba
 
 
-def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """The image as RGBA of `size` x `size`, centred, its aspect kept by transparent padding.
+def fit_square(image: Image.Image, size: int, fit: Fit = "pad") -> Image.Image:
+    """The image as RGBA of `size` x `size`, its aspect kept by transparent padding around it, or by a centre crop.
 
     Whole-number reductions average over areas, which keeps flat drawings crisp; other scales use Lanczos.
     """
     rgba = image.convert("RGBA")
+    if fit == "crop":  # first, so that a long strip is never enlarged as a whole
+        side = min(rgba.size)
+        left, top = (rgba.width - side) // 2, (rgba.height - side) // 2
+        rgba = rgba.crop((left, top, left + side, top + side))
     longest = max(rgba.size)
     fitted = (max(1, round(rgba.width * size / longest)), max(1, round(rgba.height * size / longest)))
     if fitted != rgba.size:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from training.data.captioned import WHITE
 from training.data.entries import Entry
-from training.data.pixels import Colour, composite, decode, fit_square
+from training.data.pixels import Colour, Fit, composite, decode, fit_square
 from training.data.shards import captioned_entry, file_members, key_and_suffix
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -51,10 +51,11 @@ Specs = Mapping[str, ArraySpec]
 
 @dataclass(frozen=True)
 class ImageFit:
-    """How images become items: squares of `size` pixels, over a background where they are transparent."""
+    """How images become items: squares of `size` pixels, padded or cropped, over a background where they are clear."""
 
     size: int
     background: Colour = WHITE
+    fit: Fit = "pad"
 
     @property
     def specs(self) -> dict[str, ArraySpec]:
@@ -64,10 +65,11 @@ class ImageFit:
 
 @dataclass(frozen=True)
 class Contents:
-    """A decoded shard: the arrays of each sample, and its captions where it is made of images."""
+    """A decoded shard: the arrays of each sample, and where it is of images, captions and class, if it has one."""
 
     samples: tuple[Arrays, ...]
     texts: tuple[tuple[str, ...], ...] = ()
+    classes: tuple[str | None, ...] = ()
 
     def sample(self, place: int, draw: float) -> Arrays:
         """The arrays of a sample, those of the condition for caption floor(draw J), where draw is in [0, 1)."""
@@ -118,19 +120,20 @@ def tensors(samples: Mapping[str, Parts], specs: Specs | None = None) -> Content
 
 
 def images(samples: Mapping[str, Parts], fit: ImageFit) -> Contents:
-    """A shard of images. Raises ValueError for a sample without an image that decodes, or without captions."""
-    found, texts = [], []
+    """A shard of images. Raises ValueError for a sample without an image that decodes, or without captions or class."""
+    found, texts, classes = [], [], []
     for key, parts in samples.items():
         entry = captioned_entry(key, {suffix: partial(bytes, part) for suffix, part in parts.items()})
         if not isinstance(entry, Entry):
             raise ValueError(f"sample {entry}")
         try:
-            rgba = np.asarray(fit_square(decode(entry.read()), fit.size), np.uint8)
+            rgba = np.asarray(fit_square(decode(entry.read()), fit.size, fit.fit), np.uint8)
         except ValueError as error:
             raise ValueError(f"sample {key}: {error}") from error
         found.append({DATA: composite(rgba, fit.background).transpose(2, 0, 1)})
         texts.append(entry.record.texts)
-    return Contents(tuple(found), tuple(texts))
+        classes.append(entry.record.class_name)
+    return Contents(tuple(found), tuple(texts), tuple(classes))
 
 
 def specs_of(arrays: Arrays) -> dict[str, ArraySpec]:

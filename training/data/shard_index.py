@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
@@ -58,8 +58,8 @@ class IndexedShard(BaseModel):
 class MadeWith(BaseModel):
     """What precomputed items were made with.
 
-    A hash of the `autoencoder`, None where x are pixels; what names the encoder of `prompts`; or the `classes` that
-    labels count, in their order.
+    A hash of the `autoencoder`, None where x are pixels; what names the encoder of `prompts`, or the `classes` that
+    labels count, in their order; and how images were `fit` into squares, None where they were padded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +67,7 @@ class MadeWith(BaseModel):
     autoencoder: str | None = None
     prompts: str | None = None
     classes: tuple[str, ...] = ()
+    fit: Literal["crop"] | None = None
 
 
 class ShardIndex(BaseModel):

@@ -14,8 +14,7 @@ from training.draws import generator_at
 
 Key = TypeVar("Key", bound=Hashable)
 SHARDS_STREAM, ITEMS_STREAM = 1, 5  # of the generators of `generator_at`
-# A batch may lie in two windows, and the one that is prefetched in two others.
-KEPT_WINDOWS = 4
+KEPT_WINDOWS = 2  # in which a batch may lie
 
 
 class ShardOrder:
@@ -52,6 +51,17 @@ class ShardOrder:
             pieces.append(items[len(items) - left :][: end - position])
             position += len(pieces[-1])
         return torch.cat(pieces)
+
+    def ahead(self, update: int) -> Tensor:
+        """The first item of each shard of the window after the one that an update begins in.
+
+        Whoever reads these, with a window of shards in use, has the time of a whole window to do so.
+        """
+        epoch, within = divmod(update * self.batch_size, self.items)
+        _, ends = _kept(self._epochs, epoch, self._epoch, 2)
+        more, window = divmod(int(torch.searchsorted(ends, within, right=True)) + 1, self._windows)
+        windows, _ = _kept(self._epochs, epoch + more, self._epoch, 2)
+        return torch.tensor([self._starts[shard] for shard in windows[window].tolist()])
 
     def _epoch(self, epoch: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The shards of each window of an epoch, and the positions (windows,) at which the windows end."""

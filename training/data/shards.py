@@ -31,7 +31,8 @@ def shard_paths(folder: Path) -> list[Path]:
 def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
     """Entries of every shard in a folder, in the order of shard names and of the members within.
 
-    Samples need an image, and captions in `<key>.json` ("text" or "texts") or `<key>.txt`.
+    Samples need an image, and captions in `<key>.json` ("text" or "texts") or `<key>.txt`, or else a class, which then
+    is their caption: `<key>.cls`, its number, or "class_name" in `<key>.json`.
     """
     seen: set[str] = set()
     for shard in shard_paths(folder):
@@ -104,8 +105,13 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
         metadata: dict[str, Any] = json.loads(parts[".json"]()) if ".json" in parts else {}
         if not isinstance(metadata, dict):
             raise ValueError("the metadata is not a JSON object")
-        if ".txt" in parts and not {"text", "texts"} & set(metadata):
+        if ".cls" in parts and not {"class_name", "group"} & set(metadata):
+            metadata["class_name"] = _class_number(parts[".cls"]())
+        captioned = bool({"text", "texts"} & set(metadata))
+        if ".txt" in parts and not captioned:
             texts = caption_lines(parts[".txt"]())
+        elif "class_name" in metadata and not captioned:
+            texts = captions_of({"text": str(metadata["class_name"])})
         else:
             texts = captions_of(metadata)
     except UnicodeDecodeError as error:
@@ -117,6 +123,14 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
     file_name = metadata.get("file_name")
     fields = {k: v for k, v in metadata.items() if k not in ("file_name", "text", "texts")}
     return Entry(Record(file_name if isinstance(file_name, str) else name + suffix, texts, fields), parts[suffix])
+
+
+def _class_number(data: bytes) -> str:
+    """The number in a .cls file, as the name of a class. Raises ValueError when it is none."""
+    try:
+        return str(int(data.decode("ascii")))
+    except ValueError:
+        raise ValueError("its .cls is no whole number") from None
 
 
 def _as_png(image: bytes) -> bytes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from training.data.place import PAUSES_S, Place, StreamError, one_line, patientl
 from training.data.shard_contents import DATA, Contents, ImageFit, Specs, images, tensors, unpack
 from training.data.shard_index import IndexedShard, ShardIndex
 
+Said = TypeVar("Said")
 LOST_PERCENT = 5
 
 
@@ -123,17 +124,23 @@ class ShardStream:
 
     def texts(self, items: Tensor) -> list[tuple[str, ...]]:
         """The captions of items (B,) of a set of images. Raises as `parts` does, and StreamError for tensors."""
+        return self._said(items, lambda contents: contents.texts)
+
+    def classes(self, items: Tensor) -> list[str | None]:
+        """The class of each of items (B,) of a set of images, if it has one. Raises as `texts` does."""
+        return self._said(items, lambda contents: contents.classes)
+
+    def _said(self, items: Tensor, of: Callable[[Contents], Sequence[Said]]) -> list[Said]:
         if self._fit is None:
             raise StreamError(f"{self.place.address} holds tensors: their captions are not kept")
-        texts: list[tuple[str, ...]] = [()] * len(items)
+        found: dict[int, Said] = {}
         for number, rows, places in self._by_shard(items):
-            contents = self._good(number)
-            for row, place in zip(rows, places, strict=True):
-                texts[row] = contents.texts[int(place) % len(contents.texts)]
-        return texts
+            said = of(self._good(number))
+            found |= {int(row): said[int(place) % len(said)] for row, place in zip(rows, places, strict=True)}
+        return [found[row] for row in range(len(items))]
 
     def prefetch(self, items: Tensor) -> None:
-        """Reads the shards of coming items in the background, `window` at most, so that those in use stay."""
+        """Reads the shards of coming items in the background, `window` at most, so that a window in use stays."""
         numbers = dict.fromkeys(int(number) for number in self._shards_of(items))
         with self._lock:
             new = [n for n in list(numbers)[: self._limit // 2] if n not in self._kept and n not in self._coming]

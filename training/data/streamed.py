@@ -25,7 +25,8 @@ def open_stream(recipe: DataRecipe) -> ShardStream:
     """The shards that a recipe names. Raises StreamError when they cannot be had."""
     assert recipe.address is not None
     of_images = ShardIndex.read(Place(recipe.address)).kind == "images"
-    return ShardStream(recipe.address, recipe.window, ImageFit(recipe.size, recipe.background) if of_images else None)
+    fit = ImageFit(recipe.size, recipe.background, recipe.fit) if of_images else None
+    return ShardStream(recipe.address, recipe.window, fit)
 
 
 def require_fit(stream: ShardStream, shape: tuple[int, int, int], condition: Condition, made_with: MadeWith) -> None:
@@ -52,6 +53,9 @@ def require_fit(stream: ShardStream, shape: tuple[int, int, int], condition: Con
         raise StreamError(f"{address} was made with another autoencoder than this run has; precompute again")
     if told.prompts != made_with.prompts:
         raise StreamError(f"{address} was made with another encoder of prompts than this run has; precompute again")
+    if told.fit != made_with.fit:
+        theirs, ours = (fit or "pad" for fit in (told.fit, made_with.fit))
+        raise StreamError(f'{address} was made with data.fit = "{theirs}", and the recipe has "{ours}"')
 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:

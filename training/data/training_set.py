@@ -33,6 +33,10 @@ class Order(Protocol):
         """The item indices (batch_size,)."""
         ...
 
+    def ahead(self, update: int) -> Tensor:
+        """Items that are worth preparing once those of the update are there."""
+        ...
+
 
 class Data(Protocol):
     """What a run learns from, in memory or streamed."""
@@ -65,7 +69,7 @@ class Data(Protocol):
         ...
 
     def prefetch(self, items: Tensor) -> None:
-        """Prepare for a coming batch of items (B,)."""
+        """Prepare for coming items (B,)."""
         ...
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
@@ -145,7 +149,7 @@ def open_images(recipe: DataRecipe, split: str) -> CaptionedImages:
     """The images of a split that the recipe asks for."""
     assert recipe.path is not None
     images = CaptionedImages.open(
-        recipe.path, split=split, size=recipe.size, background=recipe.background, groups=recipe.groups or None
+        recipe.path, split, recipe.size, recipe.background, groups=recipe.groups or None, fit=recipe.fit
     )
     for skipped in images.skipped[:SHOWN_SKIPPED]:
         tqdm.write(f"skipped {skipped}")

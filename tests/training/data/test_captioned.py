@@ -265,6 +265,21 @@ def test_padding_and_transparency_show_the_background(tmp_path: Path) -> None:
     assert images.rgba(2).shape == (8, 8, 4)
 
 
+def test_a_photo_is_cropped_to_the_square_in_its_middle(tmp_path: Path) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (8, 20, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(photo).save(tmp_path / "a/wide.png")
+    Image.fromarray(photo.transpose(1, 0, 2)).save(tmp_path / "a/x_tall.png")
+    picture(tmp_path / "a/y_strip.png", (20_000, 1))
+    images = CaptionedImages.open(tmp_path, size=8, fit="crop")
+    assert np.array_equal(images.image(0), photo[:, 6:14])
+    assert np.array_equal(images.image(1), photo[:, 6:14].transpose(1, 0, 2))
+    assert (images.image(2) == RED).all()
+    assert (images.alpha(0) == 255).all()
+    square = Image.fromarray(photo[:, :8])
+    assert fit_square(square, 4, "crop") == fit_square(square, 4)
+
+
 def test_a_set_too_large_for_memory_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         picture(tmp_path / f"a/{i}.png", colour=(i, i, i))

@@ -110,6 +110,28 @@ def test_shards_of_others_in_any_layout(tmp_path: Path) -> None:
     assert [int(images.image(i)[0, 0, 0]) for i in range(3)] == [3, 1, 2]
 
 
+def test_a_class_is_read_and_stands_in_for_captions(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "a.tar",
+        {
+            "a.png": png(),
+            "a.cls": b"10\n",
+            "b.png": png(),
+            "b.cls": b"2",
+            "b.txt": b"captioned",
+            "c.png": png(),
+            "c.json": b'{"class_name": "dog"}',
+            "d.png": png(),
+            "d.cls": b"cat",
+        },
+    )
+    images = CaptionedImages.open(tmp_path, size=4)
+    assert [(record.class_name, *record.texts) for record in images.records] == [
+        ("10", "10"), ("2", "captioned"), ("dog", "dog"),
+    ]  # fmt: skip
+    assert [str(skipped) for skipped in images.skipped] == ["a.tar:d: its .cls is no whole number"]
+
+
 def test_broken_samples_and_shards_are_named(tmp_path: Path) -> None:
     shard(
         tmp_path / "a.tar",

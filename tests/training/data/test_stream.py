@@ -193,11 +193,26 @@ def test_tensors_take_no_size_of_images_and_have_no_captions(address: str) -> No
 def test_an_epoch_reads_every_shard_once(unsteady: type[UnsteadyFileSystem]) -> None:
     write(ADDRESS, 40)
     with ShardStream(ADDRESS) as stream:
-        order = ShardOrder(stream.counts, 4, seed=0)
-        for update in range(10):
+        order = ShardOrder(stream.counts, 3, seed=0)  # so that batches lie in two windows
+        for update in range(11):  # the last of them begin in the last window
             stream.parts(order.at(update))
-            stream.prefetch(order.at(update + 1) if update < 9 else order.at(9))
+            stream.prefetch(order.ahead(update))
     assert reads(unsteady) == {f"{n:06d}.tar": 1 for n in range(10)}
+
+
+def test_a_window_is_read_while_the_one_before_it_is_in_use(unsteady: type[UnsteadyFileSystem]) -> None:
+    write(ADDRESS, 40)
+    with ShardStream(ADDRESS) as stream:
+        order = ShardOrder(stream.counts, 2, seed=0)
+        windows = [
+            {f"{int(item) // 4:06d}.tar" for item in torch.cat([order.at(u) for u in window])}
+            for window in (range(4), range(4, 8), range(8, 12))
+        ]
+        for update in range(5):
+            stream.parts(order.at(update))
+            stream.prefetch(order.ahead(update))
+            stream._pool.submit(lambda: None).result(10)
+            assert set(reads(unsteady)) == set.union(*windows[: 2 if update < 4 else 3])
 
 
 def test_no_more_shards_are_kept_than_two_windows_have(unsteady: type[UnsteadyFileSystem]) -> None:
