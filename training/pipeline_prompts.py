@@ -29,8 +29,11 @@ class PipelinePrompts:
 
     @cached_property
     def null(self) -> Condition:
-        """What the pipeline itself guides away from."""
+        """What the pipeline itself guides away from. Encoders that are loaded for it alone are let go of."""
+        others_need_it = "_pipeline" in self.__dict__
         _, context, *more = self._encoded(["a"], null=True)
+        if not others_need_it:
+            self.release()
         return {name: rows[0] for name, rows in _named([context, *more[1:]]).items()}
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

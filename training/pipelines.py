@@ -12,15 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from training.autoencoder import AUTOENCODER_WEIGHTS
 from training.diffusion import stock_scheduler
-from training.networks import NetworkDenoiser
+from training.networks import NetworkDenoiser, save_network
 from training.recipe import Recipe, TeacherRecipe
-from training.store import whole_file
+from training.store import to_disk, whole_file
 from training.teachers import INDEX, TeacherPipeline
 
 ABSENT = [None, None]
+
+
+def save_stage(
+    folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pipeline: TeacherPipeline | None
+) -> None:
+    """Write a stage's network into its folder, whole or not at all. Raises OSError or SafetensorError."""
+    partial = folder / f"{part}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(network, NetworkDenoiser):
+        save_network(network, partial)
+        save_pipeline(folder, network, pipeline)
+        to_disk(folder)
+        partial.rename(folder / part)
+        to_disk(folder)
+        return
+    network.save_pretrained(partial)
+    to_disk(partial)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == AUTOENCODER_WEIGHTS):
+        file.replace(folder / file.name)
+    partial.rmdir()
 
 
 def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipeline | None) -> None:

@@ -65,6 +65,8 @@ class Optimisation(Section):
         """A stage that is to be validated is so at least once."""
         if self.validate_every > self.updates:
             raise ValueError(f"validate_every = {self.validate_every} never happens within {self.updates} updates")
+        if "patience" in self.model_fields_set and not self.validate_every:
+            raise ValueError("patience counts validations: without validate_every there are none")
         return self
 
 
@@ -77,6 +79,7 @@ class Distillation(Optimisation):
 class DataRecipe(Section):
     """Which images: an imagefolder (or shards) on disk, scikit-learn's digits, or shards that are streamed.
 
+    Those that are not square are padded, or with `fit` "crop" cut to the square in their middle, as photos want it.
     A stream has an `address`, a folder or any that fsspec knows, and mixes `window` shards at a time; its `classes`
     are named here, if it has any, and so is the folder of the `autoencoder` that makes its latents, if it was trained
     in another run.
@@ -87,6 +90,7 @@ class DataRecipe(Section):
     address: str | None = None
     size: Positive
     background: tuple[Level, Level, Level] = (255, 255, 255)
+    fit: Literal["pad", "crop"] = "pad"
     groups: tuple[str, ...] = ()
     window: Positive = 2
     classes: tuple[str, ...] = ()
@@ -101,7 +105,7 @@ class DataRecipe(Section):
             raise ValueError("source 'stream' needs an address")
         foreign = {
             "folder": {"address", "window", "classes", "autoencoder"},
-            "digits": {"address", "window", "classes", "autoencoder", "path", "background", "groups"},
+            "digits": {"address", "window", "classes", "autoencoder", "path", "background", "fit", "groups"},
             "stream": {"path", "groups"},
         }
         if unfit := self.model_fields_set & foreign[self.source]:
@@ -167,6 +171,8 @@ class CheckpointRecipe(Section):
     revision: str | None = None
     variant: str | None = None
     unconditional: str | None = None
+    unconditional_revision: str | None = None
+    unconditional_variant: str | None = None
     null_class: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
@@ -174,6 +180,9 @@ class CheckpointRecipe(Section):
         """A second network, or a null class."""
         if self.unconditional is not None and self.null_class is not None:
             raise ValueError("give either unconditional or null_class")
+        of_second = sorted(self.model_fields_set & {"unconditional_revision", "unconditional_variant"})
+        if of_second and self.unconditional is None:
+            raise ValueError(f"{of_second[0]} goes with unconditional, which names the pipeline")
         return self
 
 
@@ -341,6 +350,8 @@ class Recipe(Section):
         if self.conditioning == "text":
             if self.data.source == "digits":
                 raise ValueError("the digits have no captions: conditioning must be 'class'")
+            if isinstance(self.teacher, CheckpointRecipe) and self.teacher.null_class is not None:
+                raise ValueError("teacher.null_class is of classes: for text, the empty prompt stands for none")
             if self.network and (unfit := [c for c in self.network.channels if c % self.network.attention_heads]):
                 raise ValueError(f"network: {unfit[0]} channels do not divide into attention_heads")
         elif "max_tokens" in self.model_fields_set or (
@@ -397,7 +408,10 @@ class Recipe(Section):
     def portable_json(self, *, exclude_defaults: bool = False) -> str:
         """The recipe as JSON without where data and teacher lie, which may differ from machine to machine."""
         return self.model_dump_json(
-            exclude={"data": {"path", "address", "autoencoder"}, "teacher": {"checkpoint", "unconditional", "variant"}},
+            exclude={
+                "data": {"path", "address", "autoencoder"},
+                "teacher": {"checkpoint", "unconditional", "variant", "unconditional_variant"},
+            },
             exclude_defaults=exclude_defaults,
         )
 

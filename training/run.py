@@ -6,7 +6,6 @@ Every stage has a subfolder with its log, its samples and, when it is finished, 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -31,12 +30,12 @@ from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError, shares
-from training.networks import NetworkDenoiser, compile_network, load_network, save_network
-from training.pipelines import has_pipeline, save_pipeline, student_card
+from training.networks import NetworkDenoiser, compile_network, load_network
+from training.pipelines import has_pipeline, save_stage, student_card
 from training.prompts import PromptEncoder
 from training.recipe import CheckpointRecipe, Recipe, ScheduleName, TeacherRecipe
 from training.report import Pace
-from training.store import hash_of, hash_of_files, to_disk, whole_file
+from training.store import hash_of, hash_of_files, whole_file
 from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts
 
@@ -106,12 +105,12 @@ class Run:
         return theirs
 
     def known(self, use: str, fingerprint: str) -> None:
-        """Note the data or the teacher that the run uses. Raises TrainingError for another than before."""
+        """Note the data, or what of a teacher, the run uses. Raises TrainingError for others than before."""
         if self._recorded(f"data-{use}.json", {"sha256": fingerprint}).get("sha256") != fingerprint:
             raise TrainingError(
                 f"{self.folder} was begun with other images, captions or classes than are there now, or with "
-                f"another teacher; bring those back, choose another folder, or remove its data-{use}.json if you mean "
-                "to go on"
+                f"another teacher (its {use} differs); bring those back, choose another folder, or remove its "
+                f"data-{use}.json if you mean to go on"
             )
 
     @property
@@ -127,7 +126,10 @@ class Run:
 
     @cached_property
     def pipeline(self) -> TeacherPipeline | None:
-        """The pipeline that the teacher comes from; None if it is trained here. Raises TeacherError if it is unfit."""
+        """The pipeline that the teacher comes from; None if it is trained here. Raises TeacherError if it is unfit.
+
+        Raises TrainingError for another kind of condition than the recipe's.
+        """
         teacher = self.recipe.teacher
         if isinstance(teacher, TeacherRecipe):
             return None
@@ -135,15 +137,21 @@ class Run:
         if pipeline.is_text != (self.recipe.conditioning == "text"):
             kind = "prompts" if pipeline.is_text else "classes"
             raise TrainingError(f"{pipeline.folder} is conditioned on {kind}, the recipe on {self.recipe.conditioning}")
+        pipeline.check_side(self.recipe.data.size)
+        if not pipeline.is_text and teacher.unconditional is None:
+            pipeline.null_label(teacher.null_class)
         return pipeline
 
     @cached_property
     def unconditional(self) -> TeacherPipeline | None:
-        """The second pipeline of a teacher of two networks. Raises TrainingError for another schedule."""
+        """The second pipeline of a teacher of two networks. Raises as the first does, and for another schedule."""
         teacher = self.recipe.teacher
         if self.pipeline is None or not isinstance(teacher, CheckpointRecipe) or teacher.unconditional is None:
             return None
-        second = TeacherPipeline.open(teacher.unconditional, teacher.revision, teacher.variant)
+        second = TeacherPipeline.open(
+            teacher.unconditional, teacher.unconditional_revision, teacher.unconditional_variant
+        )
+        second.check_side(self.recipe.data.size)
         self.pipeline.check_pair(second)
         same = second.schedule.angles.shape == self.schedule.angles.shape
         if not same or not torch.allclose(second.schedule.angles, self.schedule.angles, atol=1e-6):
@@ -167,26 +175,28 @@ class Run:
 
     @cached_property
     def prompts(self) -> PromptEncoder | None:
-        """What encodes captions; None for classes."""
+        """What encodes captions; None for classes. Raises TrainingError for other text encoders than before."""
         if self.recipe.conditioning == "class":
             return None
-        if self.pipeline is not None:
-            return self.pipeline.prompts(self.device)
-        return MiniLMPrompts(self.recipe.max_tokens, self.device)
+        if self.pipeline is None:
+            return MiniLMPrompts(self.recipe.max_tokens, self.device)
+        prompts = self.pipeline.prompts(self.device)
+        self.known("prompts", prompts.identity)
+        return prompts
 
     @cached_property
     def data(self) -> Data:
         """The training split, in the space that the denoiser works in. Raises TrainingError if it does not fit."""
-        shape = self.shape
+        shape, prompts = self.shape, self.prompts
         if self.recipe.data.source == "stream":
             data = self._streamed()
             self.known("denoiser", data.fingerprint)
             return data
         with self.accelerator.main_process_first():
-            images = load_training_set(self.recipe, "train", self.cache, self.prompts)
+            images = load_training_set(self.recipe, "train", self.cache, prompts)
         self.known("denoiser", images.fingerprint)
         if self.pipeline is not None and isinstance(images.condition, Tensor):
-            images = replace(images, condition=self.pipeline.labels(images.classes)[images.condition])
+            images = replace(images, condition=self._numbers(images.classes)[images.condition])
         if not self.is_latent:
             if images.shape != shape:
                 raise TrainingError(f"the images are {images.shape}, the teacher makes {shape}")
@@ -207,11 +217,17 @@ class Run:
         if stream.index.kind == "images":
             if self.prompts is None:
                 raise TrainingError(
-                    f"{recipe.address}: images are streamed with captions; precompute those with classes"
+                    f"{recipe.address}: images are streamed with captions only; `fewstep precompute` makes shards of "
+                    "those with classes, which are streamed"
                 )
             encode = partial(networks.encode, self.autoencoder()) if self.is_latent else lambda images: images
             streamed = StreamedImages(stream, self.prompts, encode, self.shape, self.constants)
             return self._masked(streamed, streamed.images)
+        if "background" in recipe.model_fields_set:
+            raise TrainingError(
+                f"{recipe.address} holds tensors, whose background is that of when they were precomputed: leave out "
+                "data.background"
+            )
         if self.pipeline is not None and self.pipeline.is_inpainting:
             raise TrainingError(
                 f"{recipe.address}: an inpainting network learns from images, each masked anew each time; these are "
@@ -230,6 +246,7 @@ class Run:
             autoencoder=self.weights(AUTOENCODER) if self.is_latent else None,
             prompts=self.prompts.identity if self.prompts else None,
             classes=classes,
+            fit="crop" if self.recipe.data.fit == "crop" else None,
         )
 
     def labels(self, labels: Tensor) -> Tensor:
@@ -242,17 +259,20 @@ class Run:
         return self._numbers(self.data.classes)
 
     def _numbers(self, classes: tuple[str, ...]) -> Tensor:
-        return torch.arange(len(classes)) if self.pipeline is None else self.pipeline.labels(classes)
+        """The teacher's numbers (K,) of K classes. Raises TrainingError for others than before."""
+        if self.pipeline is None:
+            return torch.arange(len(classes))
+        numbers = self.pipeline.labels(classes)
+        self.known("classes", hash_of({"numbers": numbers.tolist()}))
+        return numbers
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """The shape (c, h, w) of z. Raises TrainingError if the images do not fit the network."""
+        """The shape (c, h, w) of z. Raises TrainingError if the images do not fit an autoencoder of another run."""
         side, halvings, channels = self.recipe.data.size, 0, 3
         if self.pipeline is not None:
             channels = self.pipeline.channels
             halvings = self.pipeline.autoencoder_halvings
-            for pipeline in filter(None, (self.pipeline, self.unconditional)):
-                pipeline.check_side(side)
         elif self.recipe.autoencoder is not None:
             channels = self.recipe.autoencoder.latent_channels
             halvings = len(self.recipe.autoencoder.channels) - 1
@@ -303,7 +323,7 @@ class Run:
             model = self.pipeline.autoencoder()
             assert model is not None
         else:
-            self._check_done(AUTOENCODER)
+            self.check_done(AUTOENCODER)
             model = AutoencoderKL.from_pretrained(self.folder / AUTOENCODER, local_files_only=True)
         return model.to(self.device).eval().requires_grad_(False)
 
@@ -311,15 +331,16 @@ class Run:
         """The network of a stage as a frozen Denoiser. Raises TrainingError if the stage is not done."""
         if stage == "teacher" and self.pipeline is not None:
             return self.pipeline.denoiser().to(self.device)
-        self._check_done(stage)
+        self.check_done(stage)
         denoiser = load_network(self.folder / stage / self.network_part, self.schedule)
         return denoiser.to(self.device).eval().requires_grad_(False)
 
     def guided_teacher(self) -> GuidedTeacher:
         """The teacher with classifier-free guidance: two network calls a step."""
+        null = self.null  # before the networks, as there may be none
         network = self.compiled(self.denoiser("teacher"))
         second = network if self.unconditional is None else self.compiled(self.unconditional.denoiser().to(self.device))
-        return GuidedTeacher(network, second, self.null)
+        return GuidedTeacher(network, second, null)
 
     def compiled(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         """The denoiser, compiled or captured if the recipe says so."""
@@ -346,7 +367,8 @@ class Run:
             if self.accelerator.is_main_process and (self.folder / stage).is_dir():
                 Checkpoints(self.folder / stage).remove()
 
-    def _check_done(self, stage: str) -> None:
+    def check_done(self, stage: str) -> None:
+        """Raise TrainingError if a stage's network is not there."""
         if not self.is_done(stage):
             raise TrainingError(f"{self.folder / stage} holds no trained network")
 
@@ -360,7 +382,7 @@ class Run:
         if self.pipeline is not None and stage == "teacher":
             second = None if self.unconditional is None else self.unconditional.identity
             return hash_of({"conditional": self.pipeline.identity, "unconditional": second})
-        self._check_done(stage)
+        self.check_done(stage)
         folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
         return hash_of_files(sorted(folder.glob("*.safetensors")))
 
@@ -378,26 +400,9 @@ class Run:
                     steps = int(stage.removeprefix(STUDENT))
                     card = student_card(self.recipe, steps, self.schedule.timesteps, has_pipeline(network))
                     (folder / "README.md").write_text(card)
-                _save(folder, self.network_part, network, self.pipeline)
+                save_stage(folder, self.network_part, network, self.pipeline)
             except (OSError, SafetensorError) as error:
                 kept = "its checkpoint is kept" if checkpoints.any else "and has no checkpoint, so it begins anew"
                 raise TrainingError(f"{folder} was not saved, {kept}: {error}") from error
             checkpoints.remove()
         self.accelerator.wait_for_everyone()
-
-
-def _save(folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pipeline: TeacherPipeline | None) -> None:
-    partial = folder / f"{part}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(network, NetworkDenoiser):
-        save_network(network, partial)
-        save_pipeline(folder, network, pipeline)
-        to_disk(folder)
-        partial.rename(folder / part)
-        to_disk(folder)
-        return
-    network.save_pretrained(partial)
-    to_disk(partial)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == AUTOENCODER_WEIGHTS):
-        file.replace(folder / file.name)
-    partial.rmdir()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from training.diffusion import Prediction, Schedule
 from training.networks import Network, NetworkDenoiser, never_drop, same_latents
+from training.pipeline_files import loaded_files
 from training.pipeline_prompts import PipelinePrompts
 from training.store import hash_of, hash_of_files
 
@@ -53,6 +54,8 @@ class TeacherPipeline:
     def open(cls, source: str, revision: str | None = None, variant: str | None = None) -> TeacherPipeline:
         """A folder, or else a name on the hub, which is fetched. Raises TeacherError if it cannot be a teacher."""
         folder = Path(source)
+        if revision is not None and folder.is_dir():
+            raise TeacherError(f"{source} is a folder, which has no revision {revision!r}: that is of a name on a hub")
         try:
             if not folder.is_dir():
                 folder = Path(diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant))
@@ -295,8 +298,8 @@ class TeacherPipeline:
         return {"condition": "prompts" if self.is_text else "classes", "channels": self.channels} | called
 
     def files(self, part: str) -> list[Path]:
-        """The files of a part, sorted; none if the pipeline lacks it."""
-        return sorted(file for file in (self.folder / part).rglob("*") if file.is_file())
+        """The files of a part that are loaded, sorted; none if the pipeline lacks it."""
+        return loaded_files(self.folder / part, self.variant)
 
     def null_label(self, wanted: int | None) -> int:
         """The class that stands for none: the one `wanted`, by default the last. Raises TeacherError if none is it."""

@@ -82,8 +82,12 @@ class MiniLMPrompts:
 
     @cached_property
     def null(self) -> Condition:
-        """The context of the empty caption."""
-        return {name: rows[0] for name, rows in self.encode([""]).items()}
+        """The context of the empty caption. A network that is loaded for it alone is let go of."""
+        others_need_it = "_encoder" in self.__dict__
+        encoded = self.encode([""])
+        if not others_need_it:
+            self.release()
+        return {name: rows[0] for name, rows in encoded.items()}
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from training.precompute import precompute
 from training.recipe import DataRecipe, Recipe
 from training.run import Run
 from training.sampler import sample
-from training.teachers import TeacherError
+from training.teachers import TeacherError, TeacherPipeline
 
 SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}
 
@@ -129,15 +129,22 @@ def test_a_unet_guided_by_a_second_one_without_classes(images: Path, tmp_path: P
     check_student(run)
 
 
-def test_a_teacher_without_a_class_for_none_is_refused(images: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet", classes=3))
-    with pytest.raises(TrainingError, match="no class left that stands for none"):
-        distill(run)
-
-
 def test_a_teacher_of_another_kind_of_condition_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="conditioned on prompts, the recipe on class"):
         make_run(tmp_path / "run", images, 32, checkpoint=pipelines.stable_diffusion(tmp_path / "sd"))
+
+
+def test_a_second_network_has_a_revision_and_a_variant_of_its_own(images: Path, tmp_path: Path) -> None:
+    both = {
+        "checkpoint": pipelines.class_unet(tmp_path / "conditional", classes=3),
+        "unconditional": pipelines.class_unet(tmp_path / "unconditional", classes=None),
+    }
+    run = make_run(tmp_path / "run", images, 8, **both, variant="fp16", unconditional_variant="bf16")
+    assert run.pipeline is not None
+    assert run.unconditional is not None
+    assert (run.pipeline.variant, run.unconditional.variant) == ("fp16", "bf16")
+    with pytest.raises(TeacherError, match="unconditional is a folder, which has no revision 'v2'"):
+        make_run(tmp_path / "run", images, 8, **both, unconditional_revision="v2")
 
 
 def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path: Path) -> None:
@@ -160,9 +167,8 @@ def test_a_second_network_of_another_size_is_refused_before_training(images: Pat
     file = unconditional / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 8}))
     conditional = pipelines.dit(tmp_path / "dit")
-    run = make_run(tmp_path / "run", images, 32, checkpoint=conditional, unconditional=unconditional)
     with pytest.raises(TeacherError, match="unconditional takes images of side 16, not 32"):
-        distill(run)
+        make_run(tmp_path / "run", images, 32, checkpoint=conditional, unconditional=unconditional)
 
 
 def test_a_checkpoint_that_brings_its_network_takes_no_other(images: Path) -> None:
@@ -204,10 +210,29 @@ def test_streamed_labels_are_the_teachers_numbers(images: Path, tmp_path: Path) 
         short.data.batch(items, Draws(0, 0, range(12)), device)
 
 
-def test_images_that_do_not_fit_the_teacher_are_refused_before_training(images: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", images, 64, checkpoint=pipelines.dit(tmp_path / "dit"))
-    with pytest.raises(TeacherError, match="side 32, not 64"):
-        distill(run)
+def test_what_does_not_fit_the_teacher_is_refused_before_its_network_is_read(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A side or a class for none before the run has a folder, the images' classes before it is trained."""
+    dit, unet = pipelines.dit(tmp_path / "dit"), pipelines.class_unet(tmp_path / "unet", classes=3)
+
+    def read(*_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(TeacherPipeline, "_load", read)
+    for size, teacher, says in (
+        (64, {"checkpoint": dit}, "side 32, not 64"),
+        (32, {"checkpoint": dit, "null_class": 9}, "9 is none of them"),
+    ):
+        with pytest.raises(TeacherError, match=says):
+            make_run(tmp_path / "run", images, size, **teacher)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(TrainingError, match="no class left that stands for none"):
+        distill(make_run(tmp_path / "unet-run", images, 8, checkpoint=unet))
+    (tmp_path / "few" / "dog").mkdir(parents=True)
+    shutil.copy(images / "ant" / "0.png", tmp_path / "few" / "dog")
+    with pytest.raises(TeacherError, match="the images have 1"):
+        distill(make_run(tmp_path / "few-run", tmp_path / "few", 8, checkpoint=unet, null_class=0))
 
 
 def test_another_teacher_in_the_same_place_is_noticed(images: Path, tmp_path: Path) -> None:
@@ -226,6 +251,16 @@ def test_a_second_network_that_comes_later_or_is_another_is_noticed(images: Path
     for run, unconditional in (("alone", seconds[0]), ("pair", seconds[1])):
         with pytest.raises(TrainingError, match="another teacher"):
             train_teacher(make_run(tmp_path / run, images, 8, checkpoint=first, unconditional=unconditional))
+
+
+def test_classes_that_a_teacher_numbers_otherwise_than_before_are_noticed(images: Path, tmp_path: Path) -> None:
+    checkpoint = name_classes(pipelines.class_unet(tmp_path / "unet"))
+    assert len(make_run(tmp_path / "run", images, 8, checkpoint=checkpoint).data) == 12
+    assert len(make_run(tmp_path / "run", images, 8, checkpoint=checkpoint).data) == 12
+    index = checkpoint / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": {"0": "ant", "1": "bee", "2": "cat"}}))
+    with pytest.raises(TrainingError, match=r"its classes differ.*data-classes\.json"):
+        _ = make_run(tmp_path / "run", images, 8, checkpoint=checkpoint).data
 
 
 def test_a_ladder_longer_than_the_schedule_is_refused(images: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         ("warmup = 50", "warmup = 1500", "does not end within 1500"),
         ("steps = 4, updates = 300", "steps = 4, validate_every = 301, updates = 300", "never happens within 300"),
         ("steps = 4, updates", "steps = 5, updates", "a round to 5 steps cannot follow 8 steps"),
+        ("steps = 4, updates = 300", "steps = 4, patience = 2, updates = 300", "patience counts validations"),
         ("start = 16", "start = 20", "a round to 8 steps cannot follow 20 steps"),
         ("start = 16", "start = 8", "a round to 8 steps cannot follow 8 steps"),
         ("guidance = [0.0, 4.0]", "guidance = [4.0, 0.0]", "guidance"),
@@ -39,6 +40,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         ('conditioning = "class"', 'conditioning = "text"', "no captions"),
         ("size = 8", 'size = 8\nautoencoder = "runs/a/autoencoder"', "takes no autoencoder"),
         ("size = 8", 'size = 8\ngroups = ["face"]', "takes no groups"),
+        ("size = 8", 'size = 8\nfit = "crop"', "takes no fit"),
         ("learning_rate = 2e-3", "learning_rate = -1", "learning_rate"),
         ("learning_rate = 2e-3", "learning_rate = inf", "learning_rate"),
         ("guidance = [0.0, 4.0]", "guidance = [0.0, inf]", "guidance"),
@@ -97,6 +99,21 @@ def test_what_is_captured_is_small_and_alone(tmp_path: Path, precision: str, als
     (tmp_path / "captured.toml").write_text(faulty)
     with pytest.raises(RecipeError, match=named):
         Recipe.load(tmp_path / "captured.toml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("null_class = 0", "null_class is of classes"),
+        ('unconditional_revision = "main"', "unconditional_revision goes with unconditional"),
+        ('unconditional_variant = "fp16"', "unconditional_variant goes with unconditional"),
+    ],
+)
+def test_what_a_teacher_of_text_would_not_heed_is_refused(tmp_path: Path, setting: str, named: str) -> None:
+    text = next(path for path in SHIPPED if path.stem == "stable-diffusion").read_text()
+    (tmp_path / "faulty.toml").write_text(text.replace("[teacher]", f"[teacher]\n{setting}"))
+    with pytest.raises(RecipeError, match=named):
+        Recipe.load(tmp_path / "faulty.toml")
 
 
 def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:

@@ -390,6 +390,23 @@ def test_another_text_encoder_is_another_identity(tmp_path: Path) -> None:
     assert TeacherPipeline.open(str(folder)).prompts(device).identity != first
 
 
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    folder = pipelines.class_unet(tmp_path / "unet")
+    with pytest.raises(TeacherError, match="unet is a folder, which has no revision 'main'"):
+        TeacherPipeline.open(str(folder), revision="main")
+
+
+def test_text_encoders_stay_no_longer_than_the_null_condition_needs_them(folders: dict[str, Path]) -> None:
+    """Unless captions are being encoded."""
+    prompts = TeacherPipeline.open(str(folders["sd1"])).prompts(torch.device("cpu"))
+    assert set(prompts.null) == {"context"}
+    assert "_pipeline" not in vars(prompts)
+    prompts = TeacherPipeline.open(str(folders["sd1"])).prompts(torch.device("cpu"))
+    prompts.encode(["a"])
+    assert set(prompts.null) == {"context"}
+    assert "_pipeline" in vars(prompts)
+
+
 def test_a_student_drops_nothing_at_random(tmp_path: Path) -> None:
     teacher = TeacherPipeline.open(str(pipelines.stable_diffusion(tmp_path / "sd", dropout=0.5)))
     z, condition = rows(teacher)
