@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ XMP = "XML:com.adobe.xmp"
 DEFAULT_QUALITY = 90
 # zlib's fastest: files are a tenth larger than at its default, and made in a half to a third of the time.
 _PNG_LEVEL = 1
+# Each scan of a JPEG is a pass over all its pixels, however few bytes it has; progressive files have about ten.
+_MAX_SCANS = 100
+# Those that are no scans are tables and notes, each of which takes the decoder a moment.
+_MAX_SEGMENTS = 2000
 
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
@@ -39,6 +44,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What is no stuffed byte in a JPEG's data, nor one of the marks that restart it.
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_JPEG_START, _JPEG_END, _JPEG_SCAN = b"\xff\xd8", 0xD9, 0xDA
 # Grey PNGs whose samples Pillow spreads to 8 bits, by its name for how they are stored.
 _GREY_BITS = {"L;2": 2, "L;4": 4}
 
@@ -209,6 +217,7 @@ def _open_header(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
         raise ImageError("too_many_bytes", f"the image has {len(data)} bytes, at most {limits.max_bytes} are taken")
     # Pillow allocates a WebP's canvas as it opens it, so its size is read before.
     _check_pixels(_webp_size(data), limits)
+    _check_segments(data)
     image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     _check_pixels(image.size, limits)
     return image
@@ -235,6 +244,25 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack("<HH", data[26:30])
         return width & 0x3FFF, height & 0x3FFF
     return 0, 0
+
+
+def _check_segments(data: bytes) -> None:
+    """Raise ImageError for a JPEG of more segments than are taken, up to its end: pictures behind that are not decoded.
+
+    Does nothing for other files.
+    """
+    scans = segments = 0
+    place = len(_JPEG_START) if data.startswith(_JPEG_START) else len(data)
+    while (found := _JPEG_MARKER.search(data, place)) is not None:
+        marker, place = data[found.end() - 1], found.end()
+        if marker == _JPEG_END:
+            break
+        place += int.from_bytes(data[place : place + 2], "big")
+        segments += 1
+        scans += marker == _JPEG_SCAN
+        if scans > _MAX_SCANS or segments > _MAX_SEGMENTS:
+            what = f"{_MAX_SCANS} scans" if scans > _MAX_SCANS else f"{_MAX_SEGMENTS} segments"
+            raise ImageError("undecodable", f"the image has more than {what}")
 
 
 def _scale_clear_colour(image: ImageFile.ImageFile) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from engines.images import (
     ImageError,
@@ -150,6 +150,44 @@ def test_text_bombs_in_png_are_refused() -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "0" * 3_000_000, zip=True)
     assert code_of(save(Image.new("RGB", (8, 8)), "PNG", pnginfo=info)) == "undecodable"
+
+
+def with_scans(data: bytes, scans: int) -> bytes:
+    """The progressive JPEG with the last scan, of few bytes, of its first picture so often that it has this many."""
+    end = data.index(b"\xff\xd9")
+    place = data.rindex(b"\xff\xda", 0, end)
+    return data[:end] + data[place:end] * (scans - data.count(b"\xff\xda", 0, end)) + data[end:]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+def test_scans_are_counted_before_any_is_decoded(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    grey = Image.new("L", (8, 8), 128)
+    second = {"save_all": True, "append_images": [grey]} if format == "MPO" else {}
+    data = save(grey, format, progressive=True, **second)
+    assert Image.open(io.BytesIO(data)).format == format
+    assert decode_image(with_scans(data, 100), SMALL).shape == (8, 8, 3)
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", load)
+    with pytest.raises(ImageError, match="more than 100 scans") as caught:
+        decode_image(with_scans(data, 101), SMALL)
+    assert caught.value.code == "undecodable"
+
+
+def test_segments_are_counted_before_the_decoder_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, note = save(Image.fromarray(RGB), "JPEG"), b"\xff\xfe\x00\x02"
+    assert decode_image(data[:2] + note * 1500 + data[2:], SMALL).shape == RGB.shape
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ImageError, match="more than 2000 segments") as caught:
+        decode_image(data[:2] + note * 2001 + data[2:], SMALL)
+    assert caught.value.code == "undecodable"
+
+
+def test_scans_in_a_comment_and_behind_the_end_are_none() -> None:
+    marks = b"\xff\xda" * 200
+    data = save(Image.fromarray(RGB), "JPEG", progressive=True, comment=marks)
+    assert decode_image(data + marks, SMALL).shape == RGB.shape
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])

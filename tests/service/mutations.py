@@ -71,7 +71,10 @@ def mutated_image(chance: random.Random, data: bytes) -> bytes:
 
 
 def image_files() -> dict[str, bytes]:
-    """Small files of every kind that the service reads, and of the modes, orders and extras they can have."""
+    """Small files of every kind that the service reads, and of the modes, orders and extras they can have.
+
+    Two are refused as they are: what is animated, and what has too many scans.
+    """
     picture = Image.new("RGB", (16, 16), "orange")
     ImageDraw.Draw(picture).ellipse((2, 2, 12, 12), "blue")
     text, exif = PngInfo(), Image.Exif()
@@ -85,12 +88,19 @@ def image_files() -> dict[str, bytes]:
         "png-16": _saved(picture.convert("L").convert("I").convert("I;16"), "png"),
         "jpeg": _saved(picture, "jpeg", exif=exif, comment=b"a picture"),
         "jpeg-progressive": _saved(picture, "jpeg", progressive=True, optimize=True),
+        "jpeg-scans": _with_scans(_saved(picture.convert("L"), "jpeg", progressive=True)),
         "jpeg-cmyk": _saved(picture.convert("CMYK"), "jpeg"),
         "jpeg-grey": _saved(picture.convert("L"), "jpeg"),
         "webp": _saved(picture, "webp", exif=exif),
         "webp-lossless": _saved(picture.convert("RGBA"), "webp", lossless=True),
         "webp-animated": _saved(picture, "webp", save_all=True, append_images=[picture.rotate(90)]),
     }
+
+
+def _with_scans(data: bytes) -> bytes:
+    """The progressive JPEG with its last scan a thousand times: a pass over all its pixels for a few bytes each."""
+    place, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[place:end] * 1000 + data[end:]
 
 
 def _with_checksums(data: bytes) -> bytes:
