@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engines.pipeline import Pipeline, Row
-from service.isolate import isolate
+from service.caps import Caps
+from service.isolate import Isolator
 from service.models import Lease
 from service.work import Unit
 
@@ -31,7 +32,7 @@ class Encoder:
 
     def __init__(self, on_failure: OnFailure, clock: Callable[[], float] = time.monotonic) -> None:
         """Tell ``on_failure``, in whichever thread, of every batch that failed."""
-        self._on_failure = on_failure
+        self._isolator = Isolator[Unit](on_failure, clock, Caps())
         self._clock = clock
         self._pending = 0
         self._done: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
@@ -77,5 +78,6 @@ class Encoder:
 
     def _encode(self, units: Sequence[Unit], pipeline: Pipeline) -> Encoded:
         began = self._clock()
-        rows = isolate(lambda some: pipeline.prepare([unit.task for unit in some]), units, self._on_failure)
+        model = pipeline.manifest.model
+        rows = self._isolator.run(model, lambda some: pipeline.prepare([unit.task for unit in some]), units)
         return Encoded(units, rows, began, self._clock() - began)

@@ -14,7 +14,8 @@ from engines.images import encode_image, fit
 from engines.pipeline import Pipeline
 from engines.provenance import describe_image
 from engines.tasks import Floats, Pixels
-from service.isolate import BROKEN, failures, isolate
+from service.caps import Caps
+from service.isolate import BROKEN, Isolator, failures
 from service.jobs import Failed, Finished, Job, Outcome, ending
 from service.logs import describe
 from service.metrics import Metrics
@@ -51,6 +52,7 @@ class Finisher:
         self._tracing = tracing or Untraced()
         self._metrics = metrics
         self._clock = clock
+        self._isolator = Isolator[Unit](self._failed, clock, Caps())
         self.device_lost = False
         self._slots = threading.BoundedSemaphore(_BACKLOG)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
@@ -80,7 +82,7 @@ class Finisher:
     def _finish(self, units: Sequence[Unit], lease: Lease) -> None:
         try:
             wanted = [unit for unit in units if not unit.work.over]
-            results = isolate(partial(_decode, lease.pipeline), wanted, self._failed)
+            results = self._isolator.run(lease.pipeline.manifest.model, partial(_decode, lease.pipeline), wanted)
             for unit, pixels, failure in zip(wanted, results, failures(results), strict=True):
                 if failure is not None:
                     self.device_lost = self.device_lost or isinstance(pixels, DeviceLostError)

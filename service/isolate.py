@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
 
 from engines.backends.base import DeviceLostError, DeviceMemoryError
 from engines.pipeline import TaskError
+from service.caps import Caps
 from service.jobs import Failed
 
 Item = TypeVar("Item")
@@ -38,6 +40,32 @@ def isolate(
             return [error] * len(items)
     middle = len(items) // 2
     return isolate(call, items[:middle], on_failure) + isolate(call, items[middle:], on_failure)
+
+
+class Isolator(Generic[Item]):
+    """`isolate`, of no more at once than fit in memory as far as ``caps`` know, which learn of what did not fit."""
+
+    def __init__(
+        self, on_failure: Callable[[Exception, Sequence[Item]], None], clock: Callable[[], float], caps: Caps
+    ) -> None:
+        self._on_failure = on_failure
+        self._clock = clock
+        self._caps = caps
+
+    def run(
+        self, group: Hashable, call: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
+    ) -> list[Result | Exception]:
+        """The result of ``call`` for every item, all of which are of ``group``, or the exception that it causes."""
+        results: list[Result | Exception] = []
+        while left := items[len(results) :]:
+            most = self._caps.of(group, len(left), self._clock())
+            results += isolate(call, left[:most], partial(self._failed, group))
+        return results
+
+    def _failed(self, group: Hashable, error: Exception, items: Sequence[Item]) -> None:
+        if isinstance(error, DeviceMemoryError) and len(items) > 1:
+            self._caps.lower(group, len(items), self._clock())
+        self._on_failure(error, items)
 
 
 def failures(results: Sequence[object]) -> list[Failed | None]:

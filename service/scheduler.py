@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from service.caps import Caps
 from service.latency import Latency
 from service.queue.base import HEAD_START_S
 from service.shares import Shares
@@ -16,8 +17,6 @@ from service.shares import Shares
 _S_PER_PIXEL = 1e-6
 # Splitting a tick must gain at least this, for a measured time is never exact.
 _GAIN = 0.9
-# How long a cap that memory forced is kept: what else took the memory may be gone.
-_CAP_S = 60.0
 _MOST_GROUPS = 256
 
 
@@ -58,14 +57,14 @@ class Scheduler:
     """
 
     def __init__(self, max_rows: int, head_start_s: float = HEAD_START_S) -> None:
-        """Plan ticks of at most ``max_rows`` rows."""
+        """Plan ticks of at most ``max_rows`` rows, and of a group no more than its cap."""
         if max_rows < 1:
             raise ValueError(f"a tick needs room for a row, got {max_rows}")
         self.max_rows = max_rows
+        self.caps = Caps()
         self.head_start_s = head_start_s
         self._shares = Shares()
         self._latencies: dict[Hashable, Latency] = {}
-        self._caps: dict[Hashable, tuple[int, float]] = {}
 
     def introduce(self, group: Hashable, pixels: int, seconds_by_rows: Mapping[int, float]) -> None:
         """Learn what ticks of ``group`` took in its warm-up, unless it is known."""
@@ -82,18 +81,6 @@ class Scheduler:
     def expected_s(self, group: Hashable, rows: int) -> float:
         """Seconds that a tick of ``group`` is expected to take."""
         return self._latencies[group].seconds(rows)
-
-    def lower_cap(self, group: Hashable, rows: int, now: float) -> None:
-        """Learn that so many rows of ``group`` do not fit in memory: for a while a tick has half of them at most."""
-        self._caps[group] = max(1, rows // 2), now + _CAP_S
-
-    def cap(self, group: Hashable, now: float) -> int:
-        """The most rows that a tick of ``group`` may have."""
-        rows, until = self._caps.get(group, (self.max_rows, math.inf))
-        if now >= until:
-            del self._caps[group]
-            return self.max_rows
-        return min(rows, self.max_rows)
 
     def plan(self, candidates: Iterable[Candidate], now: float) -> Plan:
         """The next tick among ``candidates``; a job that is expired or hopeless never ticks."""
@@ -161,7 +148,7 @@ class Scheduler:
 
     def _fit(self, group: Hashable, waiting: int, now: float) -> int:
         """As many of the rows that wait as a tick may have."""
-        return min(waiting, self.cap(group, now))
+        return self.caps.of(group, min(waiting, self.max_rows), now)
 
     def _backlog_s(self, candidates: Sequence[Candidate], now: float) -> float:
         """Seconds until all of this is done."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
-from engines.backends.base import DeviceLostError, DeviceMemoryError
+from engines.backends.base import DeviceLostError
 from engines.pipeline import Pipeline, Row
 from service.encoder import Encoded, Encoder
 from service.finisher import Finisher
-from service.isolate import BROKEN, failures, isolate
+from service.isolate import BROKEN, Isolator, failures
 from service.jobs import Failed, Job
 from service.logs import describe
 from service.metrics import Metrics
@@ -64,6 +64,7 @@ class Worker:
         self._clock = clock
         self._finisher = Finisher(queue, metrics, clock, safety, tracing)
         self._encoder = Encoder(partial(self._failed, "encode"), clock)
+        self._isolator = Isolator[Unit](partial(self._failed, "denoise"), clock, scheduler.caps)
         self._device_lost = False
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
@@ -291,7 +292,7 @@ class Worker:
         self._tracing.stage("queue", [job], job.submitted, began, len(job.tasks))
 
     def _tick(self, units: Sequence[Unit]) -> None:
-        results = isolate(self._denoise, units, self._failed_tick)
+        results = self._isolator.run(units[0].group, self._denoise, units)
         self._end_failed(units, results)
         watched = self._queue.progress({unit.work.job.id: unit.work.progress for unit in units})
         self._finisher.preview([unit for unit in units if unit.shown and unit.work.job.id in watched])
@@ -324,11 +325,6 @@ class Worker:
         self._finisher.submit(done)
         for work in {unit.work for unit in done if not unit.work.units}:
             self._let_go(work)
-
-    def _failed_tick(self, error: Exception, units: Sequence[Unit]) -> None:
-        if isinstance(error, DeviceMemoryError) and len(units) > 1:
-            self._scheduler.lower_cap(units[0].group, len(units), self._clock())
-        self._failed("denoise", error, units)
 
     def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
         self._metrics.batch_failures.labels(type(error).__name__).inc()

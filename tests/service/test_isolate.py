@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.backends.base import EngineError
+from engines.backends.base import DeviceMemoryError, EngineError
 from engines.pipeline import TaskError
-from service.isolate import BROKEN, failures, isolate
+from service.caps import Caps
+from service.isolate import BROKEN, Isolator, failures, isolate
 from service.jobs import Failed
 
 
@@ -32,11 +33,35 @@ def test_only_the_bad_items_fail(count: int, bad: set[int]) -> None:
     assert len(calls) <= 1 + 2 * wrong * math.ceil(math.log2(max(count, 2)))
 
 
+def test_what_did_not_fit_in_memory_is_not_tried_again_for_a_minute() -> None:
+    now, calls = 0.0, list[int]()
+
+    def small(items: Sequence[int]) -> Sequence[int]:
+        calls.append(len(items))
+        if len(items) > 3:
+            raise DeviceMemoryError("out of memory")
+        return items
+
+    isolator = Isolator[int](lambda *_: None, lambda: now, Caps())
+    items = list(range(8))
+    for seconds, group, expected in (
+        (0, "a", [8, 4, 2, 2, 4, 2, 2]),
+        (59, "a", [2, 2, 2, 2]),
+        (59, "b", [8, 4, 2, 2, 4, 2, 2]),
+        (61, "a", [8, 4, 2, 2, 4, 2, 2]),
+    ):
+        now = float(seconds)
+        calls.clear()
+        assert isolator.run(group, small, items) == items
+        assert calls == expected, (seconds, group)
+
+
 def test_nothing_is_called_for_no_items() -> None:
     def never(_: Sequence[int]) -> list[int]:
         raise AssertionError
 
     assert isolate(never, [], lambda *_: None) == []
+    assert Isolator[int](lambda *_: None, lambda: 0.0, Caps()).run("a", never, []) == []
 
 
 def test_a_lone_bad_item_is_at_fault_but_a_failing_batch_may_be_the_engines() -> None:

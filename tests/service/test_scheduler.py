@@ -155,11 +155,13 @@ def test_more_rows_pay_where_an_engine_does_not_pad() -> None:
 def test_a_cap_that_memory_forced_holds_for_its_group_and_for_a_while() -> None:
     scheduler = Scheduler(8)
     crowd = [row(f"{k}") for k in range(9)]
-    scheduler.lower_cap(4, 8, NOW)
+    scheduler.caps.lower(4, 8, NOW)
     assert len(scheduler.plan(crowd, NOW).batch) == 4
-    scheduler.lower_cap(4, 1, NOW)
+    scheduler.caps.lower(4, 1, NOW)
     assert len(scheduler.plan(crowd, NOW).batch) == 1
-    assert scheduler.cap(1, NOW) == 8
+    scheduler.caps.lower(4, 8, NOW)
+    assert len(scheduler.plan(crowd, NOW).batch) == 1
+    assert scheduler.caps.of(1, 8, NOW) == 8
     assert len(scheduler.plan(crowd, NOW + 3600).batch) == 8
 
 

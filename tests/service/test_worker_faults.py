@@ -135,6 +135,28 @@ async def test_too_many_rows_for_the_memory_run_in_smaller_ticks_from_then_on(
     assert bench.count("fewstep_batch_failures_total", cause="DeviceMemoryError") == 1
 
 
+@pytest.mark.parametrize("method", ["prepare", "finish"])
+async def test_too_many_images_for_the_memory_are_coded_in_smaller_batches_from_then_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    original = getattr(bench.pipeline, method)
+    sizes: list[int] = []
+
+    def small(items: Sequence[Any]) -> Any:
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise DeviceMemoryError("out of memory")
+        return original(items)
+
+    monkeypatch.setattr(bench.pipeline, method, small)
+    for name in "ab":
+        await bench.submit(name, *(task(seed, steps=1) for seed in range(MAX_ROWS)))
+        bench.steps(1)
+        assert len((await bench.finished(name)).images) == MAX_ROWS
+    assert sizes == [4, 2, 2, 2, 2]
+    assert bench.count("fewstep_batch_failures_total", cause="DeviceMemoryError") == 1
+
+
 async def test_a_single_row_that_does_not_fit_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     tick = bench.pipeline.tick
 
