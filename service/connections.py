@@ -1,4 +1,4 @@
-"""Connections of clients: how many there may be at once, and how long each may leave the server without a request."""
+"""Connections of clients: how many at once, and how long each may send no request or leave its answer unread."""
 
 from __future__ import annotations
 
@@ -63,22 +63,24 @@ def _raise_open_files(wanted: int) -> int:
 class Connection(H11Protocol):
     """One client's connection. Turned away where there are ``max_connections``, before it has cost more than a file.
 
-    From its beginning, and again from the end of each answer, it has ``head_timeout_s`` until the next request's line
-    and headers are there; one that is late is closed. What is refused here is counted by its code.
+    From its beginning, and again from the end of each answer, it has ``timeout_s`` until the next request's line and
+    headers are there; one that is late is closed. What is refused here is counted by its code. As long it has to take
+    what it is sent, an answer or an event: one that does not read is cut off, and what it left unread is dropped.
     """
 
-    def __init__(
-        self, *args: Any, metrics: Metrics, max_connections: int, head_timeout_s: float, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, metrics: Metrics, max_connections: int, timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._metrics = metrics
         self._max_connections = max_connections
-        self._head_timeout_s = head_timeout_s
+        self._timeout_s = timeout_s
         self._patience: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio at the beginning."""
         super().connection_made(transport)
+        # Writing is then paused from the first byte that is not taken to the last, also of an answer that is the end.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self._max_connections:
             logger.warning("too many connections", extra={"max_connections": self._max_connections})
             message = "too many connections at once"
@@ -89,7 +91,19 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio at the end."""
         self._stop_waiting()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio when the client does not take what it is sent."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._timeout_s, self._cut_off)
+
+    def resume_writing(self) -> None:
+        """Called by asyncio when the client has taken all."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def on_response_complete(self) -> None:
         """Called by uvicorn after each answer."""
@@ -103,7 +117,7 @@ class Connection(H11Protocol):
 
     def _await_head(self) -> None:
         self._stop_waiting()
-        self._patience = self.loop.call_later(self._head_timeout_s, self._end_patience)
+        self._patience = self.loop.call_later(self._timeout_s, self._end_patience)
 
     def _stop_waiting(self) -> None:
         if self._patience is not None:
@@ -116,6 +130,10 @@ class Connection(H11Protocol):
         if half_a_head and self.conn.states == {h11.CLIENT: h11.IDLE, h11.SERVER: h11.IDLE}:
             self._refuse(ApiError(408, "head_timeout", "the request's headers did not arrive in time"))
         self.transport.close()
+
+    def _cut_off(self) -> None:
+        logger.info("a client does not read", extra={"unread_bytes": self.transport.get_write_buffer_size()})
+        self.transport.abort()  # Closing would wait for it.
 
     def _refuse(self, error: ApiError) -> None:
         self._metrics.rejected.labels(error.code).inc()

@@ -72,7 +72,7 @@ def run(settings: Settings) -> int:
         Connection,
         metrics=app.state.service.metrics,
         max_connections=bound_connections(settings.max_inflight),
-        head_timeout_s=settings.body_timeout_s,
+        timeout_s=settings.body_timeout_s,
     )
     config = uvicorn.Config(
         app,

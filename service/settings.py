@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
     max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000
     body_timeout_s: Annotated[
-        Seconds, Field(description="time a client has to send its headers, and then its body")
+        Seconds, Field(description="time a client has to send its headers, then its body, and to read its answer")
     ] = 30.0
     job_timeout_ms: Annotated[Count, Field(description="time limit of asynchronous jobs, and the longest")] = 600_000
     keep_results_s: Annotated[Seconds, Field(description="time that results of jobs are kept")] = 600.0

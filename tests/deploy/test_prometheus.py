@@ -82,6 +82,14 @@ def test_alerts_name_outcomes_that_there_are(alerts: dict[str, Alert]) -> None:
                 assert use.values["outcome"] <= there[name]
 
 
+def test_alerts_name_reasons_that_are_counted(root: Path, alerts: dict[str, Alert]) -> None:
+    source = "".join(path.read_text() for path in (root / "service").rglob("*.py"))
+    read = [use for alert in alerts.values() for use in uses(alert["expr"]).values()]
+    reasons = {reason for use in read for reason in use.values["reason"]}
+    assert "too_many_connections" in reasons
+    assert {reason for reason in reasons if f'"{reason}"' not in source} == set()
+
+
 def test_every_alert_says_what_it_means_and_what_to_do(root: Path, alerts: dict[str, Alert]) -> None:
     headings = re.findall(r"^#+ (.+)$", (root / "docs" / "operations.md").read_text(), re.MULTILINE)
     pages = {f"docs/operations.md#{heading.lower().replace(' ', '-')}" for heading in headings}

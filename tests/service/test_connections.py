@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any, cast
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.responses import StreamingResponse
 
 from service import logs
 from service.app import create_app
@@ -35,14 +36,14 @@ from service.settings import Settings
 from tests.service.helpers import Gate, pipeline_of, wait_until
 
 HALF = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
-HEAD_TIMEOUT_S = 0.5
+TIMEOUT_S = 0.5
 
 
 @contextmanager
-def bounded(app: FastAPI, max_connections: int = 100, timeout_s: float = HEAD_TIMEOUT_S) -> Iterator[uvicorn.Server]:
+def bounded(app: FastAPI, max_connections: int = 100, timeout_s: float = TIMEOUT_S) -> Iterator[uvicorn.Server]:
     """The app behind such connections, on a real port."""
     metrics = app.state.service.metrics
-    connection = partial(Connection, metrics=metrics, max_connections=max_connections, head_timeout_s=timeout_s)
+    connection = partial(Connection, metrics=metrics, max_connections=max_connections, timeout_s=timeout_s)
     kind = cast(type[asyncio.Protocol], connection)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none", http=kind))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -130,9 +131,53 @@ def test_an_answer_may_take_longer_than_a_head(settings: Settings, monkeypatch: 
         head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         with connect(port_of(server), head % len(body) + body) as connection:
             assert gate.reached.wait(60)
-            time.sleep(3 * HEAD_TIMEOUT_S)
+            time.sleep(3 * TIMEOUT_S)
             gate.opened.set()
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
+ANSWER_BYTES = 32 * 2**20  # more than the system takes for a client that does not read
+
+
+def test_an_answer_that_is_not_read_is_dropped_and_its_connection_cut_off(settings: Settings) -> None:
+    app = create_app(settings)
+    app.add_route("/large", lambda _: Response(bytes(ANSWER_BYTES)))
+    with bounded(app) as server:
+        port = port_of(server)
+        ask = b"GET /large HTTP/1.1\r\nHost: localhost\r\n"
+        with connect(port, ask + b"\r\n") as stays, connect(port, ask + b"Connection: close\r\n\r\n") as last:
+            wait_until(lambda: server.server_state.total_requests == 2)
+            assert len(server.server_state.connections) == 2
+            wait_until(lambda: not server.server_state.connections, 20)
+            for connection in (stays, last):
+                assert len(read(connection)) < ANSWER_BYTES
+
+
+def test_events_that_are_not_read_end(settings: Settings) -> None:
+    ended = threading.Event()
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(2**20)
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    app = create_app(settings)
+    app.add_route("/events", lambda _: StreamingResponse(events()))
+    with bounded(app) as server, connect(port_of(server), b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        assert ended.wait(20)
+        wait_until(lambda: not server.server_state.connections)
+
+
+def test_an_answer_that_is_read_late_but_in_time_is_whole(settings: Settings) -> None:
+    app = create_app(settings)
+    app.add_route("/large", lambda _: Response(bytes(ANSWER_BYTES), headers={"Connection": "close"}))
+    ask = b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with bounded(app, timeout_s=20) as server, connect(port_of(server), ask) as connection:
+        time.sleep(0.5)
+        assert len(read(connection)) > ANSWER_BYTES
 
 
 def test_what_is_no_http_is_refused_in_the_one_shape(settings: Settings) -> None:
