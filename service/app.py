@@ -20,7 +20,7 @@ from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, open_rates, opener_of
 from service.routes import images, jobs, models, openai, status
-from service.routes.openapi import FOREIGN, DocumentedApp, guarded
+from service.routes.openapi import FOREIGN, OF_CONNECTIONS, DocumentedApp, guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service
 from service.settings import Settings
@@ -31,6 +31,9 @@ Images from few-step students: text to image, editing and inpainting, batched to
 
 Every error has one shape, `{"error": {type, code, message, param, request_id, retryable}}`. An option that the
 loaded bundle cannot honour is refused, never ignored; `/capabilities` says what it can.
+
+Any request may find that its connection is refused instead, and closed: 400 `invalid_http`, 408 `head_timeout`, 503
+`too_many_connections`.
 """
 _TAGS = [
     {"name": "images", "description": "Make images; wait for them, or have a job made of the request."},
@@ -83,7 +86,7 @@ def create_app(
         openapi_url=None if settings.role == "worker" else "/openapi.json",
         docs_url=None,
         redoc_url=None,
-        responses={403: FOREIGN},
+        responses={403: FOREIGN, **OF_CONNECTIONS},
     )
     app.state.service = service
     errors.install(app)

@@ -40,7 +40,8 @@ async def read_fields(request: Request, service: Service, files: frozenset[str] 
         async with asyncio.timeout(settings.body_timeout_s):
             if kind == "multipart/form-data":
                 return await _read_multipart(request, settings, files), False
-            body = await request.body()
+            # Not `request.body()`, which keeps it for as long as there is the request.
+            body = b"".join([chunk async for chunk in request.stream()])
     except TimeoutError:
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
     if len(body) > _SMALL_BODY_BYTES:

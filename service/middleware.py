@@ -123,7 +123,7 @@ class BodyLimit:
 
     One body may have ``max_bytes``, else 413: by Content-Length before a byte is read, or when they arrive. All
     bodies of requests in flight may have ``max_total_bytes`` together, else 429: many uploads at once must not
-    exhaust memory.
+    exhaust memory. An endpoint that holds its body no more says so by ``request.state.let_go_of_body``.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_total_bytes: int, metrics: Metrics) -> None:
@@ -163,10 +163,16 @@ class BodyLimit:
                 )
             return message
 
+        def let_go() -> None:
+            nonlocal received
+            self.total -= received
+            received = 0
+
+        scope.setdefault("state", {})["let_go_of_body"] = let_go
         try:
             await self.app(scope, counted, send)
         finally:
-            self.total -= received
+            let_go()
 
     def _too_large(self) -> ApiError:
         self.metrics.rejected.labels("body_too_large").inc()

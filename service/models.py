@@ -29,7 +29,7 @@ _STRAGGLERS_S = 2 * _LOOK_EVERY_S
 
 OpenPath = Callable[[Path], Pipeline]
 Changed = Callable[[Pipeline, bool], None]
-"""Told of a pipeline that was loaded (True) or is about to be closed (False)."""
+"""Told of a pipeline that was loaded (True), or that is about to be closed as the last of its model (False)."""
 
 Owes = Callable[[str], bool]
 """Whether the queue has jobs for a name@revision that are not settled."""
@@ -287,12 +287,12 @@ class Models:
             logger.error("a bundle does not load", extra={"model": entry.key, **describe(error)})
             self._settle(entry, future, self._refused.note(entry, fingerprint, error))
             return
-        self._changed_hook(pipeline, True)
         with self._moved:
             for older in self._loaded:
                 if older.answers_to(entry.manifest.name):
                     self._retire(older)
             self._loaded.append(Loaded(pipeline, entry.memory_bytes, self._clock()))
+        self._changed_hook(pipeline, True)  # Now, as an older one of its model that closes says nothing any more.
         logger.info("loaded", extra={"model": entry.key, **({} if self._fronts else _backend_of(pipeline))})
         self._settle(entry, future, None)
 
@@ -340,7 +340,9 @@ class Models:
 
     def _drop(self, loaded: Loaded) -> None:
         try:
-            self._changed_hook(loaded.pipeline, False)
+            with self._moved:
+                if not any(other.key == loaded.key for other in self._loaded if other is not loaded):
+                    self._changed_hook(loaded.pipeline, False)
             loaded.pipeline.close()
             trim()
         finally:

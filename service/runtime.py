@@ -9,8 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from concurrent.futures import Future
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -43,6 +42,7 @@ from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnav
 from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.threads import Helper
 from service.tracing import Tracing, Untraced
 from service.tracker import Tracker
 from service.worker import Worker
@@ -112,9 +112,7 @@ class Service:
         self._stopping = asyncio.Event()
         self.tracker = Tracker(queue, metrics, self._stopping)
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
-        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parser")
-        self._screener = ThreadPoolExecutor(1, thread_name_prefix="screener")
+        self._decoder, self._parser, self._screener = Helper("decoder"), Helper("parser"), Helper("screener")
 
     @property
     def state(self) -> State:
@@ -241,11 +239,11 @@ class Service:
 
         Raises as `complete` does; a call that has not begun by then never does.
         """
-        return await self._first(_in_thread(self._decoder, call), deadline, client_gone)
+        return await self._first(self._decoder.result_of(call), deadline, client_gone)
 
     async def parsed(self, call: Callable[[], Result], deadline: float) -> Result:
         """The same for a call that is short, and waits for no image to be decoded."""
-        return await self._first(_in_thread(self._parser, call), deadline, _never)
+        return await self._first(self._parser.result_of(call), deadline, _never)
 
     async def complete(self, job: Job, client_gone: ClientIsGone) -> Finished:
         """Queue the job and wait for its images.
@@ -303,7 +301,7 @@ class Service:
         """Ask the safety check, where there is one, in a thread."""
         if self._safety is None:
             return
-        asked = _in_thread(self._screener, partial(self._safety.refuse_prompt, job))
+        asked = self._screener.result_of(partial(self._safety.refuse_prompt, job))
         if (refusal := await self._first(asked, job.deadline, _never)) is not None:
             raise from_failure(refusal)
 
@@ -381,8 +379,9 @@ class Service:
             self._queue.expect(manifest.model, speed)
 
     def _close(self) -> None:
-        for executor in (self._decoder, self._parser, self._screener):
-            executor.shutdown(cancel_futures=True)
+        # Of what they are at nobody awaits the result any more, and it may hang.
+        for helper in (self._decoder, self._parser, self._screener):
+            helper.close()
         self.models.cancel_loads()
         if self._starter.ident is not None:
             self._starter.join()
@@ -397,16 +396,6 @@ def _result(done: asyncio.Future[Result]) -> Result:
         return done.result()
     except ModelError as error:
         raise model_unavailable(error) from error
-
-
-def _in_thread(executor: ThreadPoolExecutor, call: Callable[[], Result]) -> asyncio.Future[Result]:
-    """The call's result. Where it is given up while it waits, what it holds (a whole body) is let go at once."""
-    calls = [call]
-    # In the context of the request, whose id its log lines have there too.
-    within = copy_context().run
-    running = asyncio.get_running_loop().run_in_executor(executor, lambda: within(calls.pop()))
-    running.add_done_callback(lambda _: calls.clear())
-    return running
 
 
 def _reason(error: BaseException) -> FailureReason:

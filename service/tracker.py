@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-from service.errors import job_not_found, queue_unavailable
+from service.errors import job_not_found, queue_unavailable, too_many_requests
 from service.jobs import Failed
 from service.metrics import Metrics
 from service.queue.base import LATE_S, JobQueue, QueueUnavailable, Status
@@ -60,6 +61,18 @@ class Tracker:
             self._metrics.jobs.labels("cancelled").inc()
         return await self.status(job_id)
 
+    @contextmanager
+    def follower(self, most: int) -> Iterator[None]:
+        """Count one who is told of a job as it moves, which ``most`` may be. Raises ApiError 429 instead."""
+        if self.following >= most:
+            self._metrics.rejected.labels("too_many_requests").inc()
+            raise too_many_requests()
+        self.following += 1
+        try:
+            yield
+        finally:
+            self.following -= 1
+
     async def follow(self, job_id: str, preview: bool = False) -> AsyncGenerator[Status | None, None]:
         """The status whenever it has changed, until the job is over or the service stops; None for a heartbeat.
 
@@ -68,23 +81,19 @@ class Tracker:
         last: Status | None = None
         shortest, longest = _POLLS_S
         wait_s, told = shortest, self._clock()
-        self.following += 1
-        try:
-            while True:
-                stopping = self._stopping.is_set()
-                status = await self._look_if_there(job_id, preview)
-                if status is not None and (last is None or _differ(status, last)):
-                    yield status
-                    last, wait_s, told = status, shortest, self._clock()
-                elif self._clock() - told >= HEARTBEAT_S:
-                    yield None
-                    told = self._clock()
-                if stopping or (last is not None and last.outcome is not None):
-                    return
-                await self._pause(wait_s)
-                wait_s = min(wait_s * _SLOWER, longest)
-        finally:
-            self.following -= 1
+        while True:
+            stopping = self._stopping.is_set()
+            status = await self._look_if_there(job_id, preview)
+            if status is not None and (last is None or _differ(status, last)):
+                yield status
+                last, wait_s, told = status, shortest, self._clock()
+            elif self._clock() - told >= HEARTBEAT_S:
+                yield None
+                told = self._clock()
+            if stopping or (last is not None and last.outcome is not None):
+                return
+            await self._pause(wait_s)
+            wait_s = min(wait_s * _SLOWER, longest)
 
     async def over(self, job_id: str) -> Status:
         """The status of the job once it is over; the last one known where the service stops. KeyError as `follow`."""

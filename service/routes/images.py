@@ -21,7 +21,7 @@ from service.negotiation import choose
 from service.queue.base import Keep, Status
 from service.routes.openapi import documented
 from service.routes.strict import Direct
-from service.runtime import Service
+from service.runtime import ClientIsGone, Service
 from service.schemas import EditRequest, GenerateRequest, ImageRequest, InpaintRequest
 from service.settings import Settings
 
@@ -81,15 +81,16 @@ async def make_images(request: Request, read: ReadBody, dialect: Dialect = _OURS
     """Make what the request asks for in the body that ``read`` gives, and answer. Raises ApiError, and ClientGone."""
     service: Service = request.app.state.service
     with service.admitted():
-        body = await read(request, service)
+        making = _make(request, service, await read(request, service), dialect)  # It alone holds the body.
         try:
-            return await _make(request, service, body, dialect)
+            return await making
         except ApiError as refusal:
             refusal.param = dialect.names.get(refusal.param or "", refusal.param)
             raise
 
 
 async def _make(request: Request, service: Service, body: GenerateRequest, dialect: Dialect) -> Response:
+    """Make it, and answer. The body is let go of once a job was made of it, as the job may wait long."""
     began: float = request.state.began
     key = key_of(request)
     if dialect.gives_jobs and _prefers_async(request):
@@ -98,27 +99,45 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
     deadline = deadline_of(body, service.settings, began)
     gone = partial(_disconnected, request)
     async with service.leased(body.model, deadline, gone) as pipeline:
-        draft = partial(_draft, request, body, rendering.format, pipeline)
-        job = await service.parsed(draft, deadline) if isinstance(body, ImageRequest) else draft()
-        ticket = Ticket.of(job, pipeline.manifest)
-        keep = None
-        if body.asynchronous or key is not None:
-            digest = partial(digest_of, request.url.path, body, rendering.format)
-            said = "" if key is None else await service.parsed(digest, deadline)
-            keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, said)
-        if isinstance(body, ImageRequest):
-            await service.ask(job, keep)  # Before the images are decoded, as that is dear.
-            decode = partial(with_images, job, body, pipeline.manifest, service.settings)
-            job = await service.decoded(decode, deadline, gone)
+        asynchronous = body.asynchronous
+        job, ticket, keep = await _taken_in(request, body, rendering.format, key, pipeline, deadline, gone)
+        del body
+        request.state.let_go_of_body()
         if keep is None:
             finished = await service.complete(job, gone)
             return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
     job_id = await service.accept(job, keep)
-    if body.asynchronous:
+    if asynchronous:
         return await _accepted(request, job, job_id, keep)
     status, finished = await service.completed(job_id, deadline, gone)
     ticket = Ticket.model_validate_json(status.note)
     return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
+
+
+async def _taken_in(
+    request: Request,
+    body: GenerateRequest,
+    output_format: ImageFormat,
+    key: str | None,
+    pipeline: Pipeline,
+    deadline: float,
+    client_gone: ClientIsGone,
+) -> tuple[Job, Ticket, Keep | None]:
+    """The job that the body asks for, what its answer says beside the images, and how it is kept, if it is."""
+    service: Service = request.app.state.service
+    draft = partial(_draft, request, body, output_format, pipeline)
+    job = await service.parsed(draft, deadline) if isinstance(body, ImageRequest) else draft()
+    ticket = Ticket.of(job, pipeline.manifest)
+    keep = None
+    if body.asynchronous or key is not None:
+        digest = partial(digest_of, request.url.path, body, output_format)
+        said = "" if key is None else await service.parsed(digest, deadline)
+        keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, said)
+    if isinstance(body, ImageRequest):
+        await service.ask(job, keep)  # Before the images are decoded, as that is dear.
+        decode = partial(with_images, job, body, pipeline.manifest, service.settings)
+        job = await service.decoded(decode, deadline, client_gone)
+    return job, ticket, keep
 
 
 def _draft(request: Request, body: GenerateRequest, output_format: ImageFormat, pipeline: Pipeline) -> Job:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from service.answers import Ticket, job_document, render_images
-from service.errors import job_not_found, too_many_requests
+from service.errors import job_not_found
 from service.jobs import Finished
 from service.negotiation import choose_kept
 from service.queue.base import JobState, Status
@@ -87,12 +88,24 @@ async def job_events(request: Request, job_id: JobId, preview: Preview = False) 
     """
     tracker = _tracker(request)
     service: Service = request.app.state.service
-    if tracker.following >= service.settings.max_inflight:
-        raise too_many_requests()
-    await tracker.status(job_id)  # What is not known is refused before the stream begins.
-    # Proxies that collect answers would hold events back.
-    headers = {"X-Accel-Buffering": "no"}
-    return StreamingResponse(_told(tracker, job_id, preview), headers=headers, media_type="text/event-stream")
+    with ExitStack() as place:
+        place.enter_context(tracker.follower(service.settings.max_inflight))
+        await tracker.status(job_id)  # What is not known is refused before the stream begins.
+        return _Events(_told(tracker, job_id, preview), place.pop_all())
+
+
+class _Events(StreamingResponse):
+    """Events for one who has a place among those that follow jobs, until they end or never begin."""
+
+    def __init__(self, events: AsyncIterator[str], place: ExitStack) -> None:
+        # Proxies that collect answers would hold events back.
+        super().__init__(events, headers={"X-Accel-Buffering": "no"}, media_type="text/event-stream")
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        with self._place:
+            await super().__call__(scope, receive, send)
 
 
 def _tracker(request: Request) -> Tracker:

@@ -53,7 +53,7 @@ async def test_the_same_key_gives_the_same_images_without_a_second_run(app: Runn
 
 async def test_two_at_once_share_one_run(app: Running, gate: Gate) -> None:
     requests = [asyncio.create_task(post(app, "a")) for _ in range(3)]
-    await until(lambda: app.service.tracker.following == 3)
+    await until(lambda: app.service.inflight == 3)
     gate.opened.set()
     answers = [(await request).json() for request in requests]
     assert len({answer["id"] for answer in answers}) == 1

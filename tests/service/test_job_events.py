@@ -12,11 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from engines.pipeline import Row
 from service import tracker
 from service.app import create_app
 from service.finisher import encode_preview
+from service.queue.base import Status
 from service.runtime import State
 from service.schemas import JobResponse
 from service.settings import Settings
@@ -140,6 +142,58 @@ async def test_as_many_follow_as_there_may_be_requests(any_queue: Settings, monk
         error(await app.client.get(f"/jobs/{job_id}/events"), 429, "too_many_requests")
         gate.opened.set()
         assert (await following).status_code == 200
+
+
+async def test_a_burst_is_given_no_more_places(app: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.service, "settings", app.service.settings.model_copy(update={"max_inflight": 2}))
+    job_id = await ask(app)
+    asked = asyncio.Event()
+
+    async def slow(*arguments: Any) -> Status:
+        await asked.wait()
+        return await look(*arguments)
+
+    look = app.service.tracker.status
+    monkeypatch.setattr(app.service.tracker, "status", slow)
+    burst = [asyncio.create_task(app.client.get(f"/jobs/{job_id}/events")) for _ in range(5)]
+    await until(lambda: sum(task.done() for task in burst) == 3)
+    asked.set()
+    gate.opened.set()
+    assert sorted([answer.status_code for answer in await asyncio.gather(*burst)]) == [200, 200, 429, 429, 429]
+    assert app.service.tracker.following == 0
+    assert app.metric("fewstep_rejected_total", reason="too_many_requests") == 3
+
+
+async def test_who_leaves_before_the_first_event_gives_up_a_place(app: Running, gate: Gate) -> None:
+    job_id = await ask(app)
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    scope = {"type": "http", "method": "GET", "path": f"/jobs/{job_id}/events", "query_string": b"", "headers": []}
+    await app.app({**scope, "app": app.app}, gone, send)
+    assert app.service.tracker.following == 0
+    error(await app.client.get("/jobs/nowhere/events"), 404, "job_not_found", "job_id")
+    assert app.service.tracker.following == 0
+
+
+async def test_who_waits_for_a_keyed_request_takes_nobodys_place(
+    any_queue: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(any_queue.model_copy(update={"max_inflight": 1})) as app:
+        gate = Gate(app.pipeline, monkeypatch)
+        job_id = await ask(app)
+        fields, headers = {"prompt": "a cat"}, {"Idempotency-Key": "key"}
+        waiting = asyncio.create_task(app.client.post("/generate", json=fields, headers=headers))
+        await until(lambda: app.metric("fewstep_inflight_requests") == 1)
+        await asyncio.sleep(0.1)
+        following = asyncio.create_task(app.client.get(f"/jobs/{job_id}/events"))
+        await until(lambda: app.service.tracker.following == 1 or following.done())
+        gate.opened.set()
+        assert ((await following).status_code, (await waiting).status_code) == (200, 200)
 
 
 async def test_whoever_follows_may_leave_and_the_job_goes_on(

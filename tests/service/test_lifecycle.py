@@ -26,6 +26,7 @@ from engines.bundle import BundleError
 from engines.pipeline import Pipeline
 from service.app import create_app
 from service.catalogue import ModelError
+from service.errors import ApiError
 from service.logs import Formatter
 from service.opening import open_pipeline
 from service.runtime import State
@@ -230,6 +231,24 @@ async def test_abandoned_uploads_get_a_503_too(app: Running) -> None:
     error(await waiting, 503, "shutting_down")
     busy.set()
     await asyncio.gather(occupy, return_exceptions=True)
+
+
+async def test_a_decoder_that_hangs_does_not_hold_up_the_end(anyio_backend: str, settings: Settings) -> None:
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        go.wait(20)
+        ended.set()
+
+    async with running(settings) as app:
+        waiting = asyncio.create_task(app.service.decoded(hang, time.monotonic() + 60, asyncio.Event().wait))
+        await until(begun.is_set)
+    assert not app.service._worker.alive
+    assert not ended.is_set()
+    go.set()
+    with pytest.raises(ApiError, match="shutting down"):
+        await waiting
 
 
 @pytest.mark.parametrize("body", [b"", b'{"prompt": "a cat"}'], ids=["while it uploads", "while it waits"])

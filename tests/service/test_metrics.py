@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.backends.base import EngineError
+from engines.provenance import package_version
 from service.gpus import GpuMemory, open_gpus
 from service.metrics import Metrics
 from service.queue.base import QueueStats, QueueUnavailable
@@ -49,6 +50,20 @@ async def test_a_request_leaves_its_marks(app: Running) -> None:
     ]
     assert build.value == 1
     assert labels.items() <= build.labels.items()
+
+
+async def test_a_model_is_told_of_until_the_last_that_is_loaded_of_it_closes(app: Running) -> None:
+    models, manifest = app.service.models, app.pipeline.manifest
+    labels = {"version": package_version(), "model": manifest.name, "revision": manifest.revision}
+    held = models.lease(None)
+    assert held is not None
+    first = models.unload(manifest.name)
+    models.load(None).result(60)
+    held.release()
+    first.result(60)
+    assert app.metric("fewstep_build_info", **labels) == 1
+    models.unload(manifest.name).result(60)
+    assert app.metric("fewstep_build_info", **labels) == 0
 
 
 async def test_failures_are_counted_by_cause(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service import openai, schemas
+from service import connections, openai, schemas
 from service.app import create_app
 from service.openai import ImagesEditBody, ImagesGenerateBody
 from service.routes.openapi import ERRORS
@@ -54,6 +55,20 @@ def test_every_endpoint_tells_of_foreign_pages_and_names(document: dict[str, Any
     for path, operations in document["paths"].items():
         for operation in operations.values():
             assert "403" in operation["responses"], path
+
+
+def test_every_endpoint_tells_what_its_connection_may_be_told(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert {"400", "408", "503"} <= operation["responses"].keys(), path
+    for code in ("invalid_http", "head_timeout", "too_many_connections"):
+        assert f"`{code}`" in document["info"]["description"]
+        assert f'"{code}"' in Path(connections.__file__).read_text()
+    examples = [
+        document["paths"]["/livez"]["get"]["responses"][status]["content"]["application/json"]["example"]["error"]
+        for status in ("400", "408", "503")
+    ]
+    assert [example["code"] for example in examples] == ["invalid_http", "head_timeout", "too_many_connections"]
 
 
 @pytest.mark.parametrize("path", MODELS)

@@ -1,0 +1,57 @@
+"""Calls in a thread beside the event loop, one after another. Nobody has to wait for one that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
+from queue import SimpleQueue
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+class Helper:
+    """A thread for calls, begun with the first of them.
+
+    That of an executor is waited for when the process exits, for as long as its call takes: a decoder that hangs would
+    hold up the process that replaces this one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def result_of(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
+        """The call's result. Where it is given up while it waits, what it holds (a whole body) is let go at once."""
+        if self._thread.ident is None:
+            self._thread.start()
+        future: Future[Result] = Future()
+        result = asyncio.wrap_future(future)
+        calls = [call]
+        future.add_done_callback(lambda _: calls.clear())
+        # In the context of the request, whose id its log lines have there too.
+        within = copy_context().run
+
+        def run() -> None:
+            nonlocal future
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(within(calls.pop()))
+                except BaseException as error:
+                    future.set_exception(error)
+            del future  # Which the traceback of its own exception would keep, with all that the call had.
+
+        self._calls.put(run)
+        return result
+
+    def close(self) -> None:
+        """End the thread after what it is at and what waits for it, without waiting for that."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call
