@@ -67,6 +67,8 @@ def create_app(
     tracing = tracing or open_tracing(settings.tracing)
     rates = open_rates(settings)
     service = Service(settings, metrics, queue, opener or opener_of(settings.role), tracing)
+    if settings.role != "api":
+        metrics.watch_models(service.models.loaded)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from engines.backends.standin import BuildState
 from engines.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """What the service says of one bundle. ``holders`` counts requests and jobs that use it now."""
+    """What the service says of one bundle. ``holders`` counts requests and jobs that use it now.
+
+    ``stand_ins`` are its graphs for which another engine answers than was asked for.
+    """
 
     name: str
     revision: str
@@ -18,6 +23,7 @@ class ModelState:
     retiring: bool
     memory_bytes: int
     holders: int
+    stand_ins: Mapping[str, BuildState] = field(default_factory=dict)
 
 
 def pending() -> Future[None]:
@@ -61,5 +67,9 @@ class Loaded:
 
     def state(self) -> ModelState:
         """What is said of it."""
-        manifest = self.pipeline.manifest
-        return ModelState(manifest.name, manifest.revision, True, self.retiring, self.memory_bytes, self.holders)
+        name, revision, stand_ins = (
+            self.pipeline.manifest.name,
+            self.pipeline.manifest.revision,
+            self.pipeline.stand_ins,
+        )
+        return ModelState(name, revision, True, self.retiring, self.memory_bytes, self.holders, stand_ins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,6 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from service.gpus import ReadGpus
+from service.loaded import ModelState
 from service.queue.base import QueueStats, QueueUnavailable
 
 PREFIX = "fewstep"
@@ -62,6 +64,10 @@ class Metrics:
         """Report the memory of the GPUs at every scrape."""
         self.registry.register(_GpuCollector(read))
 
+    def watch_models(self, loaded: Callable[[], Iterable[ModelState]]) -> None:
+        """Report at every scrape which engines the models that are loaded wait for."""
+        self.registry.register(_ModelCollector(loaded))
+
     def set_model(self, version: str, model: str, revision: str, loaded: bool) -> None:
         """Say that a model runs here, or no longer does."""
         if loaded:
@@ -93,6 +99,22 @@ class _QueueCollector(Collector):
         yield GaugeMetricFamily(
             f"{PREFIX}_oldest_queued_seconds", "Age of the oldest waiting job", value=stats.oldest_s
         )
+
+
+class _ModelCollector(Collector):
+    def __init__(self, loaded: Callable[[], Iterable[ModelState]]) -> None:
+        self._loaded = loaded
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Graphs that another engine runs than was asked for"
+        gauge = GaugeMetricFamily(f"{PREFIX}_stand_ins", text, labels=["model", "state"])
+        models = list(self._loaded())
+        counts = Counts({(model.name, state): 0 for model in models for state in ("building", "failed")})
+        for model in models:
+            counts.update((model.name, state) for state in model.stand_ins.values())
+        for labels, count in counts.items():
+            gauge.add_metric(labels, count)
+        yield gauge
 
 
 class _GpuCollector(Collector):

@@ -157,14 +157,18 @@ class Models:
     def states(self) -> list[ModelState]:
         """Every bundle that is loaded, the newest first, or could be."""
         entries, _ = self.catalogue.read()
-        with self._moved:
-            states = [loaded.state() for loaded in reversed(self._loaded)]
+        states = self.loaded()
         there = {(state.name, state.revision) for state in states}
         return states + [
             ModelState(entry.manifest.name, entry.manifest.revision, False, False, entry.memory_bytes, 0)
             for entry in entries
             if (entry.manifest.name, entry.manifest.revision) not in there
         ]
+
+    def loaded(self) -> list[ModelState]:
+        """Every bundle that is loaded, the newest first."""
+        with self._moved:
+            return [loaded.state() for loaded in reversed(self._loaded)]
 
     def takeable(self) -> frozenset[str]:
         """The keys, name@revision, of the bundles that are loaded or could be: what a worker may take jobs for.

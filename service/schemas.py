@@ -356,6 +356,13 @@ class Model(Body):
     loaded: Annotated[bool, Field(description="False: a request that names it waits until it is loaded.")]
     in_use: Annotated[int, Field(description="Requests and jobs that hold it now.")]
     memory_bytes: Annotated[int, Field(description="What its weights take when loaded, reckoned in fp32.")]
+    stand_ins: Annotated[
+        dict[str, Literal["building", "failed"]],
+        Field(
+            description="Graphs that another engine runs than the service was started with: until theirs is built, "
+            "or for good where it could not be. The log says why."
+        ),
+    ]
 
 
 class ModelList(Body):

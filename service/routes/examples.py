@@ -53,7 +53,9 @@ DONE = ACCEPTED.model_copy(
     update={"status": "done", "progress": Progress(done=4, total=4), "position": None, "result": IMAGES}
 )
 
-MODEL = Model(name=_NAME, revision=_REVISION, default=True, loaded=True, in_use=0, memory_bytes=211_000_000)
+MODEL = Model(
+    name=_NAME, revision=_REVISION, default=True, loaded=True, in_use=0, memory_bytes=211_000_000, stand_ins={}
+)
 UNLOADED = MODEL.model_copy(update={"loaded": False})
 MODELS = ModelList(models=(MODEL,), memory_bytes=MODEL.memory_bytes, max_memory_bytes=8_589_934_592)
 

@@ -84,6 +84,7 @@ def _listed(service: Service) -> ModelList:
             loaded=state.loaded and not state.retiring,
             in_use=state.holders,
             memory_bytes=state.memory_bytes,
+            stand_ins=dict(state.stand_ins),
         )
         for state in states
     ]

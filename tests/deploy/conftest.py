@@ -18,6 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 import service.routes
 from service.gpus import GpuMemory
+from service.loaded import ModelState
 from service.metrics import Metrics
 from service.queue.base import QueueStats
 from service.routes import models
@@ -37,6 +38,7 @@ def exported() -> dict[str, frozenset[str]]:
     metrics = Metrics()
     metrics.watch_queue(lambda: QueueStats(0, 0, 0.0))
     metrics.watch_gpus(lambda: (GpuMemory(0, 1),))
+    metrics.watch_models(lambda: (ModelState("tiny", "1", True, False, 0, 0),))
     for metric in vars(metrics).values():
         # A metric with labels exports nothing until it was counted once.
         if isinstance(metric, MetricWrapperBase) and metric._labelnames:

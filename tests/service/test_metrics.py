@@ -66,6 +66,17 @@ async def test_a_model_is_told_of_until_the_last_that_is_loaded_of_it_closes(app
     assert app.metric("fewstep_build_info", **labels) == 0
 
 
+async def test_what_another_engine_runs_is_told(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = app.pipeline.manifest.name
+    assert app.metric("fewstep_stand_ins", model=name, state="failed") == 0
+    states = {"step-4.onnx": "failed", "step-2.onnx": "building", "step-1.onnx": "building"}
+    monkeypatch.setattr(type(app.pipeline), "stand_ins", states)
+    assert app.metric("fewstep_stand_ins", model=name, state="failed") == 1
+    assert app.metric("fewstep_stand_ins", model=name, state="building") == 2
+    [model] = (await app.client.get("/models")).json()["models"]
+    assert model["stand_ins"] == states
+
+
 async def test_failures_are_counted_by_cause(app: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> None:
         raise EngineError("broken")
@@ -92,6 +103,7 @@ async def test_the_exposition_parses_and_has_every_metric(app: Running) -> None:
         "inflight_requests",
         "worker_up",
         "build_info",
+        "stand_ins",
     ]
     expected = [*counters, *gauges, *(f"{name}_seconds" for name in seconds)]
     assert {f"fewstep_{name}" for name in expected} <= names

@@ -101,6 +101,7 @@ async def test_load_by_name(anyio_backend: str, several: Settings) -> None:
         assert answer.status_code == 200
         assert answer.json() | {"revision": "", "memory_bytes": 0} == {
             "name": "coral", "revision": "", "default": False, "loaded": True, "in_use": 0, "memory_bytes": 0,
+            "stand_ins": {},
         }  # fmt: skip
         assert await loaded(app) == {"tiny", "coral"}
         for verb in ("load", "unload"):
