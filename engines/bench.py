@@ -79,6 +79,23 @@ class Parity:
     image_psnr_db: float
 
 
+@dataclass(frozen=True)
+class Made:
+    """What is compared: the z of one call of the step graph (B, c, h, w), and whole images (B, H, W, 3), uint8."""
+
+    step: Array
+    images: Array
+
+
+def parity(contender: Contender, steps: int, made: Made, expected: Made) -> Parity:
+    """How far what a contender made is from what was expected."""
+    step = np.abs(made.step - expected.step)
+    image = np.abs(made.images.astype(np.int32) - expected.images)
+    error = float(np.square(image).mean())
+    psnr = 20 * math.log10(255) - 10 * math.log10(error) if error else math.inf
+    return Parity(contender, steps, float(step.max()), float(step.mean()), int(image.max()), float(image.mean()), psnr)
+
+
 class Bench:
     """A bundle, open once for every contender; all are warm, and what is compiled for one is there."""
 
@@ -166,25 +183,14 @@ class Bench:
         tasks = self._tasks(steps, batch)
         graph = self.bundle.graphs()[self.bundle.student(steps).graph]
         inputs = typical_inputs(graph, batch)
-        given, images = dict[Contender, Array](), dict[Contender, Array]()
+        made = dict[Contender, Made]()
         for contender, pipeline in list(self.pipelines.items()):
             with self.trying(contender):
-                given[contender] = _step(graph, contender, self.options, inputs)
-                images[contender] = np.stack(pipeline.run(tasks))
+                step = _step(graph, contender, self.options, inputs)
+                made[contender] = Made(step, np.stack(pipeline.run(tasks)))
         self._check_any()
-        reference = self.reference
-        parities = []
-        for contender in self.pipelines:
-            step = np.abs(given[contender] - given[reference])
-            image = np.abs(images[contender].astype(np.int32) - images[reference])
-            error = float(np.square(image).mean())
-            psnr = 20 * math.log10(255) - 10 * math.log10(error) if error else math.inf
-            parities.append(
-                Parity(
-                    contender, steps, float(step.max()), float(step.mean()), int(image.max()), float(image.mean()), psnr
-                )
-            )
-        return parities
+        expected = made[self.reference]
+        return [parity(contender, steps, made[contender], expected) for contender in self.pipelines]
 
     def _tasks(self, steps: int, batch: int) -> list[Generate]:
         w = self.bundle.manifest.guidance.default

@@ -105,6 +105,19 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
     check_finite(graph.path.name, whole)
     if precision == "fp32":
         return unpacked, None
+    emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
+    rewrite(unpacked, precision, emulated, emulated=True)
+    fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), whole)
+    rewrite(unpacked, precision, lowered)
+    return lowered, fidelity
+
+
+def rewrite(unpacked: Path, precision: Precision, out: Path, emulated: bool = False) -> None:
+    """Write a graph that `unpack` wrote to another file beside it, cast to a precision.
+
+    Where it is `emulated`, it computes in fp32 and rounds where the other casts; it is to be run without optimisations,
+    which remove the rounding. Raises EngineError for a graph that cannot be cast, and without the package onnx.
+    """
     try:
         import onnx
 
@@ -114,16 +127,12 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
         raise EngineError(
             f"casting a graph to {precision} needs the package onnx ({error}): pip install onnx"
         ) from error
-
     model = onnx.load(unpacked, load_external_data=False)
-    emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
     try:
-        onnx.save(emulate(model, precision, folder, Writer(emulated, outside=True)), emulated)
+        made = (emulate if emulated else cast)(model, precision, out.parent, Writer(out, outside=True))
     except ValueError as error:
-        raise EngineError(f"{graph.path.name}: {error}") from error
-    fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), whole)
-    onnx.save(cast(model, precision, folder, Writer(lowered, outside=True)), lowered)
-    return lowered, fidelity
+        raise EngineError(f"{out.name}: {error}") from error
+    onnx.save(made, out)
 
 
 def unpack(graph: GraphSpec, out: Path) -> Path:
