@@ -23,8 +23,8 @@ from training.guidance import Condition, Denoiser, GuidedTeacher
 from training.loop import train
 from training.losses import Batch, Course, draw_any_times, draw_guidance, output_matching_loss, progressive_loss
 from training.mixture import ExactDenoiser, GaussianMixture, solve_guided_ode
-from training.recipe import Optimisation
 from training.sampler import encode, sample
+from training.sections import Optimisation
 from training.vectors import VectorDenoiser
 
 W_RANGE = (0.0, 4.0)

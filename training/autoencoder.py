@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from training.draws import Draws
 from training.loop import TrainingError
-from training.recipe import AutoencoderRecipe, Recipe, halved
+from training.recipe import Recipe
+from training.sections import AutoencoderRecipe, halved
 from training.store import hash_of_files, whole_file
 
 AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -20,8 +20,9 @@ from training.features import FeatureError
 from training.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.loop import Stopped, TrainingError
 from training.metrics import MetricError
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe
 from training.report import Pace
+from training.sections import RecipeError
 from training.sharding import sharding
 from training.teachers import TeacherError
 

@@ -24,10 +24,10 @@ from training.loop import BatchOrder, Validation, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, decode_all, student_from
 from training.pictures import save_grid
-from training.recipe import Optimisation, Round, Stage2Recipe, TeacherRecipe
 from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record_round
 from training.run import STUDENT, Run
 from training.sampler import sample
+from training.sections import Optimisation, Round, Stage2Recipe, TeacherRecipe
 from training.store import hash_of_array
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8

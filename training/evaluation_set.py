@@ -16,8 +16,9 @@ from training.data.training_set import open_images
 from training.features import Pixels
 from training.guidance import Condition, of_rows
 from training.prompts import encode_captions
-from training.recipe import DataRecipe, Recipe
+from training.recipe import Recipe
 from training.run import Run
+from training.sections import DataRecipe
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ from training.guidance import Condition
 from training.losses import Batch
 from training.programs import PROGRAM_SUFFIX, export_program
 from training.prompts import TextGraph
-from training.recipe import ExportRecipe
 from training.run import Run
+from training.sections import ExportRecipe
 from training.text import MINILM_NAME, MINILM_PACKAGE
 from training.text_graphs import TEXT, text_encoder, text_example, tokenizer_files
 

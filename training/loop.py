@@ -34,8 +34,8 @@ from training.data.entries import DataError
 from training.draws import Draws, generator_at
 from training.guard import Guard, signals
 from training.networks import compile_network
-from training.recipe import Optimisation, ScaleRecipe
 from training.report import Pace, Report
+from training.sections import Optimisation, ScaleRecipe
 
 Network = TypeVar("Network", bound=nn.Module)
 StepLoss = Callable[[nn.Module, Any, Draws], Tensor]

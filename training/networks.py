@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.diffusion import TO_V, Prediction, Schedule, expand, v_from_x, x_from_v
 from training.guidance import Condition
-from training.recipe import AutoencoderRecipe, NetworkRecipe
+from training.sections import AutoencoderRecipe, NetworkRecipe
 
 GUIDANCE_EMBEDDING_DIM = 256
 GUIDANCE_WEIGHTS = "guidance.safetensors"

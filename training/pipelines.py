@@ -17,7 +17,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from training.autoencoder import AUTOENCODER_WEIGHTS
 from training.diffusion import stock_scheduler
 from training.networks import NetworkDenoiser, save_network
-from training.recipe import Recipe, TeacherRecipe
+from training.recipe import Recipe
+from training.sections import TeacherRecipe
 from training.store import to_disk, whole_file
 from training.teachers import INDEX, TeacherPipeline
 

@@ -27,8 +27,8 @@ from training.data.streamed import open_stream
 from training.data.training_set import open_images, to_tensor
 from training.distill import train_autoencoder
 from training.loop import TrainingError
-from training.recipe import DataRecipe
 from training.run import Run
+from training.sections import DataRecipe
 from training.store import hash_of
 
 ROWS = 32

@@ -11,7 +11,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from training.recipe import Optimisation
+from training.sections import Optimisation
 from training.store import whole_file
 
 

@@ -33,8 +33,9 @@ from training.loop import TrainingError, shares
 from training.networks import NetworkDenoiser, compile_network, load_network
 from training.pipelines import has_pipeline, save_stage, student_card
 from training.prompts import PromptEncoder
-from training.recipe import CheckpointRecipe, Recipe, ScheduleName, TeacherRecipe
+from training.recipe import Recipe
 from training.report import Pace
+from training.sections import CheckpointRecipe, ScheduleName, TeacherRecipe
 from training.store import hash_of, hash_of_files, whole_file
 from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts

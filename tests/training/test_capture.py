@@ -11,7 +11,7 @@ from torch import Tensor
 from training.capture import CALLS_BEFORE, capture_network
 from training.diffusion import Schedule
 from training.networks import NetworkDenoiser, build_unet, student_from
-from training.recipe import NetworkRecipe
+from training.sections import NetworkRecipe
 
 CALLS = CALLS_BEFORE + 3
 

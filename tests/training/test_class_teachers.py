@@ -24,9 +24,10 @@ from training.draws import Draws
 from training.export import export, step_graph
 from training.loop import TrainingError
 from training.precompute import precompute
-from training.recipe import DataRecipe, Recipe
+from training.recipe import Recipe
 from training.run import Run
 from training.sampler import sample
+from training.sections import DataRecipe
 from training.teachers import TeacherError, TeacherPipeline
 
 SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}

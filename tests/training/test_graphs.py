@@ -17,7 +17,7 @@ from training import graphs
 from training.diffusion import Schedule, blend_known, ddim_step
 from training.graphs import Example, ExportError, StepGraph, export_graph, write_graph
 from training.networks import NetworkDenoiser, build_unet, student_from
-from training.recipe import NetworkRecipe
+from training.sections import NetworkRecipe
 
 NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8)
 ODD = NetworkRecipe(channels=(16, 16, 32), norm_groups=8)

@@ -27,9 +27,10 @@ from training.diffusion import Schedule
 from training.distill import Picture
 from training.draws import Draws
 from training.loop import TrainingError
-from training.recipe import DataRecipe, Recipe, RecipeError
+from training.recipe import Recipe
 from training.rounds import Trial
 from training.run import Run
+from training.sections import DataRecipe, RecipeError
 
 RECIPE = """
 name = "squares"

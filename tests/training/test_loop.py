@@ -18,8 +18,8 @@ from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws
 from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, train
-from training.recipe import Optimisation, ScaleRecipe
 from training.report import Pace
+from training.sections import Optimisation, ScaleRecipe
 
 RECIPE = Optimisation(updates=12, batch_size=4, learning_rate=1e-2, ema=0.9, warmup=2)
 EVERY_UPDATE = Pace(log_every=1, checkpoint_every_s=-1.0)

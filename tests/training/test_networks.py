@@ -14,7 +14,7 @@ from training.diffusion import Schedule, eps_from_v, x_from_v
 from training.guidance import Condition
 from training.mixture import ExactDenoiser, GaussianMixture
 from training.networks import NetworkDenoiser, build_unet, compile_network
-from training.recipe import NetworkRecipe
+from training.sections import NetworkRecipe
 
 
 def gradients(network: nn.Module, device: str) -> dict[str, Tensor]:

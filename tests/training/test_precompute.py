@@ -29,8 +29,9 @@ from training.draws import Draws
 from training.evaluation_set import load_evaluation_set
 from training.loop import TrainingError
 from training.precompute import precompute, section
-from training.recipe import CheckpointRecipe, DataRecipe, Recipe
+from training.recipe import Recipe
 from training.run import Run
+from training.sections import CheckpointRecipe, DataRecipe
 
 DEVICE = torch.device("cpu")
 

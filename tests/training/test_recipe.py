@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe
+from training.sections import RecipeError
 
 SHIPPED = sorted(Path(str(files("training") / "recipes")).glob("*.toml"))
 DIGITS = (Path(str(files("training") / "recipes")) / "digits.toml").read_text()

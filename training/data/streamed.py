@@ -18,7 +18,7 @@ from training.draws import Draws
 from training.guidance import Condition, of_rows
 from training.losses import Batch
 from training.prompts import PromptEncoder
-from training.recipe import DataRecipe
+from training.sections import DataRecipe
 
 
 def open_stream(recipe: DataRecipe) -> ShardStream:

@@ -20,7 +20,8 @@ from training.guidance import Condition, of_rows
 from training.loop import BatchOrder
 from training.losses import Batch
 from training.prompts import PromptEncoder, encode_captions
-from training.recipe import DataRecipe, Recipe
+from training.recipe import Recipe
+from training.sections import DataRecipe
 from training.store import hash_of, hash_of_array
 
 SHOWN_SKIPPED = 20
