@@ -32,7 +32,7 @@ def test_a_cable_can_be_pulled_out_and_put_in_again() -> None:
         host.cut()
         assert not reaches(host, port)
         host.heal()
-        assert reaches(host, port)
+        assert any(reaches(host, port) for _ in range(10))  # at first what was cut off may still be thought so
 
 
 @pytest.mark.slow
