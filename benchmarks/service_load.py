@@ -34,6 +34,7 @@ from service.runtime import State
 from service.settings import Settings
 
 TOLERANCE = 2
+TIMEOUT_MS = 120_000  # as all come at once, and none is to be refused
 LATENCY_STEPS = 4
 
 
@@ -141,7 +142,7 @@ class Sides:
         """The same from the service: all at once, so that it always has enough to do."""
         tasks = self.requests.mixture(images)
         self.requests.rng.shuffle(tasks)
-        bodies = [(endpoint(task), body(task)) for task in tasks]
+        bodies = [(endpoint(task), body(task, timeout_ms=TIMEOUT_MS)) for task in tasks]
 
         async def ask() -> None:
             await asyncio.gather(*(self.served.made(path, text) for path, text in bodies))

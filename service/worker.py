@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.1
 _AFTER_ERROR_S = 0.5
 _ENCODING_WAIT_S = 0.05
-_MANY_TO_ONE = 4
 
 
 class Worker:
@@ -233,9 +232,9 @@ class Worker:
         return [by_place[candidate.job_id, candidate.index] for candidate in plan.batch]
 
     def _prepare(self) -> None:
-        """Have fresh units encoded: in the thread where few come to many that tick, else here.
+        """Have fresh units encoded: beside the ticks of others, or here where nothing can tick before them.
 
-        Many fresh ones are better company in the next tick than small ticks meanwhile; those at hand cost nothing.
+        Those at hand cost nothing.
         """
         for encoded in self._encoder.collect():
             self._take_rows(encoded)
@@ -244,12 +243,10 @@ class Worker:
         for units in self._batches(at_hand):
             self._take_rows(self._encoder.encode(units))
         others = [unit for unit in fresh if unit not in at_hand]
-        ticking = sum(1 for unit in self._units() if unit.row is not None)
-        beside = self._encoder.busy or ticking >= _MANY_TO_ONE * len(others)
         for units in self._batches(others):
             if self._lost:
                 return
-            if beside:
+            if self._encoder.busy or self._can_tick():
                 self._encoder.submit(units)
             else:
                 self._take_rows(self._encoder.encode(units))

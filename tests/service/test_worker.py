@@ -189,6 +189,35 @@ async def test_prompts_of_others_are_encoded_beside_the_ticks(bench: Bench, monk
     assert np.array_equal(read_pixels(second.images[0]), alone(bench, task(2, prompt="a dog"))[0])
 
 
+async def test_of_a_burst_no_more_is_encoded_before_the_first_tick_than_it_takes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticked = threading.Event()
+    prepare, tick = bench.pipeline.prepare, bench.pipeline.tick
+
+    def slow_prepare(tasks: Sequence[Task]) -> Any:
+        if any(task.condition == "a dog" for task in tasks):
+            assert ticked.wait(10), "no tick ran while the others were encoded"
+        return prepare(tasks)
+
+    def watched_tick(rows: Sequence[Row]) -> None:
+        tick(rows)
+        ticked.set()
+
+    monkeypatch.setattr(bench.pipeline, "prepare", slow_prepare)
+    monkeypatch.setattr(bench.pipeline, "tick", watched_tick)
+    await bench.submit("first", *(task(k, prompt="a cat") for k in range(MAX_ROWS)))
+    await bench.submit("second", *(task(k, prompt="a dog") for k in range(MAX_ROWS)))
+
+    def both_are_done() -> bool:
+        bench.steps(1)
+        return bench.count("fewstep_images_total") == 2 * MAX_ROWS
+
+    await until(both_are_done, 15)
+    assert (await bench.finished("first")).ticks[0] == MAX_ROWS
+    await bench.finished("second")
+
+
 async def test_a_job_that_is_cancelled_while_it_is_encoded_never_ticks(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
