@@ -95,6 +95,8 @@ def _row(fault: Fault, pipeline: Pipeline, records: Sequence[Record], left: int,
     codes = Counter(record.last.code for record in records if record.last is not None and record.last.code)
     if forgotten := sum(record.forgotten for record in records):
         told.append(f"{forgotten} were told that they are known no longer")
+    if away := [record.away_s for record in records if record.away_s > 0]:
+        told.append(f"{len(away)} were told to come back, after up to {max(away):.0f} s")
     told += [f"{count} x {code}" for code, count in sorted(codes.items())]
     twice = sum(not record.given_again for record in answered)
     slowest_s = max((record.seconds for record in answered), default=0.0)

@@ -62,7 +62,7 @@ class Tried:
 
 @dataclass(slots=True)
 class Record:
-    """One request, and how it ended after ``seconds``."""
+    """One request, and how it ended after ``seconds``, ``away_s`` of which it stayed away as it was told to."""
 
     task: Task
     kind: Kind
@@ -71,6 +71,7 @@ class Record:
     last: Tried | None = None
     forgotten: bool = False
     seconds: float = 0.0
+    away_s: float = 0.0
     given_again: bool = True
 
     @property
@@ -155,6 +156,8 @@ class Crowd:
             wait_s = tried.again_after_s
             if wait_s is None or not may_repeat or record.seconds + wait_s > TIME_LIMIT_S:
                 return
+            if tried.fate is Fate.REFUSED:
+                record.away_s += wait_s
             await asyncio.sleep(wait_s)
 
     async def _try(self, record: Record) -> Tried:
