@@ -21,7 +21,8 @@ from service.settings import Settings
 FILE_FIELDS = frozenset({"image", "mask"})
 
 _MAX_FIELDS = 64
-_SMALL_BODY_BYTES = 64 * 1024
+SMALL_BODY_BYTES = 64 * 1024
+"""What is no longer is read on the event loop: another thread would cost more."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Fields = Mapping[str, Any]
@@ -44,7 +45,7 @@ async def read_fields(request: Request, service: Service, files: frozenset[str] 
             body = b"".join([chunk async for chunk in request.stream()])
     except TimeoutError:
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
-    if len(body) > _SMALL_BODY_BYTES:
+    if len(body) > SMALL_BODY_BYTES:
         # Until the body is parsed, the longest time limit holds.
         deadline = request.state.began + settings.max_timeout_ms / 1000
         return await service.parsed(lambda: parse_json(body), deadline), True

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from engines.images import ImageFormat
 from engines.pipeline import Pipeline
 from service.answers import Ticket, job_document, render_images
-from service.bodies import check_fields, read_fields
+from service.bodies import SMALL_BODY_BYTES, check_fields, read_fields
 from service.errors import ApiError
 from service.idempotency import digest_of, identity_of, key_of
 from service.intake import deadline_of, draft_job, with_images
@@ -126,7 +126,7 @@ async def _taken_in(
     """The job that the body asks for, what its answer says beside the images, and how it is kept, if it is."""
     service: Service = request.app.state.service
     draft = partial(_draft, request, body, output_format, pipeline)
-    job = await service.parsed(draft, deadline) if isinstance(body, ImageRequest) else draft()
+    job = await service.parsed(draft, deadline) if _is_long(body) else draft()
     ticket = Ticket.of(job, pipeline.manifest)
     keep = None
     if body.asynchronous or key is not None:
@@ -138,6 +138,14 @@ async def _taken_in(
         decode = partial(with_images, job, body, pipeline.manifest, service.settings)
         job = await service.decoded(decode, deadline, client_gone)
     return job, ticket, keep
+
+
+def _is_long(body: GenerateRequest) -> bool:
+    """Whether reading it is worth a thread beside the event loop."""
+    if not isinstance(body, ImageRequest):
+        return False
+    mask = body.mask if isinstance(body, InpaintRequest) else ""
+    return body.reuse or len(body.image) + len(mask) > SMALL_BODY_BYTES
 
 
 def _draft(request: Request, body: GenerateRequest, output_format: ImageFormat, pipeline: Pipeline) -> Job:
