@@ -36,7 +36,7 @@ from training.data.digits import SOURCE as DIGITS_SOURCE
 from training.diffusion import Schedule, diffuse
 from training.distill import encoder_stage, student_stage
 from training.draws import Draws
-from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Weights, export_graph
+from training.graphs import SMALLEST_FIRST, Example, ExportError, Parity, StepGraph, Tracer, Weights, export_graph
 from training.guidance import Condition
 from training.losses import Batch
 from training.programs import PROGRAM_SUFFIX, export_program
@@ -74,10 +74,10 @@ def export(
     sources, table = _sources(run), _quality_table(run)
     text = None if run.prompts is None else run.prompts.text_graph()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder, tracer = Path(scratch), Tracer()
         parities, made = list[Parity](), dict[str, Parity]()
         for name, make in tqdm(_graphs(run, text).items(), desc="exporting", unit="graph", disable=None):
-            parity, program = _written(make, folder / name, weights, programs)
+            parity, program = _written(make, folder / name, weights, programs, tracer)
             parities.append(parity)
             if program is not None:
                 made[name] = program
@@ -94,11 +94,15 @@ def export(
 
 
 def _written(
-    make: Callable[[], tuple[nn.Module, Example]], path: Path, weights: Sequence[Weights], programs: bool
+    make: Callable[[], tuple[nn.Module, Example]],
+    path: Path,
+    weights: Sequence[Weights],
+    programs: bool,
+    tracer: Tracer,
 ) -> tuple[Parity, Parity | None]:
     """Write a graph, and its program if asked for; how far each is from torch. The module is gone afterwards."""
     module, example = make()
-    parity = export_graph(module, example, path, weights)
+    parity = export_graph(module, example, path, weights, tracer)
     return parity, export_program(module, example, path.with_suffix(PROGRAM_SUFFIX)) if programs else None
 
 

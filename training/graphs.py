@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torch.onnx import ONNXProgram
 
 from engines.weights import Writer, bytes_of, half_scales, value_of
 from training.diffusion import blend_known, ddim_step, expand
@@ -119,10 +120,43 @@ class Parity:
     error: float
 
 
+class Tracer:
+    """Writes modules as graphs. One of the same make as the one before is not traced anew: its weights are put in.
+
+    So the students of a run, which differ in nothing else, are traced once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is traced yet."""
+        self._make: object = None
+        self._program: ONNXProgram | None = None
+
+    def write(self, module: nn.Module, example: Example, path: Path) -> None:
+        """Write the module's graph, all weights in a file beside it."""
+        weights = module.state_dict()
+        shapes = {name: (value.shape, value.dtype) for name, value in weights.items()}
+        make = type(module), shapes, example.input_names, example.output_names
+        with quiet(), torch.no_grad():
+            if self._program is None or self._make != make:
+                self._make, self._program = make, _trace(module, example)
+            # What is optimised has weights folded into it, and knows which are alike: that is this module's alone.
+            graph = self._program.model.clone()
+            written = ONNXProgram(graph, None)
+            written.apply_weights(weights)
+            written.optimize()
+            written.save(path, external_data=True)
+
+
 def export_graph(
-    module: nn.Module, example: Example, path: Path, weights: Sequence[Weights] = SMALLEST_FIRST
+    module: nn.Module,
+    example: Example,
+    path: Path,
+    weights: Sequence[Weights] = SMALLEST_FIRST,
+    tracer: Tracer | None = None,
 ) -> Parity:
     """Write `module` as an ONNX graph with the first storage of `weights` that stays within its tolerance.
+
+    A tracer that wrote a module of the same make before spares the time of another trace.
 
     Weights of more than `LARGEST_GRAPH_BYTES` go to files beside it (`engines.weights`). They pass through memory one
     by one, so that there is no second copy of them. Raises ExportError, and writes nothing, if no storage will do.
@@ -132,7 +166,7 @@ def export_graph(
     found = []
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         traced = Path(scratch) / "traced.onnx"
-        _trace(module, example, traced)
+        (tracer or Tracer()).write(module, example, traced)
         for storage in weights:
             folder = Path(scratch) / storage
             folder.mkdir()
@@ -153,25 +187,28 @@ def check_finite(module: nn.Module, name: str) -> None:
         raise ExportError(f"{name}: its network has weights that are no finite numbers")
 
 
-def _trace(module: nn.Module, example: Example, path: Path) -> None:
-    """Write the module's graph, all weights in a file beside it."""
+def _trace(module: nn.Module, example: Example) -> ONNXProgram:
+    """The module's graph as it is traced, without its weights."""
     # A bound of the trace alone: diffusers' upsampling branches at 64 rows, and the exporter would trace a second time.
     batch = torch.export.Dim("batch", min=1, max=63)
     inputs = example.at(3)
     shapes = tuple({0: batch} for _ in inputs)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(),
-            inputs,
-            input_names=list(example.input_names),
-            output_names=list(example.output_names),
-            dynamic_shapes=(shapes,) if isinstance(module, StepGraph) else shapes,
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        module.eval(),
+        inputs,
+        input_names=list(example.input_names),
+        output_names=list(example.output_names),
+        dynamic_shapes=(shapes,) if isinstance(module, StepGraph) else shapes,
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+        optimize=False,
+    )
     assert program is not None
-    program.save(path, external_data=True)
+    program.exported_program = None  # It holds the weights.
+    for name in module.state_dict().keys() & program.model.graph.initializers.keys():
+        program.model.graph.initializers[name].const_value = None
+    return program
 
 
 def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import engines.weights
 from training import graphs
 from training.diffusion import Schedule, blend_known, ddim_step
-from training.graphs import Example, ExportError, StepGraph, export_graph, write_graph
+from training.graphs import Example, ExportError, StepGraph, Tracer, export_graph, write_graph
 from training.networks import NetworkDenoiser, build_unet, student_from
 from training.sections import NetworkRecipe
 
@@ -84,6 +84,39 @@ def test_step_graph_exports_within_the_tightest_tolerance(tmp_path: Path, networ
     session = onnxruntime.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
     assert tuple(node.name for node in session.get_inputs()) == graph.input_names
     assert all(node.shape[0] == "batch" for node in session.get_inputs())
+
+
+class Twice(nn.Module):
+    """Two layers of one shape, between which a norm's weights are folded into the graph."""
+
+    def __init__(self, width: int, bias: float) -> None:
+        super().__init__()
+        torch.manual_seed(round(bias))
+        self.first, self.norm, self.second = nn.Linear(width, 8), nn.GroupNorm(2, 8), nn.Linear(8, 8)
+        nn.init.constant_(self.first.bias, bias)
+        nn.init.zeros_(self.second.bias)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(self.norm(self.first(x)[..., None])[..., 0])
+        return output
+
+
+def test_modules_of_one_make_are_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where weights that are alike in the first, and become one there, differ in the second."""
+    traced, trace = list[nn.Module](), graphs._trace
+    monkeypatch.setattr(graphs, "_trace", lambda module, example: traced.append(module) or trace(module, example))
+    tracer = Tracer()
+    first, second, wider = Twice(4, 0.0), Twice(4, 1.0), Twice(6, 1.0)
+    for module, width in ((first, 4), (second, 4), (wider, 6)):
+        example = Example(lambda b, width=width: (torch.randn(b, width),), ("x",), ("y",))
+        tracer.write(module, example, tmp_path / "shared.onnx")
+        together = onnx.load(tmp_path / "shared.onnx")
+        Tracer().write(module, example, tmp_path / "alone.onnx")
+        alone = onnx.load(tmp_path / "alone.onnx")
+        assert together.graph.node == alone.graph.node
+        assert together.graph.initializer == alone.graph.initializer
+    assert traced == [first, first, second, wider, wider]
 
 
 @pytest.mark.parametrize(("weights", "dtype"), [("fp16", np.float16), ("int8", np.int8)])
