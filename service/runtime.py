@@ -101,7 +101,7 @@ class Service:
         self._queue = queue
         self._state = State.LOADING
         scheduler = Scheduler(settings.max_batch)
-        self._safety = open_safety(settings.safety, metrics)
+        self._safety = open_safety(settings.safety, metrics, settings.safety_timeout_s)
         self._tracing = tracing or Untraced()
         self._worker = (
             None
@@ -387,6 +387,8 @@ class Service:
             self._starter.join()
         if self._worker is not None:
             self._worker.stop()
+        if self._safety is not None:
+            self._safety.close()
         self.models.close()
         self._tracing.close()
 

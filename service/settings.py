@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     safety: Annotated[str | None, Field(description="a check of prompts and images, module:callable; None: none")] = (
         None
     )
+    safety_timeout_s: Annotated[Seconds, Field(description="time that it has for an answer")] = 10.0
 
     timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
     max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000

@@ -1,4 +1,4 @@
-"""Calls in a thread beside the event loop, one after another. Nobody has to wait for one that hangs."""
+"""Calls in a thread of their own, one after another. Nobody has to wait for one that hangs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,21 @@ class Helper:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread was begun and did not end yet."""
+        return self._thread.is_alive()
+
     def result_of(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
+        """The call's result, for the event loop that runs."""
+        return asyncio.wrap_future(self.submit(call))
+
+    def submit(self, call: Callable[[], Result]) -> Future[Result]:
         """The call's result. Where it is given up while it waits, what it holds (a whole body) is let go at once."""
         if self._thread.ident is None:
             self._thread.start()
-        future: Future[Result] = Future()
-        result = asyncio.wrap_future(future)
-        calls = [call]
+        result: Future[Result] = Future()
+        future, calls = result, [call]
         future.add_done_callback(lambda _: calls.clear())
         # In the context of the request, whose id its log lines have there too.
         within = copy_context().run

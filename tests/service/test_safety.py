@@ -103,7 +103,7 @@ async def test_a_slow_check_holds_up_neither_other_requests_nor_ticks(
         assert (await app.client.get("/livez")).status_code == 200
         go.set()
         assert {(await request).status_code for request in (first, second)} == {200}
-    assert all(name.startswith(("screener", "finisher")) for name in threads)
+    assert threads == {"safety"}
 
 
 async def test_a_check_that_never_answers_is_a_504(
@@ -115,6 +115,34 @@ async def test_a_check_that_never_answers_is_a_504(
         error(await app.post("/generate", prompt="a cat", timeout_ms=50), 504, "deadline_exceeded")
         assert app.metric("fewstep_tick_rows_count") == 0
         go.set()
+
+
+@pytest.mark.parametrize("stage", ["prompt", "image"])
+async def test_a_check_that_hangs_lets_nothing_through_and_holds_up_nothing(
+    anyio_backend: str, settings: Settings, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time its thread is left to itself, but three at most; when they are free again, so is the service."""
+    go, asked = threading.Event(), list[str]()
+
+    def hang(prompt: str, image: object) -> str | None:
+        if (image is None) == (stage == "prompt") and prompt == "a dog":
+            asked.append(prompt)
+            assert go.wait(60)
+        return None
+
+    monkeypatch.setattr(checks, "refuse_dogs", hang)
+    hasty = checked(settings, "refuse_dogs").model_copy(update={"safety_timeout_s": 0.1})
+    async with running(hasty) as app:
+        for _ in range(2):
+            error(await app.post("/generate", prompt="a dog"), 500, "safety_check_failed")
+        assert (await app.post("/generate", prompt="a cat")).status_code == 200
+        for _ in range(3):
+            error(await app.post("/generate", prompt="a dog"), 500, "safety_check_failed")
+        assert len(asked) == 3
+        error(await app.post("/generate", prompt="a cat"), 500, "safety_check_failed")
+        go.set()
+        await until(lambda: sum(thread.name == "safety" for thread in threading.enumerate()) <= 1)
+        assert (await app.post("/generate", prompt="a cat")).status_code == 200
 
 
 async def test_across_a_redis_the_api_checks_prompts_and_the_worker_images(
