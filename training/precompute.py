@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from training import networks
 from training.commands import FOLDER, RECIPE, Reported, open_run
-from training.data.captioned import CaptionedImages
+from training.data.captioned import WHITE, CaptionedImages
 from training.data.place import Place
 from training.data.shard_contents import DATA
 from training.data.shard_index import ShardIndex
@@ -71,6 +71,8 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
     }
     if made_with.fit:  # left out otherwise, as of shards that are older than it
         source["fit"] = made_with.fit
+    if run.recipe.data.background != WHITE:  # likewise
+        source["background"] = run.recipe.data.background
     with TensorShardWriter(address, per_shard, hash_of(source), made_with) as writer:
         first = writer.done
         with tqdm(total=images.count, initial=first, desc="precomputing", unit="image", disable=None) as bar:

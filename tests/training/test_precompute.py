@@ -159,6 +159,16 @@ def test_cropped_images_are_told_from_padded_ones(in_memory: Run, tmp_path: Path
     assert "fit" not in (tmp_path / "padded" / "index.json").read_text(), "as in those from before there was a choice"
 
 
+def test_what_was_begun_over_one_background_does_not_go_on_over_another(in_memory: Run, tmp_path: Path) -> None:
+    white, shards = image_stream(in_memory, tmp_path), str(tmp_path / "white")
+    assert precompute(white, shards, per_shard=3) == 4
+    black = with_data(white, tmp_path / "black", background=(0, 0, 0))
+    with pytest.raises(StreamError, match="begun from another source"):
+        precompute(black, shards, per_shard=3)
+    assert precompute(black, str(tmp_path / "black"), per_shard=3) == 4
+    assert precompute(with_data(white, tmp_path / "again", background=(255, 255, 255)), shards, per_shard=3) == 4
+
+
 def test_a_background_of_tensors_is_refused(in_memory: Run, tmp_path: Path) -> None:
     precompute(in_memory, str(tmp_path / "shards"), per_shard=3)
     run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
