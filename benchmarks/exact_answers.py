@@ -36,13 +36,20 @@ TEST_PLACE = 2**31  # past every update
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is trained: updates of stage 1, of each halving, and of the last two halvings."""
+    """How much is trained: updates of stage 1, of each halving, of the last two, and of the last one if not as many."""
 
     stage1: int
     halving: int
     last: int
+    to_one: int | None = None
     batch_size: int = 512
     learning_rate: float = 2e-3
+
+    def updates(self, steps: int) -> int:
+        """Of the halving to so many steps."""
+        if steps == 1 and self.to_one is not None:
+            return self.to_one
+        return self.last if steps <= 2 else self.halving
 
     def optimisation(self, updates: int, share: float = 1.0) -> Optimisation:
         """A stage's optimisation."""
@@ -105,8 +112,7 @@ class Problem:
                 network, teacher, self.schedule, batch, steps, W_RANGE, draws, course=course, replaced=replaced
             )
 
-        updates = effort.last if steps <= 2 else effort.halving
-        return self._train(network, loss, effort.optimisation(updates, 0.5), f"{course}-{steps}")
+        return self._train(network, loss, effort.optimisation(effort.updates(steps), 0.5), f"{course}-{steps}")
 
     def _train(
         self, network: VectorDenoiser, loss: Callable[[nn.Module, int, Draws], Tensor], recipe: Optimisation,
