@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -209,6 +210,7 @@ def run_coroutine(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
 @click.option("--backend", default="ort", show_default=True)
 @click.option("--threads", default=0, help="Of the service's engines; 0 (default): as many as it takes by itself.")
 @click.option("--bare-threads", default=0, help="Of the bare pipeline; 0 (default): every core it may use.")
+@click.option("--bare-first", is_flag=True, help="Open the bare pipeline before the service, not after it.")
 @click.option("--requests", default=100, show_default=True, help="Of the mixed load.")
 @click.option("--images", default=96, show_default=True, help="Of a round at saturation.")
 @click.option("--rounds", default=5, show_default=True)
@@ -218,6 +220,7 @@ def main(
     backend: str,
     threads: int,
     bare_threads: int,
+    bare_first: bool,
     requests: int,
     images: int,
     rounds: int,
@@ -228,7 +231,10 @@ def main(
     click.echo(f"{platform.machine()}, {threads} threads, bare pipeline {bare_threads}, {backend}, {bundle}\n")
     settings = Settings(bundle=bundle, backend=backend, threads=threads)
     bare = settings.model_copy(update={"threads": bare_threads})
-    with serving(bundle, backend, threads) as served, open_pipeline(bare, find_bundle(bundle)) as pipeline:
+    with ExitStack() as opened:
+        pipeline = opened.enter_context(open_pipeline(bare, find_bundle(bundle))) if bare_first else None
+        served = opened.enter_context(serving(bundle, backend, threads))
+        pipeline = pipeline or opened.enter_context(open_pipeline(bare, find_bundle(bundle)))
         sides = Sides(pipeline, served, Requests(pipeline.manifest, random.Random(0)))
         throughput, rate = saturation(sides, images, rounds)
         click.echo(f"- {throughput}")
