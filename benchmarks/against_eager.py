@@ -53,7 +53,8 @@ class Eager:
         if self.run.recipe.conditioning == "class":
             places = torch.tensor([self.run.data.classes.index(task.condition) for task in tasks])
             return {"label": self.run.labels(places)}
-        return {"context": self.text(*tokenize(self.tokenizer, [task.condition for task in tasks]))}
+        (context,) = self.text(*tokenize(self.tokenizer, [task.condition for task in tasks]))
+        return {"context": context}
 
 
 def in_turn(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:

@@ -6,7 +6,6 @@ Guidance is an input of the network, so the stock pipelines call it once a step,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,29 @@ from training.diffusion import stock_scheduler
 from training.networks import NetworkDenoiser, save_network
 from training.recipe import Recipe
 from training.sections import TeacherRecipe
-from training.store import to_disk, whole_file
+from training.store import link, to_disk, whole_file
 from training.teachers import INDEX, TeacherPipeline
+from training.text import save_text_parts
 
 ABSENT = [None, None]
 
 
 def save_stage(
-    folder: Path, part: str, network: NetworkDenoiser | AutoencoderKL, pipeline: TeacherPipeline | None
+    folder: Path,
+    part: str,
+    network: NetworkDenoiser | AutoencoderKL,
+    pipeline: TeacherPipeline | None,
+    max_tokens: int,
 ) -> None:
-    """Write a stage's network into its folder, whole or not at all. Raises OSError or SafetensorError."""
+    """Write a stage's network into its folder, whole or not at all. Raises OSError or SafetensorError.
+
+    `max_tokens` are those of a prompt for networks trained from scratch.
+    """
     partial = folder / f"{part}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(network, NetworkDenoiser):
         save_network(network, partial)
-        save_pipeline(folder, network, pipeline)
+        save_pipeline(folder, network, pipeline, max_tokens)
         to_disk(folder)
         partial.rename(folder / part)
         to_disk(folder)
@@ -45,17 +52,16 @@ def save_stage(
     partial.rmdir()
 
 
-def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipeline | None) -> None:
+def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipeline | None, max_tokens: int) -> None:
     """Write into `folder` what a pipeline has besides the network: scheduler, index and the teacher's other parts.
 
-    The parts of a checkpoint are hard links where the disk allows it. A student trained from scratch has its own
-    autoencoder and no text encoder that diffusers knows: the pipeline then takes `prompt_embeds`. Networks that no
-    stock pipeline can give w to (classes) get the scheduler alone.
+    These are hard links where the disk allows it: the parts of a checkpoint, or the run's own autoencoder and MiniLM
+    (`max_tokens` of a prompt). Networks that no stock pipeline can give w to (classes) get the scheduler alone.
     """
     stock_scheduler(denoiser.schedule).save_pretrained(folder / "scheduler")
     if not has_pipeline(denoiser):
         return
-    index = _of_teacher(folder, pipeline) if pipeline is not None else _of_scratch(folder)
+    index = _of_teacher(folder, pipeline) if pipeline is not None else _of_scratch(folder, max_tokens)
     index |= {
         "_diffusers_version": diffusers.__version__,
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -83,7 +89,7 @@ def student_card(recipe: Recipe, steps: int, timesteps: int, has_pipeline: bool)
     scale = f"a `guidance_scale` of {1 + low:g} to {1 + high:g}"
     in_diffusers = (
         f"Run it with `num_inference_steps={steps}` and {scale}: guidance is an input\nof the network, which is called "
-        f"once a step, and a negative prompt has no effect.{_what_is_absent(recipe) if from_scratch else ''}"
+        f"once a step, and a negative prompt has no effect.{_how_to_load(recipe) if from_scratch else ''}"
     )
     in_bundles = (
         "No stock pipeline of diffusers gives its network the guidance weight: this folder has the network and its\n"
@@ -103,14 +109,17 @@ folder {exact}.
 """
 
 
-def _what_is_absent(recipe: Recipe) -> str:
-    """What a pipeline of a student trained from scratch must be told, and given, as it has no text encoder."""
+def _how_to_load(recipe: Recipe) -> str:
+    """What the pipeline of a student trained from scratch must be told."""
     in_pixels = recipe.autoencoder is None and recipe.data.autoencoder is None
-    absent = [*(["vae"] if in_pixels else []), "text_encoder", "tokenizer"]
-    takes = ' and `output_type="latent"`, which gives pixels, as it works on them' if in_pixels else ""
+    vae = (
+        ' It works on pixels and has no\nVAE: load it with `vae=None` too, and give it `output_type="latent"`.'
+        if in_pixels
+        else ""
+    )
     return (
-        f" Its folder has no {', no '.join(absent)}:\nload it by `from_pretrained(FOLDER, "
-        f"{', '.join(f'{name}=None' for name in absent)})` and give it `prompt_embeds`{takes}."
+        " Its text encoder has its code in\nits folder, which is read by "
+        f"`from_pretrained(FOLDER, trust_remote_code=True)`.{vae}"
     )
 
 
@@ -127,15 +136,14 @@ def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
     return index
 
 
-def _of_scratch(folder: Path) -> dict[str, Any]:
+def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
     autoencoder = folder.parent / "autoencoder"
     if autoencoder.is_dir():
         _link(autoencoder, folder / "vae", None, ("config.json", "*.safetensors"))
     return {
         "_class_name": "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderKL"] if autoencoder.is_dir() else ABSENT,
-        "text_encoder": ABSENT,
-        "tokenizer": ABSENT,
+        **save_text_parts(folder, max_tokens),
         "safety_checker": ABSENT,
         "feature_extractor": ABSENT,
         "image_encoder": ABSENT,
@@ -154,11 +162,7 @@ def _link(source: Path, target: Path, variant: str | None, patterns: tuple[str, 
     replaced = {_stem(file) for file in of_variant}
     for file in [*of_variant, *(file for file in files if file not in of_variant and _stem(file) not in replaced)]:
         name = target / (file.name.replace(f".{variant}.", ".") if variant else file.name)
-        name.unlink(missing_ok=True)
-        try:
-            os.link(file.resolve(), name)
-        except OSError:
-            shutil.copyfile(file, name)
+        link(file, name)
 
 
 def _stem(file: Path) -> str:

