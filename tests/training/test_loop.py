@@ -7,17 +7,19 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws
-from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, train
+from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, shares, train
 from training.report import Pace
 from training.sections import Optimisation, ScaleRecipe
 
@@ -62,6 +64,19 @@ def test_the_average_is_what_is_returned(tmp_path: Path) -> None:
     averaged = run(tmp_path / "ema").state_dict()
     last = run(tmp_path / "plain", recipe=RECIPE.model_copy(update={"ema": 0.0})).state_dict()
     assert not torch.equal(averaged["weight"], last["weight"])
+
+
+def test_an_average_of_sharded_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(TrainingError, match="set ema to 0"):
+        run(tmp_path)
+
+
+def test_processes_share_batches_equally_or_not_at_all() -> None:
+    second: Any = SimpleNamespace(num_processes=2, process_index=1)
+    assert shares(16, second, micro_batch=5) == [range(8, 13), range(13, 16)]
+    with pytest.raises(TrainingError, match="2 processes cannot share batches of 15 rows equally"):
+        shares(15, second)
 
 
 def test_the_log_tells_each_update(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from training.sharding import sharding
 
 RECIPE = Optimisation(
     updates=30,
-    batch_size=int(os.environ.get("BATCH_SIZE", "24")),
+    batch_size=24,
     learning_rate=1e-2,
     ema=float(os.environ.get("EMA", "0.9")),
     warmup=2,
