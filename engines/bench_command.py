@@ -99,7 +99,8 @@ def bench(
             running.close()
         compared = tuple(running.pipelines)
         speeds = [speed for speed in speeds if speed.contender in compared]
-        peaks = {contender: _peak(contender, options) for contender in compared}
+        without_peak = dict[Contender, str]()
+        peaks = {contender: _peak(contender, options, without_peak) for contender in compared}
         taken = dict[Contender, dict[str, int]]()
         for one in compared if memory else ():
             with running.trying(one):
@@ -115,6 +116,7 @@ def bench(
             "speeds": [asdict(speed) for speed in speeds],
             "parities": [_finite(asdict(parity)) for parity in parities],
             "peaks": {str(one): peak for one, peak in peaks.items()},
+            "without_peak": {str(one): why for one, why in without_peak.items()},
             "memory": {str(one): grown for one, grown in taken.items()},
             "left_out": {str(one): why for one, why in running.left_out.items()},
         }
@@ -126,6 +128,8 @@ def bench(
         click.echo("\nPrompts were encoded before: neither seconds nor GFLOP have the text encoder's part.")
     click.echo()
     click.echo("\n".join(_parity_table(parities, reference)))
+    for one, why in without_peak.items():
+        click.echo(f"\nNo peak of {one} was measured: {why}")
     for why in running.left_out.values():
         click.echo(f"\nLeft out: {why}")
     for one, grown in taken.items():
@@ -141,12 +145,14 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _peak(contender: Contender, options: EngineOptions) -> float | None:
+def _peak(contender: Contender, options: EngineOptions, without: dict[Contender, str]) -> float | None:
+    """Operations a second of large matrix products; None, with the reason put into `without`, where there are none."""
     if contender.backend == "fake":
         return None
     try:
         return peak_operations_per_second(contender, options)
-    except (EngineError, ImportError):
+    except (EngineError, ImportError) as error:
+        without[contender] = str(error)
         return None
 
 

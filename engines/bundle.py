@@ -67,7 +67,7 @@ __all__ = [
 SHIPPED = "emoji"
 
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-_NO_WEIGHTS = (".md", ".png")
+_NO_WEIGHTS = ("README.md", "samples.png")
 _BUNDLES = Path(__file__).parent / "bundles"
 
 
@@ -91,7 +91,7 @@ class Bundle:
     def _weights(self) -> list[str]:
         """The files that may be weights. Of which graph is known to the graphs only, so all count for every one."""
         known = set(self.manifest.named_files())
-        return sorted(name for name in self.manifest.files if name not in known and not name.endswith(_NO_WEIGHTS))
+        return sorted(name for name in self.manifest.files if name not in known and name not in _NO_WEIGHTS)
 
     def _digest(self, graph: str) -> str:
         """The SHA-256 of a graph; where the bundle has files that may be weights, of the names and hashes of all."""
@@ -181,8 +181,11 @@ def find_bundle(name: str) -> Path:
     Raises BundleError for a word that is neither.
     """
     path = Path(name)
-    if "/" in name or os.sep in name or (path / MANIFEST_NAME).is_file():
-        return path
+    try:
+        if "/" in name or os.sep in name or (path / MANIFEST_NAME).is_file():
+            return path
+    except OSError as error:
+        raise BundleError(f"{name} cannot be a bundle ({error.strerror})") from error
     try:
         return shipped_bundle(SHIPPED if name == "shipped" else name)
     except BundleError:
@@ -275,10 +278,21 @@ def write_bundle(
             shutil.copyfile(source, staged / _checked(name))
         _write_manifest(staged, description, sorted(files))
         load_bundle(staged)
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        staged.rename(folder)
+        _put(staged, folder, Path(scratch) / "old")
     return load_bundle(folder, verify=False)
+
+
+def _put(staged: Path, folder: Path, aside: Path) -> None:
+    """Move a bundle to its folder; what was there goes aside, and comes back where that fails."""
+    there = folder.exists()
+    if there:
+        folder.rename(aside)
+    try:
+        staged.rename(folder)
+    except BaseException:
+        if there:
+            aside.rename(folder)
+        raise
 
 
 def check_free(folder: Path, replace: bool) -> None:

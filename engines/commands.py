@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ import click
 from engines.backends import AUTO, BACKENDS, KEEP_PLANS, open_engine
 from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
+from engines.compile import check_finite, typical_inputs
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
@@ -81,7 +83,7 @@ def generate(
             if steps is None:
                 steps = max(manifest.trained_steps(sampler) or manifest.trained_steps())
             tasks = [Generate(prompt, steps, w, first_seed + i, sampler=sampler) for i in range(count)]
-            with click.progressbar(length=count * steps, label="Denoising", show_pos=True) as bar:
+            with click.progressbar(length=count * steps, label="Denoising", show_pos=True, file=sys.stderr) as bar:
                 images = pipeline.run(tasks, progress=bar.update)
     except TaskError as error:
         name = _IN_TASKS.get(error.param, f"--{error.param}")
@@ -110,8 +112,8 @@ def _tell_backend(pipeline: Pipeline) -> None:
 def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
 
-    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have; the tokenizer
-    is opened. Torch programs, which are code, are held to their hashes only.
+    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have; each is run
+    once, on noise, and the tokenizer is opened. Torch programs, which are code, are held to their hashes only.
     """
     try:
         path = find_bundle(bundle)
@@ -123,18 +125,15 @@ def inspect(bundle: str, as_json: bool) -> None:
         document = {"path": str(path), "manifest": manifest.model_dump(mode="json"), "problems": problems}
         click.echo(json.dumps(document, indent=2))
     else:
-        for line in _report(path, manifest):
-            click.echo(line)
-        click.echo(
-            "\n".join(f"  DIFFERS  {problem}" for problem in problems)
-            or "  files, graphs and tokenizer are as the manifest says"
-        )
+        found = [f"  DIFFERS  {problem}" for problem in problems]
+        for line in [*_report(path, manifest), *(found or ["  files, graphs and tokenizer are as the manifest says"])]:
+            click.echo("".join(letter if letter.isprintable() else "\ufffd" for letter in line))
     if problems:
         raise SystemExit(1)
 
 
 def _opening_problems(bundle: Bundle) -> list[str]:
-    """What is wrong with the graphs and the tokenizer of a bundle whose files are whole."""
+    """What is wrong with the graphs, run once, and the tokenizer of a bundle whose files are whole."""
     problems = []
     try:
         open_tokenizer(bundle)
@@ -142,8 +141,8 @@ def _opening_problems(bundle: Bundle) -> list[str]:
         problems.append(str(error))
     for graph in bundle.graphs().values():
         try:
-            with open_engine("ort", graph, EngineOptions(threads=1)):
-                pass
+            with open_engine("ort", graph, EngineOptions()) as engine:
+                check_finite(graph.path.name, list(engine.run(typical_inputs(graph, 1)).values()))
         except EngineError as error:
             problems.append(str(error))
     return problems

@@ -60,7 +60,8 @@ def known_storages(names: str) -> str:
 FileName = Annotated[str, AfterValidator(plain_file_name)]
 Storages = Annotated[str, AfterValidator(known_storages)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=2**16)]
+Guidance = Annotated[float, Field(ge=0, le=1e6)]  # far within what the networks' float32 can square
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]  # as tokenizers have them
 ImageShape = tuple[Literal[3], Size, Size]
 LatentShape = tuple[Size, Size, Size]
@@ -96,6 +97,8 @@ class Grid(Model):
             raise ValueError("sigmas must not increase along the grid")
         if self.times[0] > 1 or min(self.alphas) < 0 or min(self.sigmas) < 0:
             raise ValueError("times lie in [0, 1]; alphas and sigmas are not negative")
+        if self.alphas[1] == 0:
+            raise ValueError("only the first place of a grid may be pure noise, of alpha 0")
         if (self.times[-1], self.alphas[-1], self.sigmas[-1]) != (0.0, 1.0, 0.0):
             raise ValueError("the grid must end clean: time 0, alpha 1, sigma 0")
         return self
@@ -153,14 +156,14 @@ class TextEncoder(Model):
 class GuidanceRange(Model):
     """The range of w the students were trained on. w = 0 is no guidance."""
 
-    minimum: Finite
-    maximum: Finite
-    default: Finite
+    minimum: Guidance
+    maximum: Guidance
+    default: Guidance
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not 0 <= self.minimum <= self.default <= self.maximum:
-            raise ValueError("guidance needs 0 <= minimum <= default <= maximum")
+        if not self.minimum <= self.default <= self.maximum:
+            raise ValueError("guidance needs minimum <= default <= maximum")
         return self
 
 

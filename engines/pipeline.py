@@ -213,7 +213,7 @@ class Pipeline:
         if len(groups) != 1 or next(iter(groups)).revision != self.manifest.revision:
             raise ValueError(f"a tick needs rows of one group of this bundle, got {groups or 'none'}")
         inputs = self._inputs.of(rows)
-        z_next = self._finite("step", rows[0].step.graph, inputs, "z_next")
+        z_next = self._finite("step", rows[0].step.graph, inputs)["z_next"]
         self._inputs.move(rows, inputs, z_next)
 
     def finish(self, rows: Sequence[Row]) -> list[Pixels]:
@@ -233,7 +233,7 @@ class Pipeline:
         return [
             to_pixels(image)
             for batch in self._batches(latents)
-            for image in self._finite("decode", self.manifest.decode, {"latent": np.stack(batch)}, "image")
+            for image in self._finite("decode", self.manifest.decode, {"latent": np.stack(batch)})["image"]
         ]
 
     def run(self, tasks: Sequence[Task], progress: Callable[[int], None] | None = None) -> list[Pixels]:
@@ -274,7 +274,7 @@ class Pipeline:
         assert self._tokenizer is not None
         assert self.manifest.text is not None
         inputs = self._tokenizer.inputs(prompts)
-        arrays = self._engines[self.manifest.text.graph].run(inputs) | {ATTENTION_MASK: inputs[ATTENTION_MASK]}
+        arrays = self._finite("text", self.manifest.text.graph, inputs) | {ATTENTION_MASK: inputs[ATTENTION_MASK]}
         names = [spec.name for spec in self.manifest.condition if spec.name in arrays]
         return [{name: arrays[name][row].copy() for name in names} for row in range(len(prompts))]
 
@@ -302,15 +302,15 @@ class Pipeline:
         return [
             latent.copy()
             for batch in self._batches(arrays)
-            for latent in self._finite("encode", self.manifest.encode, {"image": np.stack(batch)}, "latent")
+            for latent in self._finite("encode", self.manifest.encode, {"image": np.stack(batch)})["latent"]
         ]
 
-    def _finite(self, role: Role, graph: str, inputs: Mapping[str, Array], output: str) -> Array:
-        """An output of a graph. Raises EngineError where it has values that are not finite."""
-        array = self._engines[graph].run(inputs)[output]
-        if not np.isfinite(array).all():
+    def _finite(self, role: Role, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What a graph gives. Raises EngineError where it has values that are not finite."""
+        outputs = self._engines[graph].run(inputs)
+        if not all(np.isfinite(array).all() for array in outputs.values()):
             raise EngineError(f"the {role} graph gave values that are not finite")
-        return array
+        return outputs
 
 
 def _seconds_of_run(engine: Engine, batch: int) -> float:

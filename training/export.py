@@ -404,7 +404,11 @@ def _quality_table(run: Run) -> str:
 
 
 def _commit() -> str:
-    """The commit of the code that is running, or nothing outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else ""
+    """The commit of the code that is running; nothing without git, outside a checkout, or in that of something else."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--show-prefix", "HEAD"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    prefix, _, commit = found.stdout.strip().partition("\n")
+    return commit if found.returncode == 0 and prefix == f"{Path(__file__).parent.name}/" else ""

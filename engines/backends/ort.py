@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -88,7 +89,7 @@ class OrtCudaEngine(OrtEngine):
     def _open(self, options: EngineOptions) -> ort.InferenceSession:
         if self.provider not in ort.get_available_providers():
             there = ", ".join(ort.get_available_providers())
-            raise EngineError(f"this ONNX Runtime has no {self.provider}, only {there}: pip install 'fewstep[gpu]'")
+            raise EngineError(f"this ONNX Runtime has no {self.provider}, only {there}: {_cure()}")
         if options.precision not in self.precisions:
             raise EngineError(f"{self.provider} computes in {', '.join(self.precisions)}, not in {options.precision}")
         _load_cuda()
@@ -157,6 +158,18 @@ class OrtTensorrtEngine(OrtCudaEngine):
             "trt_engine_cache_prefix": f"ort-{self._graph.sha256[:16]}-{options.precision}-{REWRITING}",
         }
         return [(TENSORRT, settings), (CUDA, _EXACT)]
+
+
+def _cure() -> str:
+    """What gives an ONNX Runtime its providers for GPUs: its two builds share a folder, and the last one wins."""
+    try:
+        version("onnxruntime-gpu")
+    except PackageNotFoundError:
+        return "pip install 'fewstep[gpu]'"
+    return (
+        "its build for CPUs lies over that for GPUs: pip uninstall -y onnxruntime, then "
+        "pip install --force-reinstall --no-deps onnxruntime-gpu"
+    )
 
 
 def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:

@@ -66,6 +66,15 @@ def test_auto_without_any_that_opens_says_all_reasons(text_bundle: Bundle, monke
         open_engines("auto", text_bundle.graphs())
 
 
+def test_a_build_for_cpus_that_lies_over_that_for_gpus_is_said_to(
+    text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.backends.ort.version", {"onnxruntime-gpu": "1.31.1"}.__getitem__)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match="lies over that for GPUs: pip uninstall -y onnxruntime, then pip install"):
+        open_engines("ort-cuda", text_bundle.graphs())
+
+
 def test_auto_tries_every_backend_and_a_cpu_keeps_onnx_runtime(text_bundle: Bundle) -> None:
     assert set(BEST_FIRST) == BACKENDS.keys() - {"fake"}
     if len(ort.get_available_providers()) > 2:

@@ -20,9 +20,10 @@ from engines.backends.base import Array, DeviceMemoryError, EngineError, EngineO
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import OrtEngine
 from engines.backends.standin import StandIn, Wanted
-from engines.bench import Bench, Contender, memory_bytes, peak_operations_per_second
+from engines.bench import Bench, Contender, _products, memory_bytes, peak_operations_per_second
 from engines.bench_command import bench
 from engines.bundle import Bundle
+from engines.compile import prepare
 from engines.operations import count_operations
 from engines.plans import Precision
 from tests.bundles import CONTEXT_DIM, MAX_TOKENS, GraphBuilder
@@ -131,6 +132,25 @@ def test_the_peak_is_that_of_products_and_the_memory_that_of_a_process(text_bund
 def test_the_peak_of_torch_is_that_of_its_own_products(backend: str, precision: Precision) -> None:
     pytest.importorskip("torch")
     assert 1e8 < peak_operations_per_second(Contender(backend, precision), EngineOptions(1)) < 1e14
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_the_products_of_the_peak_are_cast_to_any_precision(precision: Precision, tmp_path: Path) -> None:
+    _, fidelity = prepare(_products(tmp_path / "products.onnx", 64), precision, tmp_path)
+    assert fidelity is not None
+
+
+def test_a_peak_that_cannot_be_measured_is_said_to_be_missing(
+    text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> float:
+        raise EngineError("the device has no memory for products")
+
+    monkeypatch.setattr("engines.bench_command.peak_operations_per_second", fails)
+    options = ("--steps", 1, "--batch-sizes", "1", "--rounds", 1, "--threads", 1, "--no-memory")
+    assert "No peak of ort was measured: the device has no memory" in call(text_bundle.path, *options).output
+    document = strict_json(call(text_bundle.path, *options, "--json").output)
+    assert document["without_peak"] == {"ort": "the device has no memory for products"}
 
 
 def test_a_device_without_memory_for_the_peak_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_a_graph_knows_its_program(text_bundle: Bundle, tmp_path: Path) -> None:
     assert graphs["step-2.onnx"].program is None
 
 
-@pytest.mark.parametrize("name", ["step-1.onnx.weights-0", "step-1.onnx_data", "weights.bin"])
+@pytest.mark.parametrize("name", ["step-1.onnx.weights-0", "step-1.onnx_data", "weights.bin", "w.png"])
 def test_a_graph_with_other_weights_in_a_file_of_their_own_is_another_graph(
     text_bundle: Bundle, tmp_path: Path, name: str
 ) -> None:
@@ -299,6 +299,34 @@ def test_writing_refuses_to_overwrite_unless_told(text_bundle: Bundle, tmp_path:
     assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
 
 
+def test_a_bundle_that_cannot_be_replaced_stays(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    first = write_bundle(tmp_path / "new", text_bundle.manifest, files)
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "new" and target == first.path:
+            raise OSError("the folder is there again")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    changed = text_bundle.manifest.model_copy(update={"licence": "CC-BY-4.0"})
+    with pytest.raises(OSError, match="there again"):
+        write_bundle(first.path, changed, files, replace=True)
+    assert load_bundle(first.path).manifest == first.manifest
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("field", ["image_shape", "latent_shape"])
+def test_sizes_that_nothing_could_hold_are_refused(text_bundle: Bundle, field: str) -> None:
+    document = text_bundle.manifest.model_dump(mode="json")
+    document[field] = [3, 2**17, 2**17]
+    with pytest.raises(ValidationError, match="less than or equal to 65536"):
+        Description.model_validate({name: document[name] for name in Description.model_fields})
+
+
 def test_same_content_gives_the_same_revision(text_bundle: Bundle, tmp_path: Path) -> None:
     files = {name: text_bundle.path / name for name in reversed(list(text_bundle.manifest.files))}
     again = write_bundle(tmp_path / "again", tiny_description(space="latent", name=text_bundle.manifest.name), files)
@@ -336,6 +364,7 @@ def test_class_bundles_take_one_label() -> None:
         {"times": (1.0, 0.0)},
         {"alphas": (0.0, 0.5, 0.4, 0.9, 1.0)},
         {"alphas": (0.0, 0.4, 0.7, 0.9, 0.99)},
+        {"alphas": (0.0, 0.0, 0.7, 0.9, 1.0)},
         {"sigmas": (1.0, 0.9, 0.95, 0.4, 0.0)},
         {"sigmas": (float("nan"), 0.9, 0.7, 0.4, 0.0)},
     ],
@@ -346,7 +375,7 @@ def test_grids_are_monotone_and_end_clean(change: dict[str, Any]) -> None:
         Grid.model_validate(grid | change)
 
 
-@pytest.mark.parametrize("values", [(-1, 4, 2), (0, 4, 5), (2, 4, 1), (4, 0, 2), (0, float("inf"), 2)])
+@pytest.mark.parametrize("values", [(-1, 4, 2), (0, 4, 5), (2, 4, 1), (4, 0, 2), (0, float("inf"), 2), (0, 1e20, 2)])
 def test_guidance_ranges_are_ordered(values: tuple[float, float, float]) -> None:
     minimum, maximum, default = values
     with pytest.raises(ValidationError):

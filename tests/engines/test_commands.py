@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -87,7 +88,7 @@ def test_generate_says_which_backend_auto_took_and_why_not_the_others(
     passed_over, taken = [line for line in told.stderr.splitlines() if line.startswith("backend")]
     assert passed_over.startswith("backend pytorch-cuda passed over: the bundle has no program of ")
     assert taken == "backend fake taken"
-    assert "backend" not in told.stdout
+    assert told.stdout == f"{tmp_path / 'cat.png'}  seed 1\n"
     assert "backend" not in call(generate, text_bundle.path, "a cat", *options, "fake").stderr
 
 
@@ -193,6 +194,34 @@ def test_inspect_names_a_graph_that_is_not_what_the_manifest_says(text_bundle: B
     result = call(inspect, other.path)
     assert result.exit_code == 1
     assert "DIFFERS  step-2.onnx: its inputs are" in result.output
+
+
+def test_inspect_names_a_graph_whose_values_are_not_finite(text_bundle: Bundle, tmp_path: Path) -> None:
+    graph = onnx.load(text_bundle.path / "text.onnx")
+    weight = next(w for w in graph.graph.initializer if w.data_type == onnx.TensorProto.FLOAT)
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.full_like(onnx.numpy_helper.to_array(weight), np.nan), weight.name))
+    onnx.save(graph, tmp_path / "text.onnx")
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files} | {
+        "text.onnx": tmp_path / "text.onnx"
+    }
+    result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    assert result.exit_code == 1
+    assert "DIFFERS  text.onnx: in fp32 it gives values that are not finite" in result.output
+
+
+def test_inspect_sends_no_control_sequences_to_a_terminal(text_bundle: Bundle, tmp_path: Path) -> None:
+    titled = text_bundle.manifest.model_copy(update={"licence": "\x1b]0;owned\x07CC0"})
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    result = call(inspect, write_bundle(tmp_path / "other", titled, files).path)
+    assert result.exit_code == 0, result.output
+    assert "licence \ufffd]0;owned\ufffdCC0" in result.output
+
+
+@pytest.mark.parametrize("command", [generate, inspect])
+def test_a_name_that_no_folder_can_have_is_refused(command: object) -> None:
+    result = call(command, "a" * 300, *(["a cat"] if command is generate else []))
+    assert result.exit_code == 1
+    assert "cannot be a bundle (File name too long)" in result.output
 
 
 def test_inspect_names_a_tokenizer_that_does_not_open(text_bundle: Bundle, tmp_path: Path) -> None:

@@ -364,6 +364,28 @@ class Nowhere(FakeEngine):
         return {name: array * np.nan for name, array in super().run(inputs).items()}
 
 
+class OnceNowhere(FakeEngine):
+    """An engine whose values are finite from the second run on."""
+
+    runs = 0
+
+    def run(self, inputs: Any) -> dict[str, Any]:
+        self.runs += 1
+        outputs = super().run(inputs)
+        return {name: array * np.nan for name, array in outputs.items()} if self.runs == 1 else outputs
+
+
+def test_a_prompt_that_was_once_encoded_wrongly_is_encoded_anew(text_bundle: Bundle) -> None:
+    engines = {
+        name: (OnceNowhere if graph.role == "text" else FakeEngine)(graph, EngineOptions())
+        for name, graph in text_bundle.graphs().items()
+    }
+    with Pipeline(text_bundle, engines) as pipeline:
+        with pytest.raises(EngineError, match=r"the text graph .* not finite"):
+            pipeline.run([Generate("a cat", 4, 1.0, 1)])
+        assert len(pipeline.run([Generate("a cat", 4, 1.0, 1)])) == 1
+
+
 @pytest.mark.parametrize("role", ["encode", "decode", "step"])
 def test_values_that_are_not_finite_are_an_error_and_no_image(text_bundle: Bundle, role: str) -> None:
     graphs = text_bundle.graphs()

@@ -25,6 +25,7 @@ from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
 from training.distill import distill, encoder_stage, student_stage
+from training.export import _commit as commit_of_code
 from training.export import data_name, export
 from training.graphs import ExportError
 from training.loop import TrainingError
@@ -275,6 +276,16 @@ def test_an_unfinished_run_is_not_exported(digits_run: Run, tmp_path: Path) -> N
 def test_a_quality_table_ships(digits_bundle: Bundle, text_bundle: Bundle) -> None:
     assert digits_bundle.manifest.provenance.quality_table == "| KID |"
     assert text_bundle.manifest.provenance.quality_table == ""
+
+
+def test_the_commit_is_that_of_this_code_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of_code() == ""
+    (tmp_path / "git").write_text("#!/bin/sh\nprintf 'lib/training/\\n0123456789\\n'")
+    (tmp_path / "git").chmod(0o755)
+    assert commit_of_code() == ""
+    (tmp_path / "git").write_text("#!/bin/sh\nprintf 'training/\\n0123456789\\n'")
+    assert commit_of_code() == "0123456789"
 
 
 @pytest.mark.parametrize(
