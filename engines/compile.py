@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.backends.base import Array, EngineError, GraphSpec
+from engines.backends.cores import usable_cores
 from engines.backends.cuda import Cuda
 from engines.backends.ort import check_signature
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
@@ -145,6 +146,7 @@ def unpack(graph: GraphSpec, out: Path) -> Path:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(out)
     options.log_severity_level = 3
+    options.intra_op_num_threads = usable_cores()
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}.weights")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
@@ -228,6 +230,7 @@ def _vocabulary(graph: GraphSpec) -> int:
 def _run(path: Path, inputs: dict[str, Array]) -> list[Array]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # these remove the rounding
+    options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 3
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -15,8 +15,8 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
-REWRITING = 2
-"""Raised whenever engines/precision.py comes to cast graphs in another way: older plans are not what it would make."""
+REWRITING = 3
+"""Raised whenever graphs come to be cast, or plans to be built, in another way: older plans are not what that makes."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
 
 _log = logging.getLogger(__name__)

@@ -94,6 +94,7 @@ class OrtCudaEngine(OrtEngine):
             raise EngineError(f"{self.provider} computes in {', '.join(self.precisions)}, not in {options.precision}")
         _load_cuda()
         settings = ort.SessionOptions()
+        settings.intra_op_num_threads = options.threads or usable_cores()
         settings.log_severity_level = 3
         with tempfile.TemporaryDirectory() as scratch:
             path = self._cast(options.precision, Path(scratch))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from engines.backends.base import (
     check_arrays,
 )
 from engines.backends.cuda import Captured, Cuda, Pointer
+from engines.backends.faults import kind_of
 from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
@@ -37,6 +38,9 @@ from engines.plans import PlanCache, PlanKey, Profile
 _STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 _DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}
 """What TensorRT calls them."""
+
+Failure = Callable[[str], EngineError]
+"""The error of what failed, with what the library said of it."""
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +105,7 @@ class TrtEngine(GraphEngine):
         self._runtime = started(library, "Runtime", self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError(f"{self._name}: {library.name} cannot load its plan ({self._logger.worst})")
+            raise self._failure(f"{library.name} cannot load its plan")
         self._check_signature(self._engine)
         self._shapes: dict[int, _Shape] = {}
         self._lock = Lock()
@@ -116,12 +120,35 @@ class TrtEngine(GraphEngine):
                 place = self._profile.bucket(batch)
             except ValueError as error:
                 raise EngineError(f"{self._name}: {error}") from error
+            self._logger.worst = ""
             if place not in self._shapes:
-                # Room for that profile alone: by default each would have as much as the largest.
-                strategy = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-                context = self._engine.create_execution_context(strategy)
-                self._shapes[place] = _Shape(context, self._graph, self._cuda, self._profile, place)
-            return self._shapes[place].run(inputs, batch)
+                self._shapes[place] = _Shape(
+                    self._context(), self._graph, self._cuda, self._profile, place, self._failure
+                )
+            try:
+                return self._shapes[place].run(inputs, batch)
+            except EngineError:
+                with suppress(EngineError):  # the next run makes it anew
+                    self._shapes.pop(place).close()
+                raise
+
+    def _context(self) -> Any:
+        """A context with room for its own profile alone: by default each would have as much as the largest.
+
+        TensorRT-RTX would launch general kernels until those for a shape are compiled: they would be captured.
+        """
+        strategy = self._module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        specialized = getattr(self._module, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialized is None:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = specialized.EAGER
+        return self._engine.create_execution_context(config)
+
+    def _failure(self, what: str) -> EngineError:
+        said = self._logger.worst
+        return kind_of(said)(f"{self._name}: {what} ({said or 'no reason given'})")
 
     def _check_signature(self, engine: Any) -> None:
         """Raise EngineError where the plan's tensors are not those of the specs; an open dimension fits any."""
@@ -152,13 +179,17 @@ class TrtEngine(GraphEngine):
 class _Shape:
     """One optimisation profile of a plan: its context, its memory on the device, and its launches as one graph."""
 
-    def __init__(self, context: Any, graph: GraphSpec, cuda: Cuda, profile: Profile, place: int) -> None:
+    def __init__(
+        self, context: Any, graph: GraphSpec, cuda: Cuda, profile: Profile, place: int, failure: Failure
+    ) -> None:
+        self._failure = failure
         self._graph, self._cuda, self._dynamic = graph, cuda, profile.dynamic
         self._largest = profile.ranges[place][2]
         self._context = context
         if self._context is None:
             raise DeviceMemoryError(f"{graph.path.name}: the device has no memory for a batch of {self._largest}")
-        self._context.set_optimization_profile_async(place, cuda.stream)
+        if not self._context.set_optimization_profile_async(place, cuda.stream):  # it has its memory from here on
+            raise failure(f"there is no room for a batch of {self._largest}")
         self._resident: Resident[int] = Resident()
         self._pointers: dict[str, Pointer] = {}
         self._runs = 0
@@ -166,7 +197,8 @@ class _Shape:
         try:
             for spec in (*graph.inputs, *graph.outputs):
                 self._pointers[spec.name] = cuda.allocate(spec.zeros(self._largest).nbytes)
-                self._context.set_tensor_address(spec.name, self._pointers[spec.name])
+                if not self._context.set_tensor_address(spec.name, self._pointers[spec.name]):
+                    raise failure(f"the plan takes no address for {spec.name}")
         except EngineError:
             self.close()
             raise
@@ -175,7 +207,8 @@ class _Shape:
         """Send what is not there, launch, and bring the outputs of the first `batch` rows back."""
         size = batch if self._dynamic else self._largest
         for spec in self._graph.inputs:
-            self._context.set_input_shape(spec.name, spec.sized(size))
+            if not self._context.set_input_shape(spec.name, spec.sized(size)):
+                raise self._failure(f"the plan does not take {spec.name} at a batch of {size}")
             self._resident.get(spec.name, inputs[spec.name], partial(self._send, spec, size))
         (self._captured or self._execute)()
         outputs = {spec.name: np.empty(spec.sized(batch), spec.dtype) for spec in self._graph.outputs}
@@ -190,6 +223,10 @@ class _Shape:
 
     def _capture(self) -> None:
         """Launch all in one call from now on; where that cannot be captured, one by one as before."""
+        capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX has it
+        if capturable is not None and not capturable(self._cuda.stream):
+            _log.warning("%s: its launches cannot be captured", self._graph.path.name)
+            return
         try:
             self._captured = self._cuda.capture(self._execute)
         except DeviceLostError:
@@ -208,7 +245,7 @@ class _Shape:
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._cuda.stream):
-            raise EngineError(f"{self._graph.path.name}: TensorRT could not launch it")
+            raise self._failure("TensorRT could not launch it")
 
     def _send(self, spec: TensorSpec, size: int, array: Array) -> int:
         """Copy an array to its place on the device; the rows of a fixed shape that are too many repeat the last one."""

@@ -74,6 +74,8 @@ def build_plan(
         raise EngineError(f"{graph.name}: {library.name} cannot parse it ({errors or logger.worst})")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
+    if (user_allocation := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(user_allocation)  # TensorRT-RTX's condition for launches to be captured
     _aim(library, config, target)
     for sizes in profile.ranges:
         config.add_optimization_profile(_shapes(builder, network, sizes))

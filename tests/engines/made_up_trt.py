@@ -72,17 +72,24 @@ class MadeUpCuda:
 class MadeUpContext:
     """Runs the plan, an ONNX graph, on what lies at the addresses it was given."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: ort.InferenceSession, logger: Any) -> None:
+        self.logger = logger
         self.session, self.shapes, self.addresses = session, dict[str, Any](), dict[str, int]()
 
-    def set_optimization_profile_async(self, place: int, stream: int) -> None:
+    def set_optimization_profile_async(self, place: int, stream: int) -> bool:
         assert stream == MadeUpCuda.STREAM
+        return True
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
+        return True
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return stream == MadeUpCuda.STREAM
 
     def execute_async_v3(self, stream: int) -> bool:
         feeds = {}
@@ -97,8 +104,16 @@ class MadeUpContext:
         return True
 
 
+class MadeUpConfig:
+    strategy = dynamic_shapes_kernel_specialization_strategy = ""
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+
 class MadeUpEngine:
-    def __init__(self, plan: bytes) -> None:
+    def __init__(self, plan: bytes, logger: Any) -> None:
+        self.logger = logger
         self.session = ort.InferenceSession(plan, providers=["CPUExecutionProvider"])
         nodes = [*self.session.get_inputs(), *self.session.get_outputs()]
         self.nodes = {node.name: node for node in nodes}
@@ -113,9 +128,13 @@ class MadeUpEngine:
     def get_tensor_dtype(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name={"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}[self.nodes[name].type])
 
-    def create_execution_context(self, strategy: str) -> MadeUpContext:
-        assert strategy == "room for the profile"
-        return MadeUpContext(self.session)
+    def create_runtime_config(self) -> MadeUpConfig:
+        return MadeUpConfig()
+
+    def create_execution_context(self, config: MadeUpConfig) -> MadeUpContext:
+        assert config.strategy == "room for the profile"
+        assert config.dynamic_shapes_kernel_specialization_strategy == "at once"
+        return MadeUpContext(self.session, self.logger)
 
 
 class MadeUpRuntime:
@@ -126,7 +145,7 @@ class MadeUpRuntime:
         if plan == b"of another version":
             self.logger.log(1, "the plan was built by version 9")
             return None
-        return MadeUpEngine(plan)
+        return MadeUpEngine(plan, self.logger)
 
 
 class MadeUpLogger:
@@ -139,6 +158,7 @@ MADE_UP = SimpleNamespace(
     ILogger=type("ILogger", (MadeUpLogger,), {}),
     Runtime=MadeUpRuntime,
     ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE="room for the profile"),
+    DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="at once"),
     ComputeCapability=SimpleNamespace(__members__={"CURRENT": 1, "SM120": 120, "SM89": 89}),
 )
 

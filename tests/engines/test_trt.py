@@ -166,6 +166,50 @@ def test_a_device_without_memory_says_so_and_loses_nothing(text_bundle: Bundle, 
         engine.run(random_inputs(engine, 1))
 
 
+def unlucky(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+    """The library's own call fails so often, says why to its logger, and goes well again."""
+    left, plain = [False] * times, getattr(MadeUpContext, name)
+
+    def call(context: MadeUpContext, *given: Any) -> Any:
+        if left:
+            context.logger.log(1, "[defaultAllocator.cpp] OutOfMemory (Requested size was 1 GiB)")
+            return left.pop()
+        return plain(context, *given)
+
+    monkeypatch.setattr(MadeUpContext, name, call)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("set_optimization_profile_async", r"there is no room for a batch of 4 \(.*OutOfMemory"),
+        ("set_tensor_address", r"the plan takes no address for z \(.*OutOfMemory"),
+        ("set_input_shape", r"the plan does not take z at a batch of 4 \(.*OutOfMemory"),
+        ("execute_async_v3", r"TensorRT could not launch it \(.*OutOfMemory"),
+    ],
+)
+def test_memory_that_the_library_does_not_get_is_said_so_and_asked_for_again(
+    text_bundle: Bundle, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch, call: str, says: str
+) -> None:
+    with opened(graph_of(text_bundle, "step"), cuda) as engine:
+        engine.warmup((1,))
+        before = len(cuda.memory)
+        unlucky(monkeypatch, call, times=1)
+        with pytest.raises(DeviceMemoryError, match=says):
+            engine.run(random_inputs(engine, 4))
+        assert len(cuda.memory) == before
+        engine.run(random_inputs(engine, 4))
+
+
+def test_launches_that_the_library_would_not_have_captured_go_one_by_one(
+    text_bundle: Bundle, cuda: MadeUpCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MadeUpContext, "is_stream_capturable", lambda context, stream: False)
+    with opened(graph_of(text_bundle, "step"), cuda) as engine:
+        engine.warmup((1, 4))
+        assert cuda.captured == 0
+
+
 def test_what_lies_on_the_device_is_not_sent_again(text_bundle: Bundle, cuda: MadeUpCuda) -> None:
     graphs = text_bundle.graphs()
     engines: dict[str, Engine] = {name: opened(graph, cuda) for name, graph in graphs.items()}
