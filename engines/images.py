@@ -165,12 +165,16 @@ def _exif_and_xmp(text: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_text(data: bytes, key: str, limits: ImageLimits | None = None) -> str | None:
-    """The text that `encode_image` wrote under ``key``, None where there is none. Decodes no pixels.
+    """The text that `encode_image` wrote under ``key``, None where there is none.
+
+    Decodes pixels only of a PNG that has none before them: it may lie behind them.
 
     Raises ImageError for what is no image or too large; text that is damaged is none.
     """
     with _reading(), _open_header(data, limits or ImageLimits()) as image:
         if image.format == "PNG":
+            if key not in image.info:
+                image.load()
             found = image.info.get(key)
         else:
             try:

@@ -42,6 +42,7 @@ _PROBLEM_CODES = {
     "unsupported_option": "unsupported_option",
 }
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
+_SHOULD_RETRY = "X-Should-Retry"  # which the client library of OpenAI heeds
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
@@ -94,7 +95,8 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The answer."""
-        return Response(self.text().encode(), self.status, self.headers, media_type="application/json")
+        headers = {_SHOULD_RETRY: str(self.retryable).lower(), **self.headers}
+        return Response(self.text().encode(), self.status, headers, media_type="application/json")
 
 
 def internal_error() -> ApiError:
@@ -168,7 +170,7 @@ def from_failure(failure: Failed) -> ApiError:
     status, code = {
         "invalid": (422, failure.code or "invalid_request"),
         "expired": (504, "deadline_exceeded"),
-        "cancelled": (503, "cancelled"),
+        "cancelled": (410, "cancelled"),
         "engine": (500, failure.code or "generation_failed"),
         "stopped": (503, "shutting_down"),
     }[failure.reason]

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Batches that may wait here. More would only be memory: ticks then wait for the slower decoder.
 _BACKLOG = 2
+_UNWRITTEN = Failed("engine", "an image was made, and could not be written as a file")
 _PREVIEW_PX = 128
 _PREVIEW_QUALITY = 70
 
@@ -88,7 +89,7 @@ class Finisher:
                     self.device_lost = self.device_lost or isinstance(pixels, DeviceLostError)
                     self._fail(unit.work, failure)
                 elif not isinstance(pixels, Exception) and not unit.work.over:
-                    self._encode(unit, pixels)
+                    self._encode_alone(unit, pixels)
         except Exception as error:
             logger.error("finishing failed", extra={"requests": requests_of(units), **describe(error)})
             for unit in units:
@@ -112,6 +113,14 @@ class Finisher:
         if self._safety is None:
             return True
         return self._safety.refuse_preview(unit.work.job, unit.task.condition, pixels) is None
+
+    def _encode_alone(self, unit: Unit, pixels: Pixels) -> None:
+        """Encode it. Where that fails, no other image does."""
+        try:
+            self._encode(unit, pixels)
+        except Exception as error:
+            logger.error("an image cannot be encoded", extra={"requests": requests_of([unit]), **describe(error)})
+            self._fail(unit.work, _UNWRITTEN)
 
     def _encode(self, unit: Unit, pixels: Pixels) -> None:
         work = unit.work

@@ -30,7 +30,10 @@ _MAX_DIGITS = 18
 _BUSY_RETRY_S = 1.0
 _CLIENT_CLOSED = 499
 _ACCEPTED = 202
-_OUTCOMES = {_ACCEPTED: "accepted", _CLIENT_CLOSED: "cancelled", 429: "rejected", 503: "rejected", 504: "timeout"}
+_OUTCOMES = {
+    **{_ACCEPTED: "accepted", 410: "cancelled", _CLIENT_CLOSED: "cancelled"},
+    **{429: "rejected", 503: "rejected", 504: "timeout"},
+}
 # Others made nothing and tried nothing: their few milliseconds would hide how long images take.
 _TIMED = frozenset({"ok", "timeout", "error"})
 _QUIET = frozenset({"livez", "readyz", "metrics"})

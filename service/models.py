@@ -143,16 +143,32 @@ class Models:
     def unload(self, name: str) -> Future[None]:
         """Close the pipelines of that name when those who hold them are done; the future is then done.
 
-        Who asks for the name meanwhile, or later, gets it loaded anew. Raises UnknownModel where none has that name.
+        What is being loaded is closed once it is there. Who asks for the name meanwhile, or later, gets it loaded anew.
+        Raises UnknownModel where none has that name.
         """
         self._look(now=True)
+        gone: Future[None] = pending()
+
+        def close(_: object = None) -> None:
+            with self._moved:
+                found = [loaded for loaded in self._loaded if loaded.answers_to(name)]
+                for loaded in found:
+                    self._retire(loaded)
+            if found:
+                found[-1].gone.add_done_callback(lambda _: gone.set_result(None))
+            else:
+                gone.set_result(None)
+
         with self._moved:
-            found = [loaded for loaded in self._loaded if loaded.answers_to(name)]
-            for loaded in found:
-                self._retire(loaded)
-        if not found:
+            loading = [future for key, future in self._loading.items() if name in (key, key.partition("@")[0])]
+            known = loading or any(loaded.answers_to(name) for loaded in self._loaded)
+        if not known:
             self.catalogue.find(name)
-        return found[-1].gone if found else _done()
+        if loading:
+            loading[-1].add_done_callback(close)
+        else:
+            close()
+        return gone
 
     def states(self) -> list[ModelState]:
         """Every bundle that is loaded, the newest first, or could be."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engines.bundle import load_bundle
 from engines.pipeline import Pipeline
+from service.jobs import ending
 from service.metrics import Metrics
 from service.opening import open_pipeline
 from service.queue.base import Bounds, JobQueue
@@ -32,6 +33,7 @@ def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
         reclaim_after_s=settings.reclaim_after_s,
         on_redelivery=metrics.redeliveries.inc,
         on_dead_letter=partial(_count_dead_letter, metrics),
+        on_late_outcome=lambda outcome: metrics.jobs.labels(ending(outcome)).inc(),
     )
 
 

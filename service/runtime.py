@@ -147,7 +147,7 @@ class Service:
         """Whether a draining service has nothing left to do.
 
         Once no request is in flight its worker takes no more jobs, and what waits is for other processes. Where there
-        are none, it does what waits, and those who follow a job hear of its end.
+        are none, it does what waits, and those who follow a job, or ask for it now and then, hear of its end.
         """
         if self.inflight > 0 or (not self._queue.durable and self._owes_answers()):
             return False
@@ -273,7 +273,12 @@ class Service:
 
         Returns its id, or that of the job which has its key. Raises ApiError 422, 429, 500, 503 or 504.
         """
-        await self._screen(job)
+        try:
+            await self._screen(job)
+        except ApiError:
+            if (holder := await self._holder(job, keep)) is not None:
+                return holder
+            raise
         job = replace(job, submitted=self.clock(), trace=self._tracing.current())
         with self._refusals():
             return await self._queue.submit(job, keep)
@@ -282,6 +287,13 @@ class Service:
         """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""
         with self._refusals():
             await self._queue.ask(job, keep)
+
+    async def _holder(self, job: Job, keep: Keep | None) -> str | None:
+        """The job that has its key, if there is one and the queue says so."""
+        try:
+            return await self._queue.ask(job, keep)
+        except (KeyConflict, QueueFull, QueueUnavailable):
+            return None
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -342,7 +354,7 @@ class Service:
             self.metrics.cancelled.labels(stage).inc()
 
     def _owes_answers(self) -> bool:
-        return self.tracker.following > 0 or self._queue.stats().depth > 0
+        return self.tracker.following > 0 or self.tracker.awaited or self._queue.stats().depth > 0
 
     def _count(self, change: int) -> None:
         self.inflight += change

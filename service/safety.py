@@ -3,9 +3,9 @@
 ``FEWSTEP_SAFETY=module:callable`` names a callable of a prompt (or class) and an image, which returns None or the
 reason for a refusal, which the client is told. It is asked about each prompt before its job is queued, with None for
 the image, by the process that takes the request; and about each finished image and each preview, before it is encoded,
-by the process that made it. Prompts have a thread of their own and images another: neither holds up requests or ticks,
-and a process that does both may ask about a prompt and an image at once. A thread that gives no answer in time is left
-to itself, and the next question has another.
+by the process that made it. Prompts have a thread of their own and images another: a process that does both may ask
+about a prompt and an image at once. Finished images wait for their check, and ticks wait while two batches of them do.
+A thread that gives no answer in time is left to itself, and the next question has another.
 """
 
 from __future__ import annotations

@@ -256,7 +256,9 @@ class JobResponse(Body):
     progress: Progress
     position: Annotated[
         int | None,
-        Field(description="Jobs of this model that wait before it; null when it does not wait, or far behind."),
+        Field(
+            description="Jobs of this model that wait before it; null where it does not wait, far behind, and in a 202."
+        ),
     ]
     preview: Annotated[
         str | None,

@@ -19,6 +19,9 @@ from service.queue.addresses import check_address
 MIB = 1024 * 1024
 MEMORY = "memory"
 
+MOST_PROMPT_CHARS = 2500
+"""Two of them fit in the metadata of a JPEG, which have 64 KiB, also as the escapes of JSON."""
+
 Role = Literal["all", "api", "worker"]
 
 Count = Annotated[int, Field(ge=1)]
@@ -52,7 +55,7 @@ class Settings(BaseSettings):
     max_image_bytes: Annotated[Count, Field(description="largest encoded image or mask")] = 8 * MIB
     max_pixels: Annotated[Count, Field(description="most pixels of an image or mask")] = 12 * MIB
     max_images: Annotated[int, Field(ge=1, le=64, description="most images of one request")] = 8
-    max_prompt_chars: Annotated[Count, Field(description="longest prompt, in characters")] = 1000
+    max_prompt_chars: Annotated[Count, Field(le=MOST_PROMPT_CHARS, description="longest prompt, in characters")] = 1000
     max_queue_cost: Annotated[Count, Field(description="most work that may wait of a model, in images x steps")] = 3072
     max_inflight_bytes: Annotated[Count, Field(description="most bytes of bodies at once")] = 64 * MIB
     max_inflight: Annotated[Count, Field(description="most image requests at once")] = 3072

@@ -19,6 +19,7 @@ HEARTBEAT_S = 15.0
 # A job that moves is asked about often, one that waits seldom.
 _POLLS_S = (0.005, 0.25)
 _SLOWER = 1.5
+_PATIENCE_S = 5.0
 _EXPIRED = Failed("expired", "the time limit passed before the images were made")
 
 
@@ -37,11 +38,37 @@ class Tracker:
         self._stopping = stopping
         self._clock = clock
         self.following = 0
+        self._awaited: dict[str, float] = {}
+
+    def expect(self, job_id: str) -> None:
+        """Note that somebody will ask what became of a job."""
+        self._awaited.pop(job_id, None)
+        self._awaited[job_id] = self._clock()
+        self._let_go()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody asked lately for a job, or was given one, and was not told of its end yet."""
+        self._let_go()
+        return bool(self._awaited)
+
+    def _let_go(self) -> None:
+        """Forget those who were not heard of for a while."""
+        while self._awaited:
+            job_id, heard = next(iter(self._awaited.items()))
+            if heard + _PATIENCE_S > self._clock():
+                return
+            del self._awaited[job_id]
 
     async def status(self, job_id: str) -> Status:
         """How far the job has come. Raises ApiError 404 for one that is not known (any more), 503 without a queue."""
         try:
-            return await self._look(job_id)
+            status = await self._look(job_id)
+            if status.outcome is None:
+                self.expect(job_id)
+            else:
+                self._awaited.pop(job_id, None)
+            return status
         except KeyError:
             raise job_not_found(job_id) from None
         except QueueUnavailable as error:

@@ -70,7 +70,10 @@ export class Ways extends EventTarget {
     };
     take("sampler", sampler ?? "deterministic", this.#samplers);
     take("method", method ?? "sdedit", this.#methods);
-    byId("source-prompt").value = byId("source-class").value = prompt ?? name ?? "";
+    const source = prompt ?? name ?? "";
+    byId("source-prompt").value = source;
+    const classes = byId("source-class");
+    if ([...classes.options].some((option) => option.value === source)) classes.value = source;
     this.#arrange();
     return missed;
   }

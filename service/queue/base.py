@@ -14,6 +14,9 @@ JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 WATCHED_S = 10.0
 """How long previews are made after somebody asked for one."""
 
+FRESH_S = 1.0
+"""How long an outcome stays whatever the bounds: who waits for it asks several times in that time."""
+
 FARTHEST_POSITION = 100
 """Jobs that wait behind more than so many others are told no position."""
 
@@ -68,7 +71,10 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much is kept at once: outcomes, and the bytes of their images. The oldest go first, the newest stays."""
+    """How much is kept at once: outcomes, and the bytes of their images.
+
+    The oldest go first. The newest stays, and whatever is younger than `FRESH_S`.
+    """
 
     outcomes: int = 1024
     bytes: int = 256 * 1024 * 1024
@@ -138,9 +144,10 @@ class JobQueue(Protocol):
         """
         ...
 
-    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+    async def ask(self, job: Job, keep: Keep | None = None) -> str | None:
         """Raise what `submit` would raise now, and let nothing in. Of the tasks only their number and cost count.
 
+        Returns the job that its key names, if it names one.
         Who is refused here need not be refused again by `submit`: the same time is promised.
         """
         ...
@@ -189,7 +196,10 @@ class JobQueue(Protocol):
         ...
 
     def settle(self, job_id: str, outcome: Outcome) -> bool:
-        """Hand over the outcome. The first call for a job counts and returns True, later ones do nothing."""
+        """Hand over the outcome. The first call for a job counts and returns True, later ones do nothing.
+
+        False too while the queue is away: who made the queue is told when this outcome was handed over, and counted.
+        """
         ...
 
     def owes(self, model: str) -> bool:

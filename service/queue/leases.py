@@ -67,12 +67,14 @@ class Leases:
         bounds: Bounds,
         on_redelivery: Callable[[], None],
         on_dead_letter: Callable[[], None],
+        on_late_outcome: Callable[[Outcome], None],
     ) -> None:
         self._redis = redis
         self._reclaim_after_s = reclaim_after_s
         self._bounds = bounds
         self._on_redelivery = on_redelivery
         self._on_dead_letter = on_dead_letter
+        self._on_late_outcome = on_late_outcome
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._models: set[str] = set()
         self._changed = threading.Condition()
@@ -146,7 +148,7 @@ class Leases:
         if first is None:
             with self._changed:
                 self._unsent[job_id] = lease, outcome
-        return first is not False
+        return first is True
 
     def owes(self, model: str) -> bool:
         """See JobQueue.owes."""
@@ -273,7 +275,8 @@ class Leases:
         with self._changed:
             unsent = list(self._unsent.values())
         for lease, outcome in unsent:
-            self._reach(partial(self._settle, lease, outcome), None)
+            if self._reach(partial(self._settle, lease, outcome), False):
+                self._on_late_outcome(outcome)
 
     def _renew(self) -> None:
         with self._changed:

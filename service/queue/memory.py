@@ -72,15 +72,16 @@ class MemoryQueue:
             self._changed.notify_all()
             return job.id
 
-    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+    async def ask(self, job: Job, keep: Keep | None = None) -> str | None:
         """See JobQueue.ask."""
         with self._changed:
-            if keep is not None and self._shelf.holder(keep) is not None:
-                return
+            if keep is not None and (holder := self._shelf.holder(keep)) is not None:
+                return holder
             now = self._clock()
             wait_s = self._doors[job.model].ask(job.identity, job.cost, job.deadline - now, now, job.priority)
             if wait_s is not None:
                 raise QueueFull(wait_s)
+            return None
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""

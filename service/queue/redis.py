@@ -17,7 +17,7 @@ from service.queue.submissions import Submissions
 logger = logging.getLogger(__name__)
 
 
-def _ignore() -> None:
+def _ignore(*_: object) -> None:
     pass
 
 
@@ -51,19 +51,21 @@ class RedisQueue:
         reclaim_after_s: float = 15.0,
         on_redelivery: Callable[[], None] = _ignore,
         on_dead_letter: Callable[[], None] = _ignore,
+        on_late_outcome: Callable[[Outcome], None] = _ignore,
     ) -> None:
+        """`on_late_outcome` is told of each that could not be handed over at once, when it was and is the job's."""
         self._threads = ThreadsRedis(url)
         self._coroutines = CoroutinesRedis(url)
         self._submissions = Submissions(self._coroutines, max_cost, bounds)
-        self._leases = Leases(self._threads, reclaim_after_s, bounds, on_redelivery, on_dead_letter)
+        self._leases = Leases(self._threads, reclaim_after_s, bounds, on_redelivery, on_dead_letter, on_late_outcome)
 
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
         return await self._submissions.submit(job, keep)
 
-    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+    async def ask(self, job: Job, keep: Keep | None = None) -> str | None:
         """See JobQueue.ask."""
-        await self._submissions.ask(job, keep)
+        return await self._submissions.ask(job, keep)
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""

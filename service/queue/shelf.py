@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.jobs import Finished, Job, Outcome
-from service.queue.base import LATE_S, WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
+from service.queue.base import FRESH_S, LATE_S, WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
 
 
 @dataclass(eq=False, slots=True)
@@ -122,8 +122,9 @@ class Shelf:
                 del self._keys[entry.keep.key]
 
     def _has_too_much(self) -> bool:
-        oldest = next(iter(self._over.values()))
-        if oldest.expires <= self._clock():
+        oldest, now = next(iter(self._over.values())), self._clock()
+        if oldest.expires <= now:
             return True
+        ended = oldest.expires - oldest.keep.seconds
         too_many = len(self._over) > self._bounds.outcomes or self._bytes > self._bounds.bytes
-        return too_many and len(self._over) > 1
+        return too_many and len(self._over) > 1 and ended + FRESH_S <= now

@@ -88,13 +88,14 @@ class Submissions:
             self._note_away(error)
             raise QueueUnavailable from error
 
-    async def ask(self, job: Job, keep: Keep | None) -> None:
+    async def ask(self, job: Job, keep: Keep | None) -> str | None:
         """See JobQueue.ask."""
         try:
-            await self._at_the_door(job, keep, b"", asks=True)
+            found = await self._at_the_door(job, keep, b"", asks=True)
         except AWAY as error:
             self._note_away(error)
             raise QueueUnavailable from error
+        return None if found == job.id else found
 
     async def _submit_and_wait(self, job: Job) -> None:
         """Have the job accepted, and its outcome from then on waited for."""

@@ -44,14 +44,12 @@ ACCEPTED = JobResponse(
     model=_NAME,
     revision=_REVISION,
     progress=Progress(done=0, total=4),
-    position=0,
+    position=None,
     preview=None,
     result=None,
     error=None,
 )
-DONE = ACCEPTED.model_copy(
-    update={"status": "done", "progress": Progress(done=4, total=4), "position": None, "result": IMAGES}
-)
+DONE = ACCEPTED.model_copy(update={"status": "done", "progress": Progress(done=4, total=4), "result": IMAGES})
 
 MODEL = Model(
     name=_NAME, revision=_REVISION, default=True, loaded=True, in_use=0, memory_bytes=211_000_000, stand_ins={}

@@ -168,6 +168,8 @@ async def _accepted(request: Request, job: Job, job_id: str, keep: Keep) -> Resp
         headers["Preference-Applied"] = _RESPOND_ASYNC
     # A job of this moment is not asked about: without a queue to ask it would seem refused.
     fresh = Status("queued", 0, job.cost, job.deadline - time.monotonic(), keep.note)
+    if job_id == job.id:
+        service.tracker.expect(job_id)
     status = fresh if job_id == job.id else await service.tracker.status(job_id)
     return Response(job_document(job_id, status).model_dump_json(), 202, headers, media_type="application/json")
 

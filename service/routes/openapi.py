@@ -21,6 +21,7 @@ ERRORS: dict[int, tuple[str, str, str, str | None]] = {
     404: ("No such model", "model_not_found", "no model 'digits'; there are: emoji", "model"),
     406: ("No form of answer that Accept allows", "not_acceptable", "the answer can be ...", "accept"),
     408: ("The body did not arrive in time", "body_timeout", "the body did not arrive in time", None),
+    410: ("The job was given up by who has its id", "cancelled", "the job was cancelled", None),
     413: ("Body or image too large", "body_too_large", "the body may have at most 12582912 bytes", None),
     415: ("Another content type", "unsupported_media_type", "send application/json or ...", "content-type"),
     422: (

@@ -21,6 +21,11 @@ def refuse_images(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     return None if image is None else "no images"
 
 
+def refuse_everything(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
+    """Refuses every prompt and every image."""
+    return "nothing is let through"
+
+
 def fail_on_prompts(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     """Breaks before anything is made."""
     raise RuntimeError(f"cannot judge {prompt}")

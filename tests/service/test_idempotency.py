@@ -14,6 +14,7 @@ from engines.backends.base import EngineError
 from service.api_keys import ApiKey, digest_of
 from service.app import create_app
 from service.settings import Settings
+from tests.service import checks
 from tests.service.helpers import Gate, Running, error, listening, pipeline_of, png, random_image, running, until
 from tests.service.redis_server import RedisServer
 
@@ -99,6 +100,29 @@ async def test_what_failed_may_be_tried_again(app: Running, monkeypatch: pytest.
         patched.setattr(app.pipeline, "tick", broken)
         error(await post(app, "a"), 500, "generation_failed")
     assert (await post(app, "a")).status_code == 200
+
+
+async def test_who_waits_for_a_job_that_is_given_up_is_told_so(app: Running, gate: Gate) -> None:
+    waiting = asyncio.create_task(post(app, "a"))
+    await until(lambda: app.service.inflight == 1)
+    job_id = (await post(app, "a", {"Prefer": "respond-async"})).json()["id"]
+    assert (await app.client.delete(f"/jobs/{job_id}")).json()["status"] == "cancelled"
+    gate.opened.set()
+    assert error(await waiting, 410, "cancelled")["retryable"] is False
+    await until(lambda: app.metric("fewstep_requests_total", endpoint="generate", outcome="cancelled") == 1)
+    assert app.metric("fewstep_requests_total", endpoint="generate", outcome="rejected") == 0
+
+
+async def test_what_was_made_is_given_again_though_it_would_be_refused_now(
+    anyio_backend: str, any_queue: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(any_queue.model_copy(update={"safety": "tests.service.checks:refuse_dogs"})) as app:
+        first = await post(app, "a")
+        assert first.status_code == 200
+        monkeypatch.setattr(app.service._safety, "_check", checks.refuse_everything)
+        assert (await post(app, "a")).json()["id"] == first.json()["id"]
+        error(await post(app, "b"), 422, "content_refused")
+        error(await post(app, "a", seed=9), 422, "content_refused")
 
 
 async def test_a_key_is_one_callers(app: Running) -> None:

@@ -14,15 +14,18 @@ from PIL import Image
 
 from engines.images import fit
 from engines.pipeline import Edit, Generate, Inpaint
+from service import finisher
 from service.openai import ImagesEditBody
 from service.schemas import EditRequest, InpaintRequest
 from service.settings import Settings
 from tests.service.helpers import (
     SIZE,
     Gate,
+    Pixels,
     Running,
     b64,
     box_mask,
+    error,
     pixels,
     png,
     random_image,
@@ -35,6 +38,26 @@ pytestmark = pytest.mark.anyio
 
 IMAGE = random_image(1)
 MASK = box_mask()
+
+
+async def test_an_image_that_cannot_be_written_fails_alone(
+    app: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = finisher.encode_image
+
+    def fussy(image: Pixels, format: str, **options: Any) -> bytes:
+        if format == "jpeg":
+            raise ValueError("EXIF data is too long")
+        return encode(image, format, **options)
+
+    monkeypatch.setattr(finisher, "encode_image", fussy)
+    wanted = [asyncio.create_task(app.post("/generate", prompt="a cat", output_format="jpeg"))]
+    wanted += [asyncio.create_task(app.post("/generate", prompt="a cat")) for _ in range(3)]
+    await until(lambda: app.service.inflight == 4)
+    gate.opened.set()
+    failed, *made = [await answer for answer in wanted]
+    assert error(failed, 500, "generation_failed")["retryable"] is False
+    assert [answer.status_code for answer in made] == [200] * 3
 
 
 async def test_generate(app: Running) -> None:

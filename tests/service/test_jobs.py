@@ -11,7 +11,7 @@ import pytest
 from engines.backends.base import EngineError
 from engines.pipeline import Generate
 from service import tracker
-from service.queue.base import QueueUnavailable, Status
+from service.queue.base import FRESH_S, QueueUnavailable, Status
 from service.queue.memory import MemoryQueue
 from service.settings import Settings
 from tests.service.asked import ASYNC, ask, events_of, look, over, state
@@ -153,12 +153,14 @@ async def test_a_running_and_a_waiting_job_are_cancelled_and_again_is_no_error(
 
 
 async def test_results_are_kept_within_bounds(settings: Settings) -> None:
-    async with running(settings.model_copy(update={"max_results": 2, "keep_results_s": 0.5})) as app:
-        first, second, third = [await ask(app) for _ in range(3)]
-        await over(app, third)
+    async with running(settings.model_copy(update={"max_results": 2, "keep_results_s": 2.0})) as app:
+        first, second = await ask(app), await ask(app)
+        await over(app, second)
+        await asyncio.sleep(FRESH_S)
+        await over(app, await ask(app))
         error(await app.client.get(f"/jobs/{first}"), 404, "job_not_found", "job_id")
         assert (await look(app, second))["status"] == "done"
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(2.0 - FRESH_S)
         error(await app.client.get(f"/jobs/{second}"), 404, "job_not_found", "job_id")
 
 

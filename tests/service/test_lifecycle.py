@@ -212,6 +212,33 @@ async def test_draining_finishes_what_is_in_flight_and_takes_nothing_new(app: Ru
     assert (await first).status_code == 200
 
 
+async def test_draining_waits_for_who_asks_what_became_of_a_job(
+    app: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = await app.client.post("/generate", json={"prompt": "a cat"}, headers={"Prefer": "respond-async"})
+    place = answer.headers["location"]
+    app.service.drain()
+    gate.opened.set()
+    await until(lambda: app.metric("fewstep_images_total") == 1)
+    assert not app.service.drained()
+    await until_over(app, place)
+    await until(app.service.drained)
+
+
+async def test_draining_does_not_wait_for_ever_for_who_asks_no_more(
+    app: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.tracker._PATIENCE_S", 0.3)
+    await app.client.post("/generate", json={"prompt": "a cat"}, headers={"Prefer": "respond-async"})
+    app.service.drain()
+    await until(app.service.drained)
+
+
+async def until_over(app: Running, place: str) -> None:
+    while (await app.client.get(place)).json()["status"] != "done":
+        await asyncio.sleep(0.01)
+
+
 async def test_abandoned_requests_get_a_503(app: Running, gate: Gate) -> None:
     first = asyncio.create_task(app.post("/generate", prompt="a cat"))
     await asyncio.to_thread(gate.reached.wait, 10)

@@ -180,6 +180,10 @@ async def test_a_fault_in_a_loop_names_the_requests_that_it_cost(
     with monkeypatch.context() as once:
         once.setattr("service.finisher.encode_image", broken)
         await app.client.post("/generate", json={"prompt": "a cat"}, headers=headers)
+    assert [line["requests"] for line in lines.of("an image cannot be encoded")] == [["mine"]]
+    with monkeypatch.context() as once:
+        once.setattr("service.finisher.failures", broken)
+        await app.client.post("/generate", json={"prompt": "a cat"}, headers=headers)
     assert [line["requests"] for line in lines.of("finishing failed")] == [["mine"]]
     with monkeypatch.context() as once:
         once.setattr("service.queue.memory.MemoryQueue.progress", broken)

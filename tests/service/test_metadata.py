@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,24 @@ async def test_what_an_image_says_is_checked_as_what_a_client_says(
     text = {"model": "m", "revision": "r", "steps": 4, "guidance_scale": 3.0, "seed": 7} | says
     image = encode_image(random_image(), "png", text={"fewstep": json.dumps(text)})
     error(await app.post("/edit", prompt="a dog", image=b64(image), reuse=True), 422, code, param)
+
+
+async def test_what_a_png_says_behind_its_pixels_is_read_too(app: Running) -> None:
+    made = file_of(await app.post("/generate", prompt="a cat", seed=7, steps=2))
+    chunks = list(chunks_of(made))
+    late = [chunk for chunk in chunks if chunk[4:8] == b"iTXt"]
+    moved = [*(chunk for chunk in chunks[:-1] if chunk not in late), *late, chunks[-1]]
+    answer = await app.post("/edit", prompt="a dog", image=b64(made[:8] + b"".join(moved)), reuse=True)
+    assert (answer.status_code, answer.json()["images"][0]["seed"]) == (200, 7)
+
+
+def chunks_of(data: bytes) -> Iterator[bytes]:
+    """Those of a PNG, each with its length, its name and its checksum."""
+    place = 8
+    while place < len(data):
+        size = 12 + int.from_bytes(data[place : place + 4], "big")
+        yield data[place : place + size]
+        place += size
 
 
 async def test_an_image_that_says_nothing_cannot_be_reused(app: Running) -> None:

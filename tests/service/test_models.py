@@ -95,6 +95,25 @@ async def test_unloading_waits_for_those_who_use_it_and_a_request_brings_it_back
         assert (await app.client.post("/models/coral/unload")).json()["loaded"] is False
 
 
+async def test_what_is_being_loaded_is_unloaded_once_it_is_there(anyio_backend: str, several: Settings) -> None:
+    go = threading.Event()
+
+    def slow(settings: Settings, path: Path) -> Pipeline:
+        assert path.name == "tiny" or go.wait(60)
+        return open_pipeline(settings, path)
+
+    async with running(several, opener=slow) as app:
+        loading = asyncio.create_task(app.client.post("/models/coral/load"))
+        await until(lambda: bool(app.service.models._loading))
+        unloading = asyncio.create_task(app.client.post("/models/coral/unload"))
+        await asyncio.sleep(0.2)
+        assert not unloading.done()
+        go.set()
+        assert (await unloading).json()["loaded"] is False
+        assert (await loading).status_code == 200
+        assert await loaded(app) == {"tiny"}
+
+
 async def test_load_by_name(anyio_backend: str, several: Settings) -> None:
     async with running(several) as app:
         answer = await app.client.post("/models/coral/load")

@@ -283,6 +283,22 @@ def test_a_service_that_is_full_makes_their_client_wait_and_try_again(
             assert first.result(60).data
 
 
+def test_what_would_fail_again_is_not_tried_again_by_their_client(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def broken(image: Pixels, *_: object, **__: object) -> bytes:
+        tried.append(image)
+        raise ValueError("EXIF data is too long")
+
+    monkeypatch.setattr("service.finisher.encode_image", broken)
+    with pytest.raises(openai.InternalServerError) as caught:
+        served.client.with_options(max_retries=3).images.generate(prompt="a cat")
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert len(tried) == 1
+
+
 @pytest.mark.anyio
 async def test_their_asynchronous_client(served: Served) -> None:
     async with openai.AsyncOpenAI(base_url=f"{served.root}/v1", api_key="none", max_retries=0) as client:

@@ -63,6 +63,19 @@ def test_a_person_chooses_them_and_takes_them_over_from_an_image(
     assert [line for line in window.console() if "422" not in line] == []
 
 
+def test_a_class_is_always_chosen(window: Browser, tmp_path: Path) -> None:
+    """Also after settings were taken over of an image that came of no other one."""
+    styled = make_tiny_bundle(tmp_path, conditioning="class", size=SIZE, name="styled", encoders=(2,))
+    with listening(create_app(Settings(bundle=str(styled.path), threads=1))) as port:
+        window.go(f"http://127.0.0.1:{port}/")
+        window.wait(READY)
+        before = window.js("return document.querySelector('#source-class').value")
+        _submit(window, images=1)
+        window.js("document.querySelector('#use-settings').click()")
+        window.wait("document.querySelector('#seed-lock').getAttribute('aria-pressed') === 'true'")
+        assert window.js("return document.querySelector('#source-class').value") == before != ""
+
+
 def _shown(window: Browser) -> list[str]:
     hidden = window.js("return arguments[0].map((id) => document.getElementById(id).hidden)", FIELDS)
     return [name for name, is_hidden in zip(FIELDS, hidden, strict=True) if not is_hidden]

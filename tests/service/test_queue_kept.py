@@ -12,6 +12,7 @@ from service.jobs import Failed, Finished, Job, Output, Priority, Timings
 from service.queue import memory
 from service.queue.base import (
     FARTHEST_POSITION,
+    FRESH_S,
     LATE_S,
     JobQueue,
     Keep,
@@ -111,16 +112,29 @@ async def finish(queue: JobQueue, name: str, image: bytes = b"image", keep: Keep
 
 async def test_of_too_many_outcomes_the_oldest_go(queue: JobQueue) -> None:
     await queue.submit(job("waits", model="other@1"), KEEP)
-    for name in "abcd":
+    for name in "abc":
         await finish(queue, name)
+    await asyncio.sleep(FRESH_S)
+    await finish(queue, "d")
     assert [await known(queue, name) for name in ("waits", *"abcd")] == [True, False, True, True, True]
+
+
+async def test_an_outcome_that_is_fresh_stays_for_who_waits_for_it(queue: JobQueue) -> None:
+    for name in "abcdef":
+        await finish(queue, name)
+    assert all([await known(queue, name) for name in "abcdef"])
+    await asyncio.sleep(FRESH_S)
+    await finish(queue, "g")
+    assert [await known(queue, name) for name in "abcdefg"] == [False] * 4 + [True] * 3
 
 
 async def test_of_outcomes_with_too_many_bytes_the_oldest_go_and_the_newest_stays(queue: JobQueue) -> None:
     await finish(queue, "a", bytes(400))
     await finish(queue, "b", bytes(100))
+    await asyncio.sleep(FRESH_S)
     await finish(queue, "c", bytes(600))
     assert [await known(queue, name) for name in "abc"] == [False, True, True]
+    await asyncio.sleep(FRESH_S)
     await finish(queue, "huge", bytes(5000))
     assert [await known(queue, name) for name in ("b", "c", "huge")] == [False, False, True]
 

@@ -2,6 +2,9 @@
 local PREFIX = '{fewstep}:'
 local GROUP = 'workers'
 
+-- As service/queue/base.py has it.
+local FRESH_MS = 1000
+
 -- Those of service/jobs.py.
 local PRIORITIES = {-1, 0, 1}
 
@@ -105,7 +108,8 @@ local function keep_outcome(id, state, outcome, kept, most, most_bytes)
   while redis.call('LLEN', list) > 1 do
     local expires, size, oldest = redis.call('LINDEX', list, 0):match('^(%d+):(%d+):(.*)$')
     local fits = redis.call('LLEN', list) <= tonumber(most) and tonumber(redis.call('GET', bytes)) <= tonumber(most_bytes)
-    if fits and tonumber(expires) > now then
+    local fresh = expires - kept + FRESH_MS > now
+    if (fits or fresh) and tonumber(expires) > now then
       break
     end
     redis.call('LPOP', list)
