@@ -325,8 +325,10 @@ class _State:
         set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
         if state["optimizer"] is not None:
             set_optimizer_state_dict(self.wrapped, self._optimizer, state["optimizer"], options=_WHOLE)
-        if self.average:
+        if self.average and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+        elif self.average:  # it was asked for since: it begins here
+            self.average = averaged(self.network, self.recipe.ema)
         self.guard.restore(state["guard"])
         self.update, self.best, self.stale = state["update"], state["best"], state["stale"]
         self.best_update = state.get("best_update", 0)  # which older checkpoints lack

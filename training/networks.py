@@ -185,6 +185,12 @@ def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
     return NetworkDenoiser(made, teacher.schedule)
 
 
+def of_side(denoiser: NetworkDenoiser, side: int) -> None:
+    """Note the side of z that a network learned on, which stock pipelines make images of when they are told no size."""
+    if isinstance(denoiser.network, UNet2DConditionModel):
+        denoiser.network.register_to_config(sample_size=side)
+
+
 def _without_hooks(network: UNet2DModel | DiTTransformer2DModel) -> UNet2DModel | DiTTransformer2DModel:
     """A copy of the network alone, whose labels are never dropped at random: what is dropped is decided outside."""
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}

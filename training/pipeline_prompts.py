@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from training.guidance import Condition
 from training.prompts import TextGraph, Tokens
 
+_TRIED = ("a photo of a red apple", "two dogs")
+
 
 class PipelinePrompts:
     """The text encoders of a Stable Diffusion pipeline as a PromptEncoder, by the pipeline's own `encode_prompt`.
@@ -76,6 +78,23 @@ def _tokens_of(tokenizer: Any) -> Tokens:
 
 def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
     return {name: rows.float().cpu() for name, rows in zip(("context", "pooled"), arrays, strict=False)}
+
+
+def same_text(one: PipelinePrompts, other: PipelinePrompts) -> bool:
+    """Whether the encoders of two pipelines are the same, or make the same of a few prompts, but for rounding."""
+    if one.identity == other.identity:
+        return True
+    ours, theirs = ([prompts.null, prompts.encode(_TRIED)] for prompts in (one, other))
+    for prompts in (one, other):
+        prompts.release()
+    return all(
+        a.keys() == b.keys() and all(a[name].shape == b[name].shape and _near(a[name], b[name]) for name in a)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).norm()) <= 0.05 * float(b.norm())
 
 
 class ContextGraph(nn.Module):

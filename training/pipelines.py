@@ -6,7 +6,9 @@ Guidance is an input of the network, so the stock pipelines call it once a step,
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from training.autoencoder import AUTOENCODER_WEIGHTS
 from training.diffusion import stock_scheduler
 from training.networks import NetworkDenoiser, save_network
+from training.pipeline_files import SHARD
 from training.recipe import Recipe
 from training.sections import TeacherRecipe
 from training.store import link, to_disk, whole_file
@@ -127,8 +130,8 @@ def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
     index = {key: value for key, value in pipeline.index.items() if not key.startswith("_name")}
     parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None]
     for part in set(parts) - {"unet", "scheduler"}:
-        if pipeline.files(part):
-            _link(pipeline.folder / part, folder / part, pipeline.variant)
+        if files := pipeline.files(part):
+            _link(files, folder / part, pipeline.variant)
         else:  # such as a safety checker that was left out of a download
             index[part] = ABSENT
     if index.get("safety_checker") == ABSENT:
@@ -139,7 +142,7 @@ def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
 def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
     autoencoder = folder.parent / "autoencoder"
     if autoencoder.is_dir():
-        _link(autoencoder, folder / "vae", None, ("config.json", "*.safetensors"))
+        _link([autoencoder / "config.json", *autoencoder.glob("*.safetensors")], folder / "vae", None)
     return {
         "_class_name": "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderKL"] if autoencoder.is_dir() else ABSENT,
@@ -151,20 +154,9 @@ def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
     }
 
 
-def _link(source: Path, target: Path, variant: str | None, patterns: tuple[str, ...] = ("*",)) -> None:
-    """The files of a folder under another one; copied across disks.
-
-    A variant's files have their plain names there, and plain ones that lie beside them are left out.
-    """
+def _link(files: Sequence[Path], target: Path, variant: str | None) -> None:
+    """Files in another folder, those of a variant by their plain names. Shards keep the names that their index has."""
     target.mkdir(exist_ok=True)
-    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
-    of_variant = [file for file in files if variant and f".{variant}." in file.name]
-    replaced = {_stem(file) for file in of_variant}
-    for file in [*of_variant, *(file for file in files if file not in of_variant and _stem(file) not in replaced)]:
-        name = target / (file.name.replace(f".{variant}.", ".") if variant else file.name)
-        link(file, name)
-
-
-def _stem(file: Path) -> str:
-    """What a file is, however its values are stored."""
-    return file.name.partition(".")[0]
+    for file in files:
+        plain = file.name if re.search(SHARD, file.name) else file.name.replace(f".{variant}.", ".")
+        link(file, target / plain)

@@ -57,9 +57,16 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
     """Write x and the conditions of every training image of the run's recipe; returns how many there are.
 
     An autoencoder that the recipe trains is trained first, unless it is there. Goes on where it was stopped. Raises
-    StreamError for a place that holds other data, TrainingError for a recipe whose images are tensors already.
+    StreamError for a place that holds other data, TeacherError for classes that the teacher does not know, and
+    TrainingError for a recipe whose images are tensors already, or are of no use to it as tensors.
     """
+    if run.accelerator.num_processes > 1:
+        raise TrainingError("images are precomputed by one process: launch none beside it")
+    if run.pipeline is not None and run.pipeline.is_inpainting:
+        raise TrainingError("an inpainting network learns from images, each masked anew each time: precompute nothing")
     images = _images(run)
+    if run.pipeline is not None and images.classes:
+        run.pipeline.labels(images.classes)  # raises for those that it does not know
     if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
         train_autoencoder(run)
     made_with = run.made_with(images.classes)

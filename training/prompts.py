@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.guidance import Condition
+from training.loop import TrainingError
 from training.store import hash_of, to_disk
 
 ROWS = 128
@@ -103,7 +104,10 @@ def _write(encoder: PromptEncoder, captions: Sequence[str], folder: Path) -> Non
             if name not in tables:
                 shape = (len(captions), *rows.shape[1:])
                 tables[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
-            tables[name][start : start + ROWS] = rows.half().numpy()
+            halves = rows.half()
+            if not halves.isfinite().all():
+                raise TrainingError(f"the text encoder's {name} of some caption is too large for 16 bits, or no number")
+            tables[name][start : start + ROWS] = halves.numpy()
     for table in tables.values():
         table.flush()
     if cut := encoder.too_long(captions):

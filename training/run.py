@@ -30,7 +30,7 @@ from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError, shares
-from training.networks import NetworkDenoiser, compile_network, load_network
+from training.networks import NetworkDenoiser, compile_network, load_network, of_side
 from training.pipelines import has_pipeline, save_stage, student_card
 from training.prompts import PromptEncoder
 from training.recipe import Recipe
@@ -301,16 +301,16 @@ class Run:
             return self.prompts.null
         if self.pipeline is None:
             return {"label": torch.tensor(len(self.data.classes))}
-        if self.unconditional is not None:
-            count = self.unconditional.labels_count
-            return {"label": torch.tensor(count - 1)} if count else {}
-        teacher = self.recipe.teacher
+        teacher, second = self.recipe.teacher, self.unconditional
         assert isinstance(teacher, CheckpointRecipe)
-        label = self.pipeline.null_label(teacher.null_class)
+        if second is not None and not second.labels_count and teacher.null_class is None:
+            return {}
+        without = second or self.pipeline
+        label = without.null_label(teacher.null_class)
         if label in self.class_numbers:
             raise TrainingError(
-                f"{self.pipeline.folder} has no class left that stands for none: name one as null_class, or a second "
-                "pipeline as unconditional"
+                f"{without.folder} has no class left that stands for none: name one as null_class, or a second "
+                "pipeline without classes as unconditional"
             )
         return {"label": torch.tensor(label)}
 
@@ -401,6 +401,8 @@ class Run:
                     steps = int(stage.removeprefix(STUDENT))
                     card = student_card(self.recipe, steps, self.schedule.timesteps, has_pipeline(network))
                     (folder / "README.md").write_text(card)
+                if self.pipeline is not None and isinstance(network, NetworkDenoiser):
+                    of_side(network, self.shape[-1])
                 save_stage(folder, self.network_part, network, self.pipeline, self.recipe.max_tokens)
             except (OSError, SafetensorError) as error:
                 kept = "its checkpoint is kept" if checkpoints.any else "and has no checkpoint, so it begins anew"

@@ -105,6 +105,8 @@ class DataRecipe(Section):
         }
         if unfit := self.model_fields_set & foreign[self.source]:
             raise ValueError(f"source '{self.source}' takes no {', '.join(sorted(unfit))}")
+        if not all(self.classes) or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes have names, each its own")
         return self
 
     def at(self, path: Path) -> DataRecipe:
@@ -159,7 +161,8 @@ class CheckpointRecipe(Section):
     """A guided teacher that is there: a diffusers pipeline, as a folder or by its name on a hub.
 
     `unconditional` is a second pipeline whose network predicts without the condition; without it the network itself
-    does so, given the null condition: the empty prompt, or the class `null_class` (by default the last).
+    does so, given the null condition: the empty prompt, or the class `null_class` (by default the last). A second
+    network that knows classes is given that of its own.
     """
 
     checkpoint: str = Field(min_length=1)
@@ -172,9 +175,7 @@ class CheckpointRecipe(Section):
 
     @model_validator(mode="after")
     def one_way_without_condition(self) -> Self:
-        """A second network, or a null class."""
-        if self.unconditional is not None and self.null_class is not None:
-            raise ValueError("give either unconditional or null_class")
+        """What tells of a second network goes with its name."""
         of_second = sorted(self.model_fields_set & {"unconditional_revision", "unconditional_variant"})
         if of_second and self.unconditional is None:
             raise ValueError(f"{of_second[0]} goes with unconditional, which names the pipeline")

@@ -1,4 +1,4 @@
-"""How accelerate's FSDP 2 is to shard a network: such that it computes what the whole one does."""
+"""What a launcher may ask of accelerate: FSDP 2, such that a network computes what the whole one does, and no more."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from training.loop import TrainingError
+
 # Of its own accord accelerate casts all that a network is given, and bf16 has no room for a time: t T and 1000 w
 # would be off by several. Autocast puts in bf16 what bears it, so that weights and gradients travel as they are.
 AS_GIVEN = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
+OF_THE_RECIPE = {
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "scale.compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "scale.micro_batch"),
+}
+"""What a launcher's configuration may set, the value that changes nothing, and what the recipe has instead."""
+
+
 def sharding() -> FullyShardedDataParallelPlugin | None:
-    """The plugin of a run that the launcher wants sharded; None for others."""
+    """The plugin of a run that the launcher wants sharded; None for others.
+
+    Raises TrainingError for what a launcher asks for and is not done as it says.
+    """
+    for name, (nothing, instead) in OF_THE_RECIPE.items():
+        if (asked := os.environ.get(name, nothing).lower()) != nothing:
+            raise TrainingError(f"the launcher sets {name} to {asked}: leave it out, and set {instead} in the recipe")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version == 2:
-        plugin.mixed_precision_policy = AS_GIVEN
+    if plugin.fsdp_version != 2:
+        raise TrainingError("FSDP 1 would round times and w: launch with --fsdp_version 2")
+    plugin.mixed_precision_policy = AS_GIVEN
     return plugin

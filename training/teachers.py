@@ -21,7 +21,7 @@ from torch import Tensor
 from training.diffusion import Prediction, Schedule
 from training.networks import Network, NetworkDenoiser, never_drop, same_latents
 from training.pipeline_files import loaded_files
-from training.pipeline_prompts import PipelinePrompts
+from training.pipeline_prompts import PipelinePrompts, same_text
 from training.store import hash_of, hash_of_files
 
 INDEX = "model_index.json"
@@ -90,6 +90,8 @@ class TeacherPipeline:
                     f"{self.folder}: its autoencoder has {config['latent_channels']} channels, its network "
                     f"{self.channels}"
                 )
+            if colours := {config.get(end, 3) for end in ("in_channels", "out_channels")} - {3}:
+                raise TeacherError(f"{self.folder}: its autoencoder is of {colours.pop()} colours, not of 3")
             if odd := [name for name in ("latents_mean", "latents_std", "shift_factor") if config.get(name)]:
                 raise TeacherError(f"{self.folder}: an autoencoder with {odd[0]} is not known")
         if self.is_text and self.autoencoder_class is None:
@@ -249,8 +251,10 @@ class TeacherPipeline:
         return None if self.autoencoder_class is None else self._load(AutoencoderKL, "vae")
 
     def _load(self, kind: Any, part: str) -> Any:
+        has_variant = self.variant and any(f".{self.variant}" in file.name for file in self.files(part))
+        variant = self.variant if has_variant else None
         try:
-            loaded = kind.from_pretrained(str(self.folder), subfolder=part, variant=self.variant, local_files_only=True)
+            loaded = kind.from_pretrained(str(self.folder), subfolder=part, variant=variant, local_files_only=True)
         except Exception as error:  # whatever torn files make the libraries raise
             raise TeacherError(f"{self.folder}/{part}: {_first_line(error)}") from error
         if missing := [name for name, value in loaded.state_dict().items() if value.is_meta]:
@@ -289,6 +293,8 @@ class TeacherPipeline:
             raise TeacherError(f"{self.folder} has {name} {ours[name]}, and {theirs[name]} {second.folder}")
         if not same_latents(self.autoencoder(), second.autoencoder()):
             raise TeacherError(f"{self.folder} and {second.folder} have different autoencoders")
+        if self.is_text and not same_text(*(one.prompts(torch.device("cpu")) for one in (self, second))):
+            raise TeacherError(f"{self.folder} and {second.folder} have different text encoders")
 
     @property
     def _calling(self) -> dict[str, Any]:

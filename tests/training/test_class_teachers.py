@@ -130,6 +130,32 @@ def test_a_unet_guided_by_a_second_one_without_classes(images: Path, tmp_path: P
     check_student(run)
 
 
+def test_a_second_network_that_knows_classes_is_given_one_that_stands_for_none(images: Path, tmp_path: Path) -> None:
+    conditional = pipelines.class_unet(tmp_path / "conditional", classes=3)
+    for classes, null_class, label in ((4, None, 3), (5, 3, 3)):
+        second = pipelines.class_unet(tmp_path / f"second-{classes}", classes=classes, seed=1)
+        null = {} if null_class is None else {"null_class": null_class}
+        run = make_run(tmp_path / f"run-{classes}", images, 8, checkpoint=conditional, unconditional=second, **null)
+        assert run.null == {"label": torch.tensor(label)}
+    second = pipelines.class_unet(tmp_path / "second", classes=3, seed=1)
+    run = make_run(tmp_path / "taken", images, 8, checkpoint=conditional, unconditional=second)
+    with pytest.raises(TrainingError, match="second has no class left that stands for none"):
+        _ = run.null
+    without = pipelines.class_unet(tmp_path / "without", classes=None)
+    run = make_run(tmp_path / "none", images, 8, checkpoint=conditional, unconditional=without, null_class=0)
+    with pytest.raises(TeacherError, match="without knows no classes"):
+        _ = run.null
+
+
+def test_classes_that_the_teacher_does_not_know_are_not_precomputed(images: Path, tmp_path: Path) -> None:
+    for name in ("dog", "emu"):
+        shutil.copytree(images / "ant", tmp_path / "others" / name)
+    run = make_run(tmp_path / "run", tmp_path / "others", 32, checkpoint=pipelines.dit(tmp_path / "dit"))
+    with pytest.raises(TeacherError, match="the images have 2"):
+        precompute(run, str(tmp_path / "shards"), per_shard=5)
+    assert not (tmp_path / "shards").exists()
+
+
 def test_a_teacher_of_another_kind_of_condition_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="conditioned on prompts, the recipe on class"):
         make_run(tmp_path / "run", images, 32, checkpoint=pipelines.stable_diffusion(tmp_path / "sd"))

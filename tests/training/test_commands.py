@@ -60,6 +60,25 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
 
 
 @pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set scale.compile in the recipe"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "set scale.micro_batch in the recipe"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "launch with --fsdp_version 2"),
+    ],
+)
+def test_what_a_launcher_asks_for_and_is_not_done_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("distill", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert says in result.output.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["train", "{recipe}", "--data", "."], "they lie in no folder"),

@@ -79,6 +79,15 @@ def test_processes_share_batches_equally_or_not_at_all() -> None:
         shares(15, second)
 
 
+def test_an_average_that_is_asked_for_later_begins_there(tmp_path: Path) -> None:
+    plain, killed = RECIPE.model_copy(update={"ema": 0.0}), 6
+    with pytest.raises(Killed):
+        run(tmp_path, killed, plain)
+    averaged = run(tmp_path).state_dict()
+    last = run(tmp_path / "plain", recipe=plain).state_dict()
+    assert not torch.equal(averaged["weight"], last["weight"])
+
+
 def test_the_log_tells_each_update(tmp_path: Path) -> None:
     run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -33,7 +33,7 @@ from training.draws import Draws
 from training.export import export
 from training.guidance import of_rows
 from training.losses import teacher_loss
-from training.networks import NetworkDenoiser, decode_all
+from training.networks import NetworkDenoiser, decode_all, save_network
 from training.pipelines import save_pipeline
 from training.recipe import Recipe
 from training.run import Run
@@ -343,6 +343,33 @@ def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_pat
     (run.folder / "student-1").mkdir()
     run.finish("student-1", run.denoiser("teacher"))
     assert StableDiffusionPipeline.from_pretrained(run.folder / "student-1").safety_checker is None
+
+
+def test_a_students_parts_may_be_in_several_files_of_a_variant(tmp_path: Path) -> None:
+    checkpoint = pipelines.stable_diffusion(tmp_path / "sd")
+    whole = StableDiffusionPipeline.from_pretrained(checkpoint)
+    for part in ("vae", "text_encoder"):
+        next((checkpoint / part).glob("*.safetensors")).unlink()
+        getattr(whole, part).save_pretrained(checkpoint / part, variant="fp16", max_shard_size="20KB")
+        assert len(list((checkpoint / part).glob("*-of-*"))) > 1
+    opened = TeacherPipeline.open(str(checkpoint), variant="fp16")
+    denoiser = opened.denoiser()  # of which there is no such variant
+    save_network(denoiser, tmp_path / "student" / "unet")
+    save_pipeline(tmp_path / "student", denoiser, opened, max_tokens=8)
+    student = StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+    for part in ("vae", "text_encoder"):
+        ours, theirs = getattr(student, part).state_dict(), getattr(whole, part).state_dict()
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_students_of_another_size_than_their_teacher_make_images_of_theirs(tmp_path: Path) -> None:
+    write_squares(tmp_path / "squares")
+    checkpoint = pipelines.stable_diffusion(tmp_path / "sd", sample_size=2 * pipelines.SIZE // 8)
+    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
+    (run.folder / "student-1").mkdir()
+    run.finish("student-1", run.denoiser("teacher"))
+    config = json.loads((run.folder / "student-1" / "unet" / "config.json").read_text())
+    assert config["sample_size"] == run.shape[-1]
 
 
 def test_a_students_parts_are_those_of_the_variant_where_plain_ones_lie_beside_them(tmp_path: Path) -> None:

@@ -287,6 +287,11 @@ def test_an_inpainting_network_learns_from_streamed_images_what_it_does_from_tho
     for name, value in {"x": theirs.x, **theirs.condition}.items():
         torch.testing.assert_close({"x": ours.x, **ours.condition}[name], value, atol=2e-3, rtol=0)
     assert 0 < ours.condition["mask"].mean() < 1
-    precompute(run, str(tmp_path / "latents"), per_shard=4)
+    with pytest.raises(TrainingError, match="an inpainting network learns from images"):
+        precompute(run, str(tmp_path / "refused"), per_shard=4)
+    assert not (tmp_path / "refused").exists()
+    changes = {"teacher": CheckpointRecipe(checkpoint=str(pipelines.stable_diffusion(tmp_path / "plain")))}
+    plain = Run(in_memory.recipe.model_copy(update=changes), tmp_path / "plain-run", Accelerator(cpu=True))
+    precompute(plain, str(tmp_path / "latents"), per_shard=4)
     with pytest.raises(TrainingError, match="an inpainting network learns from images"):
         _ = streaming(run, tmp_path / "refused", str(tmp_path / "latents")).data

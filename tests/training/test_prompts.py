@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.loop import TrainingError
 from training.prompts import TextGraph, encode_captions
 
 
@@ -48,3 +49,11 @@ def test_captions_are_encoded_once_and_a_full_disk_leaves_nothing_behind(tmp_pat
     calls = encoder.calls
     encode_captions(encoder, captions, tmp_path)
     assert encoder.calls == calls
+
+
+def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path) -> None:
+    encoder = Lengths()
+    encoder.full = False
+    with pytest.raises(TrainingError, match="context of some caption is too large"):
+        encode_captions(encoder, ["a" * 70_000], tmp_path)
+    assert not list(tmp_path.iterdir())

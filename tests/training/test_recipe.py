@@ -7,9 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from training.recipe import Recipe
-from training.sections import RecipeError
+from training.sections import DataRecipe, RecipeError
 
 SHIPPED = sorted(Path(str(files("training") / "recipes")).glob("*.toml"))
 DIGITS = (Path(str(files("training") / "recipes")) / "digits.toml").read_text()
@@ -115,6 +116,12 @@ def test_what_a_teacher_of_text_would_not_heed_is_refused(tmp_path: Path, settin
     (tmp_path / "faulty.toml").write_text(text.replace("[teacher]", f"[teacher]\n{setting}"))
     with pytest.raises(RecipeError, match=named):
         Recipe.load(tmp_path / "faulty.toml")
+
+
+@pytest.mark.parametrize("classes", [("cat", "cat"), ("cat", "")])
+def test_classes_of_a_stream_have_names_each_its_own(classes: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, match="classes have names, each its own"):
+        DataRecipe(source="stream", address="shards", size=32, classes=classes)
 
 
 def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:

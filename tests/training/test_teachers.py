@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,25 @@ def test_a_name_of_a_class_that_the_network_lacks_is_refused(tmp_path: Path, num
     changed(folder, "model_index.json", id2label={"0": "ant", str(number): "bee"})
     with pytest.raises(TeacherError, match=f"names class {number}, and its network has 4"):
         TeacherPipeline.open(str(folder))
+
+
+def test_a_second_network_of_another_text_encoder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    first = TeacherPipeline.open(str(folders["sd1"]))
+    shutil.copytree(folders["sd1"], tmp_path / "same")
+    weights = next((tmp_path / "same" / "text_encoder").glob("*.safetensors"))
+    values = load_file(weights)
+    save_file({name: value * (1 + 1e-4) for name, value in values.items()}, weights, {"format": "pt"})
+    first.check_pair(TeacherPipeline.open(str(tmp_path / "same")))
+    save_file({name: value.flip(0) for name, value in values.items()}, weights, {"format": "pt"})
+    with pytest.raises(TeacherError, match="different text encoders"):
+        first.check_pair(TeacherPipeline.open(str(tmp_path / "same")))
+
+
+def test_a_grey_autoencoder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["dit"], tmp_path / "grey")
+    changed(tmp_path / "grey", "vae/config.json", in_channels=1, out_channels=1)
+    with pytest.raises(TeacherError, match="its autoencoder is of 1 colours, not of 3"):
+        TeacherPipeline.open(str(tmp_path / "grey"))
 
 
 def test_a_second_network_in_other_latents_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(captions))
 
 
+def fields_are_text(fields: Mapping[str, Any]) -> bool:
+    """Whether what names an image's class or group can be encoded."""
+    return all(is_text(str(fields[name])) for name in ("class_name", "group") if name in fields)
+
+
 def is_text(value: str) -> bool:
     """Whether a string can be encoded: JSON allows half a surrogate pair, UTF-8 does not."""
     try:

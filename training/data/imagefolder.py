@@ -15,6 +15,7 @@ from training.data.entries import (
     Skipped,
     caption_lines,
     captions_of,
+    fields_are_text,
     is_text,
 )
 from training.data.folder import METADATA
@@ -62,7 +63,10 @@ def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | S
             return Skipped(where, "the file is missing")
     except (OSError, ValueError) as error:
         return Skipped(where, str(error))
-    return _entry(path, name, texts, {k: v for k, v in metadata.items() if k not in ("text", "texts")})
+    fields = {k: v for k, v in metadata.items() if k not in ("text", "texts")}
+    if not fields_are_text(fields):
+        return Skipped(where, "its class_name or group has half a surrogate pair")
+    return _entry(path, name, texts, fields)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -79,6 +83,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _unlisted(folder: Path, path: Path, name: str, by_folder: bool) -> Entry | Skipped:
+    if not is_text(name):
+        return Skipped(ascii(name), "its name is not UTF-8")
     beside = path.with_suffix(".txt")
     if beside.is_file():
         try:

@@ -17,6 +17,7 @@ from training.data.entries import (
     Skipped,
     caption_lines,
     captions_of,
+    fields_are_text,
 )
 from training.data.pixels import decode
 
@@ -114,6 +115,8 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
             texts = captions_of({"text": str(metadata["class_name"])})
         else:
             texts = captions_of(metadata)
+        if not fields_are_text(metadata):
+            raise ValueError("its class_name or group has half a surrogate pair")
     except UnicodeDecodeError as error:
         return Skipped(name, f"the metadata is not UTF-8: {error.reason}")
     except json.JSONDecodeError as error:

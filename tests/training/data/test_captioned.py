@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,31 @@ def test_text_that_is_none_and_names_too_long_are_skipped_and_can_be_shown(tmp_p
     assert "\\ud83d.png (metadata.jsonl:3): file_name has half a surrogate pair" in said
     assert "File name too long" in said
     assert "drawing.svg: " in said
+
+
+def test_names_that_are_not_utf8_are_skipped_and_can_be_shown(tmp_path: Path) -> None:
+    picture(tmp_path / "dog" / "1.png")
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this disk takes no such names")
+    picture(odd / "2.png")
+    images = CaptionedImages.open(tmp_path)
+    assert [record.file_name for record in images.records] == ["dog/1.png"]
+    said = "\n".join(str(skipped) for skipped in images.skipped)
+    said.encode()
+    assert "2.png" in said
+    assert "its name is not UTF-8" in said
+
+
+def test_a_class_that_is_no_text_is_skipped(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png"):
+        picture(tmp_path / name)
+    odd = {"file_name": "1.png", "text": "one", "class_name": chr(0xD83D)}
+    metadata(tmp_path, odd, {"file_name": "2.png", "text": "two"})
+    [skipped] = CaptionedImages.open(tmp_path).skipped
+    assert "its class_name or group has half a surrogate pair" in str(skipped)
 
 
 def test_grey_levels_of_unknown_range_and_damaged_exif_are_skipped() -> None:
