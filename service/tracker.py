@@ -119,7 +119,7 @@ class Tracker:
                 told = self._clock()
             if stopping or (last is not None and last.outcome is not None):
                 return
-            await self._pause(wait_s)
+            await self._pause(job_id, wait_s)
             wait_s = min(wait_s * _SLOWER, longest)
 
     async def over(self, job_id: str) -> Status:
@@ -143,12 +143,15 @@ class Tracker:
         except QueueUnavailable:
             return None
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self, job_id: str, seconds: float) -> None:
+        """Wait, at most until the service stops or the job is over."""
+        waiting = [asyncio.ensure_future(one) for one in (self._stopping.wait(), self._queue.ended(job_id, seconds))]
         try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            pass
+            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waiting:
+                if one.cancel() is False:
+                    one.exception()  # of a job that is known no longer: whoever asks for it next is told
 
 
 def _differ(status: Status, other: Status) -> bool:

@@ -163,6 +163,10 @@ class JobQueue(Protocol):
         """
         ...
 
+    async def ended(self, job_id: str, wait_s: float) -> None:
+        """Wait until a kept job is over, where that is known at once, at most ``wait_s``."""
+        ...
+
     async def cancel(self, job_id: str) -> Stage | None:
         """Give the job up. Says how far it had come, None when it was over. Its outcome is forgotten, unless kept."""
         ...

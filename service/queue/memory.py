@@ -26,7 +26,7 @@ from service.queue.base import (
     Stage,
     Status,
 )
-from service.queue.shelf import Shelf
+from service.queue.shelf import Shelf, uncancellable
 
 
 def _rank(job: Job) -> float:
@@ -66,7 +66,7 @@ class MemoryQueue:
             self._waiting[job.id] = job
             self._positions.pop(job.model, None)
             if keep is None:
-                self._outcomes[job.id] = _uncancellable()
+                self._outcomes[job.id] = uncancellable()
             else:
                 self._shelf.begin(job, keep)
             self._changed.notify_all()
@@ -96,6 +96,12 @@ class MemoryQueue:
         """See JobQueue.status."""
         with self._changed:
             return replace(self._shelf.status(job_id, preview), position=self._position(job_id))
+
+    async def ended(self, job_id: str, wait_s: float) -> None:
+        """See JobQueue.ended."""
+        with self._changed:
+            over = self._shelf.ended(job_id)
+        await asyncio.wait({asyncio.wrap_future(over)}, timeout=wait_s)
 
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
@@ -219,10 +225,3 @@ def _fitting(line: Iterable[Job], rooms: Mapping[str, int]) -> Iterator[Job]:
         else:
             left[job.model] = room - images
             yield job
-
-
-def _uncancellable() -> Future[Outcome]:
-    """A running future cannot be cancelled by an impatient waiter: giving up goes through `cancel`."""
-    future: Future[Outcome] = Future()
-    future.set_running_or_notify_cancel()
-    return future

@@ -75,6 +75,10 @@ class RedisQueue:
         """See JobQueue.status."""
         return await self._submissions.status(job_id, preview)
 
+    async def ended(self, job_id: str, wait_s: float) -> None:
+        """See JobQueue.ended: any process may settle it, so that is not known at once."""
+        await asyncio.sleep(wait_s)
+
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""
         return await self._submissions.cancel(job_id)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from service.jobs import Finished, Job, Outcome
 from service.queue.base import FRESH_S, LATE_S, WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
+
+
+def uncancellable() -> Future[Outcome]:
+    """A running future cannot be cancelled by an impatient waiter: giving up goes through the queue's `cancel`."""
+    future: Future[Outcome] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 @dataclass(eq=False, slots=True)
@@ -22,6 +30,7 @@ class _Entry:
     expires: float = math.inf
     watched_until: float = -math.inf
     preview: bytes | None = None
+    ended: Future[Outcome] = field(default_factory=uncancellable)
 
     @property
     def size(self) -> int:
@@ -89,12 +98,17 @@ class Shelf:
         if entry.outcome is not None:
             return False
         entry.outcome, entry.preview = outcome, None
+        entry.ended.set_result(outcome)
         entry.state = state_after(outcome)
         entry.expires = self._clock() + entry.keep.seconds
         self._over[job_id] = entry
         self._bytes += entry.size
         self._drop_old()
         return True
+
+    def ended(self, job_id: str) -> Future[Outcome]:
+        """What is done when the job is over; KeyError where it is not here."""
+        return self._entries[job_id].ended
 
     def status(self, job_id: str, preview: bool) -> Status:
         """How far it has come; its position is the queue's to say. KeyError where it is not here."""

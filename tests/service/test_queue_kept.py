@@ -139,6 +139,19 @@ async def test_of_outcomes_with_too_many_bytes_the_oldest_go_and_the_newest_stay
     assert [await known(queue, name) for name in ("b", "c", "huge")] == [False, False, True]
 
 
+async def test_who_waits_for_the_end_is_told_at_once_or_in_time(queue: JobQueue) -> None:
+    await queue.submit(job("a"), KEEP)
+    assert taken(queue, 1) == ["a"]
+    begin = time.monotonic()
+    await queue.ended("a", 0.2)
+    assert time.monotonic() - begin >= 0.2
+    waiting = asyncio.create_task(queue.ended("a", 0.5))
+    await asyncio.sleep(0)
+    queue.settle("a", FINISHED)
+    await asyncio.wait_for(waiting, 5)
+    assert (await queue.status("a")).outcome == FINISHED
+
+
 async def test_an_outcome_is_kept_for_its_time(queue: JobQueue) -> None:
     await finish(queue, "short", keep=Keep(0.2))
     assert await known(queue, "short")
