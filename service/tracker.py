@@ -117,7 +117,10 @@ class Tracker:
             elif self._clock() - told >= HEARTBEAT_S:
                 yield None
                 told = self._clock()
-            if stopping or (last is not None and last.outcome is not None):
+            if last is not None and last.outcome is not None:
+                self._awaited.pop(job_id, None)
+                return
+            if stopping:
                 return
             await self._pause(job_id, wait_s)
             wait_s = min(wait_s * _SLOWER, longest)
