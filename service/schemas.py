@@ -32,15 +32,19 @@ class Body(BaseModel):
 
 
 class Asked(Body):
-    """Base of requests: an optional field that is null is as absent."""
+    """Base of requests: an optional field that is null is as absent, and 4.0 is the integer 4, as in JSON Schema."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, fields: Any) -> Any:
+    def _as_json_has_it(cls, fields: Any) -> Any:
         optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None or name not in optional}
+        return {name: _whole(value) for name, value in fields.items() if value is not None or name not in optional}
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class GenerateRequest(Asked):

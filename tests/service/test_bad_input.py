@@ -123,7 +123,7 @@ GENERATE = [
     Case("seed too large", {"seed": 2**53}, "invalid_value", "seed"),
     Case("seed of the last image too large", {"seed": 2**53 - 1, "n": 2}, "seed_out_of_range", "seed"),
     Case("seed a boolean", {"seed": True}, "invalid_value", "seed"),
-    Case("seed a fraction", {"seed": 1.0}, "invalid_value", "seed"),
+    Case("seed a fraction", {"seed": 1.5}, "invalid_value", "seed"),
     Case("no images", {"n": 0}, "invalid_value", "n"),
     Case("too many images", {"n": 9}, "too_many_images", "n", says="8"),
     Case("another width", {"width": SIZE + 1}, "unsupported_option", "width", says=f"{SIZE}"),

@@ -36,6 +36,7 @@ from tests.service.helpers import (
 
 pytestmark = pytest.mark.anyio
 
+JSON = {"Content-Type": "application/json"}
 IMAGE = random_image(1)
 MASK = box_mask()
 
@@ -58,6 +59,13 @@ async def test_an_image_that_cannot_be_written_fails_alone(
     failed, *made = [await answer for answer in wanted]
     assert error(failed, 500, "generation_failed")["retryable"] is False
     assert [answer.status_code for answer in made] == [200] * 3
+
+
+async def test_whole_numbers_are_integers_however_they_are_written(app: Running) -> None:
+    fields = '"prompt": "a cat", "steps": 2.0, "seed": 7e0, "n": 1.0, "guidance_scale": 3.0, "quality": 9e1'
+    answer = await app.client.post("/generate", content=f'{{{fields}, "output_format": "webp"}}', headers=JSON)
+    assert (answer.status_code, answer.json()["images"][0]["seed"]) == (200, 7)
+    assert answer.json()["batch"] == {"ticks": [1, 1]}
 
 
 async def test_generate(app: Running) -> None:
