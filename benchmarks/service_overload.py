@@ -22,6 +22,7 @@ import click
 from benchmarks.requests import Requests, body, endpoint
 from benchmarks.served import Answer, Served, serving
 from engines.bundle import SHIPPED, find_bundle, read_manifest
+from service.opening import default_threads
 
 OVERLOAD = 10
 SATURATION_REQUESTS = 60
@@ -184,6 +185,7 @@ def overloaded(bundle: str, backend: str, threads: int, images: int, timeout_ms:
 @click.option("--timeout-ms", default=10_000, show_default=True, help="Time limit of a request.")
 def main(bundle: str, backend: str, threads: int, seconds: float, images: int, timeout_ms: int) -> None:
     """Print how the service does on BUNDLE at ten times its capacity."""
+    threads = threads or default_threads()
     click.echo(f"{platform.machine()}, {threads} threads, {backend}, {bundle}, {OVERLOAD} times capacity\n")
     with overloaded(bundle, backend, threads, images, timeout_ms) as overload:
         asyncio.run(measure(overload, seconds))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 import click
@@ -10,7 +12,9 @@ from pydantic import ValidationError
 from engines.backends import AUTO, BACKENDS, KEEP_PLANS
 from engines.plans import PRECISIONS
 from engines.problems import problem_of
-from service.settings import Settings
+from service.settings import Settings, unknown_settings
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
@@ -46,6 +50,8 @@ def serve(**options: Any) -> None:
     from service import logs, server
 
     logs.configure(settings.log_format, settings.log_level)
+    for name in unknown_settings(os.environ):
+        logger.warning("no setting has this name: it is ignored", extra={"variable": name})
     code = server.run(settings)
     if code == server.LOST:
         server.start_anew()

@@ -42,6 +42,8 @@ def hash_key(name: str, per_minute: float | None, admin: bool) -> None:
     key = click.prompt("Key", hide_input=True, err=True).strip()
     if len(key) < MIN_KEY_CHARS:
         raise click.ClickException(f"a key must have at least {MIN_KEY_CHARS} characters that nobody can guess")
+    if not (key.isascii() and key.isprintable()):
+        raise click.ClickException("a key must be of visible ASCII characters: others do not travel alike in a header")
     click.echo(_line(name, key, per_minute, admin))
 
 

@@ -19,8 +19,9 @@ from service.queue.wire import WireError
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-# Messages of other exceptions may quote what a client sent, so only their type and place are logged.
-_SAFE_MESSAGES = (EngineError, BundleError, ModelError, WireError, OSError, MemoryError)
+# Messages of other exceptions may quote what a client sent, so only their type and place are logged. That of an OSError
+# may quote an address or a file: only the system's words are logged of it.
+_SAFE_MESSAGES = (EngineError, BundleError, ModelError, WireError, MemoryError)
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def describe(error: BaseException) -> dict[str, Any]:
     fields: dict[str, Any] = {"error": type(error).__qualname__, "trace": place}
     if isinstance(error, _SAFE_MESSAGES):
         fields["detail"] = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        fields["detail"] = error.strerror
     return fields
 
 

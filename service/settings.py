@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -28,11 +29,14 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+PREFIX = "FEWSTEP_"
+
+
 class Settings(BaseSettings):
     """Settings of one process, from keyword arguments or from ``FEWSTEP_<NAME>`` in the environment."""
 
     # The address of the queue may hold a password, which no error message may quote.
-    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, hide_input_in_errors=True)
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on, 0 for any free one")] = 8000
@@ -103,6 +107,14 @@ class Settings(BaseSettings):
             raise ValueError("max_body_bytes must not exceed max_inflight_bytes")
         return self
 
+    @field_validator("host", "bundle", "models", "backend", "plans", "queue", mode="before")
+    @classmethod
+    def _said(cls, value: object) -> object:
+        # An empty host would be every address, an empty folder the one that the service was started in.
+        if value == "":
+            raise ValueError("is empty: leave it out, or say what it is")
+        return value
+
     @field_validator("queue")
     @classmethod
     def _known_queue(cls, queue: str) -> str:
@@ -158,3 +170,9 @@ class Settings(BaseSettings):
         if self.role != "all" and self.queue == MEMORY:
             raise ValueError(f"role {self.role} needs a queue outside the process: set queue to the URL of a Redis")
         return self
+
+
+def unknown_settings(environment: Iterable[str]) -> list[str]:
+    """The names of variables that look like settings and are none, as where one is mistyped."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from service.client.errors import ClientError, TimeLimitPassed
 
+_LONGEST_S = 1e9  # thirty years, about what sockets and threads can count
+
 
 @dataclass(frozen=True, slots=True)
 class Retries:
@@ -39,7 +41,7 @@ class Tries:
     def __init__(self, retries: Retries, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._retries = retries
         self._clock = clock
-        self._end = clock() + timeout_s
+        self._end = clock() + min(timeout_s, _LONGEST_S)
         self._failed = 0
 
     def left_s(self) -> float:

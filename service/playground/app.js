@@ -209,7 +209,7 @@ models.addEventListener("change", () => {
 byId("cancel").addEventListener("click", () => running?.abort());
 window.addEventListener("pagehide", () => running?.abort()); // nobody would see the image
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape" && !event.isComposing) running?.abort();
 });
 byId("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

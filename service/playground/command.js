@@ -35,7 +35,7 @@ function commandOf(entry) {
   const one = entry.body.seed === undefined ? {} : { n: 1, seed: entry.seed }; // what was encoded has no seed
   const body = JSON.stringify({ ...entry.body, ...one });
   // The key itself is left out: what is copied is soon pasted where others read.
-  const key = hasKey() ? ' -H "Authorization: Bearer $FEWSTEP_KEY"' : "";
+  const key = hasKey() ? ' -H "Authorization: Bearer ${FEWSTEP_KEY:?set it to your API key}"' : "";
   const types = `-H 'Content-Type: application/json' -H 'Accept: image/png'${key}`;
-  return `curl -s ${addressOf(entry.task)} ${types} -o ${fileName(entry)} -d @- <<'END'\n${body}\nEND\n`;
+  return `curl -fsS '${addressOf(entry.task)}' ${types} -o ${fileName(entry)} -d @- <<'END'\n${body}\nEND\n`;
 }

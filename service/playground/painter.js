@@ -4,6 +4,7 @@ import { canvasToBase64, dataUri } from "./base64.js";
 import { announce, byId, choose, chosen } from "./dom.js";
 import { clearError } from "./errors.js";
 import { Mask } from "./mask.js";
+import { paint } from "./raster.js";
 
 // Two alternating tints, so that the mask shows on any image.
 const TINTS = [
@@ -16,7 +17,7 @@ export class Painter {
   #mask = null;
   #canvas = byId("mask");
   #cursor = { x: 0, y: 0 };
-  #pointerPaints = false;
+  #pointer = null; // the one that paints: others, of more fingers, do not
   #spaceHeld = false;
   #penDown = false;
 
@@ -24,8 +25,9 @@ export class Painter {
     const canvas = this.#canvas;
     canvas.addEventListener("pointerdown", (event) => this.#onPointerDown(event));
     canvas.addEventListener("pointermove", (event) => this.#onPointerMove(event));
-    canvas.addEventListener("pointerup", () => this.#endStroke());
-    canvas.addEventListener("pointercancel", () => this.#endStroke());
+    for (const end of ["pointerup", "pointercancel"]) {
+      canvas.addEventListener(end, (event) => event.pointerId === this.#pointer && this.#endStroke());
+    }
     canvas.addEventListener("pointerleave", () => this.#showRing(document.activeElement === canvas));
     canvas.addEventListener("keydown", (event) => this.#onKeyDown(event));
     canvas.addEventListener("keyup", (event) => {
@@ -96,33 +98,41 @@ export class Painter {
 
   #button(id, action) {
     byId(id).addEventListener("click", () => {
-      action();
-      this.#refresh();
+      this.#change(action);
       // A button that just became useless would drop the focus.
       if (byId(id).disabled) this.#canvas.focus();
     });
   }
 
+  /** Changes the mask. A stroke that goes on ends before. */
+  #change(action) {
+    this.#endStroke();
+    action();
+    this.#refresh();
+  }
+
   #onPointerDown(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || !event.isPrimary) return;
     event.preventDefault();
     this.#canvas.focus({ preventScroll: true });
     this.#canvas.setPointerCapture(event.pointerId);
     this.#endStroke();
-    this.#pointerPaints = true;
+    this.#pointer = event.pointerId;
     this.#moveTo(this.#locate(event));
     this.#beginStroke();
   }
 
   #onPointerMove(event) {
+    const paints = event.pointerId === this.#pointer;
+    if (this.#pointer !== null && !paints) return;
     this.#showRing(true);
     const passed = event.getCoalescedEvents?.() ?? [];
     for (const point of passed.length ? passed : [event]) {
       const to = this.#locate(point);
-      if (this.#pointerPaints) this.#mask.stroke(this.#cursor, to, this.#size, this.#value);
+      if (paints) this.#mask.stroke(this.#cursor, to, this.#size, this.#value);
       this.#moveTo(to);
     }
-    if (this.#pointerPaints) this.#refresh();
+    if (paints) this.#refresh();
   }
 
   #locate(event) {
@@ -136,7 +146,7 @@ export class Painter {
   #onKeyDown(event) {
     const arrow = ARROWS[event.key];
     const key = event.key.toLowerCase();
-    if ((event.ctrlKey || event.metaKey) && key === "z") byId("mask-undo").click();
+    if ((event.ctrlKey || event.metaKey) && key === "z") this.#change(() => this.#mask.undo());
     else if (event.ctrlKey || event.metaKey || event.altKey) return;
     else if (arrow) this.#step(arrow, event.shiftKey ? Math.max(4, this.#size) : 1);
     else if (key === " ") this.#press(event.repeat);
@@ -190,7 +200,8 @@ export class Painter {
   }
 
   #endStroke() {
-    this.#pointerPaints = this.#penDown = this.#spaceHeld = false;
+    this.#pointer = null;
+    this.#penDown = this.#spaceHeld = false;
     byId("brush-ring").classList.remove("down");
     if (!this.#mask) return;
     this.#mask.commit();
@@ -231,13 +242,4 @@ export class Painter {
     byId("mask-clear").disabled = painted === 0;
     if (painted) clearError("mask");
   }
-}
-
-function paint(canvas, mask, colour) {
-  const { width, height } = mask;
-  const image = new ImageData(width, height);
-  mask.pixels.forEach((value, index) => {
-    image.data.set(colour(value, index % width, Math.floor(index / width)), 4 * index);
-  });
-  canvas.getContext("2d").putImageData(image, 0, 0);
 }

@@ -29,7 +29,9 @@ export class Source extends EventTarget {
     this.#listenForDrops();
     document.addEventListener("paste", (event) => {
       const file = imageIn(event.clipboardData);
-      if (!file) return;
+      // Office programs copy text as a picture too.
+      const wantsText = event.target.matches?.("input, textarea") && event.clipboardData.types.includes("text/plain");
+      if (!file || wantsText) return;
       event.preventDefault();
       this.#offer(file);
     });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -13,6 +14,7 @@ from service.rates import MINUTE_S, TokenBuckets
 logger = logging.getLogger(__name__)
 
 _AFTER_ERROR_S = 5.0
+_LONGEST_S = 2.0  # in which a Redis that hangs would answer if it did not
 
 
 class RedisRates:
@@ -35,8 +37,9 @@ class RedisRates:
         interval_ms = MINUTE_S * 1000 / key.per_minute
         bucket = [str(max(1.0, key.per_minute)), str(interval_ms)]
         try:
-            wait_ms: int = await self._redis.run("rate", [keys.rate(key.name)], bucket)
-        except AWAY as error:
+            async with asyncio.timeout(_LONGEST_S):
+                wait_ms: int = await self._redis.run("rate", [keys.rate(key.name)], bucket)
+        except (*AWAY, TimeoutError) as error:
             if self._away_until is None:
                 logger.warning("rates are counted by each process", extra={"error": type(error).__name__})
             self._away_until = time.monotonic() + _AFTER_ERROR_S

@@ -28,6 +28,8 @@ from service.settings import Settings
 router = APIRouter(tags=["images"], route_class=Direct)
 
 _RESPOND_ASYNC = "respond-async"
+_REFUSED_LATE = frozenset({"model_unavailable", "shutting_down"})
+"""Refusals that nobody counted before, as other requests have them as well."""
 
 ReadBody = Callable[[Request, Service], Awaitable[GenerateRequest]]
 Render = Callable[[str, Ticket, Finished, bool, float], Response]
@@ -85,6 +87,8 @@ async def make_images(request: Request, read: ReadBody, dialect: Dialect = _OURS
         try:
             return await making
         except ApiError as refusal:
+            if refusal.code in _REFUSED_LATE:
+                service.metrics.rejected.labels(refusal.code).inc()
             refusal.param = dialect.names.get(refusal.param or "", refusal.param)
             raise
 

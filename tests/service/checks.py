@@ -31,6 +31,11 @@ def fail_on_prompts(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     raise RuntimeError(f"cannot judge {prompt}")
 
 
+def fail_to_ask(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
+    """Cannot reach whom it asks."""
+    raise ConnectionError(f"nobody answers at http://127.0.0.1:9/judge?prompt={prompt}")
+
+
 def fail_on_images(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     """Breaks when something is made."""
     if image is not None:

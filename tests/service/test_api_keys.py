@@ -146,6 +146,7 @@ def test_the_command_makes_the_line_of_a_key_that_is_there() -> None:
         (["new", "a b"], "", "name"),
         (["new", "ann", "--per-minute", "0"], "", "a minute"),
         (["hash", "ann"], "short\n", "20 characters"),
+        (["hash", "ann"], "a key with \u00e9 that nobody guesses\n", "visible ASCII"),
     ],
 )
 def test_the_command_refuses_what_the_service_would(arguments: list[str], typed: str, says: str) -> None:

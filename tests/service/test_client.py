@@ -86,6 +86,12 @@ def test_generate(served: Served, ask: Ask) -> None:
     assert made.request_id
 
 
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e300])
+def test_no_time_limit_is_too_long(served: Served, timeout_s: float) -> None:
+    with Client(served.url, timeout_s=timeout_s) as client:
+        assert client.generate("a cat", seed=7).images[0].seed == 7
+
+
 @pytest.mark.parametrize("form", ["picture", "palette", "bytes", "path", "text"])
 def test_images_go_in_in_many_forms(served: Served, ask: Ask, form: str, tmp_path: Path) -> None:
     path = tmp_path / "image.png"

@@ -19,7 +19,7 @@ from service.app import create_app
 from service.commands import serve
 from service.runtime import State
 from service.server import Server
-from service.settings import Settings
+from service.settings import Settings, unknown_settings
 from tests.service.helpers import Gate, error, pipeline_of, wait_until
 
 
@@ -45,6 +45,18 @@ def test_wrong_settings_end_at_once(options: list[str], environment: dict[str, s
     result = CliRunner().invoke(serve, options, env=environment)
     assert result.exit_code == 2
     assert says in result.output
+
+
+@pytest.mark.parametrize("name", ["HOST", "BUNDLE", "MODELS", "BACKEND", "PLANS", "QUEUE", "API_KEYS_FILE"])
+def test_what_is_set_to_nothing_is_refused(name: str) -> None:
+    result = CliRunner().invoke(serve, env={f"FEWSTEP_{name}": ""})
+    assert result.exit_code == 2
+    assert name.lower() in result.output
+
+
+def test_variables_that_are_no_settings_are_named() -> None:
+    given = ["FEWSTEP_API_KEY_FILE", "FEWSTEP_PORT", "fewstep_host", "PATH", "FEWSTEP_"]
+    assert unknown_settings(given) == ["FEWSTEP_", "FEWSTEP_API_KEY_FILE"]
 
 
 def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

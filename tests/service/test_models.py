@@ -172,6 +172,7 @@ async def test_a_model_that_does_not_load_is_said_and_harms_no_other(
         for _ in range(2):
             damaged = await app.post("/generate", prompt="a cat", model="amber")
             found = error(damaged, 503, "model_unavailable", "model")
+            assert app.metric("fewstep_rejected_total", reason="model_unavailable") >= 1
             assert "step-4.onnx" in found["message"]
             assert "retry-after" not in damaged.headers
             assert (found["retryable"], str(folder) in found["message"]) == (False, False)

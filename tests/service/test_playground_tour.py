@@ -51,6 +51,8 @@ def test_a_person_generates_edits_and_repaints_by_keyboard(
         assert window.text("#mask-coverage") != coverage
         window.chord(webdriver.CONTROL, "z")
         assert window.text("#mask-coverage") == coverage
+        _assert_only_the_first_finger_paints(window)
+        assert window.text("#mask-coverage") == coverage
         _submit(window, images=3)
         _assert_only_the_mask_changed(window)
 
@@ -133,6 +135,34 @@ def _submit(window: webdriver.Browser, images: int) -> None:
     window.wait(f"document.querySelectorAll('#history-list li').length === {images} && {ANSWERED}")
 
 
+def _assert_only_the_first_finger_paints(window: webdriver.Browser) -> None:
+    """And a stroke that is undone while it goes on has ended: nothing of it is left."""
+    window.press("e")  # paints again
+    painted = window.text("#mask-coverage")
+    window.js(
+        """
+        const canvas = document.querySelector("#mask"), box = canvas.getBoundingClientRect();
+        canvas.setPointerCapture = () => {};
+        const touch = (type, pointerId, x, y) => canvas.dispatchEvent(new PointerEvent(type, {
+          pointerId, isPrimary: pointerId === 2, pointerType: "touch", bubbles: true,
+          clientX: box.left + x * box.width, clientY: box.top + y * box.height,
+        }));
+        touch("pointerdown", 2, 0.1, 0.9);
+        touch("pointerdown", 3, 0.9, 0.1);
+        window.before = document.querySelector("#mask-coverage").textContent;
+        touch("pointermove", 3, 0.9, 0.9);
+        touch("pointerup", 3, 0.9, 0.9);
+        window.after = document.querySelector("#mask-coverage").textContent;
+        touch("pointermove", 2, 0.3, 0.9);
+        canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "z", ctrlKey: true, bubbles: true }));
+        touch("pointermove", 2, 0.9, 0.9);
+        touch("pointerup", 2, 0.9, 0.9);
+        """
+    )
+    assert window.js("return window.before") == window.js("return window.after") != painted
+    assert window.text("#mask-coverage") == painted
+
+
 def _assert_only_the_mask_changed(window: webdriver.Browser) -> None:
     before, after, mask = (_pixels(window, selector) for selector in ("#source", "#image", "#mask"))
     painted = mask[..., 3] > 0
@@ -189,7 +219,7 @@ def test_a_person_gives_the_key_that_a_service_asks_for(
         window.js("navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }")
         window.js("document.querySelector('#copy-curl').click()")
         copied = window.js("return window.copied")
-        assert "Bearer $FEWSTEP_KEY" in copied
+        assert "Bearer ${FEWSTEP_KEY:?" in copied
         assert key not in copied
         assert window.js("return [localStorage.length, document.cookie]") == [0, ""]
     assert [line for line in window.console() if "401" not in line] == []

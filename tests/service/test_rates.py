@@ -97,6 +97,27 @@ async def test_who_asks_hundreds_of_times_at_once_has_no_more_than_the_rate(rate
 
 
 @pytest.mark.anyio
+async def test_a_redis_that_hangs_is_left_alone_for_a_while(
+    anyio_backend: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def hangs(*_: object) -> int:
+        asked.append(1)
+        await asyncio.sleep(60)
+        return 0
+
+    monkeypatch.setattr("service.queue.rates._LONGEST_S", 0.1)
+    rates = RedisRates(redis_server.url)
+    monkeypatch.setattr(rates._redis, "run", hangs)
+    key = ApiKey("ann", DIGEST, per_minute=1)
+    assert await rates.wait_s(key) == 0.0
+    assert 0 < await rates.wait_s(key) <= 60
+    assert len(asked) == 1
+    await rates.close()
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("per_minute", [1e-300, 1e-9, 1e9, 1e300])
 async def test_no_rate_is_too_small_or_too_large(rates: Rates, per_minute: float) -> None:
     key = ApiKey("ann", DIGEST, per_minute)
