@@ -167,7 +167,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @click.command()
-@click.option("--dimensions", default=2, show_default=True)
+@click.option("--dimensions", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--long", is_flag=True, help="Train several times longer.")
 def main(dimensions: int, long: bool) -> None:
     """Print the errors of both stages against exact answers."""

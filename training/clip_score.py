@@ -22,10 +22,13 @@ class ClipScorer:
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Load a transformers folder of CLIPModel and CLIPProcessor. Raises FeatureError if it is not one."""
         try:
-            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+            model, read = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             self._processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise FeatureError(f"{folder} holds no CLIP model and processor: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever torn files make the libraries raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise FeatureError(f"{folder} holds no CLIP model and processor: {reason}") from error
+        if lacking := sorted(read["missing_keys"]):  # which have random values
+            raise FeatureError(f"{folder} holds no whole CLIP model: its weights lack {lacking[0]}")
         self.device, self._model = device, model.to(device).eval().requires_grad_(False)
         self._tokens = model.config.text_config.max_position_embeddings
         # The processor and its tokenizer have a part in the score too.

@@ -133,7 +133,7 @@ class Schedule:
         """From diffusers' alphas_cumprod (T,), its alpha squared. Raises ValueError unless it falls from 1 to 0."""
         squared = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
         if not (squared.isfinite().all() and (squared.diff() < 0).all() and squared[-1] >= 0):
-            raise ValueError("alphas_cumprod must fall from at most 1 to at least 0")
+            raise ValueError("alphas_cumprod must fall from below 1 to at least 0")
         return cls(torch.atan2((1 - squared).sqrt(), squared.sqrt()))
 
     @classmethod

@@ -126,7 +126,10 @@ def time_candidates(maker: ImageMaker, plan: Plan) -> tuple[Timing, list[float]]
             taken[k].append((time.perf_counter() - start) / len(rows))
         return {"seconds_per_image": [median(values) for values in taken]}
 
-    kept = maker.store.figures("timings", {"version": TIMINGS_VERSION, "weights": weights, **asdict(timing)}, measure)
+    scale = maker.run.recipe.scale
+    how = {"compile": scale.compile, "capture": scale.capture, "precision": maker.run.recipe.precision}
+    inputs = {"version": TIMINGS_VERSION, "weights": weights, **asdict(timing), **how}
+    kept = maker.store.figures("timings", inputs, measure)
     return timing, kept["seconds_per_image"]
 
 
@@ -135,9 +138,9 @@ def save_picture(maker: ImageMaker, plan: Plan, w: float, path: Path) -> str:
 
     Returns its legend.
     """
-    rows = [maker.data.images, *(maker.images(candidate, w) for candidate in plan.candidates)]
     columns = min(PICTURE_COLUMNS, len(maker.data.images))
-    save_grid(to_tensor(np.concatenate([row[:columns] for row in rows])), path, columns)
+    made = (maker.images(candidate, w)[:columns].copy() for candidate in plan.candidates)
+    save_grid(to_tensor(np.concatenate([maker.data.images[:columns], *made])), path, columns)
     names = ["real images", *(c.name for c in plan.candidates)]
     return (
         f"{path.name}, w = {w:g}. Rows from the top: {'; '.join(names)}. "

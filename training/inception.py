@@ -56,7 +56,7 @@ def inception_score(logits: NDArray[np.float32], seed: int) -> tuple[float, floa
     if len(logits) < SCORE_SPLITS:
         raise MetricError(f"an Inception Score of {SCORE_SPLITS} splits cannot be had from {len(logits)} images")
     score = _torch_fidelity("metric_isc").isc_features_to_metric
-    values = score(torch.from_numpy(logits), splits=SCORE_SPLITS, shuffle=True, rng_seed=seed)
+    values = score(torch.from_numpy(logits), splits=SCORE_SPLITS, shuffle=True, rng_seed=seed % 2**32)
     return values["inception_score_mean"], values["inception_score_std"]
 
 

@@ -27,8 +27,9 @@ def hash_of(inputs: Inputs) -> str:
 
 def hash_of_array(array: NDArray[Any]) -> str:
     """A hash of an array's type, shape and values."""
-    head = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def link(source: Path, target: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from tests.training.small_models import CLIP_TOKENS, write_clip
@@ -47,6 +49,18 @@ def test_the_score_of_an_image_does_not_depend_on_its_company(folder: Path, monk
     monkeypatch.setattr(clip_score, "BATCH_IMAGES", 3)
     assert scorer(images, prompts) == pytest.approx(together, abs=1e-3)
     assert scorer(images, prompts[::-1]) != pytest.approx(together, abs=1e-3)
+
+
+def test_a_clip_that_lacks_weights_or_is_damaged_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "clip")
+    weights = tmp_path / "clip" / "model.safetensors"
+    values = load_file(weights)
+    save_file({name: v for name, v in values.items() if not name.startswith("vision_model")}, weights, {"format": "pt"})
+    with pytest.raises(FeatureError, match="no whole CLIP model: its weights lack vision_model"):
+        ClipScorer(tmp_path / "clip", CPU)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(FeatureError, match="holds no CLIP model and processor: "):
+        ClipScorer(tmp_path / "clip", CPU)
 
 
 def test_prompts_are_cut_at_the_length_that_clip_reads(folder: Path) -> None:

@@ -16,7 +16,8 @@ from training.data.imagefolder import read_imagefolder
 from training.data.pixels import Colour, Fit, composite, decode, fit_square
 from training.data.shards import read_shards, shard_paths
 
-SPLITS = ("train", "heldout", "validation", "valid", "val", "test")
+SPLITS = ("train", "heldout", "validation", "valid", "val", "test", "eval")
+ALIASES = {"training": "train", "testing": "test", "evaluation": "eval"}
 WHITE: Colour = (255, 255, 255)
 # Fitted images are kept in memory up to this many bytes; a larger set is decoded again at each access.
 CACHE_BYTES = 1 << 30
@@ -166,9 +167,13 @@ def splits_of(path: Path) -> dict[str, Path]:
     if _is_split(path):
         return {"train": path}
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    splits = {folder.name: folder for folder in folders if _is_split(folder)}
-    usual = {folder.name: folder for folder in folders if folder.name in SPLITS}
-    others = [folder for folder in folders if folder.name not in {**splits, **usual}]
+    names = {folder: _split_name(folder.name) for folder in folders}
+    splits = {names[folder]: folder for folder in folders if _is_split(folder)}
+    usual = {names[folder]: folder for folder in folders if names[folder] in SPLITS}
+    found = [folder for folder in folders if _is_split(folder) or names[folder] in SPLITS]
+    if twice := [folder for folder in found if {**usual, **splits}[names[folder]] != folder]:
+        raise DataError(f"{path} has two folders for the split {names[twice[0]]!r}")
+    others = [folder for folder in folders if folder not in found]
     if any(map(_is_class, others)):
         usual = {name: folder for name, folder in usual.items() if not _is_class(folder)}
     return dict(sorted({**splits, **usual}.items())) or {"train": path}
@@ -180,6 +185,12 @@ def split_folder(path: Path, split: str) -> Path:
     if split not in splits:
         raise DataError(f'{path} has no split "{split}"; it has {", ".join(splits)}')
     return splits[split]
+
+
+def _split_name(name: str) -> str:
+    """The usual name of a split whose folder is called so, however it is spelled; another name as it is."""
+    usual = ALIASES.get(name.lower(), name.lower())
+    return usual if usual in SPLITS else name
 
 
 def _is_split(folder: Path) -> bool:

@@ -128,7 +128,7 @@ def _told() -> Iterator[None]:
 
     try:
         yield
-    except (DataError, OutputExistsError, PackageError) as error:
+    except (DataError, OutputExistsError, PackageError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 

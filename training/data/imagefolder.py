@@ -10,6 +10,7 @@ from typing import Any
 from training.data.entries import (
     IMAGE_SUFFIXES,
     UNREAD_SUFFIXES,
+    DataError,
     Entry,
     Record,
     Skipped,
@@ -27,11 +28,13 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
     Lines of metadata.jsonl come first, in their order. Then, sorted by path, the images that no line
     names: captioned by a .txt file of the same name, or, where there is no metadata.jsonl, by the folder they
     lie in (`dog/1.png`, the usual layout of a class-labelled set), which also becomes their `class_name`.
-    Hidden files and folders are passed over.
+    Hidden files and folders are passed over. Raises DataError for metadata in another form or place.
     """
     named: set[str] = set()
     listed = (folder / METADATA).is_file()
-    if listed:
+    if not listed:
+        _refuse_other_metadata(folder)
+    else:
         for number, line in enumerate((folder / METADATA).read_bytes().split(b"\n"), 1):
             if line.strip():
                 yield _listed(folder, f"{METADATA}:{number}", line, named)
@@ -40,6 +43,15 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if not hidden and relative.as_posix() not in named and path.is_file():
             yield _unlisted(folder, path, relative.as_posix(), by_folder=not listed)
+
+
+def _refuse_other_metadata(folder: Path) -> None:
+    """Raise DataError where captions are said in a form, or at a place, that is not read: folders would be captions."""
+    for path in sorted(folder.rglob("metadata.*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix in (".csv", ".jsonl", ".parquet") and not hidden:
+            raise DataError(f"{path} is not read: put what it says into {folder / METADATA}, a JSON object a line")
 
 
 def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | Skipped:

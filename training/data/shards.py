@@ -183,6 +183,6 @@ class ShardWriter:
         if suffix not in IMAGE_SUFFIXES:
             suffix, image = ".png", _as_png(image)
         add_file(self._archive, key + suffix, image)
-        add_file(self._archive, key + ".json", json.dumps(metadata, ensure_ascii=False).encode())
+        add_file(self._archive, key + ".json", json.dumps(metadata).encode())
         add_file(self._archive, key + ".txt", record.texts[0].encode())
         self.count += 1

@@ -260,6 +260,29 @@ def test_splits(tmp_path: Path) -> None:
         CaptionedImages.open(tmp_path, split="test")
 
 
+def test_splits_however_they_are_spelled(tmp_path: Path) -> None:
+    for place in ("Training/dog/1.png", "TEST/dog/2.png", "eval/dog/3.png"):
+        picture(tmp_path / place)
+    assert {name: folder.name for name, folder in splits_of(tmp_path).items()} == {
+        "eval": "eval", "test": "TEST", "train": "Training",
+    }  # fmt: skip
+    assert [record.file_name for record in CaptionedImages.open(tmp_path, split="train").records] == ["dog/1.png"]
+    picture(tmp_path / "testing/dog/4.png")
+    with pytest.raises(DataError, match="two folders for the split 'test'"):
+        splits_of(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["metadata.csv", "images/metadata.jsonl", "images/metadata.parquet"])
+def test_captions_that_are_not_read_are_not_replaced_by_names_of_folders(tmp_path: Path, place: str) -> None:
+    picture(tmp_path / "train/images/1.png")
+    (tmp_path / "train/.hidden").mkdir()
+    (tmp_path / "train/.hidden/metadata.csv").touch()
+    assert len(CaptionedImages.open(tmp_path).records) == 1
+    (tmp_path / "train" / place).write_text("file_name,text\nimages/1.png,a red square\n")
+    with pytest.raises(DataError, match=r"metadata\.\w+ is not read: put what it says into .*metadata\.jsonl"):
+        CaptionedImages.open(tmp_path)
+
+
 def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
     for name in ("bus", "car", "train"):
         picture(tmp_path / name / "1.png")

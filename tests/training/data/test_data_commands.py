@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from training.data import digits, packages
+from training.data.captioned import CaptionedImages
 from training.data.commands import data
 
 
@@ -52,6 +54,26 @@ def test_shards_then_check(folder: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(data, ["shards", str(folder), str(tmp_path / "out")])
     assert again.exit_code == 1
     assert "exists" in again.output
+
+
+def test_what_the_system_refuses_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for command in (["digits"], ["shards", str(folder)]):
+        result = CliRunner().invoke(data, [*command, str(tmp_path / "file" / "out")])
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit)
+        assert result.output.splitlines()[-1].startswith("Error: ")
+
+
+def test_fields_that_no_utf8_can_hold_are_packed_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "set/1.png")
+    line = {"file_name": "1.png", "text": "a cat", "source": chr(0xD83D)}
+    (tmp_path / "set/metadata.jsonl").write_text(json.dumps(line))
+    result = CliRunner().invoke(data, ["shards", str(tmp_path / "set"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    [record] = CaptionedImages.open(tmp_path / "out").records
+    assert record.fields["source"] == chr(0xD83D)
 
 
 def test_digits_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
