@@ -281,12 +281,12 @@ class Service:
             raise
         job = replace(job, submitted=self.clock(), trace=self._tracing.current())
         with self._refusals():
-            return await self._queue.submit(job, keep)
+            return await self._first(asyncio.ensure_future(self._queue.submit(job, keep)), job.deadline, _never)
 
     async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""
         with self._refusals():
-            await self._queue.ask(job, keep)
+            await self._first(asyncio.ensure_future(self._queue.ask(job, keep)), job.deadline, _never)
 
     async def _holder(self, job: Job, keep: Keep | None) -> str | None:
         """The job that has its key, if there is one and the queue says so."""

@@ -239,6 +239,19 @@ async def until_over(app: Running, place: str) -> None:
         await asyncio.sleep(0.01)
 
 
+async def test_a_queue_that_gives_no_answer_costs_no_more_than_the_time_limit(
+    app: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(*_: object) -> str:
+        await asyncio.sleep(60)
+        return ""
+
+    monkeypatch.setattr(app.service._queue, "submit", hangs)
+    begin = time.monotonic()
+    error(await app.post("/generate", prompt="a cat", timeout_ms=200), 504, "deadline_exceeded")
+    assert 0.2 <= time.monotonic() - begin < 20
+
+
 async def test_abandoned_requests_get_a_503(app: Running, gate: Gate) -> None:
     first = asyncio.create_task(app.post("/generate", prompt="a cat"))
     await asyncio.to_thread(gate.reached.wait, 10)
