@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,9 +123,9 @@ def busy_share(call: Callable[[], object], device: torch.device) -> float | None
 def make_step(width: float, dtype: torch.dtype, device: torch.device) -> StepGraph:
     """A step graph with the network of Stable Diffusion 1.5, or a share of its channels, and random weights."""
     torch.manual_seed(0)
-    student = student_from(
-        NetworkDenoiser(UNet2DConditionModel(**narrowed(width)), Schedule.scaled_linear(), "eps")
-    ).eval()
+    with device:  # where random numbers are quicker
+        network = UNet2DConditionModel(**narrowed(width))
+    student = student_from(NetworkDenoiser(network, Schedule.scaled_linear(), "eps")).eval()
     denoiser = student if dtype == torch.float32 else InPrecision(student, dtype)
     return StepGraph(denoiser, ("context",)).to(device).requires_grad_(False)  # type: ignore[arg-type]
 
@@ -148,26 +149,27 @@ def inputs_of(step: StepGraph, width: float, side: int, rows: int, device: torch
     return tuple(values[name].to(device) for name in step.input_names)
 
 
-def eager(step: StepGraph, inputs: Sequence[Tensor]) -> Step:
+def eager(step: StepGraph, inputs: Sequence[Tensor], package: Path) -> Step:
     """As it is."""
     return step
 
 
-def compiled(step: StepGraph, inputs: Sequence[Tensor]) -> Step:
+def compiled(step: StepGraph, inputs: Sequence[Tensor], package: Path) -> Step:
     """By torch.compile; on CUDA its launches are captured in a graph."""
     return torch.compile(step, mode="reduce-overhead" if inputs[0].is_cuda else "default")
 
 
-def ahead_of_time(step: StepGraph, inputs: Sequence[Tensor]) -> Step:
-    """By torch.export and AOTInductor, for this shape."""
-    program = torch.export.export(step, tuple(inputs))
-    with TemporaryDirectory() as folder:
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / "step.pt2"))
-        package: Step = torch._inductor.aoti_load_package(path)
-    return package
+def ahead_of_time(step: StepGraph, inputs: Sequence[Tensor], package: Path) -> Step:
+    """By torch.export and AOTInductor, for this shape; a package that is there already is taken as it is."""
+    if not package.exists():
+        program = torch.export.export(step, tuple(inputs))
+        part = package.with_suffix(".part.pt2")
+        Path(torch._inductor.aoti_compile_and_package(program, package_path=str(part))).rename(package)
+    loaded: Step = torch._inductor.aoti_load_package(str(package))
+    return loaded
 
 
-WAYS: Mapping[str, Callable[[StepGraph, Sequence[Tensor]], Step]] = {
+WAYS: Mapping[str, Callable[[StepGraph, Sequence[Tensor], Path], Step]] = {
     "eager": eager,
     "compiled": compiled,
     "aot": ahead_of_time,
@@ -216,7 +218,15 @@ def _ways(context: click.Context, option: click.Parameter, value: str) -> tuple[
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--ways", callback=_ways, default=",".join(WAYS), show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True)
-def main(width: float, size: int, rows: tuple[int, ...], precision: str, ways: tuple[str, ...], repeats: int) -> None:
+@click.option(
+    "--packages",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep what is compiled ahead of time there, and take what is there.",
+)
+def main(
+    width: float, size: int, rows: tuple[int, ...], precision: str, ways: tuple[str, ...], repeats: int,
+    packages: Path | None,
+) -> None:  # fmt: skip
     """Time one step in several ways, and compare what they give with fp32."""
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[precision]
     side = size >> HALVINGS
@@ -234,13 +244,17 @@ def main(width: float, size: int, rows: tuple[int, ...], precision: str, ways: t
         f"Medians of {repeats}.\n\n{HEAD}"
     )
     expected: dict[int, Tensor] = {}
-    with torch.inference_mode(), torch._dynamo.config.patch(cache_size_limit=64):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch._dynamo.config.patch(cache_size_limit=64))
+        folder = packages or Path(stack.enter_context(TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         for way in sorted(ways, key=list(WAYS).index):  # the quickest to make first: a run may be cut off
             for count in rows:
                 inputs = inputs_of(step, width, side, count, device)
                 if count not in expected:
                     expected[count] = exact(*inputs)
-                made = WAYS[way](step, inputs)
+                made = WAYS[way](step, inputs, folder / f"{width:g}-{size}-{count}-{precision}-{device.type}.pt2")
                 call = lambda made=made, inputs=inputs: made(*inputs)  # noqa: E731
                 distance = Distance.between(call().float(), expected[count])
                 seconds = statistics.median(timed(call, device, repeats))

@@ -187,7 +187,7 @@ def train(
             if state.any(report.checkpoint_is_due):
                 state.save()
                 report.checkpoint_done()
-        is_saved = state.save()
+        is_saved = pace.saves_at_end and state.save()
         if state.any(leave.asked):
             raise _stopped(folder.name, state.update, is_saved=is_saved)
     return cast(Network, state.finish(validation))

@@ -17,11 +17,19 @@ from training.store import whole_file
 
 @dataclass(frozen=True)
 class Pace:
-    """How often a run writes: log lines and samples by updates, checkpoints by seconds."""
+    """How often a run writes: log lines and samples by updates, checkpoints by seconds.
+
+    With infinite seconds a run is not to go on: it saves where it is stopped, and not at its end.
+    """
 
     log_every: int = 20
     sample_every: int = 500
     checkpoint_every_s: float = 120.0
+
+    @property
+    def saves_at_end(self) -> bool:
+        """Whether a checkpoint is there while the caller keeps what was trained."""
+        return math.isfinite(self.checkpoint_every_s)
 
 
 class Report:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import step
@@ -58,3 +61,16 @@ def test_a_run_that_is_cut_off_keeps_what_it_had_eager_first(monkeypatch: pytest
 
 def test_a_way_that_it_does_not_know_is_named() -> None:
     assert "'fast' is not one of eager" in CliRunner().invoke(main, ["--ways", "fast"]).output
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's of itself, in exporting
+def test_what_is_compiled_ahead_of_time_is_kept_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*OPTIONS, "--rows", "1", "--ways", "aot", "--precision", "fp32", "--packages", str(tmp_path)]
+    first = CliRunner().invoke(main, options)
+    assert first.exit_code == 0, first.output
+    assert [path.name for path in tmp_path.iterdir()] == ["0.1-64-1-fp32-cpu.pt2"]
+    monkeypatch.setattr(torch.export, "export", None)
+    again = CliRunner().invoke(main, options)
+    assert again.exit_code == 0, again.output
+    assert float(again.output.splitlines()[-1].split("|")[11]) > 80

@@ -335,6 +335,23 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(tmp_path
         assert torch.equal(resumed.state_dict()[name], value)
 
 
+def test_a_run_that_is_not_to_go_on_saves_only_where_it_is_stopped(tmp_path: Path) -> None:
+    passing = Pace(checkpoint_every_s=math.inf)
+    done = train(network(), loss, RECIPE, tmp_path / "a", accelerator=Accelerator(cpu=True), seed=3, pace=passing)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["log.jsonl"]
+    for name, value in run(tmp_path / "b").state_dict().items():
+        assert torch.equal(done.state_dict()[name], value)
+
+    def signalled(module: nn.Module, update: int, draws: Draws) -> Tensor:
+        if update == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(module, update, draws)
+
+    with pytest.raises(Stopped, match="after update 7; the same command goes on"):
+        train(network(), signalled, RECIPE, tmp_path / "c", accelerator=Accelerator(cpu=True), seed=3, pace=passing)
+    assert (tmp_path / "c" / "checkpoint.pt").exists()
+
+
 def test_a_signal_during_the_last_save_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = torch.save
 
