@@ -16,6 +16,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from training.sections import OwnPrediction
+
 
 def expand(per_row: Tensor, like: Tensor) -> Tensor:
     """Reshape per-row values (B,) to (B, 1, ..., 1) so that they broadcast against `like` (B, *)."""
@@ -212,12 +214,12 @@ class Schedule:
         return Grid(times.float(), phi.cos().float(), phi.sin().float())
 
 
-def stock_scheduler(schedule: Schedule) -> DDIMScheduler:
-    """The diffusers scheduler whose steps our grids repeat where N divides T: trailing, v-prediction, no clipping."""
+def stock_scheduler(schedule: Schedule, prediction: OwnPrediction = "v") -> DDIMScheduler:
+    """The diffusers scheduler whose steps our grids repeat where N divides T: trailing, without clipping."""
     return DDIMScheduler(
         num_train_timesteps=schedule.timesteps,
         trained_betas=schedule.betas.tolist(),
-        prediction_type="v_prediction",
+        prediction_type={"v": "v_prediction", "x": "sample"}[prediction],
         timestep_spacing="trailing",
         steps_offset=1,
         clip_sample=False,

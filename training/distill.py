@@ -129,12 +129,12 @@ def _train_teacher(run: Run) -> None:
     unet = build_unet(run.recipe.network, data.shape, context_dim, len(data.classes))
 
     def loss(network: nn.Module, batch: Batch, draws: Draws) -> Tensor:
-        return teacher_loss(network, run.schedule, batch, run.null, recipe.drop_condition, draws)
+        return teacher_loss(network, run.schedule, batch, run.null, recipe.drop_condition, draws, recipe.weighting)
 
     def guided(network: nn.Module) -> Denoiser:
         return GuidedTeacher(network, network, run.null)
 
-    network = NetworkDenoiser(unet, run.schedule)
+    network = NetworkDenoiser(unet, run.schedule, run.prediction)
     _train_denoiser(run, "teacher", network, loss, recipe, TEACHER_SAMPLE_STEPS, guided)
 
 
@@ -147,7 +147,7 @@ def _match_outputs(run: Run) -> None:
             network, teacher, run.schedule, batch, run.recipe.guidance, draws, recipe.weighting
         )  # fmt: skip
 
-    student = student_from(run.denoiser("teacher"))
+    student = student_from(run.denoiser("teacher"), run.prediction)
     _train_denoiser(run, "stage1", student, loss, recipe, run.recipe.stage2.start)
 
 
@@ -166,7 +166,7 @@ def _run_round(
     if run.is_done(stage):  # and only its row is missing
         student = run.denoiser(stage)
     else:
-        untrained = student_from(run.denoiser(previous))
+        untrained = student_from(run.denoiser(previous), run.prediction)
         # An encoder makes noise, of which there is nothing to see.
         sample_steps = None if course == "encoding" else recipe.steps
         student = _train_denoiser(run, stage, untrained, loss, recipe, sample_steps, distance=from_teacher)

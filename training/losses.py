@@ -15,14 +15,17 @@ from torch import Tensor
 from training.diffusion import Schedule, ddim_step, diffuse, expand, implied_v, v_from
 from training.draws import Draws
 from training.guidance import Condition, Denoiser
+from training.sections import Weighting
 
-Weighting = Literal["truncated-snr", "snr-plus-one", "uniform"]
+MOST_SNR = 30.0
 WEIGHTINGS: Mapping[Weighting, Callable[[Tensor, Tensor], Tensor]] = {
     "truncated-snr": lambda alpha, sigma: torch.maximum(alpha.square(), sigma.square()),
+    "clamped-snr": lambda alpha, sigma: alpha.square().clamp(sigma.square(), MOST_SNR * sigma.square()),
     "snr-plus-one": lambda alpha, sigma: torch.ones_like(alpha),
     "uniform": lambda alpha, sigma: sigma.square(),
 }
-"""What ||v - target||^2 is multiplied with for the weight omega of ||x - target||^2 to be max(SNR, 1), SNR + 1 or 1.
+"""What ||v - target||^2 is multiplied with for the weight omega of ||x - target||^2 to be max(SNR, 1), that and at most
+`MOST_SNR` (after Hang et al. 2023, section 3.4), SNR + 1 or 1.
 
 At fixed z_t, x moves by sigma and eps by alpha times what v moves by, and SNR = alpha^2 / sigma^2.
 """
@@ -73,16 +76,25 @@ def weighted_loss(v: Tensor, target: Tensor, alpha: Tensor, sigma: Tensor, weigh
 
 
 def teacher_loss(
-    denoiser: Denoiser, schedule: Schedule, batch: Batch, null: Condition, drop: float, draws: Draws
+    denoiser: Denoiser,
+    schedule: Schedule,
+    batch: Batch,
+    null: Condition,
+    drop: float,
+    draws: Draws,
+    weighting: Weighting = "snr-plus-one",
 ) -> Tensor:
-    """||v_theta(z_t, t, c) - v||^2 at t uniform over the schedule, the condition dropped at times."""
+    """omega(SNR) ||x_theta(z_t, t, c) - x||^2 at t uniform over the schedule, the condition dropped at times.
+
+    With omega = SNR + 1 that is ||v_theta - v||^2.
+    """
     t = draw_any_times(schedule, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)
     eps = draws.normal(batch.x)
     condition = drop_condition(batch.condition, null, drop, draws)
     z = diffuse(batch.x, eps, alpha, sigma)
     v = denoiser(z, t, condition, torch.zeros_like(t))
-    return (v - v_from(batch.x, eps, alpha, sigma)).square().mean()
+    return weighted_loss(v, v_from(batch.x, eps, alpha, sigma), alpha, sigma, weighting)
 
 
 def output_matching_loss(

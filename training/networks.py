@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.diffusion import TO_V, Prediction, Schedule, expand, v_from_x, x_from_v
 from training.guidance import Condition
-from training.sections import AutoencoderRecipe, NetworkRecipe
+from training.sections import AutoencoderRecipe, NetworkRecipe, OwnPrediction
 
 GUIDANCE_EMBEDDING_DIM = 256
 GUIDANCE_WEIGHTS = "guidance.safetensors"
@@ -161,16 +161,16 @@ class NetworkDenoiser(nn.Module):
         return output
 
 
-def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
-    """A student with the teacher's weights and an input for w whose projection is zero; it predicts v.
+def student_from(teacher: NetworkDenoiser, prediction: OwnPrediction = "v") -> NetworkDenoiser:
+    """A student with the teacher's weights and an input for w whose projection is zero.
 
-    So the untrained student of a teacher that predicts v equals it, without guidance, at every w. A student is copied
-    as it is.
+    So the untrained student of a teacher that predicts the same equals it, without guidance, at every w. A student is
+    copied as it is.
     """
     network = teacher.network
     if not isinstance(network, UNet2DConditionModel):
         copied = _without_hooks(network)
-        student = NetworkDenoiser(copied, teacher.schedule, "v", GuidanceInput(copied))
+        student = NetworkDenoiser(copied, teacher.schedule, prediction, GuidanceInput(copied))
         if teacher.guidance_input is not None and student.guidance_input is not None:
             student.guidance_input.load_state_dict(teacher.guidance_input.state_dict())
         return student
@@ -182,7 +182,7 @@ def student_from(teacher: NetworkDenoiser) -> NetworkDenoiser:
     weights.setdefault(projection, torch.zeros_like(made.state_dict()[projection]))
     made.load_state_dict(weights)
     never_drop(made)
-    return NetworkDenoiser(made, teacher.schedule)
+    return NetworkDenoiser(made, teacher.schedule, prediction)
 
 
 def of_side(denoiser: NetworkDenoiser, side: int) -> None:
@@ -226,8 +226,8 @@ def save_network(denoiser: NetworkDenoiser, folder: Path) -> None:
         save_file(denoiser.guidance_input.state_dict(), folder / GUIDANCE_WEIGHTS)
 
 
-def load_network(folder: Path, schedule: Schedule) -> NetworkDenoiser:
-    """What `save_network` wrote, predicting v. Raises OSError or ValueError for a folder that holds no such network."""
+def load_network(folder: Path, schedule: Schedule, prediction: OwnPrediction = "v") -> NetworkDenoiser:
+    """What `save_network` wrote. Raises OSError or ValueError for a folder that holds no such network."""
     name = json.loads((folder / "config.json").read_text()).get("_class_name")
     network = NETWORKS[name].from_pretrained(folder, local_files_only=True)
     never_drop(network)
@@ -235,7 +235,7 @@ def load_network(folder: Path, schedule: Schedule) -> NetworkDenoiser:
     if (folder / GUIDANCE_WEIGHTS).exists():
         guidance_input = GuidanceInput(network)
         guidance_input.load_state_dict(load_file(folder / GUIDANCE_WEIGHTS))
-    return NetworkDenoiser(network, schedule, "v", guidance_input)
+    return NetworkDenoiser(network, schedule, prediction, guidance_input)
 
 
 def build_unet(

@@ -61,7 +61,9 @@ def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipe
     These are hard links where the disk allows it: the parts of a checkpoint, or the run's own autoencoder and MiniLM
     (`max_tokens` of a prompt). Networks that no stock pipeline can give w to (classes) get the scheduler alone.
     """
-    stock_scheduler(denoiser.schedule).save_pretrained(folder / "scheduler")
+    prediction = denoiser.prediction
+    assert prediction == "v" or prediction == "x"  # which no teacher of a checkpoint is saved by
+    stock_scheduler(denoiser.schedule, prediction).save_pretrained(folder / "scheduler")
     if not has_pipeline(denoiser):
         return
     index = _of_teacher(folder, pipeline) if pipeline is not None else _of_scratch(folder, max_tokens)

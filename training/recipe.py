@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from engines.problems import problem_of
 from training.sections import (
+    BOUNDED,
     AutoencoderRecipe,
     CheckpointRecipe,
     DataRecipe,
@@ -107,6 +108,22 @@ class Recipe(Section):
             self.network and "attention_heads" in self.network.model_fields_set
         ):
             raise ValueError("max_tokens and network.attention_heads are of text conditioning only")
+        return self
+
+    @model_validator(mode="after")
+    def predicted_x_is_weighted(self) -> Self:
+        """The error of a predicted x does not vanish with t, as that of a predicted v does."""
+        if self.network is None or self.network.prediction == "v":
+            return self
+        assert isinstance(self.teacher, TeacherRecipe)
+        for name, weighting in (("teacher", self.teacher.weighting), ("stage1", self.stage1.weighting)):
+            if weighting not in BOUNDED:
+                raise ValueError(
+                    f"{name}.weighting '{weighting}' grows without bound as t goes to 0, where the error of a "
+                    f"predicted x does not vanish: choose one of {', '.join(BOUNDED)}"
+                )
+        if self.encoder is not None:
+            raise ValueError("an encoder starts from clean data, where a predicted x says nothing: predict v")
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ from training.pipelines import has_pipeline, save_stage, student_card
 from training.prompts import PromptEncoder
 from training.recipe import Recipe
 from training.report import Pace
-from training.sections import CheckpointRecipe, ScheduleName, TeacherRecipe
+from training.sections import CheckpointRecipe, OwnPrediction, ScheduleName, TeacherRecipe
 from training.store import hash_of, hash_of_files, whole_file
 from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts
@@ -166,6 +166,11 @@ class Run:
             return self.pipeline.schedule
         name: ScheduleName = self.recipe.teacher.schedule  # type: ignore[union-attr]
         return SCHEDULES[name]()
+
+    @property
+    def prediction(self) -> OwnPrediction:
+        """What the networks that are trained here predict."""
+        return "v" if self.recipe.network is None else self.recipe.network.prediction
 
     @property
     def is_latent(self) -> bool:
@@ -333,7 +338,7 @@ class Run:
         if stage == "teacher" and self.pipeline is not None:
             return self.pipeline.denoiser().to(self.device)
         self.check_done(stage)
-        denoiser = load_network(self.folder / stage / self.network_part, self.schedule)
+        denoiser = load_network(self.folder / stage / self.network_part, self.schedule, self.prediction)
         return denoiser.to(self.device).eval().requires_grad_(False)
 
     def guided_teacher(self) -> GuidedTeacher:

@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Level = Annotated[int, Field(ge=0, le=255, strict=True)]
 Channels = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Weighting = Literal["truncated-snr", "clamped-snr", "snr-plus-one", "uniform"]
+OwnPrediction = Literal["v", "x"]
 ScheduleName = Literal["cosine", "continuous-cosine", "scaled-linear", "rectified-flow"]
+
+
+BOUNDED: tuple[Weighting, ...] = ("clamped-snr", "uniform")
+"""Weights of an error of x that do not grow without bound as t goes to 0."""
 
 
 class RecipeError(Exception):
@@ -68,7 +74,7 @@ class Optimisation(Section):
 class Distillation(Optimisation):
     """How a student learns from its teacher; `weighting` is omega(SNR) of the squared error of x."""
 
-    weighting: Literal["truncated-snr", "snr-plus-one", "uniform"] = "truncated-snr"
+    weighting: Weighting = "truncated-snr"
 
 
 class DataRecipe(Section):
@@ -129,9 +135,13 @@ class AutoencoderRecipe(Optimisation):
 
 
 class NetworkRecipe(Section):
-    """The denoiser, a UNet2DConditionModel."""
+    """The denoiser, a UNet2DConditionModel, and its students.
+
+    What predicts v must tell of all noise that z has; what predicts `x` need not, and sooner leaves flat grounds flat.
+    """
 
     channels: Channels
+    prediction: OwnPrediction = "v"
     layers_per_block: Positive = 1
     attention_heads: Positive = Field(default=4, description="Of networks that attend to text.")
     norm_groups: Positive = 32
@@ -151,9 +161,13 @@ def halved(name: str, side: int, halvings: int) -> int:
 
 
 class TeacherRecipe(Optimisation):
-    """Training from scratch; the condition of a share `drop_condition` of the rows is dropped."""
+    """Training from scratch; the condition of a share `drop_condition` of the rows is dropped.
+
+    `weighting` is omega(SNR) of the squared error of x; SNR + 1 is the squared error of v.
+    """
 
     drop_condition: float = Field(default=0.1, gt=0, lt=1)
+    weighting: Weighting = "snr-plus-one"
     schedule: ScheduleName = "cosine"
 
 
@@ -243,9 +257,9 @@ class EncoderRecipe(Stage2Recipe):
 
     @model_validator(mode="after")
     def encoders_learn_their_first_step(self) -> Self:
-        """It starts from clean data, where sigma is 0 and so is what uniform weighting multiplies an error of v by."""
-        if any(round_.weighting == "uniform" for round_ in self.rounds):
-            raise ValueError("weighting 'uniform' teaches an encoder nothing of its first step: choose another")
+        """It starts from clean data, where sigma is 0 and so is what bounded weights multiply an error of v by."""
+        if unfit := [round_.weighting for round_ in self.rounds if round_.weighting in BOUNDED]:
+            raise ValueError(f"weighting '{unfit[0]}' teaches an encoder nothing of its first step: choose another")
         return self
 
 

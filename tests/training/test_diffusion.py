@@ -16,6 +16,7 @@ from engines.paths import Level
 from engines.rows import renoise
 from training import diffusion
 from training.diffusion import Schedule
+from training.sections import OwnPrediction
 
 SCHEDULE = Schedule.cosine(1024)
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
@@ -195,9 +196,12 @@ def test_between_timesteps_the_angle_is_between_those_beside(index: int, part: f
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_our_steps_are_the_stock_schedulers(make: Callable[[], Schedule], steps: int) -> None:
+@pytest.mark.parametrize("prediction", ["v", "x"])
+def test_our_steps_are_the_stock_schedulers(
+    make: Callable[[], Schedule], steps: int, prediction: OwnPrediction
+) -> None:
     schedule = make()
-    scheduler = diffusion.stock_scheduler(schedule)
+    scheduler = diffusion.stock_scheduler(schedule, prediction)
     scheduler.set_timesteps(steps)
     grid = schedule.grid(steps)
     assert (grid.times[:-1] * schedule.timesteps - 1).tolist() == scheduler.timesteps.tolist()
@@ -205,7 +209,8 @@ def test_our_steps_are_the_stock_schedulers(make: Callable[[], Schedule], steps:
     z, v = (value.float() for value in draw(0, 1))
     for k, timestep in enumerate(scheduler.timesteps):
         ours = diffusion.ddim_step(z, v, grid.alphas[k], grid.sigmas[k], grid.alphas[k + 1], grid.sigmas[k + 1])
-        assert torch.allclose(scheduler.step(v, timestep, z).prev_sample, ours, atol=2e-5)
+        output = v if prediction == "v" else diffusion.x_from_v(z, v, grid.alphas[k], grid.sigmas[k])
+        assert torch.allclose(scheduler.step(output, timestep, z).prev_sample, ours, atol=2e-5)
         z = ours
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training import distill
-from training.diffusion import Schedule
+from training.diffusion import Schedule, diffuse, x_from_v
 from training.distill import student_stage
 from training.draws import Draws, generator_at
 from training.guidance import Condition, Denoiser
@@ -226,6 +226,37 @@ def test_the_weighting_of_the_loss_changes_the_student(tmp_path: Path) -> None:
     distill.distill(run)
     weights = run.denoiser(student_stage(1)).network.state_dict().values()
     assert (torch.cat([value.flatten() for value in weights]) - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_networks_may_predict_x(tmp_path: Path) -> None:
+    """All of a run's do; and a teacher's weighting changes it, as a student's does."""
+
+    def opened(weighting: str) -> Run:
+        text = SMALL.replace("channels = [8]", 'channels = [8], prediction = "x"')
+        text = text.replace("updates = 6", "updates = 200")
+        for stage in ("teacher", "stage1"):
+            text = text.replace(f"{stage} = {{", f'{stage} = {{ weighting = "{weighting}",')
+        (tmp_path / f"{weighting}.toml").write_text(text)
+        return Run(Recipe.load(tmp_path / f"{weighting}.toml"), tmp_path / weighting, Accelerator(cpu=True))
+
+    run, uniform = opened("clamped-snr"), opened("uniform")
+    distill.distill(run)
+    distill.train_teacher(uniform)
+    teachers = [torch.cat([p.flatten() for p in r.denoiser("teacher").parameters()]) for r in (run, uniform)]
+    assert not torch.allclose(*teachers, rtol=1e-3)
+    stages = [run.denoiser(stage) for stage in ("teacher", "stage1", student_stage(1))]
+    assert [denoiser.prediction for denoiser in stages] == ["x", "x", "x"]
+    config = json.loads((run.folder / student_stage(1) / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == "sample"
+
+    x, labels = run.data.x[:64], run.data.condition[:64]  # type: ignore[union-attr, index]
+    t = torch.full((64,), 0.3)
+    alpha, sigma = run.schedule.at(t, x)
+    z = diffuse(x, torch.randn(x.shape, generator=generator_at(0, 0)), alpha, sigma)
+    for denoiser in stages[:2]:  # taken for x, a v would be far off
+        with torch.no_grad():
+            made = x_from_v(z, denoiser(z, t, {"label": labels}, torch.zeros(64)), alpha, sigma)
+        assert distance(made, x) < 0.6 * distance(z / alpha, x)
 
 
 @pytest.mark.parametrize("schedule", ["continuous-cosine", "scaled-linear", "rectified-flow"])

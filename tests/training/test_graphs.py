@@ -20,13 +20,14 @@ from training.networks import NetworkDenoiser, build_unet, student_from
 from training.sections import NetworkRecipe
 
 NETWORK = NetworkRecipe(channels=(16, 32), norm_groups=8)
-ODD = NetworkRecipe(channels=(16, 16, 32), norm_groups=8)
-"""Of a side of 10 places its levels see 10, 5 and 3."""
+ODD = NetworkRecipe(channels=(16, 16, 32), norm_groups=8, prediction="x")
+"""Of a side of 10 places its levels see 10, 5 and 3; it predicts x."""
 
 
 def student(recipe: NetworkRecipe = NETWORK, side: int = 8) -> NetworkDenoiser:
     torch.manual_seed(0)
-    made = student_from(NetworkDenoiser(build_unet(recipe, (3, side, side), None, 10), Schedule.cosine()))
+    teacher = NetworkDenoiser(build_unet(recipe, (3, side, side), None, 10), Schedule.cosine(), recipe.prediction)
+    made = student_from(teacher, recipe.prediction)
     nn.init.normal_(made.network.time_embedding.cond_proj.weight, std=0.1)  # A trained student heeds w.
     return made.eval().requires_grad_(False)
 

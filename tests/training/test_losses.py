@@ -74,7 +74,12 @@ def test_weightings_are_functions_of_the_snr_times_the_squared_error_of_x(
 ) -> None:
     alpha, sigma, z, v, target = two_predictions(index)
     snr = (alpha / sigma) ** 2
-    omega = {"truncated-snr": snr.clamp(min=1), "snr-plus-one": snr + 1, "uniform": torch.ones_like(snr)}[weighting]
+    omega = {
+        "truncated-snr": snr.clamp(min=1),
+        "clamped-snr": snr.clamp(1, 30),
+        "snr-plus-one": snr + 1,
+        "uniform": torch.ones_like(snr),
+    }[weighting]
     squared = (x_from_v(z, v, alpha, sigma) - x_from_v(z, target, alpha, sigma)).square().mean()
     assert torch.allclose(losses.weighted_loss(v, target, alpha, sigma, weighting), omega.squeeze() * squared)
 

@@ -78,13 +78,52 @@ def test_faults_of_text_recipes_are_named(tmp_path: Path, change: str, to: str, 
 
 
 @pytest.mark.parametrize(
-    ("setting", "named"), [('weighting = "uniform"', "nothing of its first step"), ("stochastic = true", "stochastic")]
+    ("setting", "named"),
+    [
+        ('weighting = "uniform"', "'uniform' teaches an encoder nothing of its first step"),
+        ('weighting = "clamped-snr"', "'clamped-snr' teaches an encoder nothing of its first step"),
+        ("stochastic = true", "stochastic"),
+    ],
 )
 def test_what_an_encoder_cannot_learn_with_is_refused(tmp_path: Path, setting: str, named: str) -> None:
     head, encoder = DIGITS.split("[encoder]")
     (tmp_path / "faulty.toml").write_text(f"{head}[encoder]{encoder.replace('updates', f'{setting}, updates', 1)}")
     with pytest.raises(RecipeError, match=f"encoder.*{named}"):
         Recipe.load(tmp_path / "faulty.toml")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "stage1", "encoder", "named"),
+    [
+        ("clamped-snr", "clamped-snr", "", None),
+        ("uniform", "uniform", "", None),
+        (
+            "snr-plus-one",
+            "clamped-snr",
+            "",
+            "teacher.weighting 'snr-plus-one' grows .*choose one of clamped-snr, uniform",
+        ),
+        ("clamped-snr", "truncated-snr", "", "stage1.weighting 'truncated-snr' grows without bound"),
+        ("clamped-snr", "clamped-snr", "keep", "an encoder .* predict v"),
+    ],
+)
+def test_networks_that_predict_x_have_weights_that_are_bounded_and_no_encoder(
+    tmp_path: Path, teacher: str, stage1: str, encoder: str, named: str | None
+) -> None:
+    text = DIGITS if encoder else DIGITS[: DIGITS.index("[encoder]")] + DIGITS[DIGITS.index("[export]") :]
+    settings = {
+        "network": 'prediction = "x"',
+        "teacher": f'weighting = "{teacher}"',
+        "stage1": f'weighting = "{stage1}"',
+    }
+    for section, setting in settings.items():
+        text = text.replace(f"[{section}]", f"[{section}]\n{setting}", 1)
+    (tmp_path / "x.toml").write_text(text)
+    if named is None:
+        assert Recipe.load(tmp_path / "x.toml").network.prediction == "x"  # type: ignore[union-attr]
+        return
+    with pytest.raises(RecipeError, match=named):
+        Recipe.load(tmp_path / "x.toml")
 
 
 @pytest.mark.parametrize(
