@@ -20,7 +20,7 @@ from training.diffusion import stock_scheduler
 from training.networks import NetworkDenoiser, save_network
 from training.pipeline_files import SHARD
 from training.recipe import Recipe
-from training.sections import TeacherRecipe
+from training.sections import OwnPrediction, TeacherRecipe
 from training.store import link, to_disk, whole_file
 from training.teachers import INDEX, TeacherPipeline
 from training.text import save_text_parts
@@ -61,8 +61,7 @@ def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipe
     These are hard links where the disk allows it: the parts of a checkpoint, or the run's own autoencoder and MiniLM
     (`max_tokens` of a prompt). Networks that no stock pipeline can give w to (classes) get the scheduler alone.
     """
-    prediction = denoiser.prediction
-    assert prediction == "v" or prediction == "x"  # which no teacher of a checkpoint is saved by
+    prediction: OwnPrediction = "x" if denoiser.prediction == "x" else "v"
     stock_scheduler(denoiser.schedule, prediction).save_pretrained(folder / "scheduler")
     if not has_pipeline(denoiser):
         return
