@@ -30,7 +30,7 @@ from engines.backends.cores import usable_cores
 from engines.bundle import SHIPPED, find_bundle
 from engines.pipeline import Pipeline, Row, Task
 from service.app import create_app
-from service.opening import default_threads, open_pipeline
+from service.opening import default_threads, lone_threads, open_pipeline
 from service.runtime import State
 from service.settings import Settings
 
@@ -227,8 +227,9 @@ def main(
     repeats: int,
 ) -> None:
     """Print how the service does on BUNDLE under three loads."""
-    threads, bare_threads = threads or default_threads(), bare_threads or usable_cores()
-    click.echo(f"{platform.machine()}, {threads} threads, bare pipeline {bare_threads}, {backend}, {bundle}\n")
+    bare_threads = bare_threads or usable_cores()
+    of_service = threads or f"{default_threads()}, for a row that is alone {lone_threads(Settings()) or 'as many'}"
+    click.echo(f"{platform.machine()}, threads: {of_service}; bare pipeline {bare_threads}; {backend}, {bundle}\n")
     settings = Settings(bundle=bundle, backend=backend, threads=threads)
     bare = settings.model_copy(update={"threads": bare_threads})
     with ExitStack() as opened:

@@ -185,8 +185,8 @@ def overloaded(bundle: str, backend: str, threads: int, images: int, timeout_ms:
 @click.option("--timeout-ms", default=10_000, show_default=True, help="Time limit of a request.")
 def main(bundle: str, backend: str, threads: int, seconds: float, images: int, timeout_ms: int) -> None:
     """Print how the service does on BUNDLE at ten times its capacity."""
-    threads = threads or default_threads()
-    click.echo(f"{platform.machine()}, {threads} threads, {backend}, {bundle}, {OVERLOAD} times capacity\n")
+    of_engines = threads or default_threads()
+    click.echo(f"{platform.machine()}, {of_engines} threads, {backend}, {bundle}, {OVERLOAD} times capacity\n")
     with overloaded(bundle, backend, threads, images, timeout_ms) as overload:
         asyncio.run(measure(overload, seconds))
 

@@ -92,14 +92,16 @@ class Pipeline:
         batch_sizes: Sequence[int] = BATCH_SIZES,
         precision: Precision = "fp32",
         plans: Path | None = None,
+        lone_threads: int = 0,
     ) -> Self:
         """Load and verify the bundle at ``path`` and open its graphs on ``backend``, "auto" for the best that works.
 
-        ``precision`` and ``plans`` (the folder of compiled plans) are for backends that compile. Raises BundleError
-        for a bad bundle and EngineError for a graph that does not open or differs from what the manifest says.
+        ``precision`` and ``plans`` (the folder of compiled plans) are for backends that compile; ``lone_threads`` are
+        those of `EngineOptions`. Raises BundleError for a bad bundle and EngineError for a graph that does not open or
+        differs from what the manifest says.
         """
         bundle = load_bundle(path)
-        options = EngineOptions(threads, precision, Profile(tuple(batch_sizes)), plans)
+        options = EngineOptions(threads, lone_threads, precision, Profile(tuple(batch_sizes)), plans)
         opened = open_engines(backend, bundle.graphs(), options)
         with ExitStack() as closing:
             for engine in opened.engines.values():

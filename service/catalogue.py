@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engines.bundle import MANIFEST_NAME, BundleError, Manifest, find_bundle, read_manifest
 from engines.manifest import WEIGHT_BITS
+from service.opening import lone_threads
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,11 @@ class LoadsEnded(ModelError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A bundle that may be loaded: its folder, and its manifest as it is there now."""
+    """A bundle that may be loaded: its folder, its manifest as it is there now, and how often its weights are held."""
 
     path: Path
     manifest: Manifest
+    copies: int = 1
 
     @property
     def key(self) -> str:
@@ -59,7 +61,7 @@ class Entry:
         """What its weights take when loaded. An upper bound: every graph unpacked to fp32."""
         narrowest = min(WEIGHT_BITS[name] for name in self.manifest.weights_dtype.split("+"))
         stored = sum(record.size_bytes for record in self.manifest.files.values())
-        return _FP32_BITS // narrowest * stored
+        return self.copies * _FP32_BITS // narrowest * stored
 
     def fingerprint(self) -> Hashable:
         """What changes with the files in its folder: their names, sizes and times."""
@@ -83,10 +85,14 @@ def unreadable(error: BundleError) -> ModelError:
 class Catalogue:
     """The bundles there are, by name; a folder of bundles is read anew at every question."""
 
-    def __init__(self, default: str, folder: Path | None) -> None:
-        """Take the bundle that stands for all requests that name none, and a folder whose sub-folders are bundles."""
+    def __init__(self, default: str, folder: Path | None, copies: int = 1) -> None:
+        """Take the bundle that stands for all requests that name none, and a folder whose sub-folders are bundles.
+
+        ``copies`` is how often what is loaded holds its weights.
+        """
         self._default = default
         self._folder = folder
+        self._copies = copies
 
     @cached_property
     def default_name(self) -> str:
@@ -96,11 +102,11 @@ class Catalogue:
     @classmethod
     def of(cls, settings: Settings) -> Catalogue:
         """The catalogue that the settings name."""
-        return cls(settings.bundle, settings.models)
+        return cls(settings.bundle, settings.models, 2 if lone_threads(settings) else 1)
 
     def default(self) -> Entry:
         """The bundle of requests that name none. Raises BundleError where it cannot be read."""
-        return _entry(find_bundle(self._default))
+        return self._entry(find_bundle(self._default))
 
     def find(self, name: str | None) -> Entry:
         """The bundle of that name or name@revision, the default for None.
@@ -134,11 +140,14 @@ class Catalogue:
             problems[Path(self._default)] = str(error)
         for path in dict.fromkeys(paths):
             try:
-                entry = _entry(path)
+                entry = self._entry(path)
                 entries.setdefault(entry.key, entry)
             except BundleError as error:
                 problems[path] = str(error)
         return list(entries.values()), problems
+
+    def _entry(self, path: Path) -> Entry:
+        return Entry(path, read_manifest(path), self._copies)
 
     def _in_folder(self) -> list[Path]:
         if self._folder is None:
@@ -147,7 +156,3 @@ class Catalogue:
             return sorted(path.parent.resolve() for path in self._folder.glob(f"*/{MANIFEST_NAME}"))
         except OSError as error:
             raise BundleError(f"{self._folder}: {error}") from error
-
-
-def _entry(path: Path) -> Entry:
-    return Entry(path, read_manifest(path))

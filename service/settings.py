@@ -46,7 +46,10 @@ class Settings(BaseSettings):
     backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends, or auto")] = "ort"
     precision: Annotated[Precision, Field(description="of plans that are compiled")] = "fp32"
     plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None
-    threads: Annotated[int, Field(ge=0, description="threads of an engine; 0 leaves one core to all else")] = 0
+    threads: Annotated[
+        int,
+        Field(ge=0, description="threads of an engine; 0 leaves one core to all else, of two unless one row is alone"),
+    ] = 0
     max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
 
     role: Annotated[Role, Field(description="what this process does; api and worker meet in a Redis queue")] = "all"

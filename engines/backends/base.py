@@ -39,18 +39,22 @@ class DeviceLostError(EngineError):
 class EngineOptions:
     """How engines are opened: threads of a CPU (0 leaves them to the backend), and which plans, kept where.
 
-    Raises EngineError for a number of threads below 0 or above `MAX_THREADS`.
+    `lone_threads`, where they are more, are for a row that runs while no other engine of the process does: an engine
+    whose threads are its own then holds its graph twice. Raises EngineError for a number of threads below 0 or above
+    `MAX_THREADS`.
     """
 
     threads: int = 0
+    lone_threads: int = 0
     precision: Precision = "fp32"
     profile: Profile = Profile(BATCH_SIZES)
     plans: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the threads."""
-        if not 0 <= self.threads <= MAX_THREADS:
-            raise EngineError(f"threads must be 0 to {MAX_THREADS}, got {self.threads}")
+        for threads in (self.threads, self.lone_threads):
+            if not 0 <= threads <= MAX_THREADS:
+                raise EngineError(f"threads must be 0 to {MAX_THREADS}, got {threads}")
 
 
 class TensorSpec(BaseModel):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -16,6 +19,27 @@ def usable_cores() -> int:
     The machine's own count would start far too many threads in a container that may use two cores of many.
     """
     return max(1, min(_physical_cores(_allowed_cpus()), _quota(_CPU_MAX)))
+
+
+class Company:
+    """Who computes on the cores of this process now."""
+
+    def __init__(self) -> None:
+        """Nobody so far."""
+        self._count = 0
+        self._lock = Lock()
+
+    @contextmanager
+    def joined(self) -> Iterator[bool]:
+        """Compute within; whether nobody else did when this began."""
+        with self._lock:
+            self._count += 1
+            alone = self._count == 1
+        try:
+            yield alone
+        finally:
+            with self._lock:
+                self._count -= 1
 
 
 def _allowed_cpus() -> set[int]:

@@ -258,6 +258,8 @@ def test_threads_may_share_an_engine(engine: Engine) -> None:
 def test_threads_that_make_no_sense_are_refused(threads: int) -> None:
     with pytest.raises(EngineError, match="threads must be 0 to 1024"):
         EngineOptions(threads=threads)
+    with pytest.raises(EngineError, match="threads must be 0 to 1024"):
+        EngineOptions(lone_threads=threads)
 
 
 def test_unknown_backend_names_those_there_are(text_bundle: Bundle) -> None:

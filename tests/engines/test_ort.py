@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -149,6 +151,93 @@ def test_cudas_provider_keeps_float32_whole_and_refuses_what_it_has_no_kernels_f
         assert (ort.CUDA, {"use_tf32": "0"}) in given
     with pytest.raises(EngineError, match=r"CUDAExecutionProvider computes in fp32, fp16, not in bf16"):
         ort.OrtCudaEngine(graph, EngineOptions(precision="bf16"))
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads of the session of each run."""
+    noted: list[int] = []
+    load = ort._load
+
+    class Noted:
+        def __init__(self, session: Any, threads: int) -> None:
+            self._session, self._threads = session, threads
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def run(self, *arguments: Any) -> Any:
+            noted.append(self._threads)
+            return self._session.run(*arguments)
+
+    def noting(path: Path, options: Any, providers: list[Any]) -> Any:
+        return Noted(load(path, options, providers), options.intra_op_num_threads)
+
+    monkeypatch.setattr(ort, "_load", noting)
+    return noted
+
+
+def images(rows: int) -> dict[str, Any]:
+    return {"image": np.random.default_rng(rows).standard_normal((rows, 3, 8, 8)).astype(np.float32)}
+
+
+def test_a_row_that_runs_alone_has_threads_of_its_own(graph: GraphSpec, runs: list[int]) -> None:
+    with open_engine("ort", graph, EngineOptions(threads=1, lone_threads=2)) as engine:
+        for rows in (1, 2, 1):
+            np.testing.assert_array_equal(engine.run(images(rows))["latent"], images(rows)["image"])
+    assert runs == [2, 1, 2]
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(images(1))
+
+
+def test_a_row_beside_another_run_has_not(graph: GraphSpec, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another engine's runs count too: the text encoder's, say, beside the steps."""
+    began, ends = Event(), Event()
+    check = ort.OrtEngine._run
+
+    def held(engine: Any, session: Any, inputs: Any, batch: int) -> Any:
+        if batch != 3:
+            return check(engine, session, inputs, batch)
+        with ort._company.joined():
+            began.set()
+            ends.wait(10)
+        return check(engine, session, inputs, batch)
+
+    monkeypatch.setattr(ort.OrtEngine, "_run", held)
+    options = EngineOptions(threads=1, lone_threads=2)
+    with open_engine("ort", graph, options) as one, open_engine("ort", graph, options) as other:
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(other.run, images(3))
+            assert began.wait(10)
+            one.run(images(1))
+            ends.set()
+            beside.result()
+        one.run(images(1))
+    assert runs == [1, 1, 2]
+
+
+def test_a_run_that_fails_is_no_company(graph: GraphSpec, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine("ort", graph, EngineOptions(threads=1, lone_threads=2)) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(engine._session), "run", broken)  # type: ignore[attr-defined]
+            with pytest.raises(EngineError, match="no more"):
+                engine.run(images(2))
+        engine.run(images(1))
+    assert runs == [2]
+
+
+def broken(*arguments: Any) -> Any:
+    raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("options", [EngineOptions(threads=2, lone_threads=2), EngineOptions(threads=2)])
+def test_a_graph_is_held_once_where_more_threads_are_not_asked_for(
+    graph: GraphSpec, runs: list[int], options: EngineOptions
+) -> None:
+    with open_engine("ort", graph, options) as engine:
+        engine.run(images(1))
+        assert engine._lone is None  # type: ignore[attr-defined]
+    assert runs == [2]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("400000 100000", 4)])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from engines.backends.base import EngineError
 from engines.bundle import MANIFEST_NAME
 from engines.pipeline import Generate, Pipeline
+from service import opening
 from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError, UnknownModel
 from service.errors import model_unavailable
 from service.models import Models
@@ -336,6 +338,36 @@ def test_memory_is_reckoned_in_fp32_whatever_is_stored(several: Settings, dtype:
     stored = sum(record.size_bytes for record in entry.manifest.files.values())
     manifest = entry.manifest.model_copy(update={"weights_dtype": dtype})
     assert dataclasses.replace(entry, manifest=manifest).memory_bytes == factor * stored
+
+
+@pytest.mark.parametrize(
+    ("cores", "changes", "lone"),
+    [
+        (2, {}, 2),
+        (2, {"backend": "auto"}, 2),
+        (1, {}, 0),
+        (3, {}, 0),
+        (2, {"threads": 1}, 0),
+        (2, {"backend": "fake"}, 0),
+    ],
+)
+def test_a_lone_row_has_both_cores_of_two_and_the_weights_are_held_twice_for_it(
+    several: Settings, monkeypatch: pytest.MonkeyPatch, cores: int, changes: dict[str, Any], lone: int
+) -> None:
+    monkeypatch.setattr(opening, "usable_cores", lambda: cores)
+    settings = several.model_copy(update={"backend": "ort", "threads": 0, **changes})
+    opened: list[tuple[int, int]] = []
+
+    def opens(path: Path, backend: str, threads: int, *others: Any) -> Any:
+        opened.append((threads, others[-1]))
+        raise EngineError("enough")
+
+    monkeypatch.setattr(opening.Pipeline, "open", opens)
+    with pytest.raises(EngineError, match="enough"):
+        opening.open_pipeline(settings, several.models or Path())
+    assert opened == [(max(1, cores - 1), lone)]
+    once, held = (Catalogue.of(each).find("amber").memory_bytes for each in (several, settings))
+    assert held == (2 if lone else 1) * once
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
