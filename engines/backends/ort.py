@@ -55,7 +55,7 @@ class OrtEngine(GraphEngine):
         if options.precision != "fp32":
             raise EngineError(f"ONNX Runtime computes in fp32 on a CPU, not in {options.precision}")
         threads = options.threads or usable_cores()
-        # The threads of a session are as many as they are.
+        # A session cannot change the number of its threads.
         wider = options.lone_threads > threads
         self._lone = _load(self._graph.path, _options(options.lone_threads), [CPU]) if wider else None
         return _load(self._graph.path, _options(threads), [CPU])
@@ -75,8 +75,9 @@ class OrtEngine(GraphEngine):
         return outputs
 
     def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+        lone = self._lone if batch == 1 else None
         with _company.joined() as alone:
-            chosen = self._lone if alone and batch == 1 and self._lone is not None else session
+            chosen = lone if alone and lone is not None else session
             return dict(zip(self._outputs, chosen.run(self._outputs, dict(inputs)), strict=True))
 
     def close(self) -> None:
