@@ -101,7 +101,7 @@ class Pipeline:
         differs from what the manifest says.
         """
         bundle = load_bundle(path)
-        options = EngineOptions(threads, lone_threads, precision, Profile(tuple(batch_sizes)), plans)
+        options = EngineOptions(threads, precision, Profile(tuple(batch_sizes)), plans, lone_threads)
         opened = open_engines(backend, bundle.graphs(), options)
         with ExitStack() as closing:
             for engine in opened.engines.values():

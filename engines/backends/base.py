@@ -45,10 +45,10 @@ class EngineOptions:
     """
 
     threads: int = 0
-    lone_threads: int = 0
     precision: Precision = "fp32"
     profile: Profile = Profile(BATCH_SIZES)
     plans: Path | None = None
+    lone_threads: int = 0
 
     def __post_init__(self) -> None:
         """Check the threads."""
