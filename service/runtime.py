@@ -281,7 +281,13 @@ class Service:
             raise
         job = replace(job, submitted=self.clock(), trace=self._tracing.current())
         with self._refusals():
-            return await self._first(asyncio.ensure_future(self._queue.submit(job, keep)), job.deadline, _never)
+            try:
+                return await self._first(asyncio.ensure_future(self._queue.submit(job, keep)), job.deadline, _never)
+            except (ApiError, asyncio.CancelledError) as error:
+                # The queue may have it by now. One that is kept goes on: who asks again gets its images.
+                if keep is None:
+                    await self._cancel(job, _reason(error))
+                raise
 
     async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""

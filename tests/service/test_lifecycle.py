@@ -29,6 +29,7 @@ from service.catalogue import ModelError
 from service.errors import ApiError
 from service.logs import Formatter
 from service.opening import open_pipeline
+from service.queue.base import Job, Keep
 from service.runtime import State
 from service.settings import Settings
 from tests.service.helpers import (
@@ -316,6 +317,36 @@ async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: 
     gate.opened.set()
     assert (await app.post("/generate", prompt="a cat", steps=1)).status_code == 200
     assert app.metric("fewstep_images_total") == 1, "the cancelled job was not made"
+
+
+@pytest.mark.parametrize("end", ["cancelled", "stopped", "late"])
+async def test_a_job_whose_request_ends_while_it_is_queued_is_not_made(
+    app: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    submit = app.service._queue.submit
+
+    async def slow_to_say_so(job: Job, keep: Keep | None = None) -> str:
+        await submit(job, keep)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(app.service._queue, "submit", slow_to_say_so)
+    patience = {"timeout_ms": 1000} if end == "late" else {}
+    request = asyncio.create_task(app.post("/generate", prompt="a cat", **patience))
+    await until(gate.reached.is_set)
+    if end == "cancelled":
+        request.cancel()
+    elif end == "stopped":
+        app.service.abandon()
+    await asyncio.wait([request])
+    outcome = {"cancelled": "stopped", "stopped": "stopped", "late": "expired"}[end]
+    assert app.metric("fewstep_jobs_total", outcome=outcome) == 1
+    gate.opened.set()
+    worker = app.service._worker
+    await until(lambda: not worker._held)
+    assert app.metric("fewstep_images_total") == 0
+    if end != "cancelled":
+        assert request.result().status_code == (503 if end == "stopped" else 504)
 
 
 def request_bytes(body: dict[str, Any]) -> bytes:
