@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.desk import ClientGone
 from service.errors import ApiError, internal_error, shutting_down
 from service.logs import describe, request_id_var
 from service.metrics import Metrics
-from service.runtime import ClientGone
 
 logger = logging.getLogger("service.access")
 

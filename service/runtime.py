@@ -8,37 +8,29 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
 from engines.provenance import package_version
 from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel, unreadable
+from service.desk import ClientIsGone, Desk, Result, never
 from service.errors import (
     ApiError,
-    deadline_exceeded,
-    from_failure,
-    idempotency_conflict,
-    job_lost,
     model_not_found,
     model_unavailable,
-    queue_unavailable,
-    shutting_down,
     too_many_requests,
 )
-from service.jobs import FailureReason, Finished, Job, Outcome
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
 from service.opening import open_pipeline
-from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Status
+from service.queue.base import JobQueue, QueueUnavailable
 from service.safety import open_safety
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -49,9 +41,7 @@ from service.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 OpenPipeline = Callable[[Settings, Path], Pipeline]
-ClientIsGone = Callable[[], Awaitable[None]]
 
 _LOADING_RETRY_S = 2.0
 
@@ -65,10 +55,6 @@ class State(StrEnum):
     QUEUE_UNAVAILABLE = "queue_unavailable"
     FAILED = "failed"
     STOPPED = "stopped"
-
-
-class ClientGone(Exception):
-    """The client closed its connection before it had its answer."""
 
 
 class Service:
@@ -111,8 +97,9 @@ class Service:
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         self.tracker = Tracker(queue, metrics, self._stopping)
+        self.desk = Desk(queue, metrics, self.tracker, self._safety, self._tracing, self._stopping)
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
-        self._decoder, self._parser, self._screener = Helper("decoder"), Helper("parser"), Helper("screener")
+        self._decoder, self._parser = Helper("decoder"), Helper("parser")
 
     @property
     def state(self) -> State:
@@ -186,10 +173,10 @@ class Service:
     async def leased(self, name: str | None, deadline: float, client_gone: ClientIsGone) -> AsyncIterator[Pipeline]:
         """The pipeline of that name (None: the default), loaded if need be, and open until the block is left.
 
-        Raises as `complete` does, and ApiError 404 for a name that there is not, 503 for what cannot be loaded.
+        Raises as `Desk.complete` does, and ApiError 404 for a name that there is not, 503 for what cannot be loaded.
         """
         while (lease := self.models.lease(name)) is None:
-            await self._first(asyncio.wrap_future(self.loading(name)), deadline, client_gone)
+            await self.desk.first(asyncio.wrap_future(self.loading(name)), deadline, client_gone)
         try:
             yield lease.pipeline
         finally:
@@ -215,7 +202,7 @@ class Service:
 
     async def in_time(self, future: asyncio.Future[None], deadline: float) -> None:
         """Wait for a load or an unload, until the deadline. Raises ApiError."""
-        await self._first(future, deadline, _never)
+        await self.desk.first(future, deadline, never)
 
     def manifest(self, name: str | None) -> Manifest:
         """What the bundle of that name says of itself, loaded or not. Raises ApiError 404 or 503."""
@@ -237,127 +224,13 @@ class Service:
     async def decoded(self, call: Callable[[], Result], deadline: float, client_gone: ClientIsGone) -> Result:
         """The result of a call that decodes images, made in a thread.
 
-        Raises as `complete` does; a call that has not begun by then never does.
+        Raises as `Desk.complete` does; a call that has not begun by then never does.
         """
-        return await self._first(self._decoder.result_of(call), deadline, client_gone)
+        return await self.desk.first(self._decoder.result_of(call), deadline, client_gone)
 
     async def parsed(self, call: Callable[[], Result], deadline: float) -> Result:
         """The same for a call that is short, and waits for no image to be decoded."""
-        return await self._first(self._parser.result_of(call), deadline, _never)
-
-    async def complete(self, job: Job, client_gone: ClientIsGone) -> Finished:
-        """Queue the job and wait for its images.
-
-        ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
-        raised. Raises ApiError where there are no images: 422 refused by the safety check, 429 queue full,
-        504 deadline, 503 stopped or no queue, 500.
-        """
-        await self.accept(job)
-        outcome = await self._wait(job, client_gone)
-        if isinstance(outcome, Finished):
-            return outcome
-        raise from_failure(outcome)
-
-    async def completed(self, job_id: str, deadline: float, client_gone: ClientIsGone) -> tuple[Status, Finished]:
-        """Wait for the images of a job that is kept, which goes on when its client is gone. Raises as `complete`."""
-        try:
-            status = await self._first(asyncio.ensure_future(self.tracker.over(job_id)), deadline, client_gone)
-        except KeyError:
-            raise job_lost() from None
-        if isinstance(status.outcome, Finished):
-            return status, status.outcome
-        raise from_failure(status.outcome) if status.outcome else shutting_down()
-
-    async def accept(self, job: Job, keep: Keep | None = None) -> str:
-        """Queue the job, unless the safety check refuses it.
-
-        Returns its id, or that of the job which has its key. Raises ApiError 422, 429, 500, 503 or 504.
-        """
-        try:
-            await self._screen(job)
-        except ApiError:
-            if (holder := await self._holder(job, keep)) is not None:
-                return holder
-            raise
-        job = replace(job, submitted=self.clock(), trace=self._tracing.current())
-        with self._refusals():
-            try:
-                return await self._first(asyncio.ensure_future(self._queue.submit(job, keep)), job.deadline, _never)
-            except (ApiError, asyncio.CancelledError) as error:
-                # The queue may have it by now. One that is kept goes on: who asks again gets its images.
-                if keep is None:
-                    await self._cancel(job, _reason(error))
-                raise
-
-    async def ask(self, job: Job, keep: Keep | None = None) -> None:
-        """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""
-        with self._refusals():
-            await self._first(asyncio.ensure_future(self._queue.ask(job, keep)), job.deadline, _never)
-
-    async def _holder(self, job: Job, keep: Keep | None) -> str | None:
-        """The job that has its key, if there is one and the queue says so."""
-        try:
-            return await self._queue.ask(job, keep)
-        except (KeyConflict, QueueFull, QueueUnavailable):
-            return None
-
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """What the queue raises at its door, as ApiError."""
-        try:
-            yield
-        except KeyConflict as error:
-            raise idempotency_conflict(error) from error
-        except QueueFull as error:
-            self.metrics.rejected.labels("queue_full").inc()
-            raise ApiError(429, "queue_full", str(error), retry_after_s=error.retry_after_s) from error
-        except QueueUnavailable as error:
-            self.metrics.rejected.labels("queue_unavailable").inc()
-            raise queue_unavailable() from error
-
-    async def _screen(self, job: Job) -> None:
-        """Ask the safety check, where there is one, in a thread."""
-        if self._safety is None:
-            return
-        asked = self._screener.result_of(partial(self._safety.refuse_prompt, job))
-        if (refusal := await self._first(asked, job.deadline, _never)) is not None:
-            raise from_failure(refusal)
-
-    async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
-        outcome = asyncio.ensure_future(self._queue.outcome(job.id))
-        try:
-            return await self._first(outcome, job.deadline, client_gone)
-        except BaseException as error:
-            await self._cancel(job, _reason(error))
-            raise
-
-    async def _first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
-        """What is wanted, unless before it the client goes, the service stops, or the deadline passes."""
-        gone = asyncio.ensure_future(client_gone())
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        waiting: set[asyncio.Future[Any]] = {wanted, gone, stopping}
-        try:
-            left_s = max(0.0, deadline - self.clock())
-            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            if wanted.done():
-                return _result(wanted)
-            if gone.done():
-                raise ClientGone
-            raise shutting_down() if stopping.done() else deadline_exceeded()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    async def _cancel(self, job: Job, reason: FailureReason) -> None:
-        try:
-            stage = await self._queue.cancel(job.id)
-        except QueueUnavailable:
-            return  # Its deadline will end it.
-        if stage is None:
-            return
-        self.metrics.jobs.labels(reason).inc()
-        if reason == "cancelled":
-            self.metrics.cancelled.labels(stage).inc()
+        return await self.desk.first(self._parser.result_of(call), deadline, never)
 
     def _owes_answers(self) -> bool:
         return self.tracker.following > 0 or self.tracker.awaited or self._queue.stats().depth > 0
@@ -398,7 +271,7 @@ class Service:
 
     def _close(self) -> None:
         # Of what they are at nobody awaits the result any more, and it may hang.
-        for helper in (self._decoder, self._parser, self._screener):
+        for helper in (self._decoder, self._parser, self.desk):
             helper.close()
         self.models.cancel_loads()
         if self._starter.ident is not None:
@@ -409,22 +282,3 @@ class Service:
             self._safety.close()
         self.models.close()
         self._tracing.close()
-
-
-def _result(done: asyncio.Future[Result]) -> Result:
-    try:
-        return done.result()
-    except ModelError as error:
-        raise model_unavailable(error) from error
-
-
-def _reason(error: BaseException) -> FailureReason:
-    """Why a job is given up whose wait ended so."""
-    if isinstance(error, ClientGone):
-        return "cancelled"
-    late = isinstance(error, ApiError) and error.status == 504
-    return "expired" if late else "stopped"
-
-
-async def _never() -> None:
-    await asyncio.Event().wait()

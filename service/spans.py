@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.collector import traces_address
+from service.desk import ClientGone
 from service.jobs import Job
-from service.runtime import ClientGone
 from service.tracing import Stage
 
 _EXPORT_TIMEOUT_S = 5.0

@@ -13,6 +13,7 @@ from engines.images import ImageFormat
 from engines.pipeline import Pipeline
 from service.answers import Ticket, job_document, render_images
 from service.bodies import SMALL_BODY_BYTES, check_fields, read_fields
+from service.desk import ClientIsGone
 from service.errors import ApiError
 from service.idempotency import digest_of, identity_of, key_of
 from service.intake import deadline_of, draft_job, with_images
@@ -21,7 +22,7 @@ from service.negotiation import choose
 from service.queue.base import Keep, Status
 from service.routes.openapi import documented
 from service.routes.strict import Direct
-from service.runtime import ClientIsGone, Service
+from service.runtime import Service
 from service.schemas import EditRequest, GenerateRequest, ImageRequest, InpaintRequest
 from service.settings import Settings
 
@@ -108,12 +109,12 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
         del body
         request.state.let_go_of_body()
         if keep is None:
-            finished = await service.complete(job, gone)
+            finished = await service.desk.complete(job, gone)
             return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
-    job_id = await service.accept(job, keep)
+    job_id = await service.desk.accept(job, keep)
     if asynchronous:
         return await _accepted(request, job, job_id, keep)
-    status, finished = await service.completed(job_id, deadline, gone)
+    status, finished = await service.desk.completed(job_id, deadline, gone)
     ticket = Ticket.model_validate_json(status.note)
     return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
 
@@ -138,7 +139,7 @@ async def _taken_in(
         said = "" if key is None else await service.parsed(digest, deadline)
         keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, said)
     if isinstance(body, ImageRequest):
-        await service.ask(job, keep)  # Before the images are decoded, as that is dear.
+        await service.desk.ask(job, keep)  # Before the images are decoded, as that is dear.
         decode = partial(with_images, job, body, pipeline.manifest, service.settings)
         job = await service.decoded(decode, deadline, client_gone)
     return job, ticket, keep

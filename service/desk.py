@@ -1,0 +1,200 @@
+"""Takes jobs to the queue and waits for their images, no longer than anyone still wants them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from service.catalogue import ModelError
+from service.errors import (
+    ApiError,
+    deadline_exceeded,
+    from_failure,
+    idempotency_conflict,
+    job_lost,
+    model_unavailable,
+    queue_unavailable,
+    shutting_down,
+)
+from service.jobs import FailureReason, Finished, Job, Outcome
+from service.metrics import Metrics
+from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Status
+from service.safety import Safety
+from service.threads import Helper
+from service.tracing import Tracing
+from service.tracker import Tracker
+
+Result = TypeVar("Result")
+ClientIsGone = Callable[[], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+class Desk:
+    """Where requests for images hand in their jobs. Its methods belong to one event loop."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        metrics: Metrics,
+        tracker: Tracker,
+        safety: Safety | None,
+        tracing: Tracing,
+        stopping: asyncio.Event,
+    ) -> None:
+        """``stopping`` is set when the service answers nothing more."""
+        self._queue = queue
+        self._metrics = metrics
+        self._tracker = tracker
+        self._safety = safety
+        self._tracing = tracing
+        self._stopping = stopping
+        self._screener = Helper("screener")
+
+    def close(self) -> None:
+        """End its thread."""
+        self._screener.close()
+
+    async def complete(self, job: Job, client_gone: ClientIsGone) -> Finished:
+        """Queue the job and wait for its images.
+
+        ``client_gone`` returns when the client closes its connection: then the job is cancelled and ClientGone
+        raised. Raises ApiError where there are no images: 422 refused by the safety check, 429 queue full,
+        504 deadline, 503 stopped or no queue, 500.
+        """
+        await self.accept(job)
+        outcome = await self._wait(job, client_gone)
+        if isinstance(outcome, Finished):
+            return outcome
+        raise from_failure(outcome)
+
+    async def completed(self, job_id: str, deadline: float, client_gone: ClientIsGone) -> tuple[Status, Finished]:
+        """Wait for the images of a job that is kept, which goes on when its client is gone. Raises as `complete`."""
+        try:
+            status = await self.first(asyncio.ensure_future(self._tracker.over(job_id)), deadline, client_gone)
+        except KeyError:
+            raise job_lost() from None
+        if isinstance(status.outcome, Finished):
+            return status, status.outcome
+        raise from_failure(status.outcome) if status.outcome else shutting_down()
+
+    async def accept(self, job: Job, keep: Keep | None = None) -> str:
+        """Queue the job, unless the safety check refuses it.
+
+        Returns its id, or that of the job which has its key. Raises ApiError 422, 429, 500, 503 or 504.
+        """
+        try:
+            await self._screen(job)
+        except ApiError:
+            if (holder := await self._holder(job, keep)) is not None:
+                return holder
+            raise
+        job = replace(job, submitted=time.monotonic(), trace=self._tracing.current())
+        with self._refusals():
+            try:
+                return await self.first(asyncio.ensure_future(self._queue.submit(job, keep)), job.deadline, never)
+            except (ApiError, asyncio.CancelledError) as error:
+                # The queue may have it by now. One that is kept goes on: who asks again gets its images.
+                if keep is None:
+                    await self._cancel(job, _reason(error))
+                raise
+
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
+        """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""
+        with self._refusals():
+            await self.first(asyncio.ensure_future(self._queue.ask(job, keep)), job.deadline, never)
+
+    async def first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
+        """What is wanted, unless before it the client goes, the service stops, or the deadline passes.
+
+        Raises ClientGone, and ApiError 503 or 504.
+        """
+        gone = asyncio.ensure_future(client_gone())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        waiting: set[asyncio.Future[Any]] = {wanted, gone, stopping}
+        try:
+            left_s = max(0.0, deadline - time.monotonic())
+            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.done():
+                return _result(wanted)
+            if gone.done():
+                raise ClientGone
+            raise shutting_down() if stopping.done() else deadline_exceeded()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    async def _holder(self, job: Job, keep: Keep | None) -> str | None:
+        """The job that has its key, if there is one and the queue says so."""
+        try:
+            return await self._queue.ask(job, keep)
+        except (KeyConflict, QueueFull, QueueUnavailable):
+            return None
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What the queue raises at its door, as ApiError."""
+        try:
+            yield
+        except KeyConflict as error:
+            raise idempotency_conflict(error) from error
+        except QueueFull as error:
+            self._metrics.rejected.labels("queue_full").inc()
+            raise ApiError(429, "queue_full", str(error), retry_after_s=error.retry_after_s) from error
+        except QueueUnavailable as error:
+            self._metrics.rejected.labels("queue_unavailable").inc()
+            raise queue_unavailable() from error
+
+    async def _screen(self, job: Job) -> None:
+        """Ask the safety check, where there is one, in a thread."""
+        if self._safety is None:
+            return
+        asked = self._screener.result_of(partial(self._safety.refuse_prompt, job))
+        if (refusal := await self.first(asked, job.deadline, never)) is not None:
+            raise from_failure(refusal)
+
+    async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
+        outcome = asyncio.ensure_future(self._queue.outcome(job.id))
+        try:
+            return await self.first(outcome, job.deadline, client_gone)
+        except BaseException as error:
+            await self._cancel(job, _reason(error))
+            raise
+
+    async def _cancel(self, job: Job, reason: FailureReason) -> None:
+        try:
+            stage = await self._queue.cancel(job.id)
+        except QueueUnavailable:
+            return  # Its deadline will end it.
+        if stage is None:
+            return
+        self._metrics.jobs.labels(reason).inc()
+        if reason == "cancelled":
+            self._metrics.cancelled.labels(stage).inc()
+
+
+async def never() -> None:
+    """A client that does not go."""
+    await asyncio.Event().wait()
+
+
+def _result(done: asyncio.Future[Result]) -> Result:
+    try:
+        return done.result()
+    except ModelError as error:
+        raise model_unavailable(error) from error
+
+
+def _reason(error: BaseException) -> FailureReason:
+    """Why a job is given up whose wait ended so."""
+    if isinstance(error, ClientGone):
+        return "cancelled"
+    late = isinstance(error, ApiError) and error.status == 504
+    return "expired" if late else "stopped"
