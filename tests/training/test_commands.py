@@ -38,6 +38,7 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(fewstep.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: Path, tmp_path: Path) -> None:
     """In bf16, which takes processes of its own: accelerate allows one precision in each."""
     recipe.write_text('precision = "bf16"' + RECIPE)

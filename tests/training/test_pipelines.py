@@ -248,10 +248,9 @@ def bundles(
         pipeline.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [PROMPT, "a blue! circle!!"])
-@pytest.mark.parametrize(
-    "name", ["inpainting", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd1", "sdxl"))]
-)
+@pytest.mark.parametrize("name", ["inpainting", "sd1", "sdxl"])
 def test_a_bundle_makes_our_samplers_images(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str, prompt: str
 ) -> None:
@@ -262,7 +261,8 @@ def test_a_bundle_makes_our_samplers_images(
     assert off(image, Ours(run, 4, 1.5, prompt)(start)) <= 1
 
 
-@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "inpainting"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inpainting", "sdxl"])
 def test_a_bundle_edits_as_our_sampler_does(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], name: str
 ) -> None:
@@ -275,6 +275,7 @@ def test_a_bundle_edits_as_our_sampler_does(
     assert off(image, ours(z, start=2)) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_bundle_shows_an_inpainting_network_the_mask(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], strength: float

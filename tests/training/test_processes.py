@@ -156,6 +156,7 @@ rounds = [{ steps = 1, updates = 4, batch_size = 16, learning_rate = 1e-3, valid
 """
 
 
+@pytest.mark.slow
 def test_two_processes_distil_the_student_that_one_does(tmp_path: Path) -> None:
     """Every stage, by the command, each process with half of every batch."""
     (tmp_path / "shared.toml").write_text(RECIPE)
