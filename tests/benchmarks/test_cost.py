@@ -80,7 +80,9 @@ def test_a_class_conditional_pipeline_is_refused(tmp_path: Path) -> None:
     assert "is no text-to-image pipeline" in result.output
 
 
-@pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.stable_diffusion_xl])
+@pytest.mark.parametrize(
+    "make", [pipelines.stable_diffusion, pytest.param(pipelines.stable_diffusion_xl, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_is_timed_in_both_stages(tmp_path: Path, make: object) -> None:
     assert callable(make)
     checkpoint = make(tmp_path / "sd")

@@ -114,13 +114,8 @@ def test_a_run_of_sharded_weights_equals_one_process_and_resumes_when_killed(tmp
         assert torch.allclose(weights(tmp_path / "shared")[name], value, rtol=0, atol=1e-5), name
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="whole"),
-        pytest.param({"SHARDED": "1", "EMA": "0"}, id="sharded", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"SHARDED": "1", "EMA": "0"}], ids=["whole", "sharded"])
 def test_data_that_end_in_one_process_end_all_with_what_was_trained(tmp_path: Path, settings: dict[str, str]) -> None:
     ended = start(tmp_path, processes=2, LOST_RANK="1", LOST_AT="17", CHECKPOINT_EVERY_S="3600", **settings)
     assert ended.returncode != 0
