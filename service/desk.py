@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -57,6 +57,7 @@ class Desk:
         self._tracing = tracing
         self._stopping = stopping
         self._screener = Helper("screener")
+        self._background: set[asyncio.Task[None]] = set()
 
     def close(self) -> None:
         """End its thread."""
@@ -97,13 +98,12 @@ class Desk:
                 return holder
             raise
         job = replace(job, submitted=time.monotonic(), trace=self._tracing.current())
+        submitting = asyncio.ensure_future(self._queue.submit(job, keep))
         with self._refusals():
             try:
-                return await self.first(asyncio.ensure_future(self._queue.submit(job, keep)), job.deadline, never)
+                return await self.first(asyncio.shield(submitting), job.deadline, never)
             except (ApiError, asyncio.CancelledError) as error:
-                # The queue may have it by now. One that is kept goes on: who asks again gets its images.
-                if keep is None:
-                    await self._cancel(job, _reason(error))
+                self._in_the_background(self._withdraw(job, keep, submitting, _reason(error)))
                 raise
 
     async def ask(self, job: Job, keep: Keep | None = None) -> None:
@@ -167,6 +167,25 @@ class Desk:
         except BaseException as error:
             await self._cancel(job, _reason(error))
             raise
+
+    async def _withdraw(
+        self, job: Job, keep: Keep | None, submitting: asyncio.Future[str], reason: FailureReason
+    ) -> None:
+        """Cancel what nobody waits for any more, once the queue has it: before, it might come after its cancellation.
+
+        A job that is kept goes on: who asks again gets its images.
+        """
+        try:
+            await submitting
+        except (KeyConflict, QueueFull, QueueUnavailable):
+            return
+        if keep is None:
+            await self._cancel(job, reason)
+
+    def _in_the_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _cancel(self, job: Job, reason: FailureReason) -> None:
         try:

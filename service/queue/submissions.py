@@ -111,7 +111,7 @@ class Submissions:
             raise QueueUnavailable from error
         finally:
             if not wait.accepted:
-                self._waiting.pop(job.id, None)
+                del self._waiting[job.id]
         if self._listening is None:
             # In a context of its own: its log lines are not those of the request that happened to be the first.
             self._listening = asyncio.get_running_loop().create_task(self._listen(), context=Context())

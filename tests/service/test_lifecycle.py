@@ -323,12 +323,12 @@ async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: 
 async def test_a_job_whose_request_ends_while_it_is_queued_is_not_made(
     app: Running, gate: Gate, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    submit = app.service._queue.submit
+    submit, says_so = app.service._queue.submit, asyncio.Event()
 
     async def slow_to_say_so(job: Job, keep: Keep | None = None) -> str:
-        await submit(job, keep)
-        await asyncio.Event().wait()
-        raise AssertionError
+        accepted = await submit(job, keep)
+        await says_so.wait()
+        return accepted
 
     monkeypatch.setattr(app.service._queue, "submit", slow_to_say_so)
     patience = {"timeout_ms": 1000} if end == "late" else {}
@@ -340,7 +340,8 @@ async def test_a_job_whose_request_ends_while_it_is_queued_is_not_made(
         app.service.abandon()
     await asyncio.wait([request])
     outcome = {"cancelled": "stopped", "stopped": "stopped", "late": "expired"}[end]
-    assert app.metric("fewstep_jobs_total", outcome=outcome) == 1
+    says_so.set()
+    await until(lambda: app.metric("fewstep_jobs_total", outcome=outcome) == 1)
     gate.opened.set()
     worker = app.service._worker
     await until(lambda: not worker._held)
