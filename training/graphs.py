@@ -139,7 +139,7 @@ class Tracer:
         with quiet(), torch.no_grad():
             if self._program is None or self._make != make:
                 self._make, self._program = make, _trace(module, example)
-            # What is optimised has weights folded into it, and knows which are alike: that is this module's alone.
+            # What is optimised with weights has them folded into it, and knows which are alike: this module's alone.
             graph = self._program.model.clone()
             written = ONNXProgram(graph, None)
             written.apply_weights(weights)
@@ -208,6 +208,7 @@ def _trace(module: nn.Module, example: Example) -> ONNXProgram:
     program.exported_program = None  # It holds the weights.
     for name in module.state_dict().keys() & program.model.graph.initializers.keys():
         program.model.graph.initializers[name].const_value = None
+    program.optimize()  # Most of it needs no weights, and is done once for all modules of a make.
     return program
 
 

@@ -13,7 +13,7 @@ from benchmarks.exact_answers import LAST_ENCODER, LONG, SHORT, Effort, Problem
 NEARER = {8: 2.5, 4: 5.0, 2: 10.0, 1: 10.0}
 
 # In two dimensions this is enough.
-QUICK = Effort(stage1=2500, halving=400, last=1200, to_one=300, batch_size=256)
+QUICK = Effort(stage1=2000, halving=300, last=800, to_one=200, batch_size=256)
 
 # How many times nearer to the exact noise encoders are than guided DDIM in reverse.
 ENCODED_NEARER = {8: 3.0, 4: 4.0}
