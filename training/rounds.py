@@ -24,7 +24,7 @@ ROWS = 32
 ROWS_AT_ONCE = 16
 SHARDS = 4
 NOISE_STREAM = 6  # of the generators of `generator_at`
-REFERENCE_STEPS = 64
+LEAST_REFERENCE_STEPS = 64
 TABLE, FIGURES = "rounds.md", "rounds.json"
 
 
@@ -85,10 +85,16 @@ class Trial:
         noisy = self.noisy_result(_two_steps(teacher, self.run.schedule, steps), steps)
         return lambda student: _apart(self.noisy_result(student, steps), noisy)
 
+    @property
+    def reference_steps(self) -> int:
+        """Many steps: no fewer than those that a ladder of the run starts from."""
+        ladders = (self.run.recipe.stage2, self.run.recipe.encoder)
+        return max(LEAST_REFERENCE_STEPS, *(ladder.start for ladder in ladders if ladder))
+
     @cached_property
     def reference(self) -> Tensor:
         """What the guided teacher makes in many steps."""
-        return self.result(self.run.guided_teacher(), REFERENCE_STEPS)
+        return self.result(self.run.guided_teacher(), self.reference_steps)
 
     def distance(self, denoiser: Denoiser, steps: int, target: Tensor) -> float:
         """The relative L2 distance from the target of what the denoiser makes in so many steps."""
@@ -141,7 +147,7 @@ def record_round(
     row = RoundRow(
         stage, steps, log.get("update"), log.get("kept"), log.get("images"), log.get("skipped"),
         from_teacher(student), trial.distance(student, steps, trial.reference),
-        trial.distance(run.guided_teacher(), steps, trial.reference), REFERENCE_STEPS,
+        trial.distance(run.guided_teacher(), steps, trial.reference), trial.reference_steps,
     )  # fmt: skip
     path = run.folder / FIGURES
     rows = [other for other in _rows(run) if other["stage"] != stage] + [asdict(row)]

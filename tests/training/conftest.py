@@ -13,7 +13,7 @@ import pytest
 def small_reports() -> Iterator[None]:
     """What a run shows of itself, its tables of rounds and its pictures, is of fewer samples than outside of tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.rounds.REFERENCE_STEPS", 16)
+        patch.setattr("training.rounds.LEAST_REFERENCE_STEPS", 16)
         patch.setattr("training.rounds.ROWS", 6)
         patch.setattr("training.distill.SAMPLE_ROWS", 2)
         patch.setattr("training.distill.SAMPLE_COLUMNS", 2)

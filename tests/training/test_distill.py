@@ -117,11 +117,11 @@ export = { licence = "CC-BY-4.0", steps = [1] }
 def test_a_ladder_reaches_one_from_a_start_that_is_no_power_of_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From 15 to 5 to 1: a round asks its teacher for the steps that each of its own replaces."""
+    """From 21 to 7 to 1: a round asks its teacher for the steps that each of its own replaces."""
     halved = SMALL[SMALL.index("stage2") : SMALL.index("export")]
     short = "updates = 3, batch_size = 8, learning_rate = 1e-3"
-    rounds = ", ".join(f"{{ steps = {steps}, {short} }}" for steps in (5, 1))
-    (tmp_path / "small.toml").write_text(SMALL.replace(halved, f"stage2 = {{ start = 15, rounds = [{rounds}] }}\n"))
+    rounds = ", ".join(f"{{ steps = {steps}, {short} }}" for steps in (7, 1))
+    (tmp_path / "small.toml").write_text(SMALL.replace(halved, f"stage2 = {{ start = 21, rounds = [{rounds}] }}\n"))
     run = Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "run", Accelerator(cpu=True))
     batches_asked_of: list[int] = []
 
@@ -137,8 +137,9 @@ def test_a_ladder_reaches_one_from_a_start_that_is_no_power_of_two(
 
     monkeypatch.setattr(Run, "compiled", counted)
     distill.distill(run)
-    assert [count for count in batches_asked_of if count] == [3 * 3, 3 * 5]
-    assert [row["steps"] for row in json.loads((run.folder / "rounds.json").read_text())] == [5, 1]
+    assert [count for count in batches_asked_of if count] == [3 * 3, 3 * 7]
+    rows = json.loads((run.folder / "rounds.json").read_text())
+    assert [(row["steps"], row["reference_steps"]) for row in rows] == [(7, 21), (1, 21)]
 
 
 def student_weights(folder: Path, more: str = "") -> Tensor:
