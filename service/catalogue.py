@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from engines.bundle import MANIFEST_NAME, BundleError, Manifest, find_bundle, read_manifest
@@ -93,11 +92,12 @@ class Catalogue:
         self._default = default
         self._folder = folder
         self._copies = copies
+        self._default_name: str | None = None
 
-    @cached_property
+    @property
     def default_name(self) -> str:
-        """The name of the default bundle when it was first asked for. Raises BundleError where it cannot be read."""
-        return self.default().manifest.name
+        """The name of the default bundle when it was last read. Raises BundleError where it never could be."""
+        return self._default_name or self.default().manifest.name
 
     @classmethod
     def of(cls, settings: Settings) -> Catalogue:
@@ -106,7 +106,9 @@ class Catalogue:
 
     def default(self) -> Entry:
         """The bundle of requests that name none. Raises BundleError where it cannot be read."""
-        return self._entry(find_bundle(self._default))
+        entry = self._entry(find_bundle(self._default).resolve())
+        self._default_name = entry.manifest.name
+        return entry
 
     def find(self, name: str | None) -> Entry:
         """The bundle of that name or name@revision, the default for None.
@@ -133,12 +135,12 @@ class Catalogue:
         """
         entries: dict[str, Entry] = {}
         problems: dict[Path, str] = {}
-        paths = self._in_folder()
         try:
-            paths.insert(0, find_bundle(self._default).resolve())
+            default = self.default()
+            entries[default.key] = default
         except BundleError as error:
             problems[Path(self._default)] = str(error)
-        for path in dict.fromkeys(paths):
+        for path in self._in_folder():
             try:
                 entry = self._entry(path)
                 entries.setdefault(entry.key, entry)

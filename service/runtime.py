@@ -22,6 +22,7 @@ from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel, u
 from service.desk import ClientIsGone, Desk, Result, never
 from service.errors import (
     ApiError,
+    deadline_exceeded,
     model_not_found,
     model_unavailable,
     too_many_requests,
@@ -177,6 +178,8 @@ class Service:
         """
         while (lease := self.models.lease(name)) is None:
             await self.desk.first(asyncio.wrap_future(self.loading(name)), deadline, client_gone)
+            if self.clock() >= deadline:  # However often others have it closed, or replaced, before this has it.
+                raise deadline_exceeded()
         try:
             yield lease.pipeline
         finally:

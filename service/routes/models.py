@@ -61,8 +61,10 @@ async def unload(request: Request, name: str) -> Model:
     """Answered when all that use it are done and it is closed. A request that names it has it loaded anew."""
     service: Service = request.app.state.service
     service.require_loaded()
+    before = await _found(service, name)  # Afterwards it may be in no folder any more.
     await service.in_time(asyncio.wrap_future(service.unloading(name)), _deadline(request, service))
-    return await _one(service, name)
+    gone = before or await _one(service, name)
+    return gone.model_copy(update={"loaded": False, "in_use": 0, "stand_ins": {}})
 
 
 def _deadline(request: Request, service: Service) -> float:
@@ -93,8 +95,12 @@ def _listed(service: Service) -> ModelList:
 
 
 async def _one(service: Service, name: str) -> Model:
+    if (found := await _found(service, name)) is None:
+        raise ApiError(404, "model_not_found", f"no model {name[:100]!r} any more", param="model")
+    return found
+
+
+async def _found(service: Service, name: str) -> Model | None:
     listed = await asyncio.to_thread(_listed, service)
-    for model in listed.models:
-        if name in (model.name, f"{model.name}@{model.revision}"):
-            return model
-    raise ApiError(404, "model_not_found", f"no model {name[:100]!r} any more", param="model")
+    named = (model for model in listed.models if name in (model.name, f"{model.name}@{model.revision}"))
+    return next(named, None)

@@ -164,6 +164,32 @@ async def test_bundles_are_listed_while_the_default_is_away(
         await generate(app, None)
 
 
+async def test_a_default_bundle_of_another_name_takes_over(
+    anyio_backend: str, several: Settings, tmp_path: Path
+) -> None:
+    current = tmp_path / "current"
+    current.symlink_to(several.bundle)
+    newer = make_tiny_bundle(tmp_path / "newer", size=SIZE, name="dusk")
+    async with running(several.model_copy(update={"bundle": str(current)})) as app:
+        assert (await app.post("/generate", prompt="a cat")).json()["model"] == "tiny"
+        current.unlink()
+        current.symlink_to(newer.path)
+        answer = await app.client.post("/models/tiny/unload")
+        assert (answer.status_code, answer.json()["name"], answer.json()["loaded"]) == (200, "tiny", False)
+        assert (await app.post("/generate", prompt="a cat")).json()["model"] == "dusk"
+        listed = (await app.client.get("/models")).json()["models"]
+        assert [model["name"] for model in listed if model["default"]] == ["dusk"]
+        error(await app.post("/generate", prompt="a cat", model="tiny"), 404, "model_not_found", "model")
+
+
+async def test_what_is_always_taken_away_again_is_waited_for_no_longer_than_was_asked(
+    anyio_backend: str, several: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(several) as app:
+        monkeypatch.setattr(app.service.models, "lease", lambda name: None)
+        error(await app.post("/generate", prompt="a cat", timeout_ms=200), 504, "deadline_exceeded")
+
+
 async def test_a_model_that_does_not_load_is_said_and_harms_no_other(
     anyio_backend: str, several: Settings, folder: Path
 ) -> None:
