@@ -74,7 +74,7 @@ class Safety:
             reason = self._answer(condition, image)
             if reason is not None and not isinstance(reason, str):
                 raise TypeError("a safety check returns None or text")
-        except Exception as error:
+        except BaseException as error:  # A check that gives up, or exits, lets nothing through either.
             fields = {"stage": stage, "requests": [job.request_id], **describe(error)}
             logger.error("the safety check failed", extra=fields)
             return _BROKEN

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +44,16 @@ def fail_on_images(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     if image is not None:
         raise RuntimeError("cannot judge")
     return None
+
+
+def give_up_on_prompts(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
+    """Ends as one that awaits somebody does when that is cancelled."""
+    raise asyncio.CancelledError
+
+
+def exit_on_images(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
+    """Ends as a program does."""
+    return None if image is None else sys.exit(3)
 
 
 def forget_to_answer(prompt: str, image: NDArray[np.uint8] | None) -> bool:

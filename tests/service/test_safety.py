@@ -68,7 +68,17 @@ async def test_an_image_that_is_refused_is_not_sent_nor_its_company(anyio_backen
         assert app.metric("fewstep_images_total") == 0
 
 
-@pytest.mark.parametrize("name", ["fail_on_prompts", "fail_to_ask", "fail_on_images", "forget_to_answer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fail_on_prompts",
+        "fail_to_ask",
+        "fail_on_images",
+        "forget_to_answer",
+        "give_up_on_prompts",
+        "exit_on_images",
+    ],
+)
 async def test_a_check_that_fails_lets_nothing_through(
     anyio_backend: str, settings: Settings, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
