@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.errors import ApiError, from_validation, shown
@@ -23,6 +23,12 @@ FILE_FIELDS = frozenset({"image", "mask"})
 _MAX_FIELDS = 64
 SMALL_BODY_BYTES = 64 * 1024
 """What is no longer is read on the event loop: another thread would cost more."""
+
+_UTF_8 = (b"utf-8", b"utf8")
+# Charsets of a text in multipart: some libraries name the last for all text.
+_TEXTS = dict.fromkeys((*_UTF_8, b"us-ascii"), "utf-8") | {b"iso-8859-1": "latin-1"}
+# Content transfer encodings that leave bytes as they are.
+_AS_THEY_ARE = ("7bit", "8bit", "binary")
 
 Model = TypeVar("Model", bound=BaseModel)
 Fields = Mapping[str, Any]
@@ -94,10 +100,13 @@ def _content_type(request: Request) -> str:
             "send application/json or multipart/form-data",
             param="content-type",
         )
-    charset = parse_options_header(header)[1].get(b"charset", b"utf-8")
-    if charset.lower() not in (b"utf-8", b"utf8"):
+    if _charset(header) not in _UTF_8:
         raise ApiError(415, "unsupported_charset", "text must be UTF-8", param="content-type")
     return kind
+
+
+def _charset(content_type: str) -> bytes:
+    return parse_options_header(content_type)[1].get(b"charset", b"utf-8").lower()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,22 +129,37 @@ class _StrictParser(MultiPartParser):
     ended = False
 
     def on_part_begin(self) -> None:
-        """A part comes: whatever the header says, its text is read as UTF-8."""
+        """A part comes: its name is UTF-8."""
         super().on_part_begin()
         self._charset = "utf-8"
+
+    def on_headers_finished(self) -> None:
+        """The headers of a part are there: refuse what they say of its bytes and cannot be honoured."""
+        super().on_headers_finished()
+        headers = Headers(raw=self._current_part.item_headers)
+        if headers.get("content-transfer-encoding", "binary").strip().lower() not in _AS_THEY_ARE:
+            raise self._unfit("send it without a content transfer encoding")
+        charset = _charset(headers.get("content-type", ""))
+        if self._current_part.file is None:
+            if charset not in _TEXTS:
+                raise self._unfit("its text must be UTF-8")
+            self._charset = _TEXTS[charset]
 
     def on_part_end(self) -> None:
         """A part is whole: check its text, which would else be taken for Latin-1."""
         if self._current_part.file is None:
             try:
-                self._current_part.data.decode()
+                self._current_part.data.decode(self._charset)
             except UnicodeDecodeError:
-                raise MultiPartException("A field is not UTF-8.") from None
+                raise self._unfit("its text is not UTF-8; if it is a file, it needs a filename") from None
         super().on_part_end()
 
     def on_end(self) -> None:
         """The closing boundary."""
         self.ended = True
+
+    def _unfit(self, reason: str) -> MultiPartException:
+        return MultiPartException(f"{shown(self._current_part.field_name)}: {reason}")
 
 
 async def _read_multipart(request: Request, settings: Settings, files: frozenset[str]) -> dict[str, str | bytes]:

@@ -20,8 +20,8 @@ from service.queue.addresses import check_address
 MIB = 1024 * 1024
 MEMORY = "memory"
 
-MOST_PROMPT_CHARS = 2500
-"""Two of them fit in the metadata of a JPEG, which have 64 KiB, also as the escapes of JSON."""
+MOST_PROMPT_CHARS = 2250
+"""Two of them fit in the metadata of a JPEG, which have 64 KiB: a character takes 14 bytes there at most."""
 
 Role = Literal["all", "api", "worker"]
 

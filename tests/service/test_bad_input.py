@@ -203,9 +203,10 @@ async def test_json(app: Running, case: Case) -> None:
 JSON = "application/json"
 
 
-def text_part(value: bytes) -> bytes:
+def text_part(value: bytes, *headers: bytes) -> bytes:
     """A whole form of one prompt."""
-    return b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + value + b"\r\n--b--\r\n"
+    head = b"\r\n".join((b'Content-Disposition: form-data; name="prompt"', *headers))
+    return b"--b\r\n" + head + b"\r\n\r\n" + value + b"\r\n--b--\r\n"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,15 @@ def text_part(value: bytes) -> bytes:
         ),
         (text_part(b"caf\xe9"), "multipart/form-data; boundary=b", 400, "invalid_multipart", None),
         (text_part(b"a cat")[:-9], "multipart/form-data; boundary=b", 400, "invalid_multipart", None),
+        *(
+            (text_part(b"YSBjYXQ=", header), "multipart/form-data; boundary=b", 400, "invalid_multipart", None)
+            for header in (
+                b"Content-Transfer-Encoding: base64",
+                b"content-transfer-encoding: Quoted-Printable",
+                b"Content-Type: text/plain; charset=utf-16",
+                b"Content-Type: text/plain; charset=undefined",
+            )
+        ),
         (text_part(b"cat " * 3000), "multipart/form-data; boundary=b", 422, "prompt_too_long", "prompt"),
         (b"prompt=a+cat", "application/x-www-form-urlencoded", 415, "unsupported_media_type", "content-type"),
         (b"a cat", "text/plain", 415, "unsupported_media_type", "content-type"),
@@ -257,6 +267,12 @@ def text_part(value: bytes) -> bytes:
 async def test_bodies(app: Running, body: bytes, content_type: str, status: int, code: str, param: str | None) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     error(await app.client.post("/generate", content=body, headers=headers), status, code, param)
+
+
+async def test_a_file_in_a_part_without_a_filename_is_named(app: Running) -> None:
+    form = {"prompt": (None, b"a cat"), "image": (None, IMAGE)}
+    answer = await app.client.post("/edit", files=form)
+    assert error(answer, 400, "invalid_multipart")["message"].startswith("image: ")
 
 
 async def test_a_body_that_grows_too_large_on_the_way(app: Running) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engines.images import encode_image
-from engines.provenance import settings_of
+from engines.images import ImageFormat, encode_image
+from engines.provenance import describe_image, settings_of
+from engines.tasks import Transfer
+from service.settings import MOST_PROMPT_CHARS
 from tests.service.helpers import Running, b64, box_mask, error, pixels, png, random_image
 
 pytestmark = pytest.mark.anyio
@@ -73,6 +75,35 @@ async def test_an_edit_reuses_the_prompt_and_the_strength_of_a_file_that_has_the
     assert np.array_equal(pixels(reused), pixels(named))
     without = file_of(await app.post("/generate", prompt="a cat"))
     error(await app.post("/edit", image=b64(without), reuse=True), 422, "missing_field", "prompt")
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("letter", ["\U0001f600", "\x01", '"'])
+async def test_the_longest_prompts_fit_in_every_file(app: Running, output_format: ImageFormat, letter: str) -> None:
+    image, longest = random_image(), letter * MOST_PROMPT_CHARS
+    task = Transfer(longest, 4, 2.0, 7, image=image, source=longest)
+    said = settings_of(encode_image(image, output_format, text=describe_image(task, app.pipeline.manifest, "full")))
+    assert said is not None
+    assert (said.prompt, said.source_prompt) == (longest, longest)
+
+
+@pytest.mark.parametrize(
+    ("value", "headers"),
+    [
+        ("a caf\u00e9 cat".encode(), (b"Content-Transfer-Encoding: 8bit", b"Content-Type: text/plain; charset=UTF-8")),
+        (b"a caf\xe9 cat", (b"Content-Type: text/plain; charset=ISO-8859-1",)),
+    ],
+)
+async def test_a_part_may_say_how_its_text_is_written(app: Running, value: bytes, headers: tuple[bytes, ...]) -> None:
+    head = b"\r\n".join((b'Content-Disposition: form-data; name="prompt"', *headers))
+    full = b'Content-Disposition: form-data; name="metadata"\r\n\r\nfull'
+    form = b"--b\r\n" + head + b"\r\n\r\n" + value + b"\r\n--b\r\n" + full + b"\r\n--b--\r\n"
+    sent = {"Content-Type": "multipart/form-data; boundary=b", "Accept": "image/png"}
+    answer = await app.client.post("/generate", content=form, headers=sent)
+    assert answer.status_code == 200, answer.text
+    said = settings_of(answer.content)
+    assert said is not None
+    assert said.prompt == "a caf\u00e9 cat"
 
 
 async def test_what_a_request_names_goes_before_what_its_image_says(app: Running) -> None:
