@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -28,7 +29,7 @@ LOST = 70
 class Server(uvicorn.Server):
     """One process that serves one app.
 
-    The first SIGTERM or SIGINT starts draining: /readyz and requests for images get 503 while those in flight
+    The first SIGTERM, SIGINT or SIGHUP starts draining: /readyz and requests for images get 503 while those in flight
     are finished, for at most ``drain_timeout_s``; then it exits. A second signal gives up what is in flight.
     """
 
@@ -88,6 +89,10 @@ def run(settings: Settings) -> int:
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app.state.service)
+    if (
+        signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    ):  # As of a terminal that is closed; uvicorn handles the others.
+        signal.signal(signal.SIGHUP, server.handle_exit)
     server.run()
     if server.lost:
         return LOST

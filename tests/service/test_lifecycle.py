@@ -471,6 +471,17 @@ def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path)
             process.kill()
 
 
+def test_a_real_process_drains_when_its_terminal_is_closed(bundle_path: Path) -> None:
+    with spawn("--bundle", str(bundle_path), "--backend", "fake") as process:
+        try:
+            read_until(process, "^ready$")
+            process.send_signal(signal.SIGHUP)
+            read_until(process, "^draining$")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
 def test_a_real_process_ends_with_an_error_when_its_bundle_does_not_load(tmp_path: Path) -> None:
     with spawn("--bundle", str(tmp_path)) as process:
         try:
