@@ -62,7 +62,7 @@ class Access:
         wait_s = await self._rates.wait_s(key)
         if wait_s > 0:
             self._metrics.rejected.labels("rate_limited").inc()
-            message = f"this key may make {key.per_minute:g} requests a minute"
+            message = f"this key may make {key.rate} requests a minute"
             raise ApiError(429, "rate_limited", message, retry_after_s=wait_s)
 
 

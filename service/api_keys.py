@@ -44,9 +44,14 @@ class ApiKey:
     admin: bool = False
 
     @property
+    def rate(self) -> str:
+        """``per_minute`` as it was written: no digit is lost."""
+        return repr(self.per_minute).removesuffix(".0")
+
+    @property
     def line(self) -> str:
         """The line of the file."""
-        options = [] if self.per_minute is None else [f"{self.per_minute:g}"]
+        options = [] if self.per_minute is None else [self.rate]
         return ":".join((self.name, self.digest, *options, *([_ADMIN] if self.admin else [])))
 
 

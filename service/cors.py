@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _METHODS = "GET, HEAD, POST, DELETE"
-_ANSWER_HEADERS = "Location, Preference-Applied, Retry-After, Server-Timing, X-Request-ID, X-Seed"
+_ANSWER_HEADERS = "Location, Preference-Applied, Retry-After, Server-Timing, X-Request-ID, X-Seed, X-Should-Retry"
 _REMEMBERED_S = 600
 
 

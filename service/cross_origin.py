@@ -5,17 +5,21 @@ from __future__ import annotations
 import ipaddress
 import re
 
-_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
+_ORIGIN = re.compile(r"(?P<scheme>https?)://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:(?P<port>[0-9]{1,5}))?")
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?")
 _PORTS = {"http": "80", "https": "443"}
+_LAST_PORT = 65535
 
 
 def read_origins(text: str) -> tuple[str, ...]:
     """The origins of a list with commas: scheme, host and perhaps a port each. Raises ValueError."""
     origins = tuple(origin.strip() for origin in text.split(",") if origin.strip())
     for origin in origins:
-        if not _ORIGIN.fullmatch(origin):
+        found = _ORIGIN.fullmatch(origin)
+        if found is None or not 0 < int(found["port"] or 1) <= _LAST_PORT:
             raise ValueError(f"{origin[:100]!r} is no origin, such as https://example.org or http://localhost:3000")
+        if found["port"] == _PORTS[found["scheme"]]:
+            raise ValueError(f"{origin[:100]!r}: browsers leave the port {found['port']} out, so leave it out here too")
     return origins
 
 

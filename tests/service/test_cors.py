@@ -85,7 +85,17 @@ async def test_options_that_are_no_preflight_are_another_method(app: Running) ->
 
 
 @pytest.mark.parametrize(
-    "origins", ["*", "gallery.example", "https://gallery.example/", "https://a.example https://b.example"]
+    "origins",
+    [
+        "*",
+        "gallery.example",
+        "https://gallery.example/",
+        "https://a.example https://b.example",
+        "https://gallery.example:443",
+        "http://gallery.example:80",
+        "https://gallery.example:99999",
+        "https://gallery.example:0",
+    ],
 )
 def test_what_is_no_origin_is_refused(origins: str) -> None:
     with pytest.raises(ValidationError, match="cors_origins"):
