@@ -7,15 +7,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from engines.backends.base import BATCH, GraphSpec, Role, TensorSpec
-from engines.hashes import sha256_of
+from engines.backends.base import BATCH, EngineError, GraphSpec, Role, TensorSpec
+from engines.hashes import Stamps, sha256_of, stamps_of
 from engines.manifest import (
     ATTENTION_MASK,
     FORMAT_VERSION,
@@ -60,6 +61,7 @@ __all__ = [
     "load_bundle",
     "read_manifest",
     "shipped_bundle",
+    "steady_bundle",
     "step_specs",
     "write_bundle",
 ]
@@ -257,6 +259,40 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
     if problems:
         raise BundleError(f"{folder}: " + "; ".join(problems))
     return Bundle(folder, manifest)
+
+
+@contextmanager
+def steady_bundle(path: Path | str) -> Iterator[Bundle]:
+    """The bundle in folder ``path``, verified, for a block that opens its files by their names.
+
+    Raises BundleError as `load_bundle` does, and EngineError where the bundle was replaced before the block ended: what
+    was opened may then be of two revisions. Trying again helps.
+    """
+    folder = Path(path)
+    before = _stamps(folder)  # what is written while the files are hashed counts too
+    bundle = load_bundle(folder)
+    try:
+        yield bundle
+    except (BundleError, EngineError) as error:
+        _check_steady(bundle, before, error)
+        raise
+    _check_steady(bundle, before)
+
+
+def _check_steady(bundle: Bundle, before: Stamps | None, cause: Exception | None = None) -> None:
+    try:
+        same = _stamps(bundle.path) == before and read_manifest(bundle.path) == bundle.manifest
+    except BundleError:
+        same = False
+    if not same:
+        raise EngineError(f"{bundle.path}: the bundle was replaced while it was opened; open it again") from cause
+
+
+def _stamps(folder: Path) -> Stamps | None:
+    try:
+        return stamps_of(folder)
+    except OSError:
+        return None
 
 
 def write_bundle(

@@ -15,6 +15,18 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+Stamps = frozenset[tuple[Path, int, int]]
+
+
+def stamps_of(folder: Path) -> Stamps:
+    """What changes when a folder takes another's place, or a file in it is written: sizes, and times of change.
+
+    Reads no file. Raises OSError where the folder cannot be read.
+    """
+    found = [(path, path.stat()) for path in (folder, *folder.iterdir())]
+    return frozenset((path, status.st_size, status.st_ctime_ns) for path, status in found)
+
+
 def check_unchanged(files: Iterable[tuple[Path, str]]) -> None:
     """Raise EngineError for a file that no longer has the SHA-256 beside it.
 

@@ -15,7 +15,7 @@ import numpy as np
 from engines.backends import open_engines
 from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions, Role
 from engines.backends.standin import BuildState, StandIn, wait_until_built
-from engines.bundle import Bundle, BundleError, load_bundle
+from engines.bundle import Bundle, BundleError, steady_bundle
 from engines.conditions import Condition, ConditionCache
 from engines.images import from_pixels, to_pixels
 from engines.manifest import ATTENTION_MASK, LABEL, MASK, MASKED, Manifest
@@ -98,15 +98,15 @@ class Pipeline:
 
         ``precision`` and ``plans`` (the folder of compiled plans) are for backends that compile; ``lone_threads`` are
         those of `EngineOptions`. Raises BundleError for a bad bundle and EngineError for a graph that does not open or
-        differs from what the manifest says.
+        differs from what the manifest says, and for a bundle that is replaced meanwhile.
         """
-        bundle = load_bundle(path)
         options = EngineOptions(threads, precision, Profile(tuple(batch_sizes)), plans, lone_threads)
-        opened = open_engines(backend, bundle.graphs(), options)
         with ExitStack() as closing:
-            for engine in opened.engines.values():
-                closing.push(engine)
-            pipeline = cls(bundle, opened.engines, batch_sizes)
+            with steady_bundle(path) as bundle:
+                opened = open_engines(backend, bundle.graphs(), options)
+                for engine in opened.engines.values():
+                    closing.push(engine)
+                pipeline = cls(bundle, opened.engines, batch_sizes)
             closing.pop_all()
         pipeline.backend, pipeline.passed_over = opened.backend, dict(opened.passed_over)
         return pipeline

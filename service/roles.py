@@ -6,7 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from engines.bundle import load_bundle
+from engines.bundle import steady_bundle
 from engines.pipeline import Pipeline
 from service.jobs import ending
 from service.metrics import Metrics
@@ -58,4 +58,6 @@ def opener_of(role: Role) -> OpenPipeline:
 
 def open_front(settings: Settings, path: Path) -> Pipeline:
     """The bundle without its engines: enough to describe it, and to check tasks against it."""
-    return Pipeline(load_bundle(path), {})
+    with steady_bundle(path) as bundle:
+        pipeline = Pipeline(bundle, {})
+    return pipeline
