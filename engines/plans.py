@@ -6,11 +6,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -18,6 +21,10 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 REWRITING = 3
 """Raised whenever graphs come to be cast, or plans to be built, in another way: older plans are not what that makes."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
+
+_MAX_RECORD_BYTES = 65536
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}")
+_PARTIAL_KEPT_S = 24 * 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +121,11 @@ def make_folder(folder: Path) -> None:
 
 
 class PlanCache:
-    """Plans in a folder, each beside a record of its key and its hash; what does not fit both is never given out."""
+    """Plans in a folder. A file is a line of JSON, the record of the plan's key and its hash, and then the plan.
+
+    They are one file, so that of several who save a plan of the same key none leaves another's record beside its own
+    plan. What does not fit its record is never given out.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         """Use `folder`, by default `plans_folder()`; it appears with the first plan."""
@@ -142,9 +153,10 @@ class PlanCache:
     def _covering(self, key: PlanKey) -> list[Profile]:
         """The wider profiles of which there are plans for a key, best first: static ones, then the smallest."""
         found = []
-        for path in self.folder.glob("*.json"):
+        for path in self.folder.glob("*.plan"):
             try:
-                document = json.loads(path.read_text(encoding="utf-8"))["key"]
+                with path.open("rb") as file:
+                    document = _read_record(file)["key"]
                 profile = Profile(tuple(document["profile"]["batch_sizes"]), document["profile"]["dynamic"])
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
@@ -157,25 +169,28 @@ class PlanCache:
         """The plan of a key, or None. Raises PlanError for one that is damaged or of another key."""
         path = self.path(key)
         try:
-            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            plan = path.read_bytes()
+            with path.open("rb") as file:
+                record, plan = _read_record(file), file.read()
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path}: {error}") from error
-        if not isinstance(record, dict) or record.get("key") != key.document:
+        if record.get("key") != key.document:
             raise PlanError(f"{path}: its record is of another graph, library, chip, precision, profile or casting")
         if record.get("sha256") != hashlib.sha256(plan).hexdigest():
             raise PlanError(f"{path}: its SHA-256 does not match its record")
         return plan
 
     def save(self, key: PlanKey, plan: bytes) -> Path:
-        """Keep a plan; an older one of the same key is replaced. Raises OSError where it cannot be written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep a plan; an older one of the same key is replaced. Raises PlanError where it cannot be written."""
         path = self.path(key)
         record = {"key": key.document, "sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan)}
-        _replace(path, plan)
-        _replace(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        make_folder(self.folder)
+        self._remove_partial()
+        try:
+            _replace(path, json.dumps(record).encode() + b"\n", plan)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return path
 
     def check_writable(self) -> None:
@@ -185,21 +200,41 @@ class PlanCache:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
-            raise PlanError(f"plans cannot be kept in {self.folder}: {error.strerror}") from error
+            raise self._unwritable(error) from error
 
     def keep(self, key: PlanKey, plan: bytes) -> None:
         """Save a plan that is in use already: one that cannot be written is built again at the next start."""
         try:
             self.save(key, plan)
-        except OSError as error:
+        except PlanError as error:
             _log.warning("a plan cannot be kept, and is built again at every start: %s", error)
 
+    def _unwritable(self, error: OSError) -> PlanError:
+        return PlanError(f"plans cannot be kept in {self.folder}: {error.strerror}")
 
-def _replace(path: Path, content: bytes) -> None:
+    def _remove_partial(self) -> None:
+        """Remove what was left by those who were killed while they wrote. Who still writes has a newer file."""
+        oldest = time.time() - _PARTIAL_KEPT_S
+        for path in self.folder.glob(".*"):
+            with suppress(OSError):  # of another user, or removed by another process just now
+                if _PARTIAL.fullmatch(path.name) and path.stat().st_mtime < oldest:
+                    path.unlink()
+
+
+def _read_record(file: BinaryIO) -> dict[str, Any]:
+    """The record in front of a plan; the rest of the file is the plan. Raises ValueError where there is none."""
+    record = json.loads(file.readline(_MAX_RECORD_BYTES))
+    if not isinstance(record, dict):
+        raise ValueError("its record is no JSON object")
+    return record
+
+
+def _replace(path: Path, *parts: bytes) -> None:
     """Write a file that appears whole or not at all, and that others may read if the umask lets them."""
     partial = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.writelines(parts)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def test_a_plan_comes_back_as_it_was(cache: PlanCache) -> None:
     cache.save(KEY, b"plan")
     cache.save(KEY, b"newer")
     assert cache.load(KEY) == b"newer"
-    assert sorted(path.suffix for path in cache.folder.iterdir()) == [".json", ".plan"]
+    assert [path.name for path in cache.folder.iterdir()] == [f"{KEY.digest}.plan"]
 
 
 @pytest.mark.parametrize("field", list(OTHERS))
@@ -48,24 +50,21 @@ def test_a_plan_of_another_key_is_not_found(cache: PlanCache, field: str) -> Non
 @pytest.mark.parametrize("field", list(OTHERS))
 def test_a_plan_under_the_name_of_another_is_refused(cache: PlanCache, field: str) -> None:
     other = replace(KEY, **{field: OTHERS[field]})
-    saved = cache.save(KEY, b"plan")
-    for path in (saved, saved.with_suffix(".json")):
-        path.rename(cache.path(other).with_suffix(path.suffix))
+    cache.save(KEY, b"plan").rename(cache.path(other))
     with pytest.raises(PlanError, match="another graph, library, chip"):
         cache.load(other)
 
 
 def test_a_damaged_plan_is_refused(cache: PlanCache) -> None:
     path = cache.save(KEY, b"plan")
-    path.write_bytes(b"plam")
+    path.write_bytes(path.read_bytes()[:-1] + b"m")
     with pytest.raises(PlanError, match="SHA-256"):
         cache.load(KEY)
 
 
-@pytest.mark.parametrize("record", ["", "[]", "{", '"key"', "{}", "[" * 100_000])
+@pytest.mark.parametrize("record", ["", "[]", "{", '"key"', "{}", "[" * 100_000, "\0\x80" * 100_000])
 def test_a_broken_record_is_refused(cache: PlanCache, record: str) -> None:
-    path = cache.save(KEY, b"plan")
-    path.with_suffix(".json").write_text(record)
+    cache.save(KEY, b"plan").write_bytes(record.encode() + b"\nplan")
     with pytest.raises(PlanError):
         cache.load(KEY)
     assert cache.find(KEY) is None
@@ -77,16 +76,68 @@ def test_a_plan_is_for_whom_the_umask_lets_read_it(cache: PlanCache) -> None:
         path = cache.save(KEY, b"plan")
     finally:
         os.umask(before)
-    assert [stat.S_IMODE(file.stat().st_mode) for file in (path, path.with_suffix(".json"))] == [0o644, 0o644]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_a_plan_without_its_record_is_none(cache: PlanCache) -> None:
-    cache.save(KEY, b"plan").with_suffix(".json").unlink()
-    assert cache.load(KEY) is None
+@pytest.mark.parametrize("plan", [b"", b"\n", b"two\nlines\n", bytes(range(256)) * 1000])
+def test_a_plan_may_be_any_bytes(cache: PlanCache, plan: bytes) -> None:
+    cache.save(KEY, plan)
+    assert cache.load(KEY) == plan
+
+
+def test_a_plan_as_it_was_kept_beside_its_record_is_replaced(cache: PlanCache) -> None:
+    cache.folder.mkdir()
+    cache.path(KEY).write_bytes(b"plan")
+    cache.path(KEY).with_suffix(".json").write_text(json.dumps({"key": KEY.document}))
+    assert cache.find(KEY) is None
+    cache.save(KEY, b"newer")
+    assert cache.find(KEY) == (b"newer", KEY.profile)
+
+
+def test_whoever_saves_a_plan_of_the_same_key_meanwhile_leaves_a_whole_one(
+    cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process saves, and reads, before every move of a file to its place."""
+    move = Path.replace
+
+    def after_another(partial: Path, path: Path) -> Path:
+        with monkeypatch.context() as alone:
+            alone.setattr(Path, "replace", move)
+            cache.save(KEY, b"another")
+        assert cache.load(KEY) == b"another"
+        return move(partial, path)
+
+    monkeypatch.setattr(Path, "replace", after_another)
+    cache.save(KEY, b"plan")
+    assert cache.load(KEY) == b"plan"
+
+
+def test_what_was_left_by_those_who_were_killed_is_removed_after_a_day(cache: PlanCache) -> None:
+    names = [".0123456789abcdef", ".fedcba9876543210", ".of-somebody-else", ".0123456789abcdef.txt"]
+    cache.folder.mkdir()
+    for name in names:
+        (cache.folder / name).touch()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    for name in names[:1] + names[2:]:
+        os.utime(cache.folder / name, (two_days_ago, two_days_ago))
+    path = cache.save(KEY, b"plan")
+    assert {file.name for file in cache.folder.iterdir()} == {*names[1:], path.name}
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing(
+    cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(partial: Path, path: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(PlanError, match=f"plans cannot be kept in {cache.folder}: No space left on device"):
+        cache.save(KEY, b"plan")
+    assert not list(cache.folder.iterdir())
 
 
 def test_a_record_says_what_its_plan_is_of(cache: PlanCache) -> None:
-    record = json.loads(cache.save(KEY, b"plan").with_suffix(".json").read_text())
+    record = json.loads(cache.save(KEY, b"plan").read_bytes().split(b"\n")[0])
     assert record["key"]["library"] == "tensorrt 10.9"
     assert record["key"]["profile"] == {"batch_sizes": [1, 4], "dynamic": False}
     assert record["size_bytes"] == 4
@@ -152,7 +203,7 @@ def test_a_plan_that_covers_what_is_asked_for_is_found(cache: PlanCache) -> None
     for other in (*OTHERS, "narrower"):
         narrow = {"profile": Profile((1,))} if other in ("profile", "narrower") else {other: OTHERS[other]}
         cache.save(replace(KEY, **narrow), b"unfit")
-    (cache.folder / "odd.json").write_text('{"key": {"profile": {"batch_sizes": ["a"], "dynamic": 1}}}')
+    (cache.folder / "odd.plan").write_text('{"key": {"profile": {"batch_sizes": ["a"], "dynamic": 1}}}')
     assert cache.find(KEY) is None
     for profile in wider:
         cache.save(replace(KEY, profile=profile), str(profile).encode())
