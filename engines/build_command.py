@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,8 +19,14 @@ from engines.backends.trt_library import Progress
 from engines.bundle import BundleError, find_bundle, load_bundle
 from engines.plans import PRECISIONS, PlanCache, PlanError, Precision, Profile, batch_sizes_up_to
 
+if TYPE_CHECKING:
+    from engines.compile import Built
+
 LARGEST_BATCH = 65536
 _SIZES = ",".join(map(str, BATCH_SIZES))
+
+Asked = Callable[[], bool]
+"""Whether Ctrl-C was pressed."""
 
 
 def sizes_option(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -60,21 +73,63 @@ def build(
     profile = Profile(batch_sizes, dynamic)
     try:
         opened = load_bundle(find_bundle(bundle))
-        for built in build_bundle(opened, profile, precision, target, PlanCache(plans), _progress):
-            how = f"{built.seconds:.1f} s" if built.seconds else "was there"
-            fidelity = "" if built.fidelity_db is None else f", {built.fidelity_db:.1f} dB to fp32"
-            click.echo(
-                f"{built.graph}  {built.key.library}, {built.key.target}, {built.key.precision}, "
-                f"batches of {profile}: {how}, {built.size_bytes / 1e6:.1f} MB{fidelity}  {built.path}"
-            )
+        with _asked_to_stop() as asked:
+            for built in build_bundle(opened, profile, precision, target, PlanCache(plans), partial(_progress, asked)):
+                click.echo(_line(built))
+                _stop_if(asked)
     except (BundleError, EngineError, PlanError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo("\n".join(_finders(backend, precision, profile, plans)))
 
 
+def _line(built: Built) -> str:
+    """A plan, in a line for people."""
+    how = f"{built.seconds:.1f} s" if built.seconds else "was there"
+    fidelity = "" if built.fidelity_db is None else f", {built.fidelity_db:.1f} dB to fp32"
+    return (
+        f"{built.graph}  {built.key.library}, {built.key.target}, {built.key.precision}, "
+        f"batches of {built.key.profile}: {how}, {built.size_bytes / 1e6:.1f} MB{fidelity}  {built.path}"
+    )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Asked]:
+    """Ctrl-C, within the block, is only remembered, and ends the block where a build ends because of it.
+
+    TensorRT calls back into Python while it builds, and swallows what is raised there. Whoever has a handler of their
+    own, or ignores Ctrl-C, keeps to that.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    def asked() -> bool:
+        return pressed
+
+    former = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and former is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield asked
+    except EngineError:
+        _stop_if(asked)
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, former)
+
+
+def _stop_if(asked: Asked) -> None:
+    if asked():
+        raise click.Abort()
+
+
 def _finders(backend: str, precision: Precision, profile: Profile, plans: Path | None) -> list[str]:
     """Which options of `serve` and `generate` find plans of a profile, in lines for people."""
-    options = f"--backend {backend} --precision {precision}" + (f" --plans {plans}" if plans else "")
+    options = f"--backend {backend} --precision {precision}" + (f" --plans {shlex.quote(str(plans))}" if plans else "")
     found = [n for n in range(1, profile.batch_sizes[-1] + 1) if profile.covers(Profile(batch_sizes_up_to(n)))]
     if not found:
         largest = profile.batch_sizes[-1]
@@ -87,13 +142,13 @@ def _finders(backend: str, precision: Precision, profile: Profile, plans: Path |
     return lines
 
 
-def _progress(graph: str) -> Progress:
-    """A line on a terminal that is written over; nothing where the output goes elsewhere."""
+def _progress(asked: Asked, graph: str) -> Progress:
+    """A line on a terminal that is written over; nothing where the output goes elsewhere. Until Ctrl-C is pressed."""
     terminal = sys.stderr.isatty()
 
     def tell(phase: str, done: int, steps: int) -> bool:
         if terminal:
             click.echo(f"\r\033[K{graph}: {phase} {done}/{steps}\r", nl=False, err=True)
-        return True
+        return not asked()
 
     return tell

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from engines.backends.base import Array, EngineError, GraphSpec
 from engines.backends.cores import usable_cores
 from engines.backends.cuda import Cuda
-from engines.backends.ort import check_signature
+from engines.backends.ort import check_signature, unpack_weights
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
 from engines.hashes import check_unchanged
@@ -72,7 +72,8 @@ def build_bundle(
         started = perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             prepared, fidelity = prepare(graph, precision, Path(scratch))
-            plan = build_plan(library, prepared, profile, chip if library.is_rtx else None, progress and progress(name))
+            named = chip if library.is_rtx else None
+            plan = build_plan(library, prepared, profile, named, progress and progress(name), name)
         path = cache.save(key, plan)
         yield Built(name, key, path, len(plan), perf_counter() - started, fidelity)
 
@@ -96,28 +97,37 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
     """The graph as compilers take it, in `folder`, and its fidelity: weights unpacked to fp32, then cast.
 
     Raises EngineError for a graph that does not load, that differs from its specs, that gives values that are not
-    finite, whose files were replaced, or whose fidelity is below `FLOOR_DB`, and without the package onnx in any
-    precision but fp32.
+    finite, whose files were replaced, or whose fidelity is below `FLOOR_DB`, for a folder that cannot be written to,
+    and without the package onnx in any precision but fp32.
     """
-    unpacked = unpack(graph, folder / f"unpacked-{graph.path.name}")
+    try:
+        return _prepare(graph, precision, folder)
+    except OSError as error:
+        raise EngineError(f"{graph.path.name}: cannot be prepared in {folder}: {error.strerror or error}") from error
+
+
+def _prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:
+    name = graph.path.name
+    unpacked = unpack(graph, folder / f"unpacked-{name}")
     check_unchanged(graph.files)
     inputs = typical_inputs(graph, CHECKED_ROWS)
-    whole = _run(unpacked, inputs)
-    check_finite(graph.path.name, whole)
+    whole = _run(unpacked, inputs, name)
+    check_finite(name, whole)
     if precision == "fp32":
         return unpacked, None
-    emulated, lowered = (folder / f"{prefix}-{graph.path.name}" for prefix in ("emulated", precision))
-    rewrite(unpacked, precision, emulated, emulated=True)
-    fidelity = check_fidelity(graph.path.name, precision, _run(emulated, inputs), whole)
-    rewrite(unpacked, precision, lowered)
+    emulated, lowered = (folder / f"{prefix}-{name}" for prefix in ("emulated", precision))
+    rewrite(unpacked, precision, emulated, emulated=True, name=name)
+    fidelity = check_fidelity(name, precision, _run(emulated, inputs, name), whole)
+    rewrite(unpacked, precision, lowered, name=name)
     return lowered, fidelity
 
 
-def rewrite(unpacked: Path, precision: Precision, out: Path, emulated: bool = False) -> None:
+def rewrite(unpacked: Path, precision: Precision, out: Path, emulated: bool = False, name: str | None = None) -> None:
     """Write a graph that `unpack` wrote to another file beside it, cast to a precision.
 
     Where it is `emulated`, it computes in fp32 and rounds where the other casts; it is to be run without optimisations,
-    which remove the rounding. Raises EngineError for a graph that cannot be cast, and without the package onnx.
+    which remove the rounding. Raises EngineError for a graph that cannot be cast, and without the package onnx; errors
+    call the graph by `name`, or by that of the file.
     """
     try:
         import onnx
@@ -132,7 +142,7 @@ def rewrite(unpacked: Path, precision: Precision, out: Path, emulated: bool = Fa
     try:
         made = (emulate if emulated else cast)(model, precision, out.parent, Writer(out, outside=True))
     except ValueError as error:
-        raise EngineError(f"{out.name}: {error}") from error
+        raise EngineError(f"{name or out.name}: {error}") from error
     onnx.save(made, out)
 
 
@@ -147,6 +157,7 @@ def unpack(graph: GraphSpec, out: Path) -> Path:
     options.optimized_model_filepath = str(out)
     options.log_severity_level = 3
     options.intra_op_num_threads = usable_cores()
+    unpack_weights(options)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}.weights")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
@@ -187,7 +198,7 @@ def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Arr
     """Inputs as a service gives them: noise at different places of a variance-preserving grid, w of 0 and more.
 
     Classes come in turn; of texts, the first is as long as any, and the last a quarter of that. Raises EngineError for
-    a tokenizer that cannot be read.
+    a tokenizer that cannot be read or has no tokens.
     """
     generator = np.random.default_rng(seed)
     time = np.linspace(1, 0.25, batch, dtype=np.float32)
@@ -222,12 +233,15 @@ def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Arr
 def _vocabulary(graph: GraphSpec) -> int:
     """How many ids every tokenizer of a text graph has; 2 where none is known."""
     try:
-        return min((vocabulary_size(path) for path in graph.tokenizers), default=2)
+        size = min((vocabulary_size(path) for path in graph.tokenizers), default=2)
     except TokenizerError as error:
         raise EngineError(str(error)) from error
+    if not size:
+        raise EngineError(f"{graph.path.name}: its tokenizer has no tokens")
+    return size
 
 
-def _run(path: Path, inputs: dict[str, Array]) -> list[Array]:
+def _run(path: Path, inputs: dict[str, Array], name: str) -> list[Array]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # these remove the rounding
     options.intra_op_num_threads = usable_cores()
@@ -236,5 +250,5 @@ def _run(path: Path, inputs: dict[str, Array]) -> list[Array]:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         arrays: list[Array] = session.run(None, inputs)
     except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{path.name}: ONNX Runtime cannot run it ({error})") from error
+        raise EngineError(f"{name}: ONNX Runtime cannot run it ({error})") from error
     return arrays

@@ -27,7 +27,9 @@ BETWEEN = PRODUCTS | {
 }
 NORMS = frozenset({"InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"})
 BFLOAT16_OPSET = 22
-"""The first opset whose convolutions take bfloat16; what it has of the operators here is otherwise that of opset 20."""
+"""The first opset whose convolutions take bfloat16."""
+RAISED_OPSET = 18
+"""The first opset whose operators, of those here, are written as in `BFLOAT16_OPSET`: only their types are fewer."""
 QUANTIZED_OPSET = 19
 """The first opset that scales 8-bit weights back to fp16."""
 _TYPES = {
@@ -46,7 +48,8 @@ def cast(model: ModelProto, precision: Precision, folder: Path = Path(), writer:
     """A copy of a float32 model that computes in `precision`; its inputs and outputs stay as they are.
 
     The weights of the cast operators are in that precision too, made one by one by `writer` of what lies in the graph,
-    or outside it in `folder`. Raises ValueError for a model whose tensors' types cannot be inferred.
+    or outside it in `folder`. Raises ValueError for a model whose tensors' types cannot be inferred, and for one of an
+    opset that is too old for the precision.
     """
     lowered = _copy(model)
     if precision == "fp32":
@@ -76,6 +79,8 @@ def _check_opset(model: ModelProto, precision: Precision) -> None:
     version = next((opset.version for opset in model.opset_import if opset.domain == ""), 0)
     if precision in _STORED and version < QUANTIZED_OPSET:
         raise ValueError(f"a graph of opset {version} cannot have {precision} weights; opset {QUANTIZED_OPSET} can")
+    if precision == "bf16" and version < RAISED_OPSET:
+        raise ValueError(f"a graph of opset {version} cannot be in bf16; one of opset {RAISED_OPSET} can")
 
 
 def _copy(model: ModelProto) -> ModelProto:

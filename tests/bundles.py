@@ -175,7 +175,7 @@ class GraphBuilder:
 
     def save(self, path: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Path:
         graph = helper.make_graph(self.nodes, path.stem, _values(inputs), _values(outputs), initializer=self.constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
         onnx.checker.check_model(model)
         onnx.save(model, str(path))
         return path

@@ -228,9 +228,13 @@ def _options(threads: int) -> ort.SessionOptions:
     # to hand over work: what waits for a thread that others keep from its core would keep others from theirs.
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # int8 weights are unpacked when the graph loads instead of in every run.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    unpack_weights(options)
     return options
+
+
+def unpack_weights(options: ort.SessionOptions) -> None:
+    """Have weights of 8 bits unpacked when a graph loads, whatever their type and zero point, and not in every run."""
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
 
 
 def check_signature(session: ort.InferenceSession, graph: GraphSpec) -> None:

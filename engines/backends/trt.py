@@ -68,7 +68,7 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
-            made = build_plan(library, prepared, options.profile, target, lambda *_: wanted())
+            made = build_plan(library, prepared, options.profile, target, lambda *_: wanted(), graph.path.name)
         engine = _warm(TrtEngine(graph, made, library, cuda, options.profile), options.profile)
         cache.keep(key, made)
         return engine

@@ -56,12 +56,18 @@ def find_library() -> Library:
 
 
 def build_plan(
-    library: Library, graph: Path, profile: Profile, target: str | None = None, progress: Progress | None = None
+    library: Library,
+    graph: Path,
+    profile: Profile,
+    target: str | None = None,
+    progress: Progress | None = None,
+    name: str | None = None,
 ) -> bytes:
     """Compile an ONNX graph, strongly typed, for a chip; None is the one that is there.
 
     Raises EngineError for a chip that the library does not compile for, for a graph that does not parse or build, for
-    a build that `progress` ends, and where the library does not start.
+    a build that `progress` ends, and where the library does not start; errors call the graph by `name`, or by that of
+    the file.
     """
     trt = library.module
     logger = error_logger(trt)
@@ -71,7 +77,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
-        raise EngineError(f"{graph.name}: {library.name} cannot parse it ({errors or logger.worst})")
+        raise EngineError(f"{name or graph.name}: {library.name} cannot parse it ({errors or logger.worst})")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
     if (user_allocation := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
@@ -83,7 +89,8 @@ def build_plan(
         config.progress_monitor = _monitor(trt, progress)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{graph.name}: {library.name} cannot build it ({logger.worst or 'no reason given'})")
+        reason = logger.worst or "no reason given"
+        raise EngineError(f"{name or graph.name}: {library.name} cannot build it ({reason})")
     return bytes(plan)
 
 

@@ -23,7 +23,7 @@ def test_every_precision_is_rounded_and_stays_near(tmp_path: Path, programmed: b
     assert empty == ""
     for name, left_out in (("int8", int8), ("fp8", fp8)):
         assert left_out.startswith(f"{name} is left out: ")
-        assert "opset 17" in left_out
+        assert "opset 18" in left_out
     assert ("PyTorch" if programmed else "ONNX Runtime") in head
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [(row[0], row[1]) for row in rows] == [(name, steps) for steps in "421" for name in ("fp16", "bf16")]

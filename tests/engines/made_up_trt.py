@@ -163,7 +163,7 @@ MADE_UP = SimpleNamespace(
 )
 
 
-def build_nothing(library: Library, graph: Path, profile: Profile, target: str, progress: Progress) -> bytes:
+def build_nothing(library: Library, graph: Path, profile: Profile, target: str, progress: Progress, name: str) -> bytes:
     """The graph as the plan, after one step."""
     if not progress("building", 1, 1):
         raise EngineError("the build was ended")

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from tokenizers import Tokenizer, models
 
 from engines import backends
 from engines import bundle as bundles
@@ -231,6 +232,16 @@ def test_inspect_names_a_tokenizer_that_does_not_open(text_bundle: Bundle, tmp_p
     result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
     assert result.exit_code == 1
     assert "tokenizer.json: not a tokenizer" in result.output
+
+
+def test_inspect_names_a_tokenizer_without_tokens(text_bundle: Bundle, tmp_path: Path) -> None:
+    emptied = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({}, unk_token="[UNK]")).save(str(emptied))
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files} | {emptied.name: emptied}
+    result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    assert result.exit_code == 1
+    assert "DIFFERS  text.onnx: its tokenizer has no tokens" in result.output
+    assert "none of its 0 tokens has the pad_id" in result.output
 
 
 def test_a_pad_id_that_is_no_token_is_refused(text_bundle: Bundle, tmp_path: Path) -> None:

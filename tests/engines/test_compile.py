@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, models
 
 from engines import compile as compiling
 from engines.backends.base import EngineError, GraphSpec, TensorSpec
@@ -255,6 +258,50 @@ def test_without_a_library_the_message_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr("engines.backends.trt_library.MODULES", ("absent_library",))
     with pytest.raises(EngineError, match=r"pip install 'fewstep\[tensorrt\]'"):
         find_library()
+
+
+def test_a_library_that_fails_names_the_graph_of_the_bundle(library: Library, text_bundle: Bundle) -> None:
+    graph = text_bundle.graphs()["step-4.onnx"]
+    with pytest.raises(EngineError, match=r"^text\.onnx: .* cannot build it"):
+        build_plan(library, graph.path, PROFILE, "sm89", lambda *_: False, "text.onnx")
+    with pytest.raises(EngineError, match=r"^text\.onnx: .* cannot parse it"):
+        build_plan(library, text_bundle.path / "README.md", PROFILE, "sm89", None, "text.onnx")
+
+
+def test_a_folder_without_room_is_an_error_that_names_it(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(onnx, "save", full)
+    with pytest.raises(EngineError, match=f"text.onnx: cannot be prepared in {tmp_path}: No space left on device"):
+        prepare(text_bundle.graphs()["text.onnx"], "fp16", tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("uint8", 128), ("int8", 0), ("int8", 5)])
+def test_weights_of_8_bits_are_unpacked_whatever_their_zero_point(
+    library: Library, tmp_path: Path, kind: str, zero: int
+) -> None:
+    graph = products(tmp_path, 1)
+    model = onnx.load(graph.path)
+    del model.graph.initializer[0]
+    codes = (np.arange(16).reshape(4, 4) * 7 + zero).astype(kind)
+    for name, value in (("codes", codes), ("scale", np.float32(0.01)), ("zero", np.array(zero, kind))):
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["a"]))
+    onnx.save(model, graph.path)
+    prepared, _ = prepare(graph, "fp32", tmp_path)
+    assert {node.op_type for node in onnx.load(prepared).graph.node} == {"MatMul"}
+    assert build_plan(library, prepared, PROFILE, "sm89")
+
+
+def test_a_tokenizer_without_tokens_is_an_error(text_bundle: Bundle, tmp_path: Path) -> None:
+    emptied = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({}, unk_token="[UNK]")).save(str(emptied))
+    graph = replace(text_bundle.graphs()["text.onnx"], tokenizers=(emptied,))
+    with pytest.raises(EngineError, match=r"text\.onnx: its tokenizer has no tokens"):
+        typical_inputs(graph, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +167,37 @@ def test_an_old_graph_cannot_have_weights_of_8_bits() -> None:
     model.opset_import[0].version = 17
     with pytest.raises(ValueError, match="a graph of opset 17 cannot have fp8 weights"):
         cast(model, "fp8")
+
+
+@pytest.mark.parametrize("lower", [cast, emulate])
+def test_an_old_graph_cannot_be_in_bfloat16(lower: Callable[[ModelProto, Precision], ModelProto]) -> None:
+    """It would need an opset that has operators written otherwise, such as means, whose axes became an input."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "x"], ["a"]),
+        helper.make_node("ReduceMean", ["a"], ["b"], axes=[1]),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
+    model = graph_of(nodes, shapes=([4, 4], [4, 1]))
+    model.opset_import[0].version = 17
+    with pytest.raises(ValueError, match="a graph of opset 17 cannot be in bf16; one of opset 18 can"):
+        lower(model, "bf16")
+    onnx.checker.check_model(lower(model, "fp16"), full_check=True)
+
+
+def test_a_graph_of_opset_18_can_be_in_bfloat16() -> None:
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32), "weight")]
+    weights.append(numpy_helper.from_array(np.array([1], np.int64), "axes"))
+    nodes = [
+        helper.make_node("MatMul", ["x", "weight"], ["a"]),
+        helper.make_node("Split", ["a"], ["left", "right"], axis=1, num_outputs=2),
+        helper.make_node("Concat", ["right", "left"], ["b"], axis=1),
+        helper.make_node("ReduceMean", ["b", "axes"], ["c"]),
+        helper.make_node("Sub", ["b", "c"], ["d"]),
+        helper.make_node("MatMul", ["d", "weight"], ["y"]),
+    ]
+    model = graph_of(nodes, weights)
+    model.opset_import[0].version = 18
+    onnx.checker.check_model(cast(model, "bf16"), full_check=True)
 
 
 def run(model: ModelProto, inputs: dict[str, np.ndarray], folder: Path) -> np.ndarray:
