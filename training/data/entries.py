@@ -73,9 +73,20 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(captions))
 
 
-def fields_are_text(fields: Mapping[str, Any]) -> bool:
-    """Whether what names an image's class or group can be encoded."""
-    return all(is_text(str(fields[name])) for name in ("class_name", "group") if name in fields)
+def fields_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What metadata says beside the name and the captions of an image, without fields that are null: these say nothing.
+
+    Raises ValueError with a reason to show when what names its class or group is no name, or cannot be encoded.
+    """
+    named = ("file_name", "text", "texts")
+    fields = {name: value for name, value in metadata.items() if value is not None and name not in named}
+    for name in ("class_name", "group"):
+        value = fields.get(name, "")
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"its {name} is neither a string nor a number")
+        if not is_text(str(value)):
+            raise ValueError(f"its {name} has half a surrogate pair")
+    return fields
 
 
 def is_text(value: str) -> bool:

@@ -16,7 +16,7 @@ from training.data.entries import (
     Skipped,
     caption_lines,
     captions_of,
-    fields_are_text,
+    fields_of,
     is_text,
 )
 from training.data.folder import METADATA
@@ -73,12 +73,9 @@ def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | S
         texts = captions_of(metadata)
         if not path.is_file():
             return Skipped(where, "the file is missing")
+        return _entry(path, name, texts, fields_of(metadata))
     except (OSError, ValueError) as error:
         return Skipped(where, str(error))
-    fields = {k: v for k, v in metadata.items() if k not in ("text", "texts")}
-    if not fields_are_text(fields):
-        return Skipped(where, "its class_name or group has half a surrogate pair")
-    return _entry(path, name, texts, fields)
 
 
 def inside(folder: Path, name: str) -> Path:

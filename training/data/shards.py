@@ -17,7 +17,7 @@ from training.data.entries import (
     Skipped,
     caption_lines,
     captions_of,
-    fields_are_text,
+    fields_of,
 )
 from training.data.pixels import decode
 
@@ -106,17 +106,16 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
         metadata: dict[str, Any] = json.loads(parts[".json"]()) if ".json" in parts else {}
         if not isinstance(metadata, dict):
             raise ValueError("the metadata is not a JSON object")
-        if ".cls" in parts and not {"class_name", "group"} & set(metadata):
-            metadata["class_name"] = _class_number(parts[".cls"]())
-        captioned = bool({"text", "texts"} & set(metadata))
+        fields = fields_of(metadata)
+        if ".cls" in parts and not {"class_name", "group"} & set(fields):
+            fields["class_name"] = _class_number(parts[".cls"]())
+        captioned = any(metadata.get(name) is not None for name in ("text", "texts"))
         if ".txt" in parts and not captioned:
             texts = caption_lines(parts[".txt"]())
-        elif "class_name" in metadata and not captioned:
-            texts = captions_of({"text": str(metadata["class_name"])})
+        elif "class_name" in fields and not captioned:
+            texts = captions_of({"text": str(fields["class_name"])})
         else:
             texts = captions_of(metadata)
-        if not fields_are_text(metadata):
-            raise ValueError("its class_name or group has half a surrogate pair")
     except UnicodeDecodeError as error:
         return Skipped(name, f"the metadata is not UTF-8: {error.reason}")
     except json.JSONDecodeError as error:
@@ -124,7 +123,6 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
     except (OSError, ValueError) as error:
         return Skipped(name, str(error))
     file_name = metadata.get("file_name")
-    fields = {k: v for k, v in metadata.items() if k not in ("file_name", "text", "texts")}
     return Entry(Record(file_name if isinstance(file_name, str) else name + suffix, texts, fields), parts[suffix])
 
 

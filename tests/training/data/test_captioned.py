@@ -221,7 +221,30 @@ def test_a_class_that_is_no_text_is_skipped(tmp_path: Path) -> None:
     odd = {"file_name": "1.png", "text": "one", "class_name": chr(0xD83D)}
     metadata(tmp_path, odd, {"file_name": "2.png", "text": "two"})
     [skipped] = CaptionedImages.open(tmp_path).skipped
-    assert "its class_name or group has half a surrogate pair" in str(skipped)
+    assert "its class_name has half a surrogate pair" in str(skipped)
+
+
+def test_fields_that_are_null_say_nothing_and_a_class_that_is_no_name_is_skipped(tmp_path: Path) -> None:
+    fields: dict[str, dict[str, Any]] = {
+        "1.png": {"class_name": "ant", "style": None},
+        "2.png": {"class_name": None, "group": "bee"},
+        "3.png": {"class_name": 3},
+        "4.png": {"class_name": ["a", "b"]},
+        "5.png": {"text": "five", "group": {"name": "g"}},
+    }
+    for name in fields:
+        picture(tmp_path / name)
+    metadata(tmp_path, *({"file_name": name, "text": "x"} | more for name, more in fields.items()))
+    images = CaptionedImages.open(tmp_path)
+    assert images.classes == ("3", "ant", "bee")
+    assert images.records[0].fields == {"class_name": "ant"}
+    assert reasons(images) == {
+        "4.png (metadata.jsonl:4)": "its class_name is neither a string nor a number",
+        "5.png (metadata.jsonl:5)": "its group is neither a string nor a number",
+    }
+    metadata(tmp_path, {"file_name": "1.png", "text": "x", "class_name": None})
+    with pytest.raises(DataError, match=r'1\.png has neither "class_name" nor "group"'):
+        _ = CaptionedImages.open(tmp_path).classes
 
 
 def test_grey_levels_of_unknown_range_and_damaged_exif_are_skipped() -> None:

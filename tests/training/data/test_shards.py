@@ -132,6 +132,30 @@ def test_a_class_is_read_and_stands_in_for_captions(tmp_path: Path) -> None:
     assert [str(skipped) for skipped in images.skipped] == ["a.tar:d: its .cls is no whole number"]
 
 
+def test_what_is_null_in_a_samples_metadata_hides_nothing(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "a.tar",
+        {
+            "a.png": png(),
+            "a.cls": b"3",
+            "a.json": b'{"text": "x", "class_name": null}',
+            "b.png": png(),
+            "b.txt": b"beside",
+            "b.json": b'{"text": null, "class_name": null, "group": "g"}',
+            "c.png": png(),
+            "c.json": b'{"class_name": null}',
+            "d.png": png(),
+            "d.json": b'{"class_name": ["a"]}',
+        },
+    )
+    images = CaptionedImages.open(tmp_path, size=4)
+    assert [(record.class_name, *record.texts) for record in images.records] == [("3", "x"), ("g", "beside")]
+    assert [str(skipped) for skipped in images.skipped] == [
+        'a.tar:c: no caption: neither "text" nor "texts"',
+        "a.tar:d: its class_name is neither a string nor a number",
+    ]
+
+
 def test_broken_samples_and_shards_are_named(tmp_path: Path) -> None:
     shard(
         tmp_path / "a.tar",
