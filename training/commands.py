@@ -20,11 +20,11 @@ from training.features import FeatureError
 from training.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.loop import Stopped, TrainingError
 from training.metrics import MetricError
+from training.pipeline_faults import TeacherError
 from training.recipe import Recipe
 from training.report import Pace
 from training.sections import RecipeError
 from training.sharding import sharding
-from training.teachers import TeacherError
 
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, path_type=Path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training.guidance import Condition
+from training.pipeline_faults import TeacherError, first_line
 from training.prompts import TextGraph, Tokens
 
 _TRIED = ("a photo of a red apple", "two dogs")
@@ -21,9 +23,9 @@ class PipelinePrompts:
     `context` (N, L, D), and `pooled` (N, P) for SDXL. Loaded when first used.
     """
 
-    def __init__(self, identity: str, load: Callable[[], Any]) -> None:
-        """`load` gives the pipeline without its network."""
-        self.identity, self._load_pipeline = identity, load
+    def __init__(self, folder: Path, identity: str, load: Callable[[], Any]) -> None:
+        """`load` gives the pipeline in `folder` without its network."""
+        self.folder, self.identity, self._load_pipeline = folder, identity, load
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -64,11 +66,14 @@ class PipelinePrompts:
 
     @torch.no_grad()
     def _encoded(self, captions: Sequence[str], *, null: bool) -> Sequence[Tensor]:
-        """Context and its null, and for SDXL pooled text and its null."""
+        """Context and its null, and for SDXL pooled text and its null. Raises TeacherError if it cannot be had."""
         pipeline = self._pipeline
-        found: Sequence[Tensor] = pipeline.encode_prompt(
-            prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=null
-        )
+        try:
+            found: Sequence[Tensor] = pipeline.encode_prompt(
+                prompt=list(captions), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=null
+            )
+        except Exception as error:  # whatever tokenizers that do not fit their encoders make the libraries raise
+            raise TeacherError(f"{self.folder}: its text encoders take no prompts: {first_line(error)}") from error
         return found
 
 

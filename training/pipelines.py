@@ -26,6 +26,7 @@ from training.teachers import INDEX, TeacherPipeline
 from training.text import save_text_parts
 
 ABSENT = [None, None]
+CONFIG = "config.json"
 
 
 def save_stage(
@@ -59,7 +60,8 @@ def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipe
     """Write into `folder` what a pipeline has besides the network: scheduler, index and the teacher's other parts.
 
     These are hard links where the disk allows it: the parts of a checkpoint, or the run's own autoencoder and MiniLM
-    (`max_tokens` of a prompt). Networks that no stock pipeline can give w to (classes) get the scheduler alone.
+    (`max_tokens` of a prompt). Configs that state a precision are written anew. Networks that no stock pipeline can
+    give w to (classes) get the scheduler alone.
     """
     prediction: OwnPrediction = "x" if denoiser.prediction == "x" else "v"
     stock_scheduler(denoiser.schedule, prediction).save_pretrained(folder / "scheduler")
@@ -133,6 +135,8 @@ def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
     for part in set(parts) - {"unet", "scheduler"}:
         if files := pipeline.files(part):
             _link(files, folder / part, pipeline.variant)
+            if index[part][0] != "diffusers":
+                _state_precision(folder / part / CONFIG)
         else:  # such as a safety checker that was left out of a download
             index[part] = ABSENT
     if index.get("safety_checker") == ABSENT:
@@ -140,10 +144,19 @@ def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
     return index
 
 
+def _state_precision(config: Path) -> None:
+    """Have a model of transformers, which loads in the precision that its config states, load in the network's."""
+    if not config.exists():
+        return
+    settings = {name: value for name, value in json.loads(config.read_text()).items() if name != "torch_dtype"}
+    with whole_file(config) as partial:  # another file: the one that is replaced is the teacher's too
+        partial.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2))
+
+
 def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
     autoencoder = folder.parent / "autoencoder"
     if autoencoder.is_dir():
-        _link([autoencoder / "config.json", *autoencoder.glob("*.safetensors")], folder / "vae", None)
+        _link([autoencoder / CONFIG, *autoencoder.glob("*.safetensors")], folder / "vae", None)
     return {
         "_class_name": "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderKL"] if autoencoder.is_dir() else ABSENT,

@@ -7,35 +7,35 @@ UNet2DConditionModel, in pixels or latents, and DiT.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from training.diffusion import Prediction, Schedule
 from training.networks import Network, NetworkDenoiser, never_drop, same_latents
+from training.pipeline_faults import TeacherError, first_line, network_faults
 from training.pipeline_files import loaded_files
 from training.pipeline_prompts import PipelinePrompts, same_text
+from training.pipeline_schedules import prediction_of, schedule_of
 from training.store import hash_of, hash_of_files
 
+Said = TypeVar("Said")
+
 INDEX = "model_index.json"
-PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 NETWORK_CLASSES: Mapping[str, type[Network]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DModel": UNet2DModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "Transformer2DModel": DiTTransformer2DModel,  # what DiT was called before
 }
-
-
-class TeacherError(Exception):
-    """A pipeline that cannot be a teacher; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class TeacherPipeline:
             if not isinstance(index, dict):
                 raise ValueError(f"{INDEX} is no JSON object")
         except (OSError, ValueError) as error:
-            raise TeacherError(f"{source} is no diffusers pipeline: {_first_line(error)}") from error
+            raise TeacherError(f"{source} is no diffusers pipeline: {first_line(error)}") from error
         opened = cls(folder, index, source, variant)
         try:
             opened._check()
         except TeacherError:
             raise
         except Exception as error:  # whatever odd settings make it raise
-            raise TeacherError(f"{source}: a setting is missing or faulty: {_first_line(error)}") from error
+            raise TeacherError(f"{source}: a setting is missing or faulty: {first_line(error)}") from error
         return opened
 
     def _check(self) -> None:
         """Raise TeacherError for what cannot be distilled, before any weights are read."""
         config = self.network_config
-        for wrong, reason in _faults(config, self.is_text, self.part):
+        for wrong, reason in network_faults(config, self.is_text, self.part):
             if wrong:
                 raise TeacherError(f"{self.folder}: {reason}")
         if (vae := self.autoencoder_class) not in (None, "AutoencoderKL"):
@@ -96,7 +96,10 @@ class TeacherPipeline:
                 raise TeacherError(f"{self.folder}: an autoencoder with {odd[0]} is not known")
         if self.is_text and self.autoencoder_class is None:
             raise TeacherError(f"{self.folder}: a text-to-image pipeline without an autoencoder is not known")
+        if self.variant and not any(self._has_variant(part) for part in self.index if self._class_of(part)):
+            raise TeacherError(f"{self.folder} has no weights of the variant {self.variant!r}")
         self._check_pooled()
+        self._check_text_width()
         _ = self.schedule, self.prediction, self.unit, self.only_side
         unknown = [number for numbers in self._numbers.values() for number in numbers if not self._is_class(number)]
         if self.labels_count and unknown:
@@ -136,48 +139,25 @@ class TeacherPipeline:
         try:
             config: dict[str, Any] = json.loads((self.folder / name).read_text())
         except (OSError, ValueError) as error:
-            raise TeacherError(f"{self.folder}/{name}: {_first_line(error)}") from error
+            raise TeacherError(f"{self.folder}/{name}: {first_line(error)}") from error
         return config
-
-    @property
-    def _is_flow(self) -> bool:
-        return self._scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
 
     @cached_property
     def schedule(self) -> Schedule:
         """What its scheduler's noise says."""
-        config = self._scheduler
-        if self._is_flow:
-            if config.get("use_dynamic_shifting"):
-                raise TeacherError(f"{self.folder}: a flow whose shift depends on the image's size is not known")
-            return Schedule.rectified_flow(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
-        name = str(config.get("_class_name"))
-        kind = getattr(diffusers, name, None)
-        try:
-            alphas_cumprod = getattr(kind.from_config(config), "alphas_cumprod", None) if kind is not None else None
-        except Exception as error:  # whatever odd settings make a scheduler raise
-            raise TeacherError(f"{self.folder}: its scheduler {name}: {_first_line(error)}") from error
-        if alphas_cumprod is None:
-            raise TeacherError(f"{self.folder}: its scheduler {name} has no alphas_cumprod and is no rectified flow")
-        try:
-            schedule = Schedule.from_alphas_cumprod(alphas_cumprod)
-        except ValueError as error:
-            raise TeacherError(f"{self.folder}: {error}") from error
-        # The flag, since EulerDiscreteScheduler then ends at a number beside 0, above where a cosine schedule ends.
-        ends_in_noise = config.get("rescale_betas_zero_snr") or float(alphas_cumprod[-1]) == 0
-        if self.prediction == "eps" and ends_in_noise:
-            raise TeacherError(f"{self.folder}: it predicts eps, which says nothing of x where alpha is 0, at t = 1")
-        return schedule
+        return self._said(schedule_of)
 
     @cached_property
     def prediction(self) -> Prediction:
         """What its network predicts."""
-        if self._is_flow:
-            return "flow"
-        name = self._scheduler.get("prediction_type", "epsilon")
-        if name not in PREDICTIONS:
-            raise TeacherError(f"{self.folder}: its network predicts {name}; known are {', '.join(PREDICTIONS)}")
-        return PREDICTIONS[name]
+        return self._said(prediction_of)
+
+    def _said(self, of: Callable[[Mapping[str, Any]], Said]) -> Said:
+        """What the scheduler's config says."""
+        try:
+            return of(self._scheduler)
+        except ValueError as error:
+            raise TeacherError(f"{self.folder}: {error}") from error
 
     @property
     def autoencoder_class(self) -> str | None:
@@ -234,6 +214,24 @@ class TeacherPipeline:
         if self._class_of("text_encoder") is None or config["projection_class_embeddings_input_dim"] != width:
             raise TeacherError(f"{self.folder}: it is told other things than SDXL's base is (a refiner?)")
 
+    def _check_text_width(self) -> None:
+        """Raise TeacherError for text encoders whose context the network does not attend to."""
+        if not self.is_text:
+            return
+        configs = [self._config(f"{part}/config.json") for part in self._text_parts]
+        given = sum(config.get("hidden_size") or config["d_model"] for config in configs)
+        taken = self.network_config.get("encoder_hid_dim") or self.network_config.get("cross_attention_dim", given)
+        if unfit := [width for width in (taken if isinstance(taken, list) else [taken]) if width != given]:
+            raise TeacherError(
+                f"{self.folder}: its network attends to a context of width {unfit[0]}, and its text encoders give one "
+                f"of {given}"
+            )
+
+    @property
+    def _text_parts(self) -> tuple[str, ...]:
+        """The subfolders of the text encoders that are used."""
+        return ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
+
     @property
     def is_xl(self) -> bool:
         """Whether the network is told pooled text and the image's size, as SDXL is."""
@@ -251,18 +249,25 @@ class TeacherPipeline:
         return None if self.autoencoder_class is None else self._load(AutoencoderKL, "vae")
 
     def _load(self, kind: Any, part: str) -> Any:
-        has_variant = self.variant and any(f".{self.variant}" in file.name for file in self.files(part))
-        variant = self.variant if has_variant else None
         try:
-            loaded = kind.from_pretrained(str(self.folder), subfolder=part, variant=variant, local_files_only=True)
+            loaded, found = kind.from_pretrained(
+                str(self.folder), subfolder=part, variant=self.variant if self._has_variant(part) else None,
+                local_files_only=True, output_loading_info=True,
+            )  # fmt: skip
         except Exception as error:  # whatever torn files make the libraries raise
-            raise TeacherError(f"{self.folder}/{part}: {_first_line(error)}") from error
-        if missing := [name for name, value in loaded.state_dict().items() if value.is_meta]:
-            raise TeacherError(f"{self.folder}/{part}: its weights lack {missing[0]}")
+            raise TeacherError(f"{self.folder}/{part}: {first_line(error)}") from error
+        missing = {name for name, value in loaded.state_dict().items() if value.is_meta}
+        missing |= {name for name, _ in loaded.named_parameters()} & set(found["missing_keys"])
+        if missing:
+            raise TeacherError(f"{self.folder}/{part}: its weights lack {min(missing)}")
         return loaded if loaded.dtype == torch.float32 else loaded.float()
 
+    def _has_variant(self, part: str) -> bool:
+        """Whether there are weights of the variant that was asked for."""
+        return bool(self.variant) and any(f".{self.variant}" in file.name for file in self.files(part))
+
     def prompts(self, device: torch.device) -> PipelinePrompts:
-        """Its text encoders."""
+        """Its text encoders. What they are used for raises TeacherError where they are not whole, or do not fit."""
         # Looked up here: the pipelines take seconds to import, and most runs need none.
         kind = diffusers.StableDiffusionXLPipeline if self.is_xl else diffusers.StableDiffusionPipeline
         bare = {"unet": None, "vae": None, "image_encoder": None, "feature_extractor": None}
@@ -270,14 +275,22 @@ class TeacherPipeline:
             bare |= {"safety_checker": None}
 
         def load() -> Any:
+            encoders = {part: self._text_encoder(part) for part in self._text_parts}
             try:
-                pipeline = kind.from_pretrained(str(self.folder), **bare, variant=self.variant, local_files_only=True)
+                pipeline = kind.from_pretrained(str(self.folder), **bare, **encoders, local_files_only=True)
                 return pipeline.to(device, torch.float32)
             except Exception as error:  # whatever torn files make the libraries raise
-                raise TeacherError(f"{self.folder}: its text encoders cannot be read: {_first_line(error)}") from error
+                raise TeacherError(f"{self.folder}: its text encoders cannot be read: {first_line(error)}") from error
 
         parts = [part for part in self.index if part.startswith(("text_encoder", "tokenizer"))]
-        return PipelinePrompts(hash_of_files([file for part in parts for file in self.files(part)]), load)
+        identity = hash_of_files([file for part in parts for file in self.files(part)])
+        return PipelinePrompts(self.folder, identity, load)
+
+    def _text_encoder(self, part: str) -> Any:
+        kind = getattr(transformers, str(self._class_of(part)), None)
+        if kind is None:
+            raise TeacherError(f"{self.folder}: its {part} is a {self._class_of(part)}, which transformers lacks")
+        return self._load(kind, part)
 
     @cached_property
     def identity(self) -> str:
@@ -339,18 +352,24 @@ class TeacherPipeline:
     def labels(self, classes: Sequence[str]) -> Tensor:
         """The number (K,) of each of K classes.
 
-        That is what `id2label` says if the pipeline has one, else the number that is the class's name, else its place
-        among the names if there are as many as the teacher has classes. Raises TeacherError for what is none of these.
+        That is what `id2label` says if the pipeline has one, else the number that is the class's name, else, where no
+        name is a number, its place among the names if there are as many as the teacher has classes. Raises
+        TeacherError for what is none of these.
         """
         numbers = [self._number(name) for name in classes]
-        if not self._numbers and None in numbers:
-            if len(classes) not in (self.labels_count, self.labels_count - 1):
-                raise TeacherError(
-                    f"{self.folder} has {self.labels_count} classes, the images have {len(classes)}: name the classes "
-                    "of the images by the teacher's numbers"
-                )
-            return torch.arange(len(classes))
-        return torch.tensor(numbers)
+        if None not in numbers:
+            return torch.tensor(numbers)
+        if known := [name for name, number in zip(classes, numbers, strict=True) if number is not None]:
+            raise TeacherError(
+                f"{self.folder}: the images' class {known[0]!r} is a number of the teacher's, and "
+                f"{classes[numbers.index(None)]!r} is none: name all of them by the teacher's numbers"
+            )
+        if len(classes) not in (self.labels_count, self.labels_count - 1):
+            raise TeacherError(
+                f"{self.folder} has {self.labels_count} classes, the images have {len(classes)}: name the classes "
+                "of the images by the teacher's numbers"
+            )
+        return torch.arange(len(classes))
 
     def _number(self, name: str) -> int | None:
         """The number of a class that is named; None for a name that says nothing where there is no `id2label`."""
@@ -367,42 +386,3 @@ class TeacherPipeline:
         if self._numbers or name.isdecimal():
             raise TeacherError(f"{self.folder} has no class {name!r}")
         return None
-
-
-def _faults(config: Mapping[str, Any], text: bool, part: str) -> list[tuple[bool, str]]:
-    """What may be wrong with a network, and how it is said."""
-    channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
-    embedded = config.get("class_embed_type")
-    added = config.get("addition_embed_type")
-    faults = [
-        (config.get("time_cond_proj_dim") is not None, "it takes the guidance weight as an input: it is a student"),
-        (embedded is not None, f"classes embedded by {embedded!r} are not known"),
-        (added not in (None, "text", "text_time"), f"conditions added by {added!r} are not known"),
-        (
-            config.get("encoder_hid_dim_type") not in (None, "text_proj"),
-            f"{config.get('encoder_hid_dim_type')!r} before the cross-attention is not known",
-        ),
-        (config.get("time_embedding_type", "positional") != "positional", "its time embedding is not positional"),
-        (bool(config.get("center_input_sample")), "it centres its input, which is not known"),
-    ]
-    blocks = [
-        *config.get("down_block_types", ()),
-        *config.get("up_block_types", ()),
-        config.get("mid_block_type") or "",
-    ]
-    if not text and config.get("_class_name") == "UNet2DConditionModel":
-        faults.append((any("CrossAttn" in block for block in blocks), "it attends to a text that classes do not give"))
-    if text:
-        fits = channels in (out, 2 * out + 1)
-        faults += [
-            (not fits, f"a network of {channels} channels in and {out} out is neither text-to-image nor inpainting"),
-            (bool(config.get("num_class_embeds")), "it takes text and classes at once, which is not known"),
-        ]
-    else:
-        fits = out in (channels, 2 * channels) if part == "transformer" else out == channels
-        faults.append((not fits, f"a network of {channels} channels in and {out} out is not known"))
-    return faults
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -166,6 +166,9 @@ def test_a_second_network_has_a_revision_and_a_variant_of_its_own(images: Path, 
         "checkpoint": pipelines.class_unet(tmp_path / "conditional", classes=3),
         "unconditional": pipelines.class_unet(tmp_path / "unconditional", classes=None),
     }
+    for folder, variant in zip(both.values(), ("fp16", "bf16"), strict=True):
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
     run = make_run(tmp_path / "run", images, 8, **both, variant="fp16", unconditional_variant="bf16")
     assert run.pipeline is not None
     assert run.unconditional is not None

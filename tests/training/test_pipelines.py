@@ -33,7 +33,7 @@ from training.draws import Draws
 from training.export import export
 from training.guidance import of_rows
 from training.losses import teacher_loss
-from training.networks import NetworkDenoiser, decode_all, save_network
+from training.networks import NetworkDenoiser, decode_all, save_network, student_from
 from training.pipelines import save_pipeline
 from training.recipe import Recipe
 from training.run import Run
@@ -387,3 +387,29 @@ def test_a_students_parts_are_those_of_the_variant_where_plain_ones_lie_beside_t
         assert [file.suffix for file in weights] == [".safetensors"]
         assert weights[0].read_bytes() != b"another"
         assert (tmp_path / part / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(pipelines.stable_diffusion, StableDiffusionPipeline), (pipelines.stable_diffusion_xl, StableDiffusionXLPipeline)],
+)
+def test_students_of_a_teacher_in_half_precision_run_as_they_are(
+    tmp_path: Path, make: Callable[[Path], Path], kind: Any
+) -> None:
+    """Their networks are in full precision, and so is what stands beside them, if its weights are half as long."""
+    half, student = tmp_path / "half", tmp_path / "student"
+    kind.from_pretrained(make(tmp_path / "whole")).to(torch.float16).save_pretrained(half)
+    opened = TeacherPipeline.open(str(half))
+    denoiser = student_from(opened.denoiser())
+    save_network(denoiser, student / "unet")
+    for _ in range(2):  # as after a stage that was killed: what is replaced is the teacher's too
+        save_pipeline(student, denoiser, opened, max_tokens=8)
+    pipeline = kind.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert {name: part.dtype for name, part in models.items()} == dict.fromkeys(models, torch.float32)
+    images = pipeline(PROMPT, num_inference_steps=1, guidance_scale=3, output_type="pt", height=32, width=32).images
+    assert images.isfinite().all()
+    for part in (name for name in models if name.startswith("text_encoder")):
+        assert json.loads((half / part / "config.json").read_text())["dtype"] == "float16"
+        assert (student / part / "model.safetensors").samefile(half / part / "model.safetensors")
