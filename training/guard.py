@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from types import FrameType
 from typing import Any
@@ -48,6 +49,26 @@ class Guard:
     def is_stuck(self) -> bool:
         """Whether the last few updates were all skipped: what is trained has no use for more of them."""
         return all(list(self._skips)[-FEW:])
+
+    def reason(self, folder: Path, update: int, loss: float, norm: float) -> str:
+        """Why the stage in `folder` cannot go on from its last update, skipped for this loss or gradient norm."""
+        if not self._losses:  # no learning rate has had a part in it
+            return (
+                f"{folder.name}: the loss, or its gradient, is not finite from the first update on; that of the last "
+                f"is {loss:.3g}, and the gradient's norm {norm:.3g}. Look at the teacher's weights and at the data, "
+                f"remove {folder}, and go on"
+            )
+        if self.exhausted:
+            return (
+                f"{folder.name}: {self.skipped} updates were skipped, the last one {update}, with a loss of "
+                f"{loss:.3g} and a gradient norm of {norm:.3g}. What was trained before is kept: lower the stage's "
+                "learning_rate, in the recipe and in the run's recipe.json, and go on"
+            )
+        return (
+            f"{folder.name} ends with updates that were all skipped, the last with a loss of {loss:.3g}, so its "
+            "network is not kept: lower the stage's learning_rate, in the recipe and in the run's recipe.json, remove "
+            f"{folder}, and go on"
+        )
 
     def pardon(self) -> None:
         """Forget which of the last updates were skipped: whoever goes on from here is counted anew."""

@@ -162,19 +162,12 @@ def train(
             value, norm = _update(state, load, loss, parts, rate, recipe.clip, seed)
             state.update += 1
             if state.guard.exhausted:
+                reason = state.guard.reason(folder, state.update, value, norm)
                 state.guard.pardon()
                 state.save()
-                raise TrainingError(
-                    f"{folder.name}: {state.guard.skipped} updates were skipped, the last one {state.update}, with a "
-                    f"loss of {value:.3g} and a gradient norm of {norm:.3g}. What was trained before is kept: lower "
-                    "the stage's learning_rate, in the recipe and in the run's recipe.json, and go on"
-                )
+                raise TrainingError(reason)
             if state.update == recipe.updates and state.guard.is_stuck:
-                raise TrainingError(
-                    f"{folder.name} ends with updates that were all skipped, the last with a loss of {value:.3g}, so "
-                    "its network is not kept: lower the stage's learning_rate, in the recipe and in the run's "
-                    f"recipe.json, remove {folder}, and go on"
-                )
+                raise TrainingError(state.guard.reason(folder, state.update, value, norm))
             last = state.update == recipe.updates
             if validation and (last or state.update % validation.every == 0):
                 state.validate(validation)

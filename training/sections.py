@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Level = Annotated[int, Field(ge=0, le=255, strict=True)]
@@ -27,6 +36,16 @@ class Section(BaseModel):
     """What all parts of a recipe share: they are immutable and refuse unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Only switches take true and false, which Python would count as 1 and 0."""
+        given = value if isinstance(value, (list, tuple)) else [value]
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if not is_switch and any(isinstance(one, bool) for one in given):
+            raise ValueError("true and false mean nothing here")
+        return value
 
 
 class Optimisation(Section):

@@ -158,6 +158,14 @@ def test_more_skips_than_the_limit_stop_the_run_with_a_message(tmp_path: Path) -
         train_with({2: math.nan, 5: math.nan, 8: math.nan}, tmp_path, skip_limit=2)
 
 
+@pytest.mark.parametrize("limit", [2, 10], ids=["too many", "to the end"])
+def test_what_is_never_finite_is_not_laid_to_the_learning_rate(tmp_path: Path, limit: int) -> None:
+    for _ in range(2):  # the second time goes on from a checkpoint
+        with pytest.raises(TrainingError, match=r"not finite from the first update on.* teacher's weights") as refused:
+            train_with(dict.fromkeys(range(5), math.nan), tmp_path, updates=5, skip_limit=limit)
+        assert "learning_rate" not in str(refused.value)
+
+
 def test_a_stage_that_ends_with_skips_alone_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="ends with updates that were all skipped, the last with a loss of nan"):
         train_with(dict.fromkeys(range(6, 12), math.nan), tmp_path / "all")
