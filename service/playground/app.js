@@ -15,7 +15,7 @@ import { Settings } from "./settings.js";
 import { Source } from "./source.js";
 import { setState, showQueue, whenReady } from "./state.js";
 import { Subject } from "./subject.js";
-import { offers, offerTasks, titleOf } from "./tasks.js";
+import { drawsNoise, offers, offerTasks, seedIn, titleOf } from "./tasks.js";
 
 const CANCEL_SHOWN_AFTER_S = 0.3;
 
@@ -125,13 +125,13 @@ async function useSettings(said, loadImages = () => {}) {
   byId("form").scrollIntoView({ block: "nearest" });
   byId("submit").focus({ preventScroll: true }); // the button that was pressed may be hidden now
   if (missed.length) showError(`Taken over, but for ${missed.join(", ")}.`);
-  else announce(`Settings taken over, seed ${said.seed} kept.`);
+  else announce(drawsNoise(said) ? `Settings taken over, seed ${said.seed} kept.` : "Settings taken over.");
 }
 
 /** The same for an image of this page, whose input and mask are known too. */
 function useEntry({ body, task, label, seed }) {
   return useSettings({ ...body, task, prompt: label, seed }, async () => {
-    if (body.image) await takeImage(blobFromBase64(body.image), `The input of seed ${seed}`);
+    if (body.image) await takeImage(blobFromBase64(body.image), drawsNoise(body) ? `The input of seed ${seed}` : "The input");
     if (body.mask) await painter.load(body.mask);
   });
 }
@@ -154,7 +154,7 @@ async function submit() {
     const answers = await create(task, body, running.signal, (job) => progress.show(job));
     const entry = result.add(answers, { task, body, label, subject: subject.title });
     const what = answers.length > 1 ? `${answers.length} images` : "Image";
-    announce(`${what} ready in ${formatMs(entry.roundTripMs)}, seed ${entry.seed}.`);
+    announce(`${what} ready in ${formatMs(entry.roundTripMs)}${seedIn(body, entry.seed)}.`);
     result.reveal();
   } catch (error) {
     fail(error);
@@ -174,7 +174,9 @@ function fail(error) {
     throw error;
   }
   showError(error.advice, error.param, error.requestId);
-  if (error.status === 503 || error.status === 0) connect();
+  // What is on offer may have changed since the page asked: the service was away, or its model is gone.
+  const isGone = error.status === 404 && error.param === "model";
+  if (isGone || error.status === 503 || error.status === 0) connect();
 }
 
 function showRunning(on) {
@@ -232,7 +234,7 @@ source.addEventListener("cleared", () => {
 });
 result.addEventListener("use-as-input", async ({ detail: entry }) => {
   // The mask stays: refining the same place is the common case, and Clear is one press away.
-  if (!(await takeImage(entry.blob, `Result with seed ${entry.seed}`))) return;
+  if (!(await takeImage(entry.blob, drawsNoise(entry.body) ? `Result with seed ${entry.seed}` : "The result"))) return;
   byId("field-image").scrollIntoView({ block: "nearest" });
   announce("The result is now the input image.");
 });

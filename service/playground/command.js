@@ -2,6 +2,7 @@
 
 import { addressOf, hasKey } from "./api.js";
 import { announce, byId } from "./dom.js";
+import { drawsNoise } from "./tasks.js";
 
 const SAID_FOR_MS = 2000;
 
@@ -27,12 +28,12 @@ export async function copyCommand(entry) {
 /** What a file of this image is called. */
 export function fileName(entry) {
   const words = entry.label.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40);
-  return `${words || "image"}-${entry.seed}.png`;
+  return `${words || "image"}${drawsNoise(entry.body) ? `-${entry.seed}` : ""}.png`;
 }
 
 // A here-document needs no quoting, whatever is in the prompt.
 function commandOf(entry) {
-  const one = entry.body.seed === undefined ? {} : { n: 1, seed: entry.seed }; // what was encoded has no seed
+  const one = drawsNoise(entry.body) ? { n: 1, seed: entry.seed } : {};
   const body = JSON.stringify({ ...entry.body, ...one });
   // The key itself is left out: what is copied is soon pasted where others read.
   const key = hasKey() ? ' -H "Authorization: Bearer ${FEWSTEP_KEY:?set it to your API key}"' : "";

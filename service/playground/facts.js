@@ -1,6 +1,7 @@
 // What is known of an image that came back: how it was made, and where the time went.
 
 import { byId, element, formatMs } from "./dom.js";
+import { drawsNoise } from "./tasks.js";
 
 const STAGES = [
   ["queue_ms", "Queue"],
@@ -16,7 +17,7 @@ export function showFacts(entry, keep) {
   button.addEventListener("click", keep);
   const rows = [
     [entry.subject, [entry.label]],
-    ...(entry.body.seed === undefined ? [] : [["Seed", [String(entry.seed), " ", button]]]),
+    ...(drawsNoise(entry.body) ? [["Seed", [String(entry.seed), " ", button]]] : []),
     ...(entry.body.method === undefined ? [] : [["Method", [entry.body.method]]]),
     ...(entry.body.sampler === undefined ? [] : [["Sampler", [entry.body.sampler]]]),
     ["Steps", [String(entry.body.steps)]],

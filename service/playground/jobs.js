@@ -1,6 +1,6 @@
 // Makes images as a job that is followed step by step. Knows nothing of the document.
 
-import { answerOf, call, errorOf } from "./api.js";
+import { ApiError, answerOf, call, errorOf } from "./api.js";
 import { blobFromBase64 } from "./base64.js";
 import { events } from "./events.js";
 import { pause, unlessAborted } from "./waits.js";
@@ -8,6 +8,7 @@ import { pause, unlessAborted } from "./waits.js";
 const JSON_TYPES = { "Content-Type": "application/json", Accept: "application/json" };
 const ASK_EVERY_S = 1;
 const MAX_MISSES = 30;
+const LOST = "The service lost this image: it was restarted, or kept it no longer. Ask for it again.";
 
 /**
  * Asks for images at /generate, /edit or /inpaint and gives them. `onProgress` hears of the job whenever it moves.
@@ -59,6 +60,7 @@ async function askAfter(id, signal, onProgress) {
       onProgress(job);
       misses = 0;
     } catch (error) {
+      if (error.status === 404) throw new ApiError(LOST, error);
       misses += 1;
       if (!error.passes || misses > MAX_MISSES) throw error;
       waitS = error.retryS;

@@ -146,11 +146,11 @@ export class Painter {
   #onKeyDown(event) {
     const arrow = ARROWS[event.key];
     const key = event.key.toLowerCase();
-    if ((event.ctrlKey || event.metaKey) && key === "z") this.#change(() => this.#mask.undo());
+    if ((event.ctrlKey || event.metaKey) && key === "z" && !event.shiftKey) this.#change(() => this.#mask.undo());
     else if (event.ctrlKey || event.metaKey || event.altKey) return;
     else if (arrow) this.#step(arrow, event.shiftKey ? Math.max(4, this.#size) : 1);
     else if (key === " ") this.#press(event.repeat);
-    else if (key === "enter") this.#togglePen();
+    else if (key === "enter") this.#togglePen(event.repeat);
     else if (key === "e") choose("brush", this.#value ? "erase" : "paint");
     else if (key === "[") this.#setSize(this.#size - 1);
     else if (key === "]") this.#setSize(this.#size + 1);
@@ -181,7 +181,8 @@ export class Painter {
     this.#refresh();
   }
 
-  #togglePen() {
+  #togglePen(isRepeat) {
+    if (isRepeat) return;
     if (this.#penDown) {
       this.#endStroke();
       announce("Brush up");

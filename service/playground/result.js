@@ -5,6 +5,7 @@ import { copyCommand, fileName } from "./command.js";
 import { announce, byId, chosen, element } from "./dom.js";
 import { showFacts, showTimings } from "./facts.js";
 import * as history from "./history.js";
+import { seedIn } from "./tasks.js";
 
 const NARROW = "(max-width: 52rem)"; // as in style.css
 
@@ -134,5 +135,5 @@ function withUrl(entry) {
 }
 
 function titleOf(entry) {
-  return `${entry.label}, seed ${entry.seed}`;
+  return `${entry.label}${seedIn(entry.body, entry.seed)}`;
 }

@@ -2,6 +2,7 @@
 
 import { clearError } from "./errors.js";
 import { byId, choose, chosen, offer } from "./dom.js";
+import { drawsNoise } from "./tasks.js";
 import { Ways } from "./ways.js";
 
 const SEEDS = 2 ** 32;
@@ -132,7 +133,7 @@ export class Settings {
     const acting = this.#choices().filter((choice) => choice <= strength).pop();
     if (task !== "generate" && acting) this.#kept[task] = acting;
     this.#offerStrengths();
-    this.keepSeed(seed);
+    if (drawsNoise(said)) this.keepSeed(seed);
     return missed;
   }
 

@@ -2,6 +2,7 @@
 
 import { canvasToBase64 } from "./base64.js";
 import { byId, chosen } from "./dom.js";
+import { seedIn } from "./tasks.js";
 
 export class ImageError extends Error {}
 
@@ -76,7 +77,7 @@ export class Source extends EventTarget {
     byId("field-reuse").hidden = said === null;
     if (said === null) return;
     const strength = said.task === "generate" || said.strength === null ? "" : `, strength ${said.strength}`;
-    const numbers = `${said.steps} steps, guidance ${said.guidance_scale}${strength}, seed ${said.seed}`;
+    const numbers = `${said.steps} steps, guidance ${said.guidance_scale}${strength}${seedIn(said, said.seed)}`;
     const from = said.task === "generate" ? "" : " The image it came from is not in the file.";
     byId("reuse-note").textContent = `Made by ${said.model}: ${numbers}.${from}`;
   }

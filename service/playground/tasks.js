@@ -17,6 +17,16 @@ export function titleOf(task) {
   return TITLES[task];
 }
 
+/** Whether what is asked for, or was made so, begins with noise, which a seed draws. What is encoded does not. */
+export function drawsNoise({ method }) {
+  return method !== "encode";
+}
+
+/** The seed of an image, to be said after something else, if it has one. */
+export function seedIn(said, seed) {
+  return drawsNoise(said) ? `, seed ${seed}` : "";
+}
+
 function labelOf(task) {
   return document.querySelector(`input[name=task][value=${task}]`).closest("label");
 }

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -13,8 +14,9 @@ from engines.pipeline import Pipeline, Row
 from service.app import create_app
 from service.opening import open_pipeline
 from service.settings import Settings
+from tests.bundles import make_tiny_bundle
 from tests.service import webdriver
-from tests.service.helpers import listening, wait_until
+from tests.service.helpers import SIZE, listening, wait_until
 from tests.service.webdriver import ANSWERED, READY, Browser
 
 WITHOUT_EVENTS = """
@@ -123,6 +125,39 @@ def test_without_events_the_job_is_asked_after_for_as_long_as_it_takes(
     assert page.js("return window.events") == 1
     assert page.js("return document.querySelectorAll('#history-list li').length") == 1
     assert (_count(app, "images"), _count(app, "cancelled")) == (1, 0)
+
+
+def test_a_job_that_the_service_lost_is_told_in_words_of_the_page(page: Browser, turnstile: Turnstile) -> None:
+    page.js("""
+        const real = window.fetch;
+        const none = { error: { message: "no job '1', or its result is kept no longer", request_id: "1" } };
+        window.fetch = (url, options) => String(url).includes("/jobs/")
+            ? Promise.resolve(new Response(JSON.stringify(none), { status: 404 })) : real(url, options);
+    """)
+    _submit(page)
+    page.wait("document.querySelector('#problem').textContent")
+    assert page.text("#problem").startswith("The service lost this image")
+    assert "job" not in page.text("#problem")
+
+
+def test_a_page_takes_what_the_service_offers_when_its_model_is_gone(
+    window: Browser, bundle_path: Path, tmp_path: Path
+) -> None:
+    current = tmp_path / "current"
+    current.symlink_to(bundle_path)
+    newer = make_tiny_bundle(tmp_path / "newer", size=SIZE, name="dusk")
+    with listening(create_app(Settings(bundle=str(current), threads=1))) as port:
+        window.go(f"http://127.0.0.1:{port}/")
+        window.wait(READY)
+        window.js("document.querySelector('#prompt').value = 'a red cat'")
+        current.unlink()
+        current.symlink_to(newer.path)
+        assert httpx.post(f"http://127.0.0.1:{port}/models/tiny/unload", timeout=60).status_code == 200
+        _submit(window)
+        window.wait("document.querySelector('#model').textContent.startsWith('dusk')")
+        assert "no model 'tiny'" in window.text("#problem").lower()
+        _submit(window)
+        window.wait(ANSWERED)
 
 
 def test_a_job_that_is_asked_after_is_given_up_at_once(page: Browser, app: FastAPI, turnstile: Turnstile) -> None:

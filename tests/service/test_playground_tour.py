@@ -47,6 +47,15 @@ def test_a_person_generates_edits_and_repaints_by_keyboard(
         assert window.text("#mask-coverage") != coverage
         window.chord(webdriver.CONTROL, "z")
         assert window.text("#mask-coverage") == coverage
+        window.js("""
+            const press = (key, more) => document.querySelector("#mask").dispatchEvent(
+                new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+            press("Z", { ctrlKey: true, shiftKey: true });
+            press("Enter"); press("Enter", { repeat: true }); press("ArrowUp"); press("Enter");
+        """)
+        assert window.text("#mask-coverage") not in (coverage, "Paint over what should change.")
+        window.chord(webdriver.CONTROL, "z")
+        assert window.text("#mask-coverage") == coverage, "redo undoes nothing, and a key that is held is one press"
         window.press("e", webdriver.SPACE)
         assert window.text("#mask-coverage") != coverage
         window.chord(webdriver.CONTROL, "z")

@@ -53,6 +53,8 @@ def test_a_person_chooses_them_and_takes_them_over_from_an_image(
         _submit(window, images=2)
         assert "Methodencode" in window.text("#facts")
         assert "Seed" not in window.text("#facts")
+        assert "seed" not in window.js("return document.querySelector('#stage img').alt")
+        seed = window.js("return document.querySelector('#seed').value")
 
         window.js("document.querySelector('[name=method][value=sdedit]').click()")
         window.js("document.querySelector('#source-prompt').value = ''")
@@ -60,6 +62,8 @@ def test_a_person_chooses_them_and_takes_them_over_from_an_image(
         window.wait("document.querySelector('#source-prompt').value === 'the moon'")
         assert _shown(window) == ["method", "field-source-prompt"]
         assert window.text("#problem") == ""
+        assert window.js("return document.querySelector('#seed').value") == seed
+        assert window.js("return document.querySelector('#seed-lock').getAttribute('aria-pressed')") == "false"
     assert [line for line in window.console() if "422" not in line] == []
 
 
