@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +64,12 @@ class Commands(click.Group):
         except ModuleNotFoundError as error:
             with _missing_extra_named(ctx.invoked_subcommand or ""):
                 raise error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # What could not be written is written no more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.ClickException(f"{error.filename or 'the output'}: {error.strerror}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the table without importing anything."""

@@ -90,12 +90,13 @@ def generate(
         raise click.BadParameter(error.message, param_hint=name) from error
     except (BundleError, EngineError) as error:
         raise click.ClickException(str(error)) from error
-    for i, (task, image) in enumerate(zip(tasks, images, strict=True)):
-        path = out if count == 1 else out.with_stem(f"{out.stem}-{i}")
+    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
+    for path, task, image in zip(paths, tasks, images, strict=True):
         try:
             path.write_bytes(encode_image(image, image_format, text=describe_image(task, manifest)))
         except OSError as error:
             raise click.FileError(str(path), error.strerror) from error
+    for path, task in zip(paths, tasks, strict=True):  # Last: whoever reads this may stop reading.
         click.echo(f"{path}  seed {task.seed}")
 
 

@@ -29,6 +29,8 @@ _ADMIN = "admin"
 
 Stamp = tuple[int, int, int]
 
+NAMES = "a name has letters, digits, dots, dashes and underscores, 64 at most"
+
 
 class KeyFileError(ValueError):
     """The file of keys cannot be read. The message names the line, and quotes nothing of it."""
@@ -134,7 +136,7 @@ def _parse(line: str, number: int) -> ApiKey:
     name, _, rest = line.partition(":")
     digest, *options = rest.split(":")
     if not _NAME.fullmatch(name):
-        raise KeyFileError(f"line {number}: a name has letters, digits, dots, dashes and underscores, 64 at most")
+        raise KeyFileError(f"line {number}: {NAMES}")
     if not _DIGEST.fullmatch(digest):
         raise KeyFileError(f"line {number}: after the name comes the SHA-256 of the key, 64 lower-case hex digits")
     admin = options[-1:] == [_ADMIN]

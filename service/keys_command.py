@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from service.api_keys import MIN_KEY_CHARS, ApiKey, KeyFileError, digest_of, new_key, parse_keys
+from service.api_keys import MIN_KEY_CHARS, NAMES, ApiKey, KeyFileError, digest_of, new_key, parse_keys
 
 _name = click.argument("name")
 _per_minute = click.option(
@@ -29,8 +29,8 @@ def new(name: str, per_minute: float | None, admin: bool) -> None:
     """
     key = new_key()
     line = _line(name, key, per_minute, admin)
+    click.echo(line)  # First: a key whose line could not be written is of no use.
     click.echo(f"The key, which is kept nowhere: {key}", err=True)
-    click.echo(line)
 
 
 @keys.command("hash")
@@ -50,7 +50,9 @@ def hash_key(name: str, per_minute: float | None, admin: bool) -> None:
 def _line(name: str, key: str, per_minute: float | None, admin: bool) -> str:
     line = ApiKey(name, digest_of(key), per_minute, admin).line
     try:
-        parse_keys(line)
+        found = parse_keys(line)
     except KeyFileError as error:
         raise click.ClickException(str(error).removeprefix("line 1: ")) from error
+    if [key.name for key in found] != [name]:  # The file takes it for a comment, or without the blanks about it.
+        raise click.ClickException(NAMES)
     return line

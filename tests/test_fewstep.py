@@ -56,6 +56,13 @@ def test_an_extra_that_is_missed_at_work_is_named_too(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_output_that_cannot_be_written_is_told_in_a_line() -> None:
+    command = [sys.executable, "-m", "fewstep", "keys", "new", "ann"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: the output: No space left on device\n")
+
+
 @pytest.mark.parametrize(("command", "package"), [("serve", "fastapi"), ("train", "training.distill")])
 def test_what_no_extra_installs_is_not_blamed_on_one(
     monkeypatch: pytest.MonkeyPatch, command: str, package: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +102,15 @@ def test_generate_numbers_several_images_and_their_seeds(text_bundle: Bundle, tm
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m-0.webp", "m-1.webp", "m-2.webp"]
     assert all(f"seed {seed}" in result.output for seed in (5, 6, 7))
+
+
+def test_generate_writes_all_images_before_it_names_them(text_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "apple.png"
+    command = [sys.executable, "-m", "fewstep", "generate", str(text_bundle.path), "a red apple", "--n", "4"]
+    with subprocess.Popen([*command, "--backend", "fake", "--out", str(out)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"apple-{i}.png" for i in range(4)]
 
 
 def test_generate_without_a_seed_says_which_it_took(text_bundle: Bundle, tmp_path: Path) -> None:

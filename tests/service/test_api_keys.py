@@ -144,6 +144,8 @@ def test_the_command_makes_the_line_of_a_key_that_is_there() -> None:
     ("arguments", "typed", "says"),
     [
         (["new", "a b"], "", "name"),
+        (["new", "#ann"], "", "a name has letters"),
+        (["hash", " ann"], "a key that nobody can guess\n", "a name has letters"),
         (["new", "ann", "--per-minute", "0"], "", "a minute"),
         (["hash", "ann"], "short\n", "20 characters"),
         (["hash", "ann"], "a key with \u00e9 that nobody guesses\n", "visible ASCII"),
