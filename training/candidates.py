@@ -16,6 +16,7 @@ from training.draws import generator_at
 from training.evaluation_set import EvaluationSet
 from training.features import Pixels
 from training.guidance import Denoiser
+from training.loop import TrainingError
 from training.networks import decode_all
 from training.pictures import to_uint8
 from training.run import Run
@@ -116,7 +117,10 @@ class ImageMaker:
                 z = sample_stochastic(denoiser, schedule.grid(candidate.steps), noise, condition, w_of_rows, added)
             else:
                 z = sample_with(candidate.sampler, denoiser, schedule, candidate.steps, noise, condition, w_of_rows)
-        return to_uint8(self._decode(z))
+        images = self._decode(z)
+        if not images.isfinite().all():
+            raise TrainingError(f"{candidate.name} at w = {w:g}: its images have values that are not finite")
+        return to_uint8(images)
 
     def weights(self, stage: str) -> str:
         """The hash of a stage's weights. Raises TrainingError if the stage is not done."""

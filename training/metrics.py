@@ -97,7 +97,7 @@ class Projection:
     @classmethod
     def fit(cls, reference: ArrayLike, dims: int) -> Projection:
         """The `dims` directions in which reference (N, D) varies most. Raises MetricError unless dims < N, <= D."""
-        x = np.asarray(reference, np.float64)
+        x = _finite(reference)
         if not 1 <= dims <= min(len(x) - 1, x.shape[1]):
             raise MetricError(f"{len(x)} images of {x.shape[1]} features span no {dims} dimensions")
         mean: Array = x.mean(axis=0)
@@ -126,7 +126,7 @@ def symmetric_sqrt(matrix: Array) -> Array:
 
 def fit_gaussian(x: ArrayLike) -> tuple[Array, Array]:
     """The mean (D,) and the unbiased covariance (D, D) of x (N, D). Raises MetricError for a single vector."""
-    x = np.asarray(x, np.float64)
+    x = _finite(x)
     if len(x) < 2:
         raise MetricError(f"{len(x)} images are too few for a covariance: it needs two")
     return x.mean(axis=0), covariance(x)
@@ -210,8 +210,16 @@ def psnr_db(error: float) -> float:
     return float("inf") if error == 0 else float(-20 * np.log10(error))
 
 
+def _finite(x: ArrayLike) -> Array:
+    """Features (N, D) in float64. Raises MetricError for those that are not finite, of which a metric says nothing."""
+    features = np.asarray(x, np.float64)
+    if bad := int((~np.isfinite(features)).any(axis=tuple(range(1, features.ndim))).sum()):
+        raise MetricError(f"the features of {bad} of {len(features)} images are not finite")
+    return features
+
+
 def _features(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = _finite(x), _finite(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features of shapes {x.shape} and {y.shape} cannot be compared")
     if min(len(x), len(y)) < 2:

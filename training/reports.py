@@ -94,7 +94,7 @@ def _tables(quality: Quality) -> Iterator[tuple[str, Callable[[Figures], str]]]:
     )
     space = f"projected to the reference's first {about.frechet_dims} principal components"
     yield (
-        f"**Frechet distance** (squared) on these features, {space}: not an FID; lower is better. {here}",
+        f"**Frechet distance** (squared) on these features, {space}: not an FID; lower is better.{_bias(about)} {here}",
         lambda f: f"{f.frechet:.2f}",
     )
     yield (
@@ -105,7 +105,8 @@ def _tables(quality: Quality) -> Iterator[tuple[str, Callable[[Figures], str]]]:
     if about.inception is not None:
         there = f"{counts(about)}; features: {about.inception}."
         yield (
-            f"**FID**, biased upwards by small sets: to be compared at equal counts only; lower is better. {there}",
+            "**FID**, biased upwards by small sets: to be compared at equal counts only; lower is better."
+            f"{_bias(about)} {there}",
             lambda f: f"{f.fid:.2f}",
         )
         yield (
@@ -118,6 +119,13 @@ def _tables(quality: Quality) -> Iterator[tuple[str, Callable[[Figures], str]]]:
             f"real images with their own captions. {counts(about)}; features: {about.clip}.",
             lambda f: f"{f.clip_score:.2f}",
         )
+
+
+def _bias(about: Provenance) -> str:
+    """What a Frechet distance of fewer images than the cells' needs said of it."""
+    if about.floor_images >= about.images:
+        return ""
+    return " The fewer the images, the more it is biased upwards: that of the floor more than those of the cells."
 
 
 def _cost(row: Row) -> dict[str, str | float]:

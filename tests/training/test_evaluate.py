@@ -26,6 +26,7 @@ from training.evaluate_command import evaluate as command
 from training.evaluation_set import EvaluationSet, load_evaluation_set
 from training.features import PixelFeatures, Pixels
 from training.judge import Judge
+from training.loop import TrainingError
 from training.networks import save_network
 from training.recipe import Recipe
 from training.run import NETWORK, Run
@@ -99,6 +100,12 @@ def test_the_command_prints_and_keeps_the_table(folder: Path) -> None:
     for name in ("quality-calls.png", "quality-guidance.png"):
         with Image.open(kept / name) as picture:
             assert picture.width > 900
+
+
+def test_images_that_are_not_finite_are_an_error_and_not_black(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "sample_with", lambda *arguments: arguments[4] * torch.nan)
+    with pytest.raises(TrainingError, match="student, 2 steps at w = 1: its images have values that are not finite"):
+        maker(run).make(Candidate("student", 2), 1.0, range(2))
 
 
 def test_the_solvers_that_are_named_are_the_ones_of_fewer_steps(folder: Path) -> None:

@@ -209,6 +209,20 @@ def test_features_of_different_spaces_are_refused() -> None:
         squared_mmd(draw(0, 1, 3), draw(1, 5, 3))
 
 
+def test_features_that_are_not_finite_are_refused_by_every_metric() -> None:
+    sound, bad = draw(0, 60, 8), draw(1, 60, 8)
+    bad[3, 2], bad[7] = np.nan, np.inf
+    for measure in (
+        lambda: frechet_distance(sound, bad),
+        lambda: kernel_distance(bad, sound, seed=0),
+        lambda: precision_and_recall(sound, bad, 3),
+        lambda: fit_gaussian(bad),
+        lambda: Projection.fit(bad, 4),
+    ):
+        with pytest.raises(MetricError, match="the features of 2 of 60 images are not finite"):
+            measure()
+
+
 def test_error_in_image_space() -> None:
     black, white = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 255, np.uint8)
     assert root_mean_square_error(black, white) == 1

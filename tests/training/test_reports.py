@@ -89,6 +89,13 @@ def test_too_few_images_for_sound_figures_are_owned_up_to() -> None:
     assert "fewer than the 5000" in to_markdown(table(about=replace(ABOUT, images=4999)))
 
 
+def test_a_floor_of_fewer_images_than_the_cells_is_said_to_be_biased_more() -> None:
+    said = "that of the floor more than those of the cells"
+    assert to_markdown(table()).count(said) == 1
+    assert to_markdown(measured_with_all()).count(said) == 2
+    assert said not in to_markdown(table(about=replace(ABOUT, images=180)))
+
+
 def test_conditions_that_are_used_again_are_told_of() -> None:
     assert "used again" in to_markdown(table())
     assert "used again" not in to_markdown(table(about=replace(ABOUT, images=180)))
