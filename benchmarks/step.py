@@ -230,6 +230,7 @@ def main(
     """Time one step in several ways, and compare what they give with fp32."""
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[precision]
     side = size >> HALVINGS
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is what the rest is compared with, and its peak is that of fp32
     if size % 64:
         raise click.ClickException(f"images have a side that is a multiple of 64, not {size}")
     flops = count_flops(narrowed(width), side, gradient_checkpointing=False).call
