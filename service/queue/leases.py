@@ -109,14 +109,17 @@ class Leases:
         self._remind()
 
     def cancelled(self, job_ids: Iterable[str]) -> set[str]:
-        """See JobQueue.cancelled. Among them are jobs that another worker has settled meanwhile."""
+        """See JobQueue.cancelled. Among them are jobs that another worker has settled meanwhile.
+
+        A job that waits is none of them: Redis came back without what it had given.
+        """
         with self._changed:
             held = [job_id for job_id in job_ids if job_id in self._held and job_id not in self._unsent]
         if not held:
             return set()
         unknown: list[bytes | None] = [b"running"] * len(held)
         states = self._reach(partial(self._redis.run, "states", [keys.record(job_id) for job_id in held]), unknown)
-        return {job_id for job_id, state in zip(held, states, strict=True) if state != b"running"}
+        return {job_id for job_id, state in zip(held, states, strict=True) if state not in (b"running", b"queued")}
 
     def progress(self, done: Mapping[str, int]) -> set[str]:
         """See JobQueue.progress."""
@@ -204,7 +207,10 @@ class Leases:
         return dict(zip(streams, seen, strict=False))
 
     def _read(self, lease: Lease, message: bytes, submitted: float, deadline: float) -> Job | None:
-        """The job of a lease, held from now on; None where it was given up."""
+        """The job of a lease, held from now on; None where it was given up, or is held: Redis had lost that."""
+        with self._changed:
+            if lease.job_id in self._held:
+                return None
         if lease.tries > MAX_TRIES:
             self._give_up(lease, _TOO_MANY_TRIES, request_of(message))
             return None

@@ -30,7 +30,7 @@ from service.queue.base import (
 )
 from service.queue.clients import AWAY, Arguments, CoroutinesRedis
 from service.queue.keys import GRACE_S, RESULT_TTL_S, milliseconds
-from service.queue.wire import WireError, pack_job, pack_outcome, unpack_outcome
+from service.queue.wire import Packed, WireError, pack_job, pack_outcome, unpack_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Submissions:
     async def ask(self, job: Job, keep: Keep | None) -> str | None:
         """See JobQueue.ask."""
         try:
-            found = await self._at_the_door(job, keep, b"", asks=True)
+            found = await self._at_the_door(job, keep, Packed(b"", b""), asks=True)
         except AWAY as error:
             self._note_away(error)
             raise QueueUnavailable from error
@@ -160,22 +160,9 @@ class Submissions:
 
     async def _submit(self, job: Job, keep: Keep | None = None) -> str:
         """Have the job accepted. Returns its id, or that of the job which has its key."""
-        packed = pack_job(job)
-        if not packed.images:
-            return await self._at_the_door(job, keep, packed.message)
-        left = milliseconds(job.deadline - time.monotonic())
-        async with self._redis.turn() as client:
-            await client.set(keys.images(job.id), packed.images, px=max(0, left) + milliseconds(GRACE_S))
-        try:
-            accepted = await self._at_the_door(job, keep, packed.message)
-        except (QueueFull, KeyConflict):
-            await self._unlink(keys.images(job.id))
-            raise
-        if accepted != job.id:
-            await self._unlink(keys.images(job.id))
-        return accepted
+        return await self._at_the_door(job, keep, pack_job(job))
 
-    async def _at_the_door(self, job: Job, keep: Keep | None, message: bytes, *, asks: bool = False) -> str:
+    async def _at_the_door(self, job: Job, keep: Keep | None, packed: Packed, *, asks: bool = False) -> str:
         """What the script `submit` says. Returns as `_submit`; who ``asks`` is not let in."""
         # Clocks of hosts differ, and a monotonic one means nothing elsewhere: only durations leave this process.
         now = time.monotonic()
@@ -192,7 +179,8 @@ class Submissions:
         arguments: Arguments = [
             job.id,
             model,
-            message,
+            packed.message,
+            packed.images,
             *costs,
             *times,
             self._replies,

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import redis
 
+from engines.pipeline import Edit
 from service.jobs import Failed, Priority
 from service.queue import keys, leases
 from service.queue.base import QueueFull, QueueUnavailable
 from service.queue.leases import MAX_TRIES
 from service.queue.redis import RedisQueue
-from tests.service.helpers import until
-from tests.service.queues import FINISHED, KEEP, MODEL, OTHER, ROOM, job, mute, soon, taken
-from tests.service.redis_server import RedisServer
+from tests.service.helpers import random_image, until
+from tests.service.queues import FINISHED, KEEP, MODEL, OTHER, ROOM, job, mute, opened, soon, taken
+from tests.service.redis_server import RedisServer, free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -188,6 +189,64 @@ async def test_a_full_redis_takes_no_job_and_lets_go_of_those_it_has(
         assert await soon(api, "b") == FINISHED
     await api.submit(job("c"))
     assert taken(worker) == ["c"]
+
+
+async def test_no_images_are_left_of_a_job_that_redis_refused(open_queue: OpenQueue, redis_server: RedisServer) -> None:
+    """They would stay for as long as the job might have taken, and keep others out of a Redis that is full."""
+    api = open_queue()
+    await api.submit(job("a"))
+    with redis_server.client() as client:
+        client.delete(keys.load(MODEL))
+        client.rpush(keys.load(MODEL), "not ours")
+        with pytest.raises(QueueUnavailable):
+            await api.submit(replace(job("b"), tasks=(Edit("a cat", 4, 0.0, 0, random_image(), strength=0.5),)))
+        assert client.keys(keys.images("*")) == []
+
+
+async def test_a_full_redis_gives_again_what_was_in_an_answer_that_got_lost(
+    open_queue: OpenQueue, redis_server: RedisServer
+) -> None:
+    api, worker = open_queue(), open_queue()
+    for name in "ab":
+        await api.submit(job(name))
+    assert taken(worker, 1) == ["a"]
+    del worker._leases._held["a"]
+    with full(redis_server):
+        assert taken(worker, 1) == ["a"]
+
+
+async def test_a_redis_that_takes_no_writes_is_away(open_queue: OpenQueue, redis_server: RedisServer) -> None:
+    """As after a failover, where an address leads to what is a replica now."""
+    queue = open_queue()
+    with redis_server.client() as client:
+        client.replicaof("127.0.0.1", free_port())
+        try:
+            with pytest.raises(QueueUnavailable):
+                queue.stats()
+        finally:
+            client.replicaof("NO", "ONE")
+    queue.stats()
+
+
+async def test_a_user_of_few_rights_does(anyio_backend: str, redis_server: RedisServer) -> None:
+    """Those that docs/operations.md names."""
+    rights = ["~{fewstep}:*", "+@read", "+@write", "+@connection", "+@scripting", "+time"]
+    with redis_server.client() as client:
+        client.execute_command("ACL", "SETUSER", "few", "reset", "on", ">secret", *rights)
+        try:
+            async with opened(f"redis://few:secret@127.0.0.1:{redis_server.port}/0") as queue:
+                for name, keep in (("a", None), ("b", KEEP), ("c", KEEP)):
+                    await queue.submit(job(name), keep) if keep else await queue.submit(job(name))
+                queue.expect(MODEL, 1.0)
+                assert taken(queue, 2) == ["a", "b"]
+                assert queue.progress({"b": 1}) == set()
+                assert await queue.cancel("c") == "queued"
+                assert all(queue.settle(name, FINISHED) for name in "ab")
+                assert await soon(queue, "a") == FINISHED
+                assert (await queue.status("b", preview=True)).outcome == FINISHED
+                assert queue.stats().depth == 0
+        finally:
+            client.execute_command("ACL", "DELUSER", "few")
 
 
 async def test_a_full_redis_goes_on_with_jobs_that_are_kept(open_queue: OpenQueue, redis_server: RedisServer) -> None:

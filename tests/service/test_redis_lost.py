@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from engines.pipeline import Edit
 from service.jobs import Failed, Priority
 from service.queue import keys, leases
+from service.queue.base import Keep
 from service.queue.clients import _script
 from service.queue.redis import RedisQueue
 from tests.service.cutting import Door, cutting_door
@@ -41,6 +43,17 @@ async def worker(anyio_backend: str, door: Door) -> AsyncIterator[RedisQueue]:
         yield queue
 
 
+@contextmanager
+def forgotten(server: RedisServer) -> Iterator[None]:
+    """Let a server know nothing of what happens, as after a power cut or a failover to a replica that lags."""
+    with server.client() as client:
+        before = {name: (client.dump(name), client.pttl(name)) for name in client.scan_iter()}
+        yield
+        client.flushall()
+        for name, (value, ttl) in before.items():
+            client.restore(name, max(0, ttl), value)
+
+
 async def test_what_was_given_in_an_answer_that_got_lost_is_given_again_at_once(
     api: RedisQueue, worker: RedisQueue, door: Door
 ) -> None:
@@ -68,6 +81,36 @@ async def test_jobs_whose_images_cannot_be_had_now_are_given_again_at_once(
     assert taken(worker) == ["b", "c"]
     assert taken(worker) == []
     assert all(worker.settle(name, FINISHED) for name in "abc")
+
+
+@pytest.mark.parametrize("keep", [None, KEEP])
+async def test_a_redis_that_comes_back_without_a_take_loses_no_job(
+    api: RedisQueue, redis_server: RedisServer, keep: Keep | None
+) -> None:
+    """The worker has it, and Redis says that it waits."""
+    async with opened(redis_server.url) as worker:
+        await api.submit(job("a"), keep) if keep else await api.submit(job("a"))
+        with forgotten(redis_server):
+            assert taken(worker) == ["a"]
+        assert worker.cancelled(["a"]) == set()
+        assert worker.stats().depth == 1
+        assert worker.settle("a", FINISHED)
+        assert (await api.status("a")).outcome == FINISHED if keep else await soon(api, "a") == FINISHED
+        assert (worker.stats().depth, worker.stats().cost, taken(worker)) == (0, 0, [])
+        assert not worker.settle("a", FINISHED)
+
+
+async def test_a_job_that_redis_gives_again_to_who_has_it_is_not_begun_twice(
+    api: RedisQueue, redis_server: RedisServer
+) -> None:
+    async with opened(redis_server.url) as worker:
+        await api.submit(job("a"))
+        with forgotten(redis_server):
+            assert taken(worker) == ["a"]
+        await api.submit(job("b"))
+        assert taken(worker) == ["b"]
+        assert all(worker.settle(name, FINISHED) for name in "ab")
+        assert await soon(api, "a") == FINISHED
 
 
 async def test_a_job_at_which_reading_breaks_is_given_up_and_the_next_is_taken(

@@ -31,14 +31,18 @@ local function note_finished(model, cost)
   redis.call('PEXPIRE', speed, keep_speed)
 end
 
-local state, model, message, replies, kept, cost =
-  unpack(redis.call('HMGET', record, 'state', 'model', 'message', 'replies', 'kept', 'cost'))
+local state, model, priority, message, replies, kept, cost =
+  unpack(redis.call('HMGET', record, 'state', 'model', 'priority', 'message', 'replies', 'kept', 'cost'))
 forget(id) -- First, as it only frees: after that a full Redis allows what follows.
-if state == 'running' and over == 'done' then
+if (state == 'running' or state == 'queued') and over == 'done' then
   note_finished(model, cost)
 end
-remove(jobs, load, entry)
-if state ~= 'running' then
+local was_there = remove(jobs, load, entry)
+if state == 'queued' then -- Redis came back without the take: the outcome is as good as any.
+  if was_there then
+    redis.call('HINCRBY', load, waiting_of(priority), -cost)
+  end
+elseif state ~= 'running' then
   return 0 -- Settled by another worker, or cancelled.
 end
 if reason ~= '' then

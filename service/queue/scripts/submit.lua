@@ -1,15 +1,15 @@
 -- Accepts a job, or says when it should come back because there is no room, or not in time.
 -- KEYS: load, promises, record of the job, models, and the claim where the job has a key
--- ARGV: id, model, message, cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
+-- ARGV: id, model, message, images or '', cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
 -- the request, priority, 1 for who asks and is not let in; then of the door: bound on cost, margin, newcomers' part,
 -- pace, shortest and farthest wait in ms, ms that a promise is kept, the most promises; then where its outcome is kept:
 -- ms to keep that, note, digest, ms after its deadline at which a job has failed though nobody says so
 -- Returns {1} to who is let in, or would be; or {0, whole seconds until it should come back}; or {2, the job that has
 -- the key}; or {3} where that one has another digest.
 local load, promises, record, models, claim = unpack(KEYS)
-local id, model, message, cost, rows, age, left, keep, replies, identity, priority, asks = unpack(ARGV)
-local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 13, 20)
-local kept, note, digest, late = unpack(ARGV, 21)
+local id, model, message, images, cost, rows, age, left, keep, replies, identity, priority, asks = unpack(ARGV)
+local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 14, 21)
+local kept, note, digest, late = unpack(ARGV, 22)
 
 -- Whether a job has not failed. One that is late has: no worker does its work, nor says that it will not.
 local function goes_on_or_done(job)
@@ -112,6 +112,10 @@ end
 if asks == '1' then
   return {1}
 end
+if images ~= '' then
+  redis.call('SET', PREFIX .. 'images:' .. id, images, 'PX', keep)
+end
+redis.call('SADD', models, model)
 local entry = redis.call('XADD', stream_of(model, priority), '*', 'id', id, 'cost', cost, 'rows', rows,
   'submitted', now - age, 'deadline', now + left)
 redis.call('ZREM', promises, identity)
@@ -134,7 +138,6 @@ if claim then
   redis.call('HSET', claim, 'id', id, 'digest', digest)
   redis.call('PEXPIRE', claim, keep + kept)
 end
-redis.call('SADD', models, model)
 -- A model that nobody asks for any more is forgotten with its last job.
 for _, key in ipairs({load, models, unpack(streams)}) do
   if redis.call('PTTL', key) < tonumber(keep) then

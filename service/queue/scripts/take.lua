@@ -4,6 +4,7 @@
 -- in ms, then the number of the model of each, then how many images of each model there is room for
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
+begin_though_full()
 local consumer, silence = unpack(ARGV)
 local held = cjson.decode(ARGV[3])
 local streams = #KEYS / 3
