@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def memory_bytes(self) -> int:
-        """What its weights take when loaded. An upper bound: every graph unpacked to fp32."""
+        """What its weights take when loaded, at most: every graph in fp32. Images in the making come on top."""
         narrowest = min(WEIGHT_BITS[name] for name in self.manifest.weights_dtype.split("+"))
         stored = sum(record.size_bytes for record in self.manifest.files.values())
         return self.copies * _FP32_BITS // narrowest * stored

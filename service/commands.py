@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 @click.option("--port", type=int, help="Port to listen on, 0 for any free one.")
 @click.option("--bundle", help="Folder of a bundle, or the name of one that ships.")
 @click.option("--models", type=click.Path(file_okay=False), help="Folder of more bundles, loaded when asked for.")
-@click.option("--max-model-bytes", type=int, help="Most memory of loaded bundles; the least recently used go first.")
+@click.option(
+    "--max-model-bytes", type=int, help="Most memory of loaded bundles' weights; the least recently used go first."
+)
 @click.option("--role", type=click.Choice(["all", "api", "worker"]), help="What this process does.")
 @click.option("--queue", help="Where jobs wait: memory, or the URL of a Redis.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), help="What runs the graphs.")

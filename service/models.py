@@ -312,6 +312,7 @@ class Models:
                 if older.answers_to(entry.manifest.name):
                     self._retire(older)
             self._loaded.append(Loaded(pipeline, entry.memory_bytes, self._clock()))
+        trim()  # Reading and laying out the weights took more than they take.
         self._changed_hook(pipeline, True)  # Now, as an older one of its model that closes says nothing any more.
         logger.info("loaded", extra={"model": entry.key, **({} if self._fronts else _backend_of(pipeline))})
         self._settle(entry, future, None)
