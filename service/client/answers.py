@@ -161,7 +161,7 @@ def _refusal(answer: Answer) -> ServiceError:
         text.get("message", "the answer is an error without a reason"),
         param=text.get("param"),
         request_id=text.get("request_id", answer.headers.get("x-request-id")),
-        retryable=bool(error.get("retryable", answer.status in _RETRYABLE)),
+        retryable=error.get("retryable", answer.status in _RETRYABLE) is True,
         retry_after_s=_seconds(answer.headers.get("retry-after")),
     )
 
@@ -182,7 +182,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return float(retry_after)
     try:
         until = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, (until - datetime.now(UTC)).total_seconds()) if until.tzinfo else None
 

@@ -20,9 +20,10 @@ from service.schemas import Capabilities, Model, ModelList
 
 
 class AsyncClient:
-    """`Client`, awaited. A call that is cancelled closes its connection.
+    """`Client`, awaited. It belongs to the event loop of its first call.
 
-    The service then drops its work where ``retries`` allows one try only; else its images are made for who comes back.
+    A call that is cancelled closes its connection. The service then drops its work where ``retries`` allows one try
+    only; else its images are made for who comes back.
     """
 
     def __init__(

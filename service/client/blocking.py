@@ -25,10 +25,13 @@ from service.schemas import Capabilities, Model, ModelList
 class Client:
     """Calls of a service at ``url``. Safe to share between threads; close it, or use it in a ``with``.
 
-    ``timeout_s`` bounds a call with all its tries and waits, and ``api_key`` is sent as a Bearer token. ``http`` is a
-    client of your own to send with, for certificates or proxies; it stays open. The tries of a call share an
-    Idempotency-Key, so that no image is made twice. Every call raises ClientError: a
-    ServiceError for what the service refused, else Unreachable, TimeLimitPassed or AnswerUnreadable.
+    ``timeout_s`` bounds a call with all its tries and waits. ``http`` is a client of your own to send with, for
+    certificates or proxies; it stays open. ``api_key`` is sent as a Bearer token, or in X-Api-Key where ``url`` or
+    ``http`` has credentials of its own. The tries of a call share an Idempotency-Key, so that no image is made twice.
+
+    What is sent and gives no result raises ClientError: a ServiceError for what the service refused, else Unreachable,
+    TimeLimitPassed or AnswerUnreadable. What cannot be sent raises ValueError, or OSError for a file that cannot be
+    read; settings that make no sense raise ValueError at once.
     """
 
     def __init__(

@@ -19,20 +19,23 @@ DEFAULT_POLL_S = 0.5
 _KEY = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 # So that an address where nobody answers leaves time for another try.
 _CONNECT_TIMEOUT_S = 5.0
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """The settings of a client. The key is in no text that it is printed as."""
+    """The settings of a client. The key, and the password of a URL, are in no text that it is printed as.
 
-    url: str
+    Raises ValueError for what makes no sense.
+    """
+
+    url: str = field(repr=False)
     api_key: str | None = field(repr=False)
     timeout_s: float
     retries: Retries
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError("url must begin with http:// or https://")
+        _check_url(self.url)
         if not self.timeout_s > 0:
             raise ValueError("timeout_s must be more than 0")
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):
@@ -52,12 +55,39 @@ class Connection:
         # The service finishes what has a key though its client is gone: without retries nobody would ask for it.
         if call.key is not None and self.retries.tries > 1:
             headers["Idempotency-Key"] = call.key
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
         return http.build_request(
             call.method,
             self.url.rstrip("/") + call.path,
             content=call.content,
-            headers=headers,
+            headers=headers | self._key_header(http),
             timeout=httpx.Timeout(left_s, connect=min(left_s, _CONNECT_TIMEOUT_S)),
         )
+
+    def _key_header(self, http: httpx.Client | httpx.AsyncClient) -> dict[str, str]:
+        if self.api_key is None:
+            return {}
+        # In Authorization these, a proxy's perhaps, would take the place of the key.
+        if http.auth is not None or httpx.URL(self.url).userinfo:
+            return {"X-Api-Key": self.api_key}
+        # The better header: httpx takes it away where a redirect leads to another origin.
+        return {"Authorization": f"Bearer {self.api_key}"}
+
+
+def _check_url(url: str) -> None:
+    """Raise ValueError where no call could be made. It quotes nothing, as there may be a password."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("url must begin with http:// or https://")
+    if "?" in url or "#" in url:
+        raise ValueError("url must have no query and no fragment")
+    if not _names_a_host(url):
+        raise ValueError(f"url must be a URL with a host, and a port of {_LAST_PORT} at most")
+
+
+def _names_a_host(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+        # Sockets will do so too, and what they raise is no error of httpx.
+        parsed.raw_host.decode("ascii").encode("idna")
+        return parsed.host != "" and 0 <= (parsed.port or 0) <= _LAST_PORT
+    except (httpx.InvalidURL, ValueError):
+        return False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 
@@ -16,6 +17,10 @@ class ClientError(Exception):
 
     retryable = False
     retry_after_s: float | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """Have copies, also those in other processes, made of class, text and fields, not by the constructor."""
+        return Exception.__new__, (type(self), *self.args), vars(self)
 
 
 class ServiceError(ClientError):
@@ -86,5 +91,5 @@ def as_client_errors() -> Iterator[None]:
         raise ClientError("the request is not one that HTTP can carry") from None
     except httpx.TransportError as error:
         raise Unreachable(str(error) or "the connection broke") from error
-    except httpx.DecodingError as error:
+    except httpx.RequestError as error:
         raise AnswerUnreadable(str(error)) from error

@@ -99,8 +99,9 @@ def test_what_may_succeed_later_is_tried_again(ask: Ask, fault: Act) -> None:
         (answers(404, b"<html>not here</html>"), 404, "http_404"),
         (answers(500, b"[" * 100_000), 500, "http_500"),
         (answers(307, b"", Location="http://127.0.0.1:1/"), 307, "http_307"),
+        (answers(503, b'{"error": {"retryable": "false"}}'), 503, "http_503"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_what_will_not_succeed_is_tried_once(ask: Ask, fault: Act, status: int, code: str) -> None:
     with ScriptedServer(fault, GOOD) as server:
@@ -164,10 +165,17 @@ def test_a_retry_after_beyond_the_time_limit_ends_the_call_at_once(ask: Ask, for
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "", "1.5"])
+@pytest.mark.parametrize("value", ["soon", "-1", "", "1.5", f"Mon, 01 Jan 2024 00:00:00 +{'9' * 17}"])
 def test_a_retry_after_of_another_kind_is_none(ask: Ask, value: str) -> None:
     with ScriptedServer(refuses(429, "queue_full", retryable=True, Retry_After=value), GOOD) as server:
         assert ask(server.url).models == ()
+
+
+def test_redirects_that_do_not_end_are_no_answer(ask: Ask) -> None:
+    kind = httpx.Client if ask is ask_blocking else httpx.AsyncClient
+    circle = httpx.MockTransport(lambda request: httpx.Response(307, headers={"Location": request.url.path}))
+    with pytest.raises(AnswerUnreadable, match="redirects"):
+        ask("http://127.0.0.1:1", http=kind(transport=circle, follow_redirects=True))
 
 
 @pytest.mark.parametrize("fault", [hangs, drips, drips_its_head])
@@ -197,8 +205,21 @@ def test_the_key_is_sent_and_not_shown(ask: Ask) -> None:
         ask(server.url)
         assert "authorization: bearer very-secret" in server.requests[0].lower()
         assert "authorization" not in server.requests[1].lower()
-    with Client(api_key="very-secret") as client:
-        assert "very-secret" not in repr(vars(client))
+        assert "x-api-key" not in "".join(server.requests).lower()
+    with Client("http://ann:secret-too@127.0.0.1", api_key="very-secret") as client:
+        assert "secret" not in repr(vars(client))
+
+
+@pytest.mark.parametrize("place", ["url", "http"])
+def test_the_key_is_sent_beside_other_credentials(ask: Ask, place: str) -> None:
+    kind = httpx.Client if ask is ask_blocking else httpx.AsyncClient
+    with ScriptedServer(GOOD) as server:
+        if place == "url":
+            ask(server.url.replace("http://", "http://ann:pass@"), api_key="very-secret")
+        else:
+            ask(server.url, api_key="very-secret", http=kind(auth=("ann", "pass")))
+        assert "x-api-key: very-secret\r\n" in server.requests[0].lower()
+        assert "authorization: basic " in server.requests[0].lower()
 
 
 @pytest.mark.parametrize("key", ["very-secret\n", " very-secret", "very-secr\u00e9t", "very\nsecret", ""])
@@ -219,6 +240,39 @@ def test_a_request_that_http_cannot_carry_is_not_tried_again_nor_quoted() -> Non
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"url|timeout_s"):
         Client(**options)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://ann:secret@",
+        "http://ann:secret/@127.0.0.1",
+        "http://127.0.0.1:port",
+        "http://127.0.0.1:-1",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:1\n",
+        "http://[::1",
+        "http://a..b",
+        "http://xn--/",
+        "https://\N{SNOWMAN}.example/",
+        "http://127.0.0.1/?a=1",
+        "http://127.0.0.1/?",
+        "http://127.0.0.1/#a",
+    ],
+)
+def test_a_url_that_no_call_could_be_made_with_is_refused_unquoted(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^url must ") as caught:
+        Client(url)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host", "https://ann:p@[::1]:8000/a/", "http://a_b:80", "http://\u00fc.example"]
+)
+def test_a_url_of_any_host_is_taken(url: str) -> None:
+    Client(url).close()
 
 
 @pytest.mark.parametrize("options", [{"tries": 0}, {"first_wait_s": -1}, {"first_wait_s": 3, "longest_wait_s": 2}])

@@ -46,6 +46,8 @@ def test_openais_client_sends_its_key(url: str) -> None:
 def test_our_client_sends_its_key(url: str) -> None:
     with Client(url, api_key=GOOD) as client:
         assert client.generate("a cat", steps=1).images
+    with Client(url.replace("http://", "http://user:password@"), api_key=GOOD) as client:
+        assert client.generate("a cat", steps=1).images
     for key in (None, "another"):
         with Client(url, api_key=key) as client, pytest.raises(ServiceError) as caught:
             client.generate("a cat")
