@@ -75,7 +75,9 @@ def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pac
         loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
     # Without this, accelerate takes several processes on a CPU for one each.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[loaded.precision], cpu=on_cpu, fsdp_plugin=sharding())
+    mixed_precision = MIXED_PRECISION[loaded.precision]
+    plugin = sharding(mixed_precision)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, fsdp_plugin=plugin)
     return runs.Run(loaded, out or Path("runs") / loaded.name, accelerator, pace)
 
 

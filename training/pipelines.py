@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def save_stage(
 def save_pipeline(folder: Path, denoiser: NetworkDenoiser, pipeline: TeacherPipeline | None, max_tokens: int) -> None:
     """Write into `folder` what a pipeline has besides the network: scheduler, index and the teacher's other parts.
 
-    These are hard links where the disk allows it: the parts of a checkpoint, or the run's own autoencoder and MiniLM
-    (`max_tokens` of a prompt). Configs that state a precision are written anew. Networks that no stock pipeline can
-    give w to (classes) get the scheduler alone.
+    Weights are hard links where the disk allows it: those of a checkpoint, or the run's own autoencoder and MiniLM
+    (`max_tokens` of a prompt). Configs that state a precision are written anew. Parts that the
+    stock pipeline lacks are left out. Networks that no stock pipeline can give w to (classes) get the scheduler alone.
     """
     prediction: OwnPrediction = "x" if denoiser.prediction == "x" else "v"
     stock_scheduler(denoiser.schedule, prediction).save_pretrained(folder / "scheduler")
@@ -130,7 +131,8 @@ def _how_to_load(recipe: Recipe) -> str:
 
 
 def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
-    index = {key: value for key, value in pipeline.index.items() if not key.startswith("_name")}
+    kind = _stock_pipeline(pipeline)
+    index = {name: pipeline.index[name] for name in signature(kind).parameters if name in pipeline.index}
     parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None]
     for part in set(parts) - {"unet", "scheduler"}:
         if files := pipeline.files(part):
@@ -141,7 +143,15 @@ def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
             index[part] = ABSENT
     if index.get("safety_checker") == ABSENT:
         index["requires_safety_checker"] = False
-    return index
+    return {"_class_name": kind.__name__, **index}
+
+
+def _stock_pipeline(teacher: TeacherPipeline) -> Any:
+    """The class of diffusers that runs the student, whatever the teacher's own is."""
+    # Looked up here: the pipelines take seconds to import.
+    if teacher.is_inpainting:
+        return diffusers.StableDiffusionXLInpaintPipeline if teacher.is_xl else diffusers.StableDiffusionInpaintPipeline
+    return diffusers.StableDiffusionXLPipeline if teacher.is_xl else diffusers.StableDiffusionPipeline
 
 
 def _state_precision(config: Path) -> None:
@@ -149,8 +159,7 @@ def _state_precision(config: Path) -> None:
     if not config.exists():
         return
     settings = {name: value for name, value in json.loads(config.read_text()).items() if name != "torch_dtype"}
-    with whole_file(config) as partial:  # another file: the one that is replaced is the teacher's too
-        partial.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2))
+    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2))
 
 
 def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
@@ -169,8 +178,12 @@ def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
 
 
 def _link(files: Sequence[Path], target: Path, variant: str | None) -> None:
-    """Files in another folder, those of a variant by their plain names. Shards keep the names that their index has."""
+    """Files in another folder, those of a variant by their plain names. Shards keep the names that their index has.
+
+    Weights are links; the rest is copied, as who saves a pipeline in its folder writes into its files.
+    """
     target.mkdir(exist_ok=True)
     for file in files:
         plain = file.name if re.search(SHARD, file.name) else file.name.replace(f".{variant}.", ".")
-        link(file, target / plain)
+        place = link if file.suffix == ".safetensors" else shutil.copyfile
+        place(file, target / plain)

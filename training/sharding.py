@@ -15,20 +15,19 @@ from training.loop import TrainingError
 AS_GIVEN = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-OF_THE_RECIPE = {
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "scale.compile"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "scale.micro_batch"),
-}
-"""What a launcher's configuration may set, the value that changes nothing, and what the recipe has instead."""
-
-
-def sharding() -> FullyShardedDataParallelPlugin | None:
+def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
     """The plugin of a run that the launcher wants sharded; None for others.
 
-    Raises TrainingError for what a launcher asks for and is not done as it says.
+    Raises TrainingError for what a launcher asks for and is not done as it says: the recipe has that instead.
     """
-    for name, (nothing, instead) in OF_THE_RECIPE.items():
-        if (asked := os.environ.get(name, nothing).lower()) != nothing:
+    of_the_recipe = {
+        "ACCELERATE_DYNAMO_BACKEND": ({"no"}, "scale.compile"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ({"1"}, "scale.micro_batch"),
+        "ACCELERATE_MIXED_PRECISION": ({"no", mixed_precision}, "precision"),
+    }
+    for name, (done, instead) in of_the_recipe.items():
+        asked = os.environ.get(name)
+        if asked is not None and asked.lower() not in done:
             raise TrainingError(f"the launcher sets {name} to {asked}: leave it out, and set {instead} in the recipe")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None

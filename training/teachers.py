@@ -260,6 +260,9 @@ class TeacherPipeline:
         missing |= {name for name, _ in loaded.named_parameters()} & set(found["missing_keys"])
         if missing:
             raise TeacherError(f"{self.folder}/{part}: its weights lack {min(missing)}")
+        # Of a text encoder the last layers may be left out on purpose.
+        if part in (self.part, "vae") and (unexpected := found["unexpected_keys"]):
+            raise TeacherError(f"{self.folder}/{part}: its config has no place for its weights {min(unexpected)}")
         return loaded if loaded.dtype == torch.float32 else loaded.float()
 
     def _has_variant(self, part: str) -> bool:

@@ -65,6 +65,7 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
     [
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set scale.compile in the recipe"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "set scale.micro_batch in the recipe"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set precision in the recipe"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "launch with --fsdp_version 2"),
     ],
 )

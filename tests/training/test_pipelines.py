@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import (
+    DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -344,6 +345,31 @@ def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_pat
     (run.folder / "student-1").mkdir()
     run.finish("student-1", run.denoiser("teacher"))
     assert StableDiffusionPipeline.from_pretrained(run.folder / "student-1").safety_checker is None
+
+
+def test_a_student_may_be_saved_over_itself_and_leaves_its_teacher_as_it_was(tmp_path: Path) -> None:
+    checkpoint, student = pipelines.stable_diffusion(tmp_path / "sd"), tmp_path / "student"
+    before = {file: file.read_bytes() for file in checkpoint.rglob("*") if file.is_file()}
+    opened = TeacherPipeline.open(str(checkpoint))
+    denoiser = opened.denoiser()
+    save_network(denoiser, student / "unet")
+    save_pipeline(student, denoiser, opened, max_tokens=8)
+    StableDiffusionPipeline.from_pretrained(student, dtype=torch.float16).save_pretrained(student)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("name", [["pipeline", "Custom"], "StableDiffusionControlNetPipeline"])
+def test_students_are_of_the_stock_pipeline_whatever_their_teacher_is(tmp_path: Path, name: Any) -> None:
+    checkpoint, student = pipelines.stable_diffusion(tmp_path / "sd"), tmp_path / "student"
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    index |= {"_class_name": name, "controlnet": ["diffusers", "ControlNetModel"], "thing": ["pipeline", "Thing"]}
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    opened = TeacherPipeline.open(str(checkpoint))
+    denoiser = opened.denoiser()
+    save_network(denoiser, student / "unet")
+    save_pipeline(student, denoiser, opened, max_tokens=8)
+    assert type(DiffusionPipeline.from_pretrained(student)) is StableDiffusionPipeline
+    assert "controlnet" not in json.loads((student / "model_index.json").read_text())
 
 
 def test_a_students_parts_may_be_in_several_files_of_a_variant(tmp_path: Path) -> None:

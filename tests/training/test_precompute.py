@@ -94,13 +94,14 @@ def image_stream(run: Run, folder: Path) -> Run:
     return streaming(run, folder / "run", str(folder / "shards"))
 
 
-def write_shard(path: Path, run: Run) -> None:
-    """The run's images, in its order, as a shard."""
+def write_shard(path: Path, run: Run, rows: range = range(4)) -> None:
+    """Images of the run, in its order, as a shard."""
     folder = run.recipe.data.path
     assert folder is not None
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     with tarfile.open(path, "w") as archive:
-        for k, line in enumerate(lines):
+        for k in rows:
+            line = lines[k]
             for suffix, data in (
                 (".png", (folder / line["file_name"]).read_bytes()),
                 (".json", json.dumps(line).encode()),
@@ -244,6 +245,28 @@ def test_precomputing_streamed_images_again_leaves_them_as_they_are(in_memory: R
     index.rename(tmp_path / "tensors" / PROGRESS)
     assert precompute(run, str(tmp_path / "tensors"), per_shard=2) == 4
     assert index.read_bytes() == written
+
+
+def test_what_stands_in_for_a_lost_shard_is_not_precomputed(in_memory: Run, tmp_path: Path) -> None:
+    shards, tensors = tmp_path / "shards", tmp_path / "tensors"
+    shards.mkdir()
+    write_shard(shards / "0.tar", in_memory, range(2))
+    write_shard(shards / "1.tar", in_memory, range(2, 4))
+    make_index(str(shards))
+    run = streaming(in_memory, tmp_path / "run", str(shards))
+    (shards / "1.tar").rename(tmp_path / "away.tar")
+    with pytest.raises(StreamError, match=r"shards of .* are lost: 1\.tar"):
+        precompute(run, str(tensors), per_shard=2)
+    (tmp_path / "away.tar").rename(shards / "1.tar")
+    again = streaming(in_memory, tmp_path / "again", str(shards))
+    assert precompute(again, str(tensors), per_shard=2) == 4
+    batches = [
+        streaming(in_memory, tmp_path / place.name / "run", str(place)).data.batch(
+            torch.arange(4), Draws(0, 0, range(4)), DEVICE
+        )
+        for place in (shards, tensors)
+    ]
+    assert torch.allclose(batches[0].x, batches[1].x, atol=1e-2)  # tensors are in fp16
 
 
 def test_tensors_are_not_precomputed_again(in_memory: Run, tmp_path: Path) -> None:

@@ -418,6 +418,19 @@ def test_a_network_whose_weights_lack_some_is_refused(tmp_path: Path) -> None:
         TeacherPipeline.open(str(folder)).denoiser()
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_weights_that_a_config_has_no_place_for_are_refused(
+    folders: dict[str, Path], tmp_path: Path, part: str
+) -> None:
+    """Such as those of a LoRA that was not fused: the teacher would be another without them."""
+    shutil.copytree(folders["sd1"], tmp_path / "copy")
+    file = next((tmp_path / "copy" / part).glob("*.safetensors"))
+    save_file(load_file(file) | {"conv_in.lora_layer.up.weight": torch.ones(1)}, file)
+    teacher = TeacherPipeline.open(str(tmp_path / "copy"))
+    with pytest.raises(TeacherError, match=r"no place for its weights conv_in\.lora_layer\.up\.weight"):
+        teacher.denoiser() if part == "unet" else teacher.autoencoder()
+
+
 @pytest.mark.parametrize("name", ["sd1", "class-unet"])
 def test_a_variant_that_no_part_has_is_refused(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     shutil.copytree(folders[name], tmp_path / "copy")

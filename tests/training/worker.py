@@ -39,7 +39,7 @@ class ShardedAccelerator(Accelerator):  # type: ignore[misc]
     distributed_type = DistributedType.FSDP
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        plugin = sharding() or FullyShardedDataParallelPlugin(fsdp_version=2)
+        plugin = sharding("no") or FullyShardedDataParallelPlugin(fsdp_version=2)
         if self.mixed_precision != "no":
             plugin.set_mixed_precision(self.mixed_precision)
         policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()

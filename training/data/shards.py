@@ -69,8 +69,11 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, Part]], set[str], str]:
 
 
 def file_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of an uncompressed archive. Raises OSError or TarError at its end when it is cut off."""
-    yield from (member for member in archive if member.isfile())
+    """The files of an uncompressed archive, but for hidden ones, which are of systems and belong to no sample.
+
+    Raises OSError or TarError at its end when it is cut off.
+    """
+    yield from (member for member in archive if member.isfile() and not PurePosixPath(member.name).name.startswith("."))
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     end = archive.fileobj.read(tarfile.BLOCKSIZE)

@@ -122,6 +122,11 @@ class ShardStream:
                     out[name][row] = array
         return {name: torch.from_numpy(array) for name, array in out.items()}
 
+    def require_whole(self) -> None:
+        """Raise StreamError where a shard was lost, for whom no other can stand in."""
+        if lost := self.lost:
+            raise StreamError(f"shards of {self.place.address} are lost: {_listed(lost)}")
+
     def texts(self, items: Tensor) -> list[tuple[str, ...]]:
         """The captions of items (B,) of a set of images. Raises as `parts` does, and StreamError for tensors."""
         return self._said(items, lambda contents: contents.texts)

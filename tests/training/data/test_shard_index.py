@@ -70,6 +70,11 @@ def test_the_index_says_what_each_shard_has_in_the_order_of_names(tmp_path: Path
     assert ShardIndex.read(Place(str(tmp_path))) == made
 
 
+def test_hidden_files_that_systems_put_in_do_not_count(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {"._a.png": b"", **PICTURE, ".DS_Store": b""})
+    assert make_index(str(tmp_path)).counts == [1]
+
+
 def test_the_fingerprint_is_of_the_bytes_of_the_shards(tmp_path: Path) -> None:
     shard(tmp_path / "1.tar", FIRST)
     before = make_index(str(tmp_path)).fingerprint

@@ -110,6 +110,14 @@ def test_shards_of_others_in_any_layout(tmp_path: Path) -> None:
     assert [int(images.image(i)[0, 0, 0]) for i in range(3)] == [3, 1, 2]
 
 
+def test_hidden_files_that_systems_put_in_are_passed_over(tmp_path: Path) -> None:
+    members = {"._a.png": b"", "a.png": png(1), "a.txt": b"one", ".DS_Store": b"", "d/._b.png": b"", "d/b.png": png(2)}
+    shard(tmp_path / "0.tar", members | {"d/b.txt": b"two"})
+    images = CaptionedImages.open(tmp_path, size=4)
+    assert [record.texts for record in images.records] == [("one",), ("two",)]
+    assert images.skipped == ()
+
+
 def test_a_class_is_read_and_stands_in_for_captions(tmp_path: Path) -> None:
     shard(
         tmp_path / "a.tar",
