@@ -17,14 +17,13 @@ import click
 import numpy as np
 import onnxruntime
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from engines.pipeline import Generate, Pipeline, noise_of
+from training.commands import Reported, open_finished_run
 from training.distill import student_stage
 from training.networks import decode_all
 from training.pictures import to_uint8
-from training.recipe import Recipe
 from training.run import Run
 from training.sampler import sample
 from training.text import load_text_encoder, load_tokenizer, tokenize
@@ -69,7 +68,7 @@ def in_turn(a: Callable[[], object], b: Callable[[], object], repeats: int) -> t
     return seconds
 
 
-@click.command()
+@click.command(cls=Reported)
 @click.argument("recipe", type=click.Path(exists=True, path_type=Path))
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.option("--run", "folder", type=click.Path(exists=True, path_type=Path), help="The run's folder.")
@@ -82,10 +81,7 @@ def main(
 ) -> None:
     """Time BUNDLE against the students of RECIPE's run."""
     torch.set_num_threads(threads)
-    loaded = Recipe.load(recipe)
-    if data:
-        loaded = loaded.model_copy(update={"data": loaded.data.at(data)})
-    run = Run(loaded, folder or Path("runs") / loaded.name, Accelerator(cpu=True))
+    run = open_finished_run(recipe, folder, data)
     prompts = run.data.classes or PROMPTS
     eager = Eager(run, steps)
     versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"

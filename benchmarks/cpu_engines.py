@@ -19,6 +19,7 @@ import click
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.arguments import known_bundle
 from benchmarks.fused_attention import fuse_attention
 from engines.backends.base import Array, EngineOptions, GraphSpec
 from engines.backends.ort import CPU, OrtEngine, _options
@@ -128,14 +129,14 @@ def default_graph(bundle: Bundle) -> str:
 
 
 @click.command()
-@click.argument("bundle", type=find_bundle)
+@click.argument("bundle", callback=known_bundle)
 @click.option("--graph", "names", multiple=True, help="A graph of the bundle.  [default: the step of most steps]")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=21, show_default=True)
-def main(bundle: Path, names: tuple[str, ...], threads: int, rounds: int) -> None:
+def main(bundle: str, names: tuple[str, ...], threads: int, rounds: int) -> None:
     """Time the graphs of BUNDLE, a folder or "shipped"."""
     ort.set_default_logger_severity(3)
-    opened = load_bundle(bundle)
+    opened = load_bundle(find_bundle(bundle))
     click.echo(f"{platform.machine()}, {threads} threads, {versions()}, median of {rounds} rounds")
     for name in names or (default_graph(opened),):
         with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ import click
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.arguments import known_bundle
 from engines.backends import open_engines
 from engines.backends.base import Engine, EngineError, EngineOptions
 from engines.backends.ort import OrtEngine
@@ -28,6 +29,7 @@ class Emulated(OrtEngine):
     """A graph that computes in fp32, with every value rounded where a precision rounds it."""
 
     def _open(self, options: EngineOptions) -> ort.InferenceSession:
+        self._lone = None
         settings = ort.SessionOptions()
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # these remove the rounding
         settings.intra_op_num_threads = options.threads
@@ -76,7 +78,7 @@ def _table(lines: Sequence[Parity], reference: str) -> Iterator[str]:
 
 
 @click.command()
-@click.argument("bundle")
+@click.argument("bundle", callback=known_bundle)
 @click.option("--rows", default=8, show_default=True, type=click.IntRange(1), help="Images of each kind.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of an engine.")
 def main(bundle: str, rows: int, threads: int) -> None:

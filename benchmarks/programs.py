@@ -17,6 +17,7 @@ import click
 import numpy as np
 import torch
 
+from benchmarks.arguments import known_bundle
 from benchmarks.cost import whole_numbers
 from engines.backends import open_engine
 from engines.backends.base import Array, Engine, EngineOptions, GraphSpec
@@ -81,7 +82,7 @@ def _timed(engine: Engine, inputs: Mapping[str, Array]) -> float:
 
 
 @click.command()
-@click.argument("bundle")
+@click.argument("bundle", callback=known_bundle)
 @click.option("--device", type=click.Choice(list(COMPILED)), default="cpu", show_default=True)
 @click.option("--precision", "precisions", type=click.Choice(PRECISIONS), multiple=True, help="[default: all]")
 @click.option("--batch-sizes", "sizes", default="1,4,16", show_default=True, callback=whole_numbers)

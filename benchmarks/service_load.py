@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 
+from benchmarks.arguments import known_bundle
 from benchmarks.requests import Pixels, Requests, body, endpoint, picture
 from benchmarks.served import Answer, Served, serving
 from engines.backends.cores import usable_cores
@@ -206,7 +207,7 @@ def run_coroutine(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 @click.command()
-@click.option("--bundle", default=SHIPPED, show_default=True)
+@click.option("--bundle", default=SHIPPED, show_default=True, callback=known_bundle)
 @click.option("--backend", default="ort", show_default=True)
 @click.option("--threads", default=0, help="Of the service's engines; 0 (default): as many as it takes by itself.")
 @click.option("--bare-threads", default=0, help="Of the bare pipeline; 0 (default): every core it may use.")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import click
 
+from benchmarks.arguments import known_bundle
 from benchmarks.requests import Requests, body, endpoint
 from benchmarks.served import Answer, Served, serving
 from engines.bundle import SHIPPED, find_bundle, read_manifest
@@ -177,7 +178,7 @@ def overloaded(bundle: str, backend: str, threads: int, images: int, timeout_ms:
 
 
 @click.command()
-@click.option("--bundle", default=SHIPPED, show_default=True)
+@click.option("--bundle", default=SHIPPED, show_default=True, callback=known_bundle)
 @click.option("--backend", default="ort", show_default=True)
 @click.option("--threads", default=0, help="Of the engines; 0 (default): as many as the service takes by itself.")
 @click.option("--seconds", default=60.0, show_default=True, help="How long the overload lasts.")

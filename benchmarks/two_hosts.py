@@ -24,6 +24,7 @@ from typing import Any
 import click
 import httpx
 
+from benchmarks.arguments import known_bundle
 from benchmarks.faults.fleet import unsettled
 from benchmarks.hosts import Host, reached_from, why_no_hosts
 from benchmarks.requests import Requests, endpoint, fields_of
@@ -185,7 +186,7 @@ def why_not() -> str | None:
 
 
 @click.command()
-@click.option("--bundle", default=SHIPPED, show_default=True)
+@click.option("--bundle", default=SHIPPED, show_default=True, callback=known_bundle)
 @click.option("--backend", default="ort", show_default=True, help="Of the real ticks.")
 @click.option("--tick-s", default=0.2, show_default=True, help="Time of the ticks that are waits.")
 @click.option("--rounds", default=5, show_default=True)

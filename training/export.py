@@ -85,10 +85,11 @@ def export(
             (folder / name).write_text(tokens)
         names = {graph: parity.graph for graph, parity in made.items()}
         description = describe(run, parities, sources, table, text, names)
+        source = None if run.pipeline is None else run.pipeline.source
         if (picture := run.folder / "evaluation" / PICTURE).exists():
             (folder / PICTURE).write_bytes(picture.read_bytes())
         (folder / CARD).write_text(
-            model_card(description, [*parities, *made.values()], run.recipe.export, picture.exists())
+            model_card(description, [*parities, *made.values()], run.recipe.export, picture.exists(), source)
         )
         return write_bundle(out, description, {file.name: file for file in folder.iterdir()}, replace=replace)
 
@@ -293,13 +294,21 @@ def bundle_grid(schedule: Schedule, steps: int) -> Grid:
     )
 
 
-def model_card(description: Description, parities: Sequence[Parity], recipe: ExportRecipe, pictured: bool) -> str:
-    """The README of the bundle, in Markdown."""
+_FROM_SCRATCH = "a classifier-free-guided teacher trained from scratch"
+_ITS_DATA_ALONE = "It draws what its data shows and nothing else, and was not checked for bias."
+
+
+def model_card(
+    description: Description, parities: Sequence[Parity], recipe: ExportRecipe, pictured: bool, teacher: str | None
+) -> str:
+    """The README of the bundle, in Markdown. `teacher` names a checkpoint; None is one trained from scratch."""
     template = Template((files("training") / "model_card.md").read_text())
     guidance = description.guidance
     return template.substitute(
         title=recipe.title or description.name,
         notes=recipe.notes.strip(),
+        teacher=_FROM_SCRATCH if teacher is None else f"the classifier-free-guided teacher {teacher}",
+        limits=_ITS_DATA_ALONE if teacher is None else "It was not checked for bias.",
         example=description.classes[0] if description.classes else "a red apple",
         picture=f"\n![samples]({PICTURE})\n" if pictured else "",
         name=description.name,

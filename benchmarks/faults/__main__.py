@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.arguments import known_bundle
 from benchmarks.faults.crowd import Crowd, Fate, Kind, Record
 from benchmarks.faults.fleet import Kit, running_fleet
 from benchmarks.faults.scenarios import FAULTS, Fault, Scene
@@ -115,7 +116,7 @@ def fate_of(record: Record, forgetful: bool) -> Fate:
 @click.option("--seconds", default=20.0, show_default=True, help="Of load at least, for each fault.")
 @click.option("--rate", default=8.0, show_default=True, help="Requests a second.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--bundle", default=SHIPPED, show_default=True)
+@click.option("--bundle", default=SHIPPED, show_default=True, callback=known_bundle)
 @click.option("--backend", default="ort", show_default=True)
 @click.option("--tick-s", default=0.1, show_default=True, help="How much longer than it needs each tick takes.")
 def main(

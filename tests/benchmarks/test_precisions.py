@@ -12,12 +12,12 @@ from tests.bundles import make_tiny_bundle
 from tests.programs import with_programs
 
 
-@pytest.mark.parametrize("programmed", [False, True])
-def test_every_precision_is_rounded_and_stays_near(tmp_path: Path, programmed: bool) -> None:
+@pytest.mark.parametrize(("programmed", "images"), [(False, 1), (True, 2)])
+def test_every_precision_is_rounded_and_stays_near(tmp_path: Path, programmed: bool, images: int) -> None:
     bundle = make_tiny_bundle(tmp_path, "text", "latent")
     if programmed:
         bundle = with_programs(bundle, tmp_path)
-    result = CliRunner().invoke(precisions.main, [str(bundle.path), "--rows", "2"])
+    result = CliRunner().invoke(precisions.main, [str(bundle.path), "--rows", f"{images}"])
     assert result.exit_code == 0, result.output
     head, _, *lines, empty, int8, fp8 = result.output.splitlines()[2:]
     assert empty == ""

@@ -26,7 +26,7 @@ from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
 from training.distill import distill, encoder_stage, student_stage
 from training.export import _commit as commit_of_code
-from training.export import data_name, export
+from training.export import data_name, export, model_card
 from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
@@ -254,6 +254,14 @@ def test_the_manifest_tells_where_the_bundle_comes_from(digits_run: Run, digits_
     card = (digits_bundle.path / "README.md").read_text()
     assert "$" not in card
     assert "CC-BY-4.0" in card
+    assert "teacher trained from scratch" in card
+
+
+def test_a_card_does_not_call_a_checkpoint_trained_from_scratch(digits_run: Run, digits_bundle: Bundle) -> None:
+    card = model_card(digits_bundle.manifest, [], digits_run.recipe.export, pictured=False, teacher="someone/model")
+    assert "teacher someone/model" in card
+    assert "from scratch" not in card
+    assert "what its data shows" not in card
 
 
 def test_weights_are_stored_small_by_default(digits_bundle: Bundle) -> None:
