@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
-# Tests of a file stay together, as they share what is dear to make; files go out in order, the longest of them last.
+# Tests of a file stay together, as they share what is dear to make; files go out in order, the longest of them first.
 JOBS ?= 2
 SOURCES = engines training service fewstep.py tests benchmarks
 

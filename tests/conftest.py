@@ -27,7 +27,8 @@ settings.load_profile("fewstep")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """No quick test may hang the suite; slow ones take what they need."""
+    """No quick test may hang the suite; slow ones take what they need. Files that train go out first, being longest."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(0))
