@@ -67,52 +67,39 @@ def check_address(url: str) -> None:
 
 def open_for_threads(url: str) -> redis.Redis:
     """A client whose calls block. Raises redis-py's errors where no seed of a cluster answers."""
-    import redis
     import redis.cluster
     import redis.retry
     import redis.sentinel
-    from redis.backoff import NoBackoff
 
-    options = _SOCKETS | {"retry": redis.retry.Retry(NoBackoff(), _RETRIES, (redis.ConnectionError,))}
-    if url.partition("://")[0] in _ONE:
-        return redis.Redis.from_url(url, **options)
-    many = _Many.of(url)
-    client: Any
-    if many.kind == "cluster":
-        nodes = [redis.cluster.ClusterNode(host, port) for host, port in many.hosts]
-        client = redis.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options, **many.tls, **many.access)
-    else:
-        sentinel = redis.sentinel.Sentinel(many.hosts, sentinel_kwargs=_SOCKETS | many.tls | many.sentinel_access)
-        client = sentinel.master_for(many.name, db=many.database, **options, **many.tls, **many.access)
-    opened: redis.Redis = client
-    return opened
+    client: redis.Redis = _open(url, redis)
+    return client
 
 
 def open_for_coroutines(url: str) -> redis.asyncio.Redis:
     """A client for one event loop."""
-    import redis.asyncio
     import redis.asyncio.cluster
     import redis.asyncio.retry
     import redis.asyncio.sentinel
+
+    client: redis.asyncio.Redis = _open(url, redis.asyncio)
+    return client
+
+
+def _open(url: str, library: Any) -> Any:
+    """A client of redis-py, or of its part for coroutines, which has all of it by the same names."""
     from redis.backoff import NoBackoff
 
-    options = _SOCKETS | {"retry": redis.asyncio.retry.Retry(NoBackoff(), _RETRIES, (redis.ConnectionError,))}
+    options = _SOCKETS | {"retry": library.retry.Retry(NoBackoff(), _RETRIES, (library.ConnectionError,))}
     if url.partition("://")[0] in _ONE:
-        return redis.asyncio.Redis.from_url(url, **options)
+        return library.Redis.from_url(url, **options)
     many = _Many.of(url)
-    client: Any
+    options |= many.tls | many.access
     if many.kind == "cluster":
-        nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in many.hosts]
-        client = redis.asyncio.cluster.RedisCluster(
-            startup_nodes=nodes, **_CLUSTER, **options, **many.tls, **many.access
-        )
-    else:
-        sentinel = redis.asyncio.sentinel.Sentinel(
-            many.hosts, sentinel_kwargs=_SOCKETS | many.tls | many.sentinel_access
-        )
-        client = sentinel.master_for(many.name, db=many.database, **options, **many.tls, **many.access)
-    opened: redis.asyncio.Redis = client
-    return opened
+        nodes = [library.cluster.ClusterNode(host, port) for host, port in many.hosts]
+        return library.cluster.RedisCluster(startup_nodes=nodes, **_CLUSTER, **options)
+    of_sentinels = _SOCKETS | many.tls | many.sentinel_access
+    sentinel = library.sentinel.Sentinel(many.hosts, sentinel_kwargs=of_sentinels)
+    return sentinel.master_for(many.name, db=many.database, **options)
 
 
 async def close_for_coroutines(client: redis.asyncio.Redis) -> None:

@@ -82,19 +82,11 @@ class Submissions:
         if keep is None:
             await self._submit_and_wait(job)
             return job.id
-        try:
-            return await self._submit(job, keep)
-        except AWAY as error:
-            self._note_away(error)
-            raise QueueUnavailable from error
+        return await self._at_the_door(job, keep, pack_job(job))
 
     async def ask(self, job: Job, keep: Keep | None) -> str | None:
         """See JobQueue.ask."""
-        try:
-            found = await self._at_the_door(job, keep, Packed(b"", b""), asks=True)
-        except AWAY as error:
-            self._note_away(error)
-            raise QueueUnavailable from error
+        found = await self._at_the_door(job, keep, Packed(b"", b""), asks=True)
         return None if found == job.id else found
 
     async def _submit_and_wait(self, job: Job) -> None:
@@ -104,11 +96,8 @@ class Submissions:
         # Before the queue has it, because the reply may come faster than the queue's answer.
         wait = self._waiting[job.id] = _Wait()
         try:
-            await self._submit(job)
+            await self._at_the_door(job, None, pack_job(job))
             wait.accepted = True
-        except AWAY as error:
-            self._note_away(error)
-            raise QueueUnavailable from error
         finally:
             if not wait.accepted:
                 del self._waiting[job.id]
@@ -125,13 +114,7 @@ class Submissions:
     async def status(self, job_id: str, preview: bool) -> Status:
         """See JobQueue.status."""
         names = [keys.record(job_id), keys.result(job_id)] + ([keys.preview(job_id)] if preview else [])
-        try:
-            found = await self._redis.run(
-                "status", names, [FARTHEST_POSITION, *map(milliseconds, (WATCHED_S, HEAD_START_S))]
-            )
-        except AWAY as error:
-            self._note_away(error)
-            raise QueueUnavailable from error
+        found = await self._run("status", names, [FARTHEST_POSITION, *map(milliseconds, (WATCHED_S, HEAD_START_S))])
         if found is None:
             raise KeyError(job_id)
         return _status(job_id, found)
@@ -144,11 +127,7 @@ class Submissions:
         names = [keys.record(job_id), keys.result(job_id)]
         told = pack_outcome(CANCELLED) if wait is None else b""
         kept = [milliseconds(RESULT_TTL_S), self._bounds.outcomes, self._bounds.bytes]
-        try:
-            stage = await self._redis.run("cancel", names, [job_id, told, *kept])
-        except AWAY as error:
-            self._note_away(error)
-            raise QueueUnavailable from error
+        stage = await self._run("cancel", names, [job_id, told, *kept])
         return _STAGES.get(stage)
 
     async def close(self) -> None:
@@ -158,12 +137,16 @@ class Submissions:
             self._listening.cancel()
             await asyncio.wait({self._listening}, timeout=_CANCELLED_WITHIN_S)
 
-    async def _submit(self, job: Job, keep: Keep | None = None) -> str:
-        """Have the job accepted. Returns its id, or that of the job which has its key."""
-        return await self._at_the_door(job, keep, pack_job(job))
+    async def _run(self, name: str, names: Sequence[str], arguments: Arguments) -> Any:
+        """The answer of a script. Raises QueueUnavailable while Redis is away."""
+        try:
+            return await self._redis.run(name, names, arguments)
+        except AWAY as error:
+            self._note_away(error)
+            raise QueueUnavailable from error
 
     async def _at_the_door(self, job: Job, keep: Keep | None, packed: Packed, *, asks: bool = False) -> str:
-        """What the script `submit` says. Returns as `_submit`; who ``asks`` is not let in."""
+        """Have the job accepted; who ``asks`` is not let in. Returns its id, or that of the job which has its key."""
         # Clocks of hosts differ, and a monotonic one means nothing elsewhere: only durations leave this process.
         now = time.monotonic()
         left = milliseconds(job.deadline - now)
@@ -190,7 +173,8 @@ class Submissions:
             *self._door,
             *kept,
         ]
-        code, *answer = await self._redis.run("submit", names, arguments)
+        code, *answer = await self._run("submit", names, arguments)
+        self._note_back()
         if code == _ACCEPTED:
             return job.id
         if code == _SAME:

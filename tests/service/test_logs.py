@@ -18,9 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 from engines.backends.base import EngineError
 from service import logs
 from service.api_keys import ApiKey, digest_of, new_key
+from service.queue.base import QueueUnavailable
 from service.queue.wire import pack_job, request_of
 from service.settings import Settings
 from tests.service.helpers import Running, b64, random_image, running
+from tests.service.queues import KEEP, opened
 from tests.service.queues import job as some_job
 from tests.service.redis_server import RedisServer
 
@@ -204,6 +206,22 @@ async def test_the_queue_being_away_is_no_affair_of_the_first_request(
         finally:
             redis_server.start()
     assert all("request_id" not in line for line in lines.of("the queue is away"))
+
+
+async def test_every_outage_is_told_to_who_waits_for_nothing_too(
+    anyio_backend: str, redis_server: RedisServer, lines: Lines
+) -> None:
+    """As an API process whose clients all send a key, and ask for what became of their jobs."""
+    async with opened(redis_server.url) as queue:
+        for outage in (1, 2):
+            redis_server.stop()
+            try:
+                with pytest.raises(QueueUnavailable):
+                    await queue.submit(some_job("a"), KEEP)
+            finally:
+                redis_server.start()
+            await queue.submit(some_job(f"{outage}"), KEEP)
+            assert len(lines.of("the queue is away")) == len(lines.of("the queue is back")) == outage
 
 
 def test_a_job_that_is_not_unpacked_names_its_request_too() -> None:

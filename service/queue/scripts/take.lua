@@ -4,7 +4,6 @@
 -- in ms, then the number of the model of each, then how many images of each model there is room for
 -- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
-begin_though_full()
 local consumer, silence = unpack(ARGV)
 local held = cjson.decode(ARGV[3])
 local streams = #KEYS / 3
@@ -54,6 +53,7 @@ local function unanswered(stream, known, found)
   for _, pending in ipairs(redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', MOST_UNANSWERED, consumer)) do
     local entry = redis.call('XRANGE', KEYS[stream], pending[1], pending[1])[1]
     if entry and not known[by_name(entry[2]).id] then
+      begin_though_full()
       found[#found + 1] = job_of(stream, entry, 'running', pending[4])
     end
   end
