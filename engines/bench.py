@@ -233,7 +233,7 @@ def peak_operations_per_second(contender: Contender, options: EngineOptions) -> 
     """Operations a second of large square matrix products on the contender: the most that a graph could reach there.
 
     On backends of PyTorch they are torch's own, and the others need the package onnx. Raises EngineError where the
-    backend does not run it, ImportError without the package.
+    backend does not run it, and without the package.
     """
     device = _BY_TORCH.get(contender.backend)
     size, repeats = (4096, 20) if contender.backend in _ON_DEVICE else (1024, 3)
@@ -272,10 +272,13 @@ def _products(path: Path, size: int) -> GraphSpec:
     """A chain of products with one constant matrix, whose values keep their size along it.
 
     Of the last one only the mean of each row comes back: to bring all from a device would take longer than to make it.
+    Raises EngineError without the package onnx.
     """
-    import onnx
-    from onnx import helper, numpy_helper
-
+    try:
+        import onnx
+        from onnx import helper, numpy_helper
+    except ImportError as error:
+        raise EngineError(f"that needs the package onnx ({error}): pip install onnx") from error
     names = ["rows", *(f"product_{k}" for k in range(1, _PRODUCTS)), "products"]
     nodes = [helper.make_node("MatMul", [a, "matrix"], [b]) for a, b in pairwise(names)]
     nodes.append(helper.make_node("ReduceMean", ["products", "columns"], ["mean"]))

@@ -18,6 +18,7 @@ from engines.backends.cores import usable_cores
 from engines.bench import PROMPTS, Bench, Contender, Parity, Speed, memory_bytes, peak_operations_per_second
 from engines.build_command import sizes_option
 from engines.bundle import BundleError, find_bundle, load_bundle
+from engines.compile import FLOOR_DB
 from engines.pipeline import TaskError
 from engines.plans import PRECISIONS
 
@@ -128,6 +129,8 @@ def bench(
         click.echo("\nPrompts were encoded before: neither seconds nor GFLOP have the text encoder's part.")
     click.echo()
     click.echo("\n".join(_parity_table(parities, reference)))
+    if lost := [f"{one.contender} at {one.image_psnr_db:.1f} dB" for one in parities if one.image_psnr_db < FLOOR_DB]:
+        click.echo(f"\nWhole images below {FLOOR_DB:g} dB, the floor of a graph: {', '.join(lost)}")
     for one, why in without_peak.items():
         click.echo(f"\nNo peak of {one} was measured: {why}")
     for why in running.left_out.values():
@@ -151,7 +154,7 @@ def _peak(contender: Contender, options: EngineOptions, without: dict[Contender,
         return None
     try:
         return peak_operations_per_second(contender, options)
-    except (EngineError, ImportError) as error:
+    except EngineError as error:
         without[contender] = str(error)
         return None
 

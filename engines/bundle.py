@@ -9,13 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from engines.backends.base import BATCH, EngineError, GraphSpec, Role, TensorSpec
+from engines.backends.base import BATCH, EngineError, GraphSpec, Place, Role, TensorSpec
 from engines.hashes import Stamps, sha256_of, stamps_of
 from engines.manifest import (
     ATTENTION_MASK,
@@ -144,9 +144,21 @@ class Bundle:
             add("encode", manifest.encode, (image,), (latent,))
         if manifest.decode is not None:
             add("decode", manifest.decode, (latent,), (image,))
+        w = manifest.guidance
         for name in manifest.step_graphs():
             add("step", name, *step_specs(manifest))
+            asked = tuple(sorted({w.minimum, w.default, w.maximum}))
+            graphs[name] = replace(graphs[name], guidance=asked, places=_places(manifest, name))
         return graphs
+
+
+def _places(manifest: Description, graph: str) -> tuple[Place, Place, Place]:
+    """Where the first call of a step graph begins and its last one, and where its path ends, on its finest grid."""
+    students = manifest.students
+    grids = [grid for one in students if one.graph == graph for grid in (one.grid, one.stochastic) if grid is not None]
+    encoded = [one.grid.places[::-1] for one in students if one.encoder == graph]
+    path = max([grid.places for grid in grids] or encoded, key=len)
+    return path[0], path[-2], path[-1]
 
 
 def _spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:

@@ -12,7 +12,7 @@ import click
 from engines.backends import AUTO, BACKENDS, KEEP_PLANS, open_engine
 from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
-from engines.compile import check_finite, typical_inputs
+from engines.compile import check_finite, checked_inputs
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
@@ -114,7 +114,8 @@ def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
 
     Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have; each is run
-    once, on noise, and the tokenizer is opened. Torch programs, which are code, are held to their hashes only.
+    once, on noise, with the last class and the last word, and the tokenizer is opened. Torch programs, which are code,
+    are held to their hashes only.
     """
     try:
         path = find_bundle(bundle)
@@ -143,7 +144,7 @@ def _opening_problems(bundle: Bundle) -> list[str]:
     for graph in bundle.graphs().values():
         try:
             with open_engine("ort", graph, EngineOptions()) as engine:
-                check_finite(graph.path.name, list(engine.run(typical_inputs(graph, 1)).values()))
+                check_finite(graph.path.name, list(engine.run(checked_inputs(graph)[-1]).values()))
         except EngineError as error:
             problems.append(str(error))
     return problems

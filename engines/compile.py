@@ -19,7 +19,7 @@ from engines.backends.ort import check_signature, unpack_weights
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
 from engines.hashes import check_unchanged
-from engines.manifest import ATTENTION_MASK, LABEL
+from engines.manifest import ATTENTION_MASK, IDS, LABEL, SECOND_IDS
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
 from engines.tokenizer import TokenizerError, vocabulary_size
 
@@ -32,7 +32,8 @@ CHECKED_ROWS = 2
 class Built:
     """A plan that is there now, where it lies, how long it took (0 if it was there before), and its fidelity in dB.
 
-    Fidelity is that of one run with every value rounded to the precision, against fp32; None where nothing is rounded.
+    Fidelity is the worst on `checked_inputs`, with every value rounded to the precision, against fp32; None where
+    nothing is rounded.
     """
 
     graph: str
@@ -103,21 +104,22 @@ def prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path,
     try:
         return _prepare(graph, precision, folder)
     except OSError as error:
-        raise EngineError(f"{graph.path.name}: cannot be prepared in {folder}: {error.strerror or error}") from error
+        why = f"{error.strerror or error}; TMPDIR can name another folder"
+        raise EngineError(f"{graph.path.name}: cannot be prepared in {folder}: {why}") from error
 
 
 def _prepare(graph: GraphSpec, precision: Precision, folder: Path) -> tuple[Path, float | None]:
     name = graph.path.name
     unpacked = unpack(graph, folder / f"unpacked-{name}")
     check_unchanged(graph.files)
-    inputs = typical_inputs(graph, CHECKED_ROWS)
-    whole = _run(unpacked, inputs, name)
+    batches = checked_inputs(graph)
+    whole = _run(unpacked, batches, name)
     check_finite(name, whole)
     if precision == "fp32":
         return unpacked, None
     emulated, lowered = (folder / f"{prefix}-{name}" for prefix in ("emulated", precision))
     rewrite(unpacked, precision, emulated, emulated=True, name=name)
-    fidelity = check_fidelity(name, precision, _run(emulated, inputs, name), whole)
+    fidelity = check_fidelity(name, precision, _run(emulated, batches, name), whole)
     rewrite(unpacked, precision, lowered, name=name)
     return lowered, fidelity
 
@@ -150,7 +152,7 @@ def unpack(graph: GraphSpec, out: Path) -> Path:
     """The graph with its stored weights (int8 or fp16 with what restores them) computed once; of standard operators.
 
     All but small weights go to a file of their own beside it. Raises EngineError for a graph that does not load or that
-    differs from its specs.
+    differs from its specs, OSError for a folder that takes no more.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -163,9 +165,16 @@ def unpack(graph: GraphSpec, out: Path) -> Path:
     try:
         session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class
+        _check_writable(out.parent)
         raise EngineError(f"{graph.path.name}: ONNX Runtime cannot load it ({error})") from error
     check_signature(session, graph)
     return out
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError for a folder that takes no more: what failed may have been the writing of a graph, not its load."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 16))
 
 
 def check_finite(name: str, outputs: Sequence[Array]) -> None:
@@ -187,11 +196,46 @@ def check_fidelity(name: str, precision: Precision, lowered: Sequence[Array], wh
 
 
 def _psnr_db(actual: Array, expected: Array) -> float:
-    """Peak signal-to-noise ratio, the peak being the range of what is expected; -inf for values that are not finite."""
+    """Peak signal-to-noise ratio, the peak being the range of what is expected; -inf for values that are not finite.
+
+    It is the worse of that of all values and that of all but their outermost hundredths: in the range of a few outliers
+    the loss of all else would be nothing.
+    """
     if not np.isfinite(actual).all():
         return -math.inf
-    error = float(np.square(actual.astype(np.float64) - expected).mean())
-    return 20 * math.log10(float(np.ptp(expected)) or 1.0) - 10 * math.log10(error) if error > 0 else math.inf
+    squares = np.square(actual.astype(np.float64) - expected)
+    low, high = (float(value) for value in np.percentile(expected, (1, 99), method="nearest"))
+    inner = squares[(low <= expected) & (expected <= high)]
+    peak = float(np.ptp(expected)) or 1.0
+    return min(_decibels(peak, squares), _decibels(high - low or peak, inner))
+
+
+def _decibels(peak: float, squares: Array) -> float:
+    error = float(squares.mean())
+    return 20 * math.log10(peak) - 10 * math.log10(error) if error > 0 else math.inf
+
+
+def checked_inputs(graph: GraphSpec) -> list[dict[str, Array]]:
+    """Batches of `CHECKED_ROWS` at the ends of what a service may ask of a graph: one for each w, the largest last.
+
+    The rows of a step are at the first and the last place where it is called, and go to the end of its path at once:
+    then z_next is what the network predicts, and no part of z hides it. They have the first and the last class, and the
+    first text ends in the last id of its tokenizer. Raises EngineError as `typical_inputs` does.
+    """
+    inputs = typical_inputs(graph, CHECKED_ROWS)
+    *called, (_, alpha_next, sigma_next) = graph.places
+    time, alpha, sigma = np.array(called).T
+    ends = {
+        **{"time": time, "alpha": alpha, "sigma": sigma},
+        **{"alpha_next": np.full(CHECKED_ROWS, alpha_next), "sigma_next": np.full(CHECKED_ROWS, sigma_next)},
+        LABEL: np.array([0, graph.classes - 1]),
+    }
+    for name in inputs.keys() & {IDS, SECOND_IDS}:
+        inputs[name][0, -1] = _vocabulary(graph, name) - 1
+    inputs |= {name: ends[name].astype(inputs[name].dtype) for name in inputs.keys() & ends.keys()}
+    if "guidance" not in inputs:
+        return [inputs]
+    return [inputs | {"guidance": np.full(CHECKED_ROWS, w, np.float32)} for w in graph.guidance]
 
 
 def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Array]:
@@ -226,14 +270,16 @@ def typical_inputs(graph: GraphSpec, batch: int, seed: int = 0) -> dict[str, Arr
         elif spec.dtype == "float32":
             inputs[spec.name] = generator.standard_normal(shape, np.float32)
         else:
-            inputs[spec.name] = generator.integers(0, _vocabulary(graph), shape, spec.dtype)
+            inputs[spec.name] = generator.integers(0, _vocabulary(graph, spec.name), shape, spec.dtype)
     return inputs
 
 
-def _vocabulary(graph: GraphSpec) -> int:
-    """How many ids every tokenizer of a text graph has; 2 where none is known."""
+def _vocabulary(graph: GraphSpec, name: str) -> int:
+    """How many ids there are for an input of a text graph; 2 where its tokenizer is not known."""
+    if not graph.tokenizers:
+        return 2
     try:
-        size = min((vocabulary_size(path) for path in graph.tokenizers), default=2)
+        size = vocabulary_size(graph.tokenizers[-1 if name == SECOND_IDS else 0])
     except TokenizerError as error:
         raise EngineError(str(error)) from error
     if not size:
@@ -241,14 +287,15 @@ def _vocabulary(graph: GraphSpec) -> int:
     return size
 
 
-def _run(path: Path, inputs: dict[str, Array], name: str) -> list[Array]:
+def _run(path: Path, batches: Sequence[dict[str, Array]], name: str) -> list[Array]:
+    """The outputs of every batch, one after the other."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # these remove the rounding
     options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 3
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        arrays: list[Array] = session.run(None, inputs)
+        arrays = [array for inputs in batches for array in session.run(None, inputs)]
     except Exception as error:  # the library's errors share no base class
         raise EngineError(f"{name}: ONNX Runtime cannot run it ({error})") from error
     return arrays

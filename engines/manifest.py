@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from engines.backends.base import BATCH, TensorSpec
+from engines.backends.base import BATCH, Place, TensorSpec
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
@@ -63,6 +63,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=1, le=2**16)]
 Guidance = Annotated[float, Field(ge=0, le=1e6)]  # far within what the networks' float32 can square
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]  # as tokenizers have them
+Licence = Annotated[str, Field(min_length=1)]
 ImageShape = tuple[Literal[3], Size, Size]
 LatentShape = tuple[Size, Size, Size]
 
@@ -84,6 +85,11 @@ class Grid(Model):
     def steps(self) -> int:
         """Number of network calls, N."""
         return len(self.times) - 1
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Time, alpha and sigma of each."""
+        return tuple(zip(self.times, self.alphas, self.sigmas, strict=True))
 
     @model_validator(mode="after")
     def _laws(self) -> Self:
@@ -171,7 +177,7 @@ class Attribution(Model):
     """A work the bundle was made from; ``source`` is a URL or a package."""
 
     name: str
-    licence: str
+    licence: Licence
     source: str
     notice: str = ""
 
@@ -218,7 +224,7 @@ class Description(Model):
     decode: FileName | None = None
     programs: dict[FileName, FileName] = {}
     weights_dtype: Storages
-    licence: str
+    licence: Licence
     attributions: tuple[Attribution, ...] = ()
     provenance: Provenance
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, Literal
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
-REWRITING = 3
-"""Raised whenever graphs come to be cast, or plans to be built, in another way: older plans are not what that makes."""
+REWRITING = 4
+"""Raised whenever graphs come to be cast or checked, or plans to be built, in another way: older plans are not used."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
 
 _MAX_RECORD_BYTES = 65536

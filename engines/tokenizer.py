@@ -33,9 +33,12 @@ class PromptSize(NamedTuple):
 
 
 def vocabulary_size(path: Path) -> int:
-    """How many ids the tokenizer.json at ``path`` has. Raises TokenizerError for a file that is none."""
-    size: int = _read_tokenizer(path).get_vocab_size()
-    return size
+    """How many ids, from 0 to the largest, the tokenizer.json at ``path`` may give; some may be no token's.
+
+    Raises TokenizerError for a file that is none.
+    """
+    ids: dict[str, int] = _read_tokenizer(path).get_vocab()
+    return max(ids.values(), default=-1) + 1
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:

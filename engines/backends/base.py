@@ -17,6 +17,8 @@ from engines.plans import Precision, Profile, batch_sizes_up_to
 
 Array = NDArray[Any]
 Role = Literal["text", "encode", "decode", "step"]
+Place = tuple[float, float, float]
+"""Of a grid: time, alpha and sigma."""
 
 BATCH = "batch"
 BATCH_SIZES = batch_sizes_up_to(16)
@@ -91,7 +93,8 @@ class GraphSpec:
 
     ``program`` is the same graph as a torch.export program, where the bundle has one. ``classes`` is how many labels
     there are, and ``tokenizers`` are those whose ids a text graph takes. ``files`` are those of the graph, its weights
-    with it, and the SHA-256 of each.
+    with it, and the SHA-256 of each. ``guidance`` are the least w that a step graph is asked for, the usual and the
+    largest; ``places`` are where its first call begins and its last one, and where its path ends.
     """
 
     role: Role
@@ -104,6 +107,8 @@ class GraphSpec:
     classes: int = 1
     tokenizers: tuple[Path, ...] = ()
     files: tuple[tuple[Path, str], ...] = ()
+    guidance: tuple[float, ...] = (0.0,)
+    places: tuple[Place, Place, Place] = ((1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 0.0))
 
 
 class Engine(Protocol):

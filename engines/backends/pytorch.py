@@ -36,7 +36,7 @@ from engines.backends.exported import (
 from engines.backends.faults import kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
-from engines.compile import CHECKED_ROWS, check_fidelity, typical_inputs
+from engines.compile import check_fidelity, checked_inputs, typical_inputs
 from engines.hashes import check_unchanged
 from engines.plans import PlanCache, PlanKey, Precision
 
@@ -70,8 +70,7 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
         with ExitStack() as closing:
             engine = closing.enter_context(PytorchEngine(graph, options, device, made))
             with PytorchEngine(graph, options, device) as program:
-                for rows in (1, CHECKED_ROWS):
-                    inputs = typical_inputs(graph, rows)
+                for inputs in (typical_inputs(graph, 1), *checked_inputs(graph)):
                     found = [list(either.run(inputs).values()) for either in (engine, program)]
                     check_fidelity(graph.path.name, options.precision, *found)
             engine.warmup(options.profile.batch_sizes)
@@ -142,9 +141,15 @@ class PytorchEngine(GraphEngine):
         if precision == "fp32":
             return whole
         lowered = Autocast(whole, self._device, DTYPES[precision])
-        inputs = {name: send(array, self._device) for name, array in typical_inputs(self._graph, CHECKED_ROWS).items()}
+        batches = [
+            {name: send(array, self._device) for name, array in inputs.items()}
+            for inputs in checked_inputs(self._graph)
+        ]
         with _threads(self._threads), _exact, torch.inference_mode():
-            found = [[value.cpu().numpy() for value in call(inputs).values()] for call in (lowered, whole)]
+            found = [
+                [value.cpu().numpy() for inputs in batches for value in call(inputs).values()]
+                for call in (lowered, whole)
+            ]
         check_fidelity(self._name, precision, *found)
         return lowered
 

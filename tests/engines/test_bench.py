@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -151,6 +152,24 @@ def test_a_peak_that_cannot_be_measured_is_said_to_be_missing(
     assert "No peak of ort was measured: the device has no memory" in call(text_bundle.path, *options).output
     document = strict_json(call(text_bundle.path, *options, "--json").output)
     assert document["without_peak"] == {"ort": "the device has no memory for products"}
+
+
+def test_a_peak_that_needs_a_package_says_what_to_install(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = call(text_bundle.path, "--steps", 1, "--batch-sizes", "1", "--rounds", 1, "--threads", 1, "--no-memory")
+    assert result.exit_code == 0, result.output
+    assert "No peak of ort was measured: that needs the package onnx (" in result.output
+    assert "): pip install onnx" in result.output
+
+
+def test_images_below_the_floor_are_named(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--steps", 2, "--batch-sizes", "1", "--rounds", 1, "--threads", 1, "--no-memory")
+    said = "Whole images below 30 dB, the floor of a graph: fake at "
+    result = call(text_bundle.path, "--backend", "ort,fake", *options)
+    assert result.exit_code == 0, result.output
+    assert said in result.output
+    monkeypatch.setattr("engines.bench_command.FLOOR_DB", 1)
+    assert "Whole images below" not in call(text_bundle.path, "--backend", "ort,fake", *options).output
 
 
 def test_a_device_without_memory_for_the_peak_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

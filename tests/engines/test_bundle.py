@@ -136,6 +136,8 @@ def rename(document: dict[str, Any], name: str) -> None:
         (lambda d: d["files"]["README.md"].update(sha256="abc"), "sha256"),
         (lambda d: d.update(weights_dtype="nibbles"), "'nibbles' is no storage of weights; known: fp32"),
         (lambda d: d.update(weights_dtype="fp16+"), "weights_dtype: .*'' is no storage"),
+        (lambda d: d.update(licence=""), "licence: .* at least 1 character"),
+        (lambda d: d["attributions"][0].update(licence=""), r"attributions\.0\.licence: .* at least 1 character"),
         (lambda d: d.update(encode="decode.onnx"), r"decode\.onnx is a graph of two kinds"),
         (lambda d: d["text"].update(graph="step-1.onnx"), r"step-1\.onnx is a graph of two kinds"),
         (lambda d: d["text"].update(pad_id=2**40), r"text\.pad_id: .* less than 4294967296"),

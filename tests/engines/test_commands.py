@@ -221,6 +221,26 @@ def test_inspect_names_a_graph_whose_values_are_not_finite(text_bundle: Bundle, 
     assert "DIFFERS  text.onnx: in fp32 it gives values that are not finite" in result.output
 
 
+def test_inspect_names_a_graph_that_lacks_the_last_classes(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path, "class", steps=(1,))
+    told = bundle.manifest.model_copy(update={"classes": (*bundle.manifest.classes, "four", "five")})
+    files = {name: bundle.path / name for name in bundle.manifest.files}
+    result = call(inspect, write_bundle(tmp_path / "other", told, files).path)
+    assert result.exit_code == 1
+    assert re.search(r"DIFFERS  step-1\.onnx: .*idx=5 must be within", result.output)
+
+
+def test_inspect_names_a_graph_that_lacks_the_last_word(text_bundle: Bundle, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(text_bundle.path / "tokenizer.json"))
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    files["tokenizer.json"] = tmp_path / "tokenizer.json"
+    result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    assert result.exit_code == 1
+    assert re.search(r"DIFFERS  text\.onnx: .*idx=23 must be within", result.output)
+
+
 def test_inspect_sends_no_control_sequences_to_a_terminal(text_bundle: Bundle, tmp_path: Path) -> None:
     titled = text_bundle.manifest.model_copy(update={"licence": "\x1b]0;owned\x07CC0"})
     files = {name: text_bundle.path / name for name in text_bundle.manifest.files}

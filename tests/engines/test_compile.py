@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,8 +276,22 @@ def test_a_folder_without_room_is_an_error_that_names_it(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(onnx, "save", full)
-    with pytest.raises(EngineError, match=f"text.onnx: cannot be prepared in {tmp_path}: No space left on device"):
+    said = f"text.onnx: cannot be prepared in {tmp_path}: No space left on device; TMPDIR can name another folder"
+    with pytest.raises(EngineError, match=said):
         prepare(text_bundle.graphs()["text.onnx"], "fp16", tmp_path)
+
+
+def test_weights_that_the_folder_does_not_take_are_no_graph_that_does_not_load(
+    text_bundle: Bundle, tmp_path: Path
+) -> None:
+    """A limit of this process stands for that of a disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        with pytest.raises(EngineError, match=f"step-1.onnx: cannot be prepared in {tmp_path}: File too large; TMPDIR"):
+            prepare(text_bundle.graphs()["step-1.onnx"], "fp32", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(("kind", "zero"), [("uint8", 128), ("int8", 0), ("int8", 5)])

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from engines.backends import cores, open_engine, ort
+from engines.backends import open_engine, ort
 from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.bundle import Bundle
 from engines.plans import Precision
@@ -238,20 +238,3 @@ def test_a_graph_is_held_once_where_more_threads_are_not_asked_for(
         engine.run(images(1))
         assert engine._lone is None  # type: ignore[attr-defined]
     assert runs == [2]
-
-
-@pytest.mark.parametrize(("text", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("400000 100000", 4)])
-def test_the_container_quota_bounds_the_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: int
-) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(cores, "_CPU_MAX", tmp_path / "cpu.max")
-    monkeypatch.setattr(cores, "_allowed_cpus", lambda: set(range(64)))
-    monkeypatch.setattr(cores, "_physical_cores", len)
-    assert cores.usable_cores() == expected
-
-
-def test_usable_cores_is_positive_without_cgroup_or_topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "_CPU_MAX", tmp_path / "absent")
-    monkeypatch.setattr(cores, "_SIBLINGS", str(tmp_path / "{}"))
-    assert cores.usable_cores() >= 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines.tokenizer import Tokenizer, TokenizerError
+from engines.tokenizer import Tokenizer, TokenizerError, vocabulary_size
 
 WORDS: dict[str, Any] = {"type": "WordLevel", "vocab": {"[PAD]": 0, "a": 1}, "unk_token": "[UNK]"}
 
@@ -24,6 +24,11 @@ def test_a_file_at_which_the_library_panics_is_an_error(tmp_path: Path) -> None:
     path = written(tmp_path / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": ""})
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer(path, 8, 0)
+
+
+def test_ids_go_as_far_as_the_largest_whichever_are_left_out(tmp_path: Path) -> None:
+    path = written(tmp_path / "tokenizer.json", model={**WORDS, "vocab": {"[PAD]": 0, "a": 7}})
+    assert vocabulary_size(path) == 8
 
 
 def test_one_that_fails_at_unknown_words_does_not_open(tmp_path: Path) -> None:
