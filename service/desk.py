@@ -10,18 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from service.catalogue import ModelError
-from service.errors import (
-    ApiError,
-    deadline_exceeded,
-    from_failure,
-    idempotency_conflict,
-    job_lost,
-    model_unavailable,
-    queue_unavailable,
-    shutting_down,
-)
-from service.jobs import FailureReason, Finished, Job, Outcome
+from service.errors import ApiError, from_failure, idempotency_conflict, model_refusals, queue_unavailable
+from service.jobs import EXPIRED, LOST, STOPPED, FailureReason, Finished, Job, Outcome
 from service.metrics import Metrics
 from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Status
 from service.safety import Safety
@@ -81,10 +71,10 @@ class Desk:
         try:
             status = await self.first(asyncio.ensure_future(self._tracker.over(job_id)), deadline, client_gone)
         except KeyError:
-            raise job_lost() from None
+            raise from_failure(LOST) from None
         if isinstance(status.outcome, Finished):
             return status, status.outcome
-        raise from_failure(status.outcome) if status.outcome else shutting_down()
+        raise from_failure(status.outcome or STOPPED)
 
     async def accept(self, job: Job, keep: Keep | None = None) -> str:
         """Queue the job, unless the safety check refuses it.
@@ -126,7 +116,7 @@ class Desk:
                 return _result(wanted)
             if gone.done():
                 raise ClientGone
-            raise shutting_down() if stopping.done() else deadline_exceeded()
+            raise from_failure(STOPPED if stopping.done() else EXPIRED)
         finally:
             for future in waiting:
                 future.cancel()
@@ -205,10 +195,8 @@ async def never() -> None:
 
 
 def _result(done: asyncio.Future[Result]) -> Result:
-    try:
+    with model_refusals():
         return done.result()
-    except ModelError as error:
-        raise model_unavailable(error) from error
 
 
 def _reason(error: BaseException) -> FailureReason:

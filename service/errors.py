@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -13,10 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from engines.bundle import BundleError
 from engines.images import ImageError
 from engines.pipeline import TaskError
-from service.catalogue import LoadsEnded, ModelError
-from service.jobs import Failed
+from service.catalogue import LoadsEnded, ModelError, UnknownModel, unreadable
+from service.jobs import STOPPED, Failed
 from service.logs import request_id_var
 
 _TYPES = {
@@ -104,11 +106,6 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", "the service failed; the log has the details")
 
 
-def shutting_down() -> ApiError:
-    """The answer to what will not be finished any more."""
-    return ApiError(503, "shutting_down", "the service is shutting down", retry_after_s=1.0)
-
-
 def queue_unavailable() -> ApiError:
     """The answer while the queue is away."""
     return ApiError(503, "queue_unavailable", "the queue cannot be reached", retry_after_s=_QUEUE_RETRY_S)
@@ -130,25 +127,23 @@ def idempotency_conflict(error: Exception) -> ApiError:
     return ApiError(422, "idempotency_conflict", str(error), param="idempotency-key")
 
 
-def job_lost() -> ApiError:
-    """The answer where the job that was waited for is known no longer."""
-    return ApiError(500, "generation_failed", "the queue lost the job", retryable=True)
+@contextmanager
+def model_refusals() -> Iterator[None]:
+    """Make ApiErrors of what models refuse: 404 for one that there is not, 503 for one that cannot be had."""
+    try:
+        yield
+    except UnknownModel as error:
+        raise ApiError(404, "model_not_found", str(error), param="model") from error
+    except ModelError as error:
+        raise _model_unavailable(error) from error
+    except BundleError as error:
+        raise _model_unavailable(unreadable(error)) from error
 
 
-def deadline_exceeded() -> ApiError:
-    """The answer when the request's time limit passed."""
-    return ApiError(504, "deadline_exceeded", "the time limit passed before the images were made")
-
-
-def model_not_found(error: Exception) -> ApiError:
-    """The answer to a model that there is not; the message says which there are."""
-    return ApiError(404, "model_not_found", str(error), param="model")
-
-
-def model_unavailable(error: ModelError) -> ApiError:
+def _model_unavailable(error: ModelError) -> ApiError:
     """The answer where a bundle that is there cannot be loaded, or is not because the service ends."""
     if isinstance(error, LoadsEnded):
-        return shutting_down()
+        return from_failure(STOPPED)
     retry_after_s = _LOAD_RETRY_S if error.passing else None
     return ApiError(
         503, "model_unavailable", error.told, param="model", retryable=error.passing, retry_after_s=retry_after_s

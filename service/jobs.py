@@ -91,6 +91,12 @@ class Failed:
     retryable: bool = False
 
 
+EXPIRED = Failed("expired", "the time limit passed before the images were made")
+HOPELESS = Failed("expired", "the images cannot be made within the time limit")
+CANCELLED = Failed("cancelled", "the job was cancelled")
+STOPPED = Failed("stopped", "the service is shutting down")
+LOST = Failed("engine", "the queue lost the job", retryable=True)
+
 Outcome = Finished | Failed
 
 

@@ -19,7 +19,8 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.desk import ClientGone
-from service.errors import ApiError, internal_error, shutting_down
+from service.errors import ApiError, from_failure, internal_error
+from service.jobs import STOPPED
 from service.logs import describe, request_id_var
 from service.metrics import Metrics
 
@@ -85,7 +86,7 @@ class RequestContext:
         except asyncio.CancelledError:
             # The server gives up what it can wait for no longer.
             if status == 0:
-                await shutting_down().response()(scope, receive, tagged)
+                await from_failure(STOPPED).response()(scope, receive, tagged)
         except Exception as error:
             logger.error("unhandled", extra=describe(error))
             if status == 0:

@@ -144,7 +144,7 @@ class Models:
         """Close the pipelines of that name when those who hold them are done; the future is then done.
 
         What is being loaded is closed once it is there. Who asks for the name meanwhile, or later, gets it loaded anew.
-        Raises UnknownModel where none has that name.
+        Raises UnknownModel where none has that name, and BundleError where the catalogue cannot tell.
         """
         self._look(now=True)
         gone: Future[None] = pending()

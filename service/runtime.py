@@ -9,27 +9,20 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
-from engines.bundle import BundleError
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
 from engines.provenance import package_version
-from service.catalogue import Catalogue, LoadsEnded, ModelError, UnknownModel, unreadable
+from service.catalogue import Catalogue, LoadsEnded
 from service.desk import ClientIsGone, Desk, Result, never
-from service.errors import (
-    ApiError,
-    deadline_exceeded,
-    model_not_found,
-    model_unavailable,
-    too_many_requests,
-)
+from service.errors import ApiError, from_failure, model_refusals, too_many_requests
+from service.jobs import EXPIRED
 from service.logs import describe
 from service.metrics import Metrics
-from service.models import Models
+from service.models import Lease, Models
 from service.opening import open_pipeline
 from service.queue.base import JobQueue, QueueUnavailable
 from service.safety import open_safety
@@ -176,48 +169,34 @@ class Service:
 
         Raises as `Desk.complete` does, and ApiError 404 for a name that there is not, 503 for what cannot be loaded.
         """
-        while (lease := self.models.lease(name)) is None:
-            await self.desk.first(asyncio.wrap_future(self.loading(name)), deadline, client_gone)
+        while (lease := self._lease(name)) is None:
+            await self.load(name, deadline, client_gone)
             if self.clock() >= deadline:  # However often others have it closed, or replaced, before this has it.
-                raise deadline_exceeded()
+                raise from_failure(EXPIRED)
         try:
             yield lease.pipeline
         finally:
             lease.release()
 
-    def loading(self, name: str | None) -> Future[None]:
-        """`Models.load`, its refusals as ApiError."""
-        try:
-            return self.models.load(name)
-        except UnknownModel as error:
-            raise model_not_found(error) from error
-        except ModelError as error:
-            raise model_unavailable(error) from error
+    async def load(self, name: str | None, deadline: float, client_gone: ClientIsGone = never) -> None:
+        """`Models.load`, awaited until the deadline. Raises as `leased`."""
+        with model_refusals():
+            loading = self.models.load(name)
+        await self.desk.first(asyncio.wrap_future(loading), deadline, client_gone)
 
-    def unloading(self, name: str) -> Future[None]:
-        """`Models.unload`, its refusals as ApiError."""
-        try:
-            return self.models.unload(name)
-        except UnknownModel as error:
-            raise model_not_found(error) from error
-        except BundleError as error:
-            raise model_unavailable(unreadable(error)) from error
-
-    async def in_time(self, future: asyncio.Future[None], deadline: float) -> None:
-        """Wait for a load or an unload, until the deadline. Raises ApiError."""
-        await self.desk.first(future, deadline, never)
+    async def unload(self, name: str, deadline: float) -> None:
+        """`Models.unload`, awaited until the deadline. Raises as `leased`."""
+        with model_refusals():
+            unloading = self.models.unload(name)
+        await self.desk.first(asyncio.wrap_future(unloading), deadline, never)
 
     def manifest(self, name: str | None) -> Manifest:
         """What the bundle of that name says of itself, loaded or not. Raises ApiError 404 or 503."""
-        if (lease := self.models.lease(name)) is not None:
+        if (lease := self._lease(name)) is not None:
             lease.release()
             return lease.pipeline.manifest
-        try:
+        with model_refusals():
             return self.models.catalogue.find(name).manifest
-        except UnknownModel as error:
-            raise model_not_found(error) from error
-        except BundleError as error:
-            raise model_unavailable(unreadable(error)) from error
 
     def require_loaded(self) -> None:
         """Raise ApiError 503 until the default bundle has been loaded once."""
@@ -234,6 +213,10 @@ class Service:
     async def parsed(self, call: Callable[[], Result], deadline: float) -> Result:
         """The same for a call that is short, and waits for no image to be decoded."""
         return await self.desk.first(self._parser.result_of(call), deadline, never)
+
+    def _lease(self, name: str | None) -> Lease | None:
+        with model_refusals():
+            return self.models.lease(name)
 
     def _owes_answers(self) -> bool:
         return self.tracker.following > 0 or self.tracker.awaited or self._queue.stats().depth > 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from service.errors import job_not_found, queue_unavailable, too_many_requests
-from service.jobs import Failed
+from service.jobs import EXPIRED
 from service.metrics import Metrics
 from service.queue.base import LATE_S, JobQueue, QueueUnavailable, Status
 
@@ -20,7 +20,6 @@ HEARTBEAT_S = 15.0
 _POLLS_S = (0.005, 0.25)
 _SLOWER = 1.5
 _PATIENCE_S = 5.0
-_EXPIRED = Failed("expired", "the time limit passed before the images were made")
 
 
 class Tracker:
@@ -137,7 +136,7 @@ class Tracker:
     async def _look(self, job_id: str, preview: bool = False) -> Status:
         status = await self._queue.status(job_id, preview)
         if status.outcome is None and status.left_s < -LATE_S:
-            return replace(status, state="failed", position=None, outcome=_EXPIRED)
+            return replace(status, state="failed", position=None, outcome=EXPIRED)
         return status
 
     async def _look_if_there(self, job_id: str, preview: bool) -> Status | None:

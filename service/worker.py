@@ -15,7 +15,7 @@ from engines.pipeline import Pipeline, Row
 from service.encoder import Encoded, Encoder
 from service.finisher import Finisher
 from service.isolate import BROKEN, Isolator, failures
-from service.jobs import Failed, Job
+from service.jobs import CANCELLED, EXPIRED, HOPELESS, STOPPED, Failed, Job
 from service.logs import describe
 from service.metrics import Metrics
 from service.models import Models
@@ -95,9 +95,9 @@ class Worker:
             for work in list(self._held.values()):
                 self._let_go(work)
             return
-        self._end(list(self._held.values()), _STOPPED)
+        self._end(list(self._held.values()), STOPPED)
         for parked in list(self._parked.values()):
-            self._refuse(parked.job, _STOPPED)
+            self._refuse(parked.job, STOPPED)
 
     def step(self, wait_s: float = 0.0) -> None:
         """Admit, drop what failed, is cancelled or expired, and run one tick. Waits only when there is nothing."""
@@ -107,8 +107,8 @@ class Worker:
         self._drop_expired()
         self._prepare()
         plan = self._scheduler.plan(self._candidates(), self._clock())
-        self._end([self._held[job_id] for job_id in plan.expired], _EXPIRED)
-        self._end([self._held[job_id] for job_id in plan.hopeless], _HOPELESS)
+        self._end([self._held[job_id] for job_id in plan.expired], EXPIRED)
+        self._end([self._held[job_id] for job_id in plan.hopeless], HOPELESS)
         if plan.batch:
             self._tick(self._units_of(plan))
 
@@ -181,7 +181,7 @@ class Worker:
             del self._parked[job.id]
             self._held[job.id] = Work(job, lease)
         elif job.deadline <= self._clock():
-            self._refuse(job, _EXPIRED)
+            self._refuse(job, EXPIRED)
         elif (failure := parked.failure(self._models)) is not None:
             self._refuse(job, failure)
 
@@ -204,13 +204,13 @@ class Worker:
     def _drop_cancelled(self) -> None:
         for job_id in self._queue.cancelled([*self._held, *self._parked]):
             if job_id in self._parked:
-                self._refuse(self._parked[job_id].job, _CANCELLED)
+                self._refuse(self._parked[job_id].job, CANCELLED)
             else:
-                self._end([self._held[job_id]], _CANCELLED)
+                self._end([self._held[job_id]], CANCELLED)
 
     def _drop_expired(self) -> None:
         now = self._clock()
-        self._end([work for work in self._held.values() if work.job.deadline <= now], _EXPIRED)
+        self._end([work for work in self._held.values() if work.job.deadline <= now], EXPIRED)
 
     def _candidates(self) -> list[Candidate]:
         return [
@@ -345,9 +345,3 @@ class Worker:
     def _let_go(self, work: Work) -> None:
         if self._held.pop(work.job.id, None) is not None:
             work.lease.release()
-
-
-_EXPIRED = Failed("expired", "the time limit passed before the images were made")
-_HOPELESS = Failed("expired", "the images cannot be made within the time limit")
-_CANCELLED = Failed("cancelled", "the job was cancelled")
-_STOPPED = Failed("stopped", "the service is shutting down")

@@ -306,6 +306,6 @@ class ExportRecipe(Section):
     """What the bundle is made of: which students, and under which licence it goes out."""
 
     steps: tuple[Positive, ...] = Field(default=(4, 2, 1), min_length=1)
-    licence: str
+    licence: str = Field(min_length=1)
     title: str = ""
     notes: str = Field(default="", description="What its users should know; it goes into the model card.")

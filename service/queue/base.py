@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from service.jobs import Failed, Finished, Job, Outcome
+from service.jobs import Finished, Job, Outcome
 
 Stage = Literal["queued", "running"]
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -108,8 +108,6 @@ def state_after(outcome: Outcome) -> JobState:
         return "done"
     return "cancelled" if outcome.reason == "cancelled" else "failed"
 
-
-CANCELLED = Failed("cancelled", "the job was cancelled")
 
 LATE_S = 5.0
 """How long after its deadline a job has failed though no worker says so: perhaps there is none for it any more."""

@@ -12,10 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-from service.jobs import Finished, Job, Outcome
+from service.jobs import CANCELLED, Finished, Job, Outcome
 from service.queue.admission import Door
 from service.queue.base import (
-    CANCELLED,
     DEFAULT_BOUNDS,
     FARTHEST_POSITION,
     HEAD_START_S,

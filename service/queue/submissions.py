@@ -11,11 +11,10 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.jobs import Failed, Job, Outcome
+from service.jobs import CANCELLED, LOST, Failed, Job, Outcome
 from service.queue import admission, keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import (
-    CANCELLED,
     FARTHEST_POSITION,
     HEAD_START_S,
     LATE_S,
@@ -50,7 +49,6 @@ _DOOR: Arguments = [
     admission.MOST_PROMISES,
 ]
 
-_LOST = Failed("engine", "the queue lost the job", retryable=True)
 _UNREADABLE = Failed("engine", "the answer of the worker cannot be read")
 
 
@@ -248,7 +246,7 @@ _GOES_ON = 1
 def _outcome(job_id: str, state: bytes | int) -> Outcome | None:
     """What a line of the script `collect` says; None where the job goes on."""
     if isinstance(state, int):
-        return None if state == _GOES_ON else _LOST
+        return None if state == _GOES_ON else LOST
     try:
         return unpack_outcome(state)
     except WireError as error:

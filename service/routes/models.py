@@ -7,10 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from engines.bundle import BundleError
 from service.access import require_admin
-from service.catalogue import unreadable
-from service.errors import ApiError, model_unavailable
+from service.errors import ApiError, model_refusals
 from service.routes.examples import MODEL, MODELS, UNLOADED
 from service.routes.openapi import error, success
 from service.routes.strict import OPTIONS_ALONE, REFUSED
@@ -47,7 +45,7 @@ async def load(request: Request, name: str) -> Model:
     """
     service: Service = request.app.state.service
     service.require_loaded()
-    await service.in_time(asyncio.wrap_future(service.loading(name)), _deadline(request, service))
+    await service.load(name, _deadline(request, service))
     return await _one(service, name)
 
 
@@ -62,7 +60,7 @@ async def unload(request: Request, name: str) -> Model:
     service: Service = request.app.state.service
     service.require_loaded()
     before = await _found(service, name)  # Afterwards it may be in no folder any more.
-    await service.in_time(asyncio.wrap_future(service.unloading(name)), _deadline(request, service))
+    await service.unload(name, _deadline(request, service))
     gone = before or await _one(service, name)
     return gone.model_copy(update={"loaded": False, "in_use": 0, "stand_ins": {}})
 
@@ -73,11 +71,8 @@ def _deadline(request: Request, service: Service) -> float:
 
 
 def _listed(service: Service) -> ModelList:
-    default = service.models.catalogue.default_name
-    try:
-        states = service.models.states()
-    except BundleError as problem:
-        raise model_unavailable(unreadable(problem)) from problem
+    with model_refusals():
+        states, default = service.models.states(), service.models.catalogue.default_name
     found = [
         Model(
             name=state.name,

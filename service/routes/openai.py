@@ -10,12 +10,10 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from engines.bundle import BundleError
 from engines.manifest import Manifest
 from service.answers import Ticket, server_timing, timings_ms
 from service.bodies import FILE_FIELDS, check_fields, read_fields
-from service.catalogue import unreadable
-from service.errors import ApiError, model_unavailable
+from service.errors import ApiError, model_refusals
 from service.jobs import Finished
 from service.openai import (
     PARAMS,
@@ -107,10 +105,8 @@ _THEIRS = Dialect(_render, PARAMS, gives_jobs=False)
 
 
 def _manifests(service: Service) -> dict[str, Manifest]:
-    try:
+    with model_refusals():
         entries, _ = service.models.catalogue.read()
-    except BundleError as problem:
-        raise model_unavailable(unreadable(problem)) from problem
     return {entry.manifest.name: entry.manifest for entry in entries}
 
 

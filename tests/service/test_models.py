@@ -20,7 +20,7 @@ from engines.bundle import MANIFEST_NAME
 from engines.pipeline import Generate, Pipeline
 from service import opening
 from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError, UnknownModel
-from service.errors import model_unavailable
+from service.errors import ApiError, model_refusals
 from service.models import Models
 from service.opening import open_pipeline
 from service.refused import Refused
@@ -478,7 +478,9 @@ def test_what_may_pass_may_be_asked_for_again_and_no_folder_is_told(several: Set
     for cause in (MemoryError(f"{entry.path}"), EngineError(f"{entry.path}: no memory")):
         refused = Refused()
         for failed in (refused.note(entry, entry.fingerprint(), cause), _refusal(refused, entry)):
-            answer = model_unavailable(failed)
+            with pytest.raises(ApiError) as caught, model_refusals():
+                raise failed
+            answer = caught.value
             assert (answer.retryable, answer.headers) == (True, {"Retry-After": "60"})
             assert str(entry.path) not in answer.message
             assert str(entry.path) in str(failed)
