@@ -36,7 +36,7 @@ from engines.tasks import (
     Transfer,
     check_task,
     kept_steps,
-    lowest_strength,
+    strengths,
     ticks,
     words_of,
 )
@@ -55,9 +55,9 @@ __all__ = [
     "TaskError",
     "Transfer",
     "kept_steps",
-    "lowest_strength",
     "noise_of",
     "open_tokenizer",
+    "strengths",
     "ticks",
 ]
 

@@ -77,6 +77,8 @@ class Transfer(Generate):
     source: str
 
 
+_STRENGTHS = 10_000
+
 FromImage = Edit | Inpaint | Transfer
 Task = Generate | FromImage
 
@@ -86,9 +88,15 @@ def kept_steps(steps: int, strength: float) -> int:
     return min(int(steps * strength), steps)
 
 
-def lowest_strength(steps: int) -> float:
-    """The lowest strength, in hundredths, that keeps one step of a student of ``steps`` steps."""
-    return math.ceil(100 / steps) / 100
+def strengths(steps: int) -> tuple[float, ...]:
+    """The lowest strength, in ten-thousandths, that keeps k of ``steps`` steps, for each k from 1."""
+    return tuple(_lowest_strength(steps, kept) for kept in range(1, steps + 1))
+
+
+def _lowest_strength(steps: int, kept: int) -> float:
+    parts = math.ceil(_STRENGTHS * kept / steps)
+    # As floats are, the product may fall short.
+    return (parts if kept_steps(steps, parts / _STRENGTHS) == kept else parts + 1) / _STRENGTHS
 
 
 def words_of(task: Task) -> tuple[str, ...]:
@@ -187,7 +195,7 @@ def _check_strength(steps: int, strength: float) -> None:
     if not 0 < strength <= 1:
         raise TaskError("strength_out_of_range", "strength", f"strength {strength:g} is not in (0, 1]")
     if kept_steps(steps, strength) == 0:
-        message = f"strength {strength:g} leaves no step of {steps}; use {lowest_strength(steps):g} to 1"
+        message = f"strength {strength:g} leaves no step of {steps}; use {strengths(steps)[0]:g} to 1"
         raise TaskError("strength_leaves_no_step", "strength", message)
 
 

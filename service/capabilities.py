@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from engines.images import FORMATS, MASK_MODES
 from engines.manifest import SAMPLERS, Manifest
 from engines.masks import MAX_BLUR_PX, MAX_GROW_PX
+from engines.tasks import strengths
 from service.schemas import MAX_SEED, Capabilities, EditMethod, Limits, Range, Size
 from service.settings import Settings
 
@@ -21,14 +21,10 @@ def default_steps(offered: Sequence[int]) -> int:
     return _PREFERRED_STEPS if _PREFERRED_STEPS in offered else max(offered)
 
 
-def strengths(steps: int) -> tuple[float, ...]:
-    """The lowest strength that runs k of ``steps`` steps, for each k from 1; at most four decimals."""
-    return tuple(math.ceil(10_000 * k / steps) / 10_000 for k in range(1, steps + 1))
-
-
 def default_strength(steps: int) -> float:
     """The strength of an edit that names none: the one nearest below 0.75, or the lowest."""
-    return max((value for value in strengths(steps) if value <= _PREFERRED_STRENGTH), default=1 / steps)
+    lowest, *others = strengths(steps)
+    return max([lowest, *(value for value in others if value <= _PREFERRED_STRENGTH)])
 
 
 def describe(manifest: Manifest, settings: Settings) -> Capabilities:

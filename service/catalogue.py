@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import MANIFEST_NAME, BundleError, Manifest, find_bundle, read_manifest
+from engines.hashes import stamps_of
 from engines.manifest import WEIGHT_BITS
 from service.opening import lone_threads
 from service.settings import Settings
@@ -63,12 +63,11 @@ class Entry:
         return self.copies * _FP32_BITS // narrowest * stored
 
     def fingerprint(self) -> Hashable:
-        """What changes with the files in its folder: their names, sizes and times."""
+        """What changes with the files in its folder; None where that cannot be read."""
         try:
-            found = [(file.name, file.stat()) for file in os.scandir(self.path)]
+            return stamps_of(self.path)
         except OSError:
             return None
-        return frozenset((name, status.st_size, status.st_mtime_ns) for name, status in found)
 
     def answers_to(self, name: str) -> bool:
         """Whether ``name`` is its name, or its name@revision."""

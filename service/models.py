@@ -366,6 +366,8 @@ class Models:
                     self._changed_hook(loaded.pipeline, False)
             loaded.pipeline.close()
             trim()
+        except Exception as error:  # whatever it is, its room is counted as free: nobody can use it any more
+            logger.error("a bundle does not close", extra={"model": loaded.key, **describe(error)})
         finally:
             with self._moved:
                 self._loaded.remove(loaded)

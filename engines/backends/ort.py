@@ -134,7 +134,7 @@ class OrtCudaEngine(OrtEngine):
             session.run_with_iobinding(binding)
             values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
             outputs = {name: value.numpy() for name, value in values.items()}
-            if self._graph.role == "step":  # what it gives is what the next tick takes
+            if self._graph.role == "step" and self._session is not None:  # what it gives is what the next tick takes
                 outputs["z_next"].flags.writeable = False
                 self._resident.put("z", outputs["z_next"], values["z_next"])
             return outputs
@@ -144,8 +144,9 @@ class OrtCudaEngine(OrtEngine):
 
     def close(self) -> None:
         """Drop the session and what lies on the device."""
-        super().close()
-        self._resident.clear()
+        with self._lock:
+            super().close()
+            self._resident.clear()
 
 
 class OrtTensorrtEngine(OrtCudaEngine):

@@ -131,7 +131,10 @@ async def _taken_in(
     """The job that the body asks for, what its answer says beside the images, and how it is kept, if it is."""
     service: Service = request.app.state.service
     draft = partial(_draft, request, body, output_format, pipeline)
-    job = await service.parsed(draft, deadline) if _is_long(body) else draft()
+    if isinstance(body, ImageRequest) and body.reuse:  # The text of a PNG may lie behind its pixels.
+        job = await service.decoded(draft, deadline, client_gone)
+    else:
+        job = await service.parsed(draft, deadline) if _is_long(body) else draft()
     ticket = Ticket.of(job, pipeline.manifest)
     keep = None
     if body.asynchronous or key is not None:
@@ -150,7 +153,7 @@ def _is_long(body: GenerateRequest) -> bool:
     if not isinstance(body, ImageRequest):
         return False
     mask = body.mask if isinstance(body, InpaintRequest) else ""
-    return body.reuse or len(body.image) + len(mask) > SMALL_BODY_BYTES
+    return len(body.image) + len(mask) > SMALL_BODY_BYTES
 
 
 def _draft(request: Request, body: GenerateRequest, output_format: ImageFormat, pipeline: Pipeline) -> Job:

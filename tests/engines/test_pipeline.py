@@ -26,8 +26,8 @@ from engines.pipeline import (
     Task,
     TaskError,
     kept_steps,
-    lowest_strength,
     noise_of,
+    strengths,
 )
 from engines.rows import implied_x, keep_cells, start_row
 from tests.bundles import MAX_TOKENS, tiny_description
@@ -301,14 +301,14 @@ def test_noise_is_a_function_of_the_seed_alone() -> None:
 
 
 @settings(deadline=None)
-@given(steps=st.integers(1, 64), strength=st.floats(0.001, 1))
+@given(steps=st.integers(1, 100), strength=st.floats(0.001, 1))
 def test_kept_steps_follow_strength(steps: int, strength: float) -> None:
     kept = kept_steps(steps, strength)
     assert 0 <= kept <= steps
     assert kept <= steps * strength < kept + 1 or kept == steps
     assert kept_steps(steps, 1.0) == steps
-    assert kept_steps(steps, lowest_strength(steps)) >= 1
-    assert kept_steps(steps, lowest_strength(steps) - 0.011) == 0
+    assert [kept_steps(steps, value) for value in strengths(steps)] == list(range(1, steps + 1))
+    assert [kept_steps(steps, value - 1.01e-4) for value in strengths(steps)] == list(range(steps))
 
 
 def test_a_cell_is_kept_only_if_every_pixel_in_it_is() -> None:

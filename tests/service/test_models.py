@@ -473,6 +473,22 @@ async def test_what_needs_a_load_while_the_service_ends_may_be_tried_again(app: 
     error(await app.post("/generate", prompt="a cat"), 503, "shutting_down")
 
 
+async def test_a_bundle_that_does_not_close_is_told_and_its_room_is_free(
+    app: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise EngineError("the device is gone")
+
+    pipeline = pipeline_of(app.service)
+    monkeypatch.setattr(pipeline, "close", fails)
+    app.service.models.unload("tiny").result(60)
+    [told] = [record for record in caplog.records if record.message == "a bundle does not close"]
+    assert "the device is gone" in str(vars(told))
+    assert app.service.models.memory_bytes == 0
+    monkeypatch.undo()
+    pipeline.close()
+
+
 def test_what_may_pass_may_be_asked_for_again_and_no_folder_is_told(several: Settings) -> None:
     entry = Catalogue.of(several).find("amber")
     for cause in (MemoryError(f"{entry.path}"), EngineError(f"{entry.path}: no memory")):
