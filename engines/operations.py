@@ -17,15 +17,15 @@ from engines.compile import typical_inputs
 Shape = Sequence[int]
 
 
-def count_operations(graph: GraphSpec, batch: int = 1) -> int:
-    """Multiplications and additions of the graph's products and convolutions, on a batch of that size.
+def count_operations(graph: GraphSpec) -> int:
+    """Multiplications and additions of the graph's products and convolutions, on one row.
 
     All else that it does is left out, as is usual. Raises EngineError for a graph that does not run.
     """
-    return sum(_of_node(node["args"]) for node in _profile(graph, batch) if node["name"].endswith("_kernel_time"))
+    return sum(_of_node(node["args"]) for node in _profile(graph) if node["name"].endswith("_kernel_time"))
 
 
-def _profile(graph: GraphSpec, batch: int) -> list[dict[str, Any]]:
+def _profile(graph: GraphSpec) -> list[dict[str, Any]]:
     options = ort.SessionOptions()
     # Basic: fused nodes of other levels keep the shapes to themselves.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -36,7 +36,7 @@ def _profile(graph: GraphSpec, batch: int) -> list[dict[str, Any]]:
         options.profile_file_prefix = str(Path(folder) / "run")
         try:
             session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
-            session.run(None, typical_inputs(graph, batch))
+            session.run(None, typical_inputs(graph, 1))
             nodes: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         except Exception as error:  # the library's errors share no base class
             raise EngineError(f"{graph.path.name}: ONNX Runtime cannot run it ({error})") from error

@@ -10,7 +10,7 @@ from functools import partial
 
 from service.caps import Caps
 from service.latency import Latency
-from service.queue.base import HEAD_START_S
+from service.queue.base import HEAD_START_S, rank
 from service.shares import Shares
 
 # A nominal speed, until a tick of a group was measured. Only its proportion between groups matters.
@@ -24,8 +24,7 @@ _MOST_GROUPS = 256
 class Candidate:
     """One image that still needs ``remaining`` ticks. Only candidates of one ``group`` can share a tick.
 
-    ``arrived`` and ``deadline`` are seconds on the caller's clock; a higher ``priority`` goes first. ``pixels`` are
-    those of the image, by which work is reckoned where no tick was measured.
+    ``arrived`` and ``deadline`` are seconds on the caller's clock; a higher ``priority`` goes first.
     """
 
     job_id: str
@@ -35,7 +34,6 @@ class Candidate:
     deadline: float
     priority: int = 0
     remaining: int = 1
-    pixels: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +49,17 @@ class Scheduler:
     """Continuous batching: a tick takes rows of one group, whatever their endpoint and their place on the grid.
 
     Groups share the worker by deficit round robin on the seconds of their ticks, which are fitted to those that ran.
-    Within a group rows go by age, and a step of priority counts as ``head_start_s`` of it: so nothing is overtaken
+    Within a group rows go by age, and a step of priority counts as `HEAD_START_S` of it: so nothing is overtaken
     for ever. Where not all can be done in time, those whose deadline is at risk go first, the earliest deadline
     before all; what can no longer meet its own is given up at once. A lone row never waits for company.
     """
 
-    def __init__(self, max_rows: int, head_start_s: float = HEAD_START_S) -> None:
+    def __init__(self, max_rows: int) -> None:
         """Plan ticks of at most ``max_rows`` rows, and of a group no more than its cap."""
         if max_rows < 1:
             raise ValueError(f"a tick needs room for a row, got {max_rows}")
         self.max_rows = max_rows
         self.caps = Caps()
-        self.head_start_s = head_start_s
         self._shares = Shares()
         self._latencies: dict[Hashable, Latency] = {}
 
@@ -101,7 +98,7 @@ class Scheduler:
     def _is_urgent(self, first: Candidate, live: Sequence[Candidate], now: float) -> bool:
         """Whether the first in the line goes out of its group's turn."""
         at_risk = first.deadline < now + self._backlog_s(live, now)
-        return at_risk or self._rank(first) + self.head_start_s < now
+        return at_risk or rank(first.arrived, first.priority) + HEAD_START_S < now
 
     def _sift(
         self, candidates: Iterable[Candidate], now: float
@@ -109,7 +106,7 @@ class Scheduler:
         """Those whose whole job can still be done, and the jobs that are late or will be."""
         known = list(candidates)
         for candidate in known:
-            self.introduce(candidate.group, candidate.pixels, {})
+            self.introduce(candidate.group, 1, {})
         expired = frozenset(candidate.job_id for candidate in known if candidate.deadline <= now)
         left = [candidate for candidate in known if candidate.job_id not in expired]
         hopeless = frozenset(candidate.job_id for candidate in self._lost(left, now))
@@ -173,11 +170,7 @@ class Scheduler:
         """
         if candidate.deadline < done_by:
             return False, candidate.deadline, candidate.arrived, candidate.job_id, candidate.index
-        return True, self._rank(candidate), candidate.arrived, candidate.job_id, candidate.index
-
-    def _rank(self, candidate: Candidate) -> float:
-        """When it arrived, or would have with no priority, to be where it is in the line."""
-        return candidate.arrived - self.head_start_s * candidate.priority
+        return True, rank(candidate.arrived, candidate.priority), candidate.arrived, candidate.job_id, candidate.index
 
     def _rows_that_pay(self, group: Hashable, waiting: int, now: float) -> int:
         """How many rows to run at once: all that may, or fewer where two ticks take less than the one.

@@ -113,7 +113,7 @@ def _load_split(recipe: Recipe, split: str, classes: tuple[str, ...] = ()) -> _S
         pixels, labels = load_digits_images(recipe.data.size, split)
         return _Split(pixels, tuple((CLASSES[label],) for label in labels), labels)
     images = open_images(recipe.data, split)
-    pixels = np.stack([images.image(i) for i in range(len(images))])
+    pixels = images.pixels()
     if recipe.conditioning == "text":
         return _Split(pixels, tuple(images.texts(i) for i in range(len(images))))
     classes = classes or (images if split == "train" else open_images(recipe.data, "train")).classes

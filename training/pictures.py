@@ -19,6 +19,11 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return rounded
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] of uint8 images."""
+    return images.float().div(127.5).sub(1)
+
+
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
     """Write images (N, 3, H, W) as one PNG, `columns` in a row, each enlarged `scale` times."""
     pixels = to_uint8(images)

@@ -27,6 +27,7 @@ from training.data.streamed import open_stream
 from training.data.training_set import open_images, to_tensor
 from training.distill import train_autoencoder
 from training.loop import TrainingError
+from training.pictures import from_uint8
 from training.run import Run
 from training.sections import DataRecipe
 from training.store import hash_of
@@ -107,7 +108,7 @@ def _streamed(run: Run, stream: ShardStream) -> Images:
     def read(first: int) -> Iterator[Some]:
         for rows in _rows(first, len(stream)):
             items = torch.tensor(rows)
-            pixels = stream.parts(items)[DATA].float().div(127.5).sub(1)
+            pixels = from_uint8(stream.parts(items)[DATA])
             labels = None if run.prompts else _labels(stream.classes(items), run.recipe.data)
             texts = stream.texts(items)
             stream.require_whole()  # What stands in for a shard in a run would be written here for good.

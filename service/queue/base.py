@@ -109,6 +109,11 @@ def state_after(outcome: Outcome) -> JobState:
     return "cancelled" if outcome.reason == "cancelled" else "failed"
 
 
+def rank(since: float, priority: int) -> float:
+    """When a job came, or would have come with no priority, to be where it is in the line. In seconds."""
+    return since - HEAD_START_S * priority
+
+
 LATE_S = 5.0
 """How long after its deadline a job has failed though no worker says so: perhaps there is none for it any more."""
 

@@ -17,20 +17,19 @@ from service.queue.admission import Door
 from service.queue.base import (
     DEFAULT_BOUNDS,
     FARTHEST_POSITION,
-    HEAD_START_S,
     Bounds,
     Keep,
     QueueFull,
     QueueStats,
     Stage,
     Status,
+    rank,
 )
 from service.queue.shelf import Shelf, uncancellable
 
 
-def _rank(job: Job) -> float:
-    """When the job was submitted, or would have been with no priority, to be where it is in the line."""
-    return job.submitted - HEAD_START_S * job.priority
+def _rank_of(job: Job) -> float:
+    return rank(job.submitted, job.priority)
 
 
 class MemoryQueue:
@@ -188,7 +187,7 @@ class MemoryQueue:
         if wanted is None:
             return None
         if wanted.model not in self._positions:
-            line = sorted((job for job in self._waiting.values() if job.model == wanted.model), key=_rank)
+            line = sorted((job for job in self._waiting.values() if job.model == wanted.model), key=_rank_of)
             told = enumerate(line[: FARTHEST_POSITION + 1])
             self._positions[wanted.model] = {job.id: position for position, job in told}
         return self._positions[wanted.model].get(job_id)
@@ -205,7 +204,7 @@ class MemoryQueue:
 
         def urgency(job: Job) -> tuple[bool, float]:
             at_risk = job.deadline < done_by[job.model]
-            return not at_risk, job.deadline if at_risk else _rank(job)
+            return not at_risk, job.deadline if at_risk else _rank_of(job)
 
         # The sort is stable: without priorities the order is that of submission.
         return sorted((job for job in self._waiting.values() if job.model in models), key=urgency)

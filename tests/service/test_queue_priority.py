@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from service.jobs import Priority
-from service.queue import leases, memory, submissions
+from service.queue import base, leases, submissions
 from service.queue.base import JobQueue, QueueStats
 from tests.service.queues import FINISHED, KEEP, MODEL, job, taken
 
@@ -19,7 +19,7 @@ LOW, NORMAL, HIGH = Priority
 @pytest.fixture
 def short_head_start(monkeypatch: pytest.MonkeyPatch) -> float:
     """Seconds that a step of priority is worth in this test."""
-    for module in (leases, memory, submissions):
+    for module in (leases, base, submissions):
         monkeypatch.setattr(module, "HEAD_START_S", 0.1)
     return 0.1
 

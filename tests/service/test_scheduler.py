@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.queue.base import HEAD_START_S
 from service.scheduler import Candidate, Scheduler
 
 NOW = 100.0
@@ -96,7 +97,8 @@ def test_a_group_with_work_gets_its_turn_though_another_is_older() -> None:
 
 
 def test_priority_is_a_head_start_and_no_more() -> None:
-    scheduler = Scheduler(1, head_start_s=10.0)
+    assert HEAD_START_S == 10.0
+    scheduler = Scheduler(1)
     low, high = row("low", arrived=0.0, priority=-1), row("high", arrived=15.0, priority=1)
     assert scheduler.plan([low, high], 16.0).batch == (high,)
     later = row("later", arrived=25.0, priority=1)

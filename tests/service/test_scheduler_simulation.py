@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from service.queue.admission import Door
+from service.queue.base import HEAD_START_S
 from service.scheduler import Candidate, Scheduler
 
 SIZES = (1, 2, 4, 8, 16)
@@ -165,7 +166,7 @@ def test_nothing_starves_and_priority_counts() -> None:
     low = poisson(rng, 0.3, 60.0, "a", "low", priority=-1)
     simulation.run(high + low)
     waits = [simulation.done[one.job_id] - one.arrived for one in low]
-    behind = 2 * simulation.scheduler.head_start_s
+    behind = 2 * HEAD_START_S
     last = max(simulation.done[one.job_id] - one.arrived for one in high)
     assert max(waits) <= behind + last
     first = [simulation.done[one.job_id] - one.arrived for one in high if one.arrived < 20.0]

@@ -30,22 +30,19 @@ class CaptionedImages:
         records: name, captions and other metadata of each image, in a fixed order.
         skipped: what was left out, and why.
         size: side of the square images in pixels.
-        background: colour under transparent pixels and padding.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
         skipped: Sequence[Skipped],
-        rgba: Callable[[int], NDArray[np.uint8]],
+        read: Callable[[int], NDArray[np.uint8]],
         size: int,
-        background: Colour = WHITE,
     ) -> None:
         self.records = tuple(records)
         self.skipped = tuple(skipped)
         self.size = size
-        self.background = background
-        self._rgba = rgba
+        self._read = read
 
     @classmethod
     def open(
@@ -55,7 +52,6 @@ class CaptionedImages:
         size: int = 32,
         background: Colour = WHITE,
         groups: Collection[str] | None = None,
-        styles: Collection[str] | None = None,
         fit: Fit = "pad",
     ) -> CaptionedImages:
         """Opens one split of a set: an imagefolder, or a folder of WebDataset shards.
@@ -66,10 +62,9 @@ class CaptionedImages:
             size: side in pixels; other images are resized.
             background: colour under transparent pixels and padding.
             groups: keep only records whose `group` or `subgroup` is one of these.
-            styles: keep only records whose `style` is one of these.
             fit: whether images that are not square are padded or cropped.
 
-        Raises DataError when the split does not exist, a group or style is unknown, or nothing is left.
+        Raises DataError when the split does not exist, a group is unknown, or nothing is left.
         """
         folder = split_folder(Path(path), split)
         entries: list[Entry] = []
@@ -79,21 +74,20 @@ class CaptionedImages:
                 skipped.append(found)
             else:
                 entries.append(found)
-        for fields, wanted in ((("group", "subgroup"), groups), (("style",), styles)):
-            if wanted is not None:
-                entries = _keep(entries, fields, wanted, folder)
+        if groups is not None:
+            entries = _of_groups(entries, groups, folder)
         return cls._decoded(entries, skipped, size, background, fit, folder)
 
     @classmethod
     def _decoded(
         cls, entries: Sequence[Entry], skipped: list[Skipped], size: int, background: Colour, fit: Fit, folder: Path
     ) -> CaptionedImages:
-        keep_all = len(entries) * size * size * 4 <= CACHE_BYTES
+        keep_all = len(entries) * size * size * 3 <= CACHE_BYTES
         good: list[Entry] = []
         pixels: list[NDArray[np.uint8]] = []
         for entry in tqdm(entries, desc=f"reading {folder.name}", unit="image", disable=None, leave=False):
             try:
-                array = _fitted(entry, size, fit)
+                array = _fitted(entry, size, background, fit)
             except (OSError, ValueError) as error:
                 skipped.append(Skipped(entry.record.file_name, str(error)))
                 continue
@@ -102,26 +96,19 @@ class CaptionedImages:
                 pixels.append(array)
         if not good:
             raise DataError(f"{folder} holds no usable captioned image{_examples(skipped)}")
-        read = pixels.__getitem__ if keep_all else lambda i: _fitted(good[i], size, fit)
-        return cls([entry.record for entry in good], skipped, read, size, background)
+        read = pixels.__getitem__ if keep_all else lambda i: _fitted(good[i], size, background, fit)
+        return cls([entry.record for entry in good], skipped, read, size)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-        return self.image(i), self.texts(i)
-
-    def rgba(self, i: int) -> NDArray[np.uint8]:
-        """Image i with its transparency: uint8 (size, size, 4), straight alpha."""
-        return self._rgba(i)
-
-    def image(self, i: int, background: Colour | None = None) -> NDArray[np.uint8]:
+    def image(self, i: int) -> NDArray[np.uint8]:
         """Image i over the background: uint8 (size, size, 3)."""
-        return composite(self._rgba(i), self.background if background is None else background)
+        return self._read(i)
 
-    def alpha(self, i: int) -> NDArray[np.uint8]:
-        """Opacity of image i: uint8 (size, size), 0 where the background shows."""
-        return self._rgba(i)[..., 3]
+    def pixels(self) -> NDArray[np.uint8]:
+        """All images over the background: uint8 (images, size, size, 3)."""
+        return np.stack([self.image(i) for i in range(len(self))])
 
     def texts(self, i: int) -> tuple[str, ...]:
         """Captions of image i, at least one."""
@@ -206,20 +193,19 @@ def _is_class(folder: Path) -> bool:
     return bool(suffixes & set(IMAGE_SUFFIXES)) and ".txt" not in suffixes
 
 
-def _fitted(entry: Entry, size: int, fit: Fit) -> NDArray[np.uint8]:
+def _fitted(entry: Entry, size: int, background: Colour, fit: Fit) -> NDArray[np.uint8]:
     image: Image.Image = fit_square(decode(entry.read()), size, fit)
-    return np.asarray(image, np.uint8)
+    return composite(np.asarray(image, np.uint8), background)
 
 
-def _keep(entries: Sequence[Entry], fields: Sequence[str], wanted: Collection[str], folder: Path) -> list[Entry]:
-    def values(entry: Entry) -> set[str]:
-        return {str(entry.record.fields[field]) for field in fields if field in entry.record.fields}
+def _of_groups(entries: Sequence[Entry], wanted: Collection[str], folder: Path) -> list[Entry]:
+    def groups(entry: Entry) -> set[str]:
+        return {str(entry.record.fields[field]) for field in ("group", "subgroup") if field in entry.record.fields}
 
-    present = {value for entry in entries for value in values(entry)}
+    present = {group for entry in entries for group in groups(entry)}
     if unknown := sorted(set(wanted) - present):
-        have = ", ".join(sorted(present)) or "none"
-        raise DataError(f"{folder} has no {fields[0]} {', '.join(unknown)}; it has {have}")
-    return [entry for entry in entries if values(entry) & set(wanted)]
+        raise DataError(f"{folder} has no group {', '.join(unknown)}; it has {', '.join(sorted(present)) or 'none'}")
+    return [entry for entry in entries if groups(entry) & set(wanted)]
 
 
 def _examples(skipped: Sequence[Skipped]) -> str:

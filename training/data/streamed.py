@@ -17,6 +17,7 @@ from training.data.stream import ShardStream
 from training.draws import Draws
 from training.guidance import Condition, of_rows
 from training.losses import Batch
+from training.pictures import from_uint8
 from training.prompts import PromptEncoder
 from training.sections import DataRecipe
 
@@ -63,21 +64,8 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 @dataclass(frozen=True)
-class StreamedTensors:
-    """Shards of precomputed data x and conditions, as `fewstep precompute` writes them.
-
-    `numbers` (K,) are those that the teacher has for the `classes`.
-    """
-
+class _Streamed:
     stream: ShardStream
-    classes: tuple[str, ...] = ()
-    numbers: Tensor | None = None
-    constants: Condition = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape (c, h, w) of one item."""
-        return self.stream.shape
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +87,23 @@ class StreamedTensors:
     def prefetch(self, items: Tensor) -> None:
         """Read the shards of coming items in the background."""
         self.stream.prefetch(items)
+
+
+@dataclass(frozen=True)
+class StreamedTensors(_Streamed):
+    """Shards of precomputed data x and conditions, as `fewstep precompute` writes them.
+
+    `numbers` (K,) are those that the teacher has for the `classes`.
+    """
+
+    classes: tuple[str, ...] = ()
+    numbers: Tensor | None = None
+    constants: Condition = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (c, h, w) of one item."""
+        return self.stream.shape
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, each with one of its conditions."""
@@ -115,40 +120,18 @@ class StreamedTensors:
 
 
 @dataclass(frozen=True)
-class StreamedImages:
+class StreamedImages(_Streamed):
     """Shards of captioned images. `to_x` makes x (B, c, h, w) of images (B, 3, H, W) in [-1, 1], on their device."""
 
-    stream: ShardStream
     prompts: PromptEncoder
     to_x: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]
     constants: Condition = field(default_factory=dict)
     classes: tuple[str, ...] = ()
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all bytes of the set."""
-        return self.stream.fingerprint
-
-    def __len__(self) -> int:
-        """The number of items."""
-        return len(self.stream)
-
-    def order(self, batch_size: int, seed: int) -> ShardOrder:
-        """The order in which items are learned from."""
-        return ShardOrder(self.stream.counts, batch_size, seed, self.stream.window)
-
-    def excerpt(self, shards: int) -> range:
-        """The items of the first shards."""
-        return range(sum(self.stream.counts[:shards]))
-
-    def prefetch(self, items: Tensor) -> None:
-        """Read the shards of coming items in the background."""
-        self.stream.prefetch(items)
-
     def images(self, items: Tensor) -> Tensor:
         """The images (B, 3, H, W) in [-1, 1] of items (B,)."""
-        return self.stream.parts(items)[DATA].float().div(127.5).sub(1)
+        return from_uint8(self.stream.parts(items)[DATA])
 
     def batch(self, items: Tensor, draws: Draws, device: torch.device) -> Batch:
         """The items (B,) on `device`, encoded now, in fp32 like those in memory, each with one of its captions."""

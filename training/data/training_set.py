@@ -19,6 +19,7 @@ from training.draws import Draws
 from training.guidance import Condition, of_rows
 from training.loop import BatchOrder
 from training.losses import Batch
+from training.pictures import from_uint8
 from training.prompts import PromptEncoder, encode_captions
 from training.recipe import Recipe
 from training.sections import DataRecipe
@@ -143,7 +144,7 @@ class TrainingSet:
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Float images (N, 3, H, W) in [-1, 1] of uint8 images (N, H, W, 3)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2)).contiguous()
 
 
 def open_images(recipe: DataRecipe, split: str) -> CaptionedImages:
@@ -164,7 +165,7 @@ def load_pixels(recipe: DataRecipe, split: str) -> Tensor:
     if recipe.source == "digits":
         return to_tensor(load_digits_images(recipe.size, split)[0])
     images = open_images(recipe.model_copy(update={"groups": ()}), split)
-    return to_tensor(np.stack([images.image(i) for i in range(len(images))]))
+    return to_tensor(images.pixels())
 
 
 def load_training_set(recipe: Recipe, split: str, cache: Path, prompts: PromptEncoder | None) -> TrainingSet:
@@ -173,7 +174,7 @@ def load_training_set(recipe: Recipe, split: str, cache: Path, prompts: PromptEn
         pixels, labels = load_digits_images(recipe.data.size, split)
         return _labelled(pixels, labels, CLASSES)
     images = open_images(recipe.data, split)
-    pixels = np.stack([images.image(i) for i in range(len(images))])
+    pixels = images.pixels()
     if prompts is None:
         classes = (images if split == "train" else open_images(recipe.data, "train")).classes
         return _labelled(pixels, images.labels_in(classes), classes)
