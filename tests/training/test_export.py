@@ -24,9 +24,9 @@ from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
+from training.card import commit_of_code, data_name, model_card
 from training.distill import distill, encoder_stage, student_stage
-from training.export import _commit as commit_of_code
-from training.export import data_name, export, model_card
+from training.export import export
 from training.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
