@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.backends.base import BATCH, EngineError, GraphSpec, Place, Role, TensorSpec
+from engines.backends.base import BATCH, STEP_OUTPUT, STEP_SCALARS, EngineError, GraphSpec, Place, Role, TensorSpec
 from engines.hashes import Stamps, sha256_of, stamps_of
 from engines.manifest import (
     ATTENTION_MASK,
@@ -169,16 +169,15 @@ def step_specs(description: Description) -> tuple[tuple[TensorSpec, ...], tuple[
     """Inputs and outputs of a step graph; everything is per row."""
     channels, height, width = description.latent_shape
     latent = (BATCH, channels, height, width)
-    scalars = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
     inputs = (
         _spec("z", *latent),
-        *(_spec(name, BATCH) for name in scalars),
+        *(_spec(name, BATCH) for name in STEP_SCALARS),
         *description.condition,
         _spec("known", *latent),
         _spec("keep", BATCH, 1, height, width),
         _spec("noise", *latent),
     )
-    return inputs, (_spec("z_next", *latent),)
+    return inputs, (_spec(STEP_OUTPUT, *latent),)
 
 
 def shipped_bundle(name: str = SHIPPED) -> Path:

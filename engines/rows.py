@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engines.backends.base import Array
+from engines.backends.base import STEP_ROWS, STEP_SCALARS, Array
 from engines.conditions import Condition
 from engines.paths import Level, Step
 from engines.tasks import Floats, FromImage, Inpaint, Mask, Task
@@ -180,7 +180,7 @@ class TickInputs:
             z_next.flags.writeable = False
             for row, z in zip(rows, z_next, strict=True):
                 row.z = z
-        kept = {name: array for name, array in inputs.items() if name not in SCALARS}
+        kept = {name: array for name, array in inputs.items() if name not in STEP_SCALARS}
         left = [(row.z, condition) for row, condition in zip(rows, conditions, strict=True)]
         self._last = left, {**kept, "z": z_next}
 
@@ -190,13 +190,10 @@ def _is_as_left(row: Row, left: tuple[Floats, Condition]) -> bool:
     return row.z is left[0] and row.condition is left[1]
 
 
-SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
-
-
 def step_inputs(rows: Sequence[Row]) -> dict[str, Array]:
     """Stack rows of one group into the inputs of their step graph."""
     inputs = _scalars(rows)
-    for name in ("z", "known", "keep", "noise"):
+    for name in STEP_ROWS:
         inputs[name] = np.stack([getattr(row, name) for row in rows])
     for name in rows[0].condition:
         inputs[name] = np.stack([row.condition[name] for row in rows])
@@ -208,7 +205,7 @@ def step_inputs(rows: Sequence[Row]) -> dict[str, Array]:
 def _scalars(rows: Sequence[Row]) -> dict[str, Array]:
     steps = [row.step for row in rows]
     columns = zip(*((step.time, *step.start, *step.end, step.w) for step in steps), strict=True)
-    return {name: np.array(column, dtype=np.float32) for name, column in zip(SCALARS, columns, strict=True)}
+    return {name: np.array(column, dtype=np.float32) for name, column in zip(STEP_SCALARS, columns, strict=True)}
 
 
 def keep_cells(repaint: Mask, latent_shape: Sequence[int]) -> Floats:

@@ -11,10 +11,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engines.backends.base import GraphSpec
+from engines.backends.base import STEP_SCALARS, GraphSpec
 from engines.backends.exported import Tensors, trace
 from engines.bundle import Bundle, write_bundle
-from engines.rows import SCALARS
 
 
 class TinyGraph(nn.Module):
@@ -41,7 +40,7 @@ class TinyGraph(nn.Module):
 
     def step(self, inputs: Tensors) -> Tensor:
         z, known, keep, noise = (inputs[name] for name in ("z", "known", "keep", "noise"))
-        time, alpha, sigma, alpha_next, sigma_next, w = (inputs[name].reshape(-1, 1, 1, 1) for name in SCALARS)
+        time, alpha, sigma, alpha_next, sigma_next, w = (inputs[name].reshape(-1, 1, 1, 1) for name in STEP_SCALARS)
         if "label" in inputs:
             x_cond = self.table[inputs["label"]]
         else:

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
+from engines.backends.base import STEP_SCALARS
 from engines.weights import Writer, bytes_of, half_scales, value_of
 from training.diffusion import blend_known, ddim_step, expand
 from training.guidance import Condition, of_rows
@@ -32,7 +33,6 @@ TOLERANCE: Mapping[Weights, float] = {"fp32": 1e-4, "fp16": 2e-3, "int8": 3.5e-2
 """The largest relative L2 error of a row of a graph's output against torch, by how its weights are stored."""
 
 BATCH_SIZES = (1, 2, 5, 16)
-STEP_SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
 MIN_COMPRESSED_ELEMENTS = 1024
 INT8_BLOCKS = (48, 23)
 """The sizes tried for blocks of weights that share a scale, from the largest down to above the last."""

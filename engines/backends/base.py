@@ -17,6 +17,11 @@ from engines.plans import Precision, Profile, batch_sizes_up_to
 
 Array = NDArray[Any]
 Role = Literal["text", "encode", "decode", "step"]
+STEP_SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
+STEP_INPUT, STEP_OUTPUT = "z", "z_next"
+STEP_ROWS = (STEP_INPUT, "known", "keep", "noise")
+"""What every step graph takes besides its condition, numbers and arrays of places, and what it gives."""
+
 Place = tuple[float, float, float]
 """Of a grid: time, alpha and sigma."""
 

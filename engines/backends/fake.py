@@ -12,12 +12,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.base import Array, EngineError, EngineOptions, GraphEngine, GraphSpec, check_arrays
-
-_STEP_INPUTS = {
-    *("z", "time", "alpha", "sigma", "alpha_next", "sigma_next"),
-    *("guidance", "known", "keep", "noise"),
-}
+from engines.backends.base import (
+    STEP_ROWS,
+    STEP_SCALARS,
+    Array,
+    EngineError,
+    EngineOptions,
+    GraphEngine,
+    GraphSpec,
+    check_arrays,
+)
 
 
 class FakeEngine(GraphEngine):
@@ -83,7 +87,7 @@ def _step(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
 
 
 def _conditional_x(inputs: Mapping[str, Array], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    names = sorted(inputs.keys() - _STEP_INPUTS)
+    names = sorted(inputs.keys() - {*STEP_SCALARS, *STEP_ROWS})
     batch = shape[0]
     flat = np.concatenate([inputs[name].reshape(batch, -1).astype(np.float64) for name in names], axis=1)
     # Both waves, so that no value of the condition means a blank image.

@@ -15,6 +15,8 @@ from typing import Any
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
 from engines.backends.base import (
+    STEP_INPUT,
+    STEP_OUTPUT,
     Array,
     EngineError,
     EngineOptions,
@@ -135,8 +137,8 @@ class OrtCudaEngine(OrtEngine):
             values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
             outputs = {name: value.numpy() for name, value in values.items()}
             if self._graph.role == "step" and self._session is not None:  # what it gives is what the next tick takes
-                outputs["z_next"].flags.writeable = False
-                self._resident.put("z", outputs["z_next"], values["z_next"])
+                outputs[STEP_OUTPUT].flags.writeable = False
+                self._resident.put(STEP_INPUT, outputs[STEP_OUTPUT], values[STEP_OUTPUT])
             return outputs
 
     def _send(self, array: Array) -> ort.OrtValue:

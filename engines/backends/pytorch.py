@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphEngine, GraphSpec, check_arrays
+from engines.backends.base import (
+    STEP_INPUT,
+    STEP_OUTPUT,
+    Array,
+    Engine,
+    EngineError,
+    EngineOptions,
+    GraphEngine,
+    GraphSpec,
+    check_arrays,
+)
 from engines.backends.cores import usable_cores
 from engines.backends.exported import (
     ANY_BATCH,
@@ -39,8 +49,6 @@ from engines.backends.standin import StandIn, Wanted
 from engines.compile import check_fidelity, checked_inputs, typical_inputs
 from engines.hashes import check_unchanged
 from engines.plans import PlanCache, PlanKey, Precision
-
-_STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +188,7 @@ class _Place:
         )
         arrays = _arrays(outputs, batch)
         if self._graph.role == "step":  # what it gives is what the next tick takes
-            self._resident.put(_STEP_INPUT, arrays[_STEP_OUTPUT], outputs[_STEP_OUTPUT].contiguous())
+            self._resident.put(STEP_INPUT, arrays[STEP_OUTPUT], outputs[STEP_OUTPUT].contiguous())
         return arrays
 
 
@@ -201,8 +209,8 @@ class _FixedPlace:
         outputs = self._launch()
         arrays = _arrays(outputs, batch)
         if self._graph.role == "step":  # what it gives is what the next tick takes
-            self._inputs[_STEP_INPUT][:batch].copy_(outputs[_STEP_OUTPUT][:batch])
-            self._resident.put(_STEP_INPUT, arrays[_STEP_OUTPUT], batch)
+            self._inputs[STEP_INPUT][:batch].copy_(outputs[STEP_OUTPUT][:batch])
+            self._resident.put(STEP_INPUT, arrays[STEP_OUTPUT], batch)
         self._runs += 1
         if self._runs == 1:  # a plain run first: it sets up what cannot be captured
             self._launch = self._captured()

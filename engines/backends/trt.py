@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from engines.backends.base import (
+    STEP_INPUT,
+    STEP_OUTPUT,
     Array,
     DeviceLostError,
     DeviceMemoryError,
@@ -35,7 +37,6 @@ from engines.backends.trt_library import Library, build_plan, check_target, erro
 from engines.compile import prepare
 from engines.plans import PlanCache, PlanKey, Profile
 
-_STEP_OUTPUT, _STEP_INPUT = "z_next", "z"
 _DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}
 """What TensorRT calls them."""
 
@@ -258,7 +259,7 @@ class _Shape:
         """What a step gives is what the next one takes: it stays on the device."""
         if self._graph.role != "step":
             return
-        array = outputs[_STEP_OUTPUT]
+        array = outputs[STEP_OUTPUT]
         array.flags.writeable = False
-        self._cuda.move(self._pointers[_STEP_INPUT], self._pointers[_STEP_OUTPUT], array.nbytes)
-        self._resident.put(_STEP_INPUT, array, len(array))
+        self._cuda.move(self._pointers[STEP_INPUT], self._pointers[STEP_OUTPUT], array.nbytes)
+        self._resident.put(STEP_INPUT, array, len(array))
