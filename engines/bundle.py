@@ -208,7 +208,7 @@ def find_bundle(name: str) -> Path:
 
 
 def read_manifest(path: Path | str) -> Manifest:
-    """Read and check `manifest.json` of the folder ``path`` without looking at the other files."""
+    """Read and check `manifest.json` of the folder ``path`` without looking at the other files. Raises BundleError."""
     file = Path(path) / MANIFEST_NAME
     try:
         if file.exists() and not file.is_file():
@@ -239,7 +239,10 @@ def _parse(document: Any, file: Path) -> Manifest:
 
 
 def find_problems(path: Path | str, manifest: Manifest, hashes: bool = True) -> list[str]:
-    """What is wrong with the files of ``path``, one line each; hashes are checked only when asked for."""
+    """What is wrong with the files of ``path``, one line each; hashes are checked only when asked for.
+
+    Raises OSError where the folder, or a file in it, cannot be read.
+    """
     folder = Path(path)
     problems = []
     present = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME}
@@ -313,7 +316,7 @@ def write_bundle(
 
     Hashes and revision are computed here. The folder appears complete or not at all; an existing one is an
     error unless ``replace``, and what is no bundle is never replaced. To change only the description, pass the
-    files of the bundle itself.
+    files of the bundle itself. Raises BundleError for files that are not those of the description.
     """
     folder = Path(path).absolute()
     check_free(folder, replace)

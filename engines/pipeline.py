@@ -71,7 +71,10 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
-        """Take the engines of ``bundle`` by the file name of their graph; the pipeline closes them."""
+        """Take the engines of ``bundle`` by the file name of their graph; the pipeline closes them.
+
+        Raises ValueError for batch sizes below 1 or none, and BundleError for a tokenizer that cannot be read.
+        """
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError("batch_sizes must be positive, and at least one")
         self.bundle = bundle
@@ -182,7 +185,8 @@ class Pipeline:
     def prepare(self, tasks: Sequence[Task]) -> list[Row]:
         """Encode conditions and images and place every task at the start of its path. Order is kept.
 
-        Raises TaskError for a task that `validate` refuses, before any engine is called.
+        Raises TaskError for a task that `validate` refuses, before any engine is called, and EngineError where one
+        fails.
         """
         for task in tasks:
             self.validate(task)
@@ -241,7 +245,7 @@ class Pipeline:
     def run(self, tasks: Sequence[Task], progress: Callable[[int], None] | None = None) -> list[Pixels]:
         """Make the images of ``tasks``, batching what can share ticks.
 
-        ``progress`` is called after every tick with the number of rows it moved.
+        ``progress`` is called after every tick with the number of rows it moved. Raises as `prepare` does.
         """
         rows = self.prepare(tasks)
         while moving := [row for row in rows if not row.done]:

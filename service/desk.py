@@ -97,7 +97,7 @@ class Desk:
                 raise
 
     async def ask(self, job: Job, keep: Keep | None = None) -> None:
-        """Raise ApiError 422, 429 or 503 where the queue would not take the job now, whose images may be missing."""
+        """Raise ApiError 422, 429, 503 or 504 where the queue would not take the job now; its images may be missing."""
         with self._refusals():
             await self.first(asyncio.ensure_future(self._queue.ask(job, keep)), job.deadline, never)
 

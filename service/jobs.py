@@ -37,7 +37,7 @@ class Job:
 
     ``trace`` is the W3C `traceparent` of the request, "" where it is not traced.
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
-    translates them. ``model`` is the bundle that a worker must have, ``name@revision``. By its ``identity`` a request
+    translates them. By its ``identity`` a request
     is recognised that was refused and comes again, "" where it cannot be.
     """
 

@@ -18,7 +18,7 @@ MAX_SEED = 2**53 - 1
 PriorityName = Literal["low", "normal", "high"]
 EditMethod = Literal["sdedit", "encode"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# Text in JSON (base64), bytes in a multipart file part; intake.py makes bytes of both.
+# Text in JSON (base64), bytes in a multipart file part; pictures.py makes bytes of both.
 Picture = Annotated[
     str | bytes,
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "examples": ["iVBORw0KGgo..."]}),

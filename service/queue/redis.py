@@ -32,11 +32,6 @@ class RedisQueue:
     its own death only where it persists (appendonly). Outcomes that are kept lie there too, within the ``bounds`` of
     the process that settles. Connections are opened when they are needed.
 
-    The tests run it on one server, by its port and by its socket, with a password and with TLS, behind a sentinel
-    through a failover, on a cluster of three nodes with a password, whose slots move, and by IPv6 addresses; a sentinel
-    and its server, and a cluster of one node, with TLS. That TLS is a proxy's, as the tests' Redis has none built in.
-    Clusters with replicas and Redis' own TLS are **not** verified.
-
     All keys lie in one slot: a cluster keeps the whole queue on one of its nodes.
     """
 
