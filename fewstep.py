@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import click
@@ -93,7 +92,7 @@ def _missing_extra_named(command: str) -> Iterator[None]:
 
 
 @click.command(cls=Commands)
-@click.version_option(version("fewstep"), prog_name="fewstep")
+@click.version_option(package_name="fewstep", prog_name="fewstep")
 def main() -> None:
     """Few-step image generation: distil a guided diffusion model, serve its students."""
 

@@ -19,7 +19,7 @@ from engines.tasks import Floats, Mask, Pixels
 ImageFormat = Literal["png", "jpeg", "webp"]
 MaskMode = Literal["white", "black", "alpha"]
 
-FORMATS: tuple[str, ...] = get_args(ImageFormat)
+FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
 MASK_MODES: tuple[str, ...] = get_args(MaskMode)
 XMP = "XML:com.adobe.xmp"
 """The name of a text that is an XMP packet, where other programs look: PNG's own name for it."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
-from engines.images import ImageFormat
+from engines.images import FORMATS, ImageFormat
 from service.errors import ApiError
 from service.schemas import GenerateRequest
 
-_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
 _JSON = "application/json"
 
 
@@ -23,7 +21,7 @@ class Rendering:
 
 def choose(accept: str | None, request: GenerateRequest) -> Rendering:
     """The form the client likes best, JSON where it has no preference. Raises ApiError 406."""
-    formats = (request.output_format,) if request.output_format else _FORMATS
+    formats = (request.output_format,) if request.output_format else FORMATS
     offers: dict[str, Rendering] = {_JSON: Rendering(False, formats[0])}
     if request.n == 1 and request.response_format is None:
         offers |= {f"image/{name}": Rendering(True, name) for name in formats}

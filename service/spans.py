@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -19,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engines.provenance import package_version
 from service.collector import traces_address
 from service.desk import ClientGone
 from service.jobs import Job
@@ -37,7 +37,7 @@ class Spans:
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
-        own = Resource({"service.name": "fewstep", "service.version": version("fewstep")})
+        own = Resource({"service.name": "fewstep", "service.version": package_version()})
         resource = own.merge(OTELResourceDetector().detect())
         # Not the provider of the whole process, which is for other code to set.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
+from engines.hashes import sha256_of
 from training.features import BATCH_IMAGES, FeatureError, Pixels
-from training.store import hash_of, hash_of_file
+from training.store import hash_of
 
 
 class ClipScorer:
@@ -32,7 +33,7 @@ class ClipScorer:
         self.device, self._model = device, model.to(device).eval().requires_grad_(False)
         self._tokens = model.config.text_config.max_position_embeddings
         # The processor and its tokenizer have a part in the score too.
-        hashes = {file.name: hash_of_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.is_file()}
         self.identity = f"CLIP of {folder.resolve().name}, files {hash_of(hashes)[:12]}"
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> NDArray[np.float32]:

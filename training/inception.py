@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engines.hashes import sha256_of
 from training.features import FeatureError, Features, Pixels, in_batches
 from training.metrics import MetricError
-from training.store import hash_of_file
 
 # What the SHA-256 of the published weights-inception-2015-12-05-6726825d.pth begins with.
 WEIGHTS_SHA256 = "6726825d"
@@ -29,7 +29,7 @@ class Inception:
         """Load weights from a file. Raises FeatureError for a file of other weights, or without torch-fidelity."""
         if not weights.is_file():
             raise FeatureError(f"{weights} is not a file")
-        found = hash_of_file(weights)
+        found = sha256_of(weights)
         if not found.startswith(WEIGHTS_SHA256):
             raise FeatureError(
                 f"{weights} does not hold the Inception weights of 2015-12-05: "

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from engines.hashes import sha256_of
+
 Kept = TypeVar("Kept")
 Inputs = Mapping[str, Any]
 
@@ -41,17 +43,11 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def hash_of_file(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hash_of_files(paths: Sequence[Path]) -> str:
     """A hash of files' contents in their order; of a single one, its SHA-256. Raises FileNotFoundError for none."""
     if not paths:
         raise FileNotFoundError("there are no files to hash")
-    hashes = [hash_of_file(path) for path in paths]
+    hashes = [sha256_of(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hash_of({"files": hashes})
 
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor
 
 from training.diffusion import Prediction, Schedule
-from training.networks import Network, NetworkDenoiser, never_drop, same_latents
+from training.networks import NETWORKS, Network, NetworkDenoiser, never_drop, same_latents
 from training.pipeline_faults import TeacherError, first_line, network_faults
 from training.pipeline_files import loaded_files
 from training.pipeline_prompts import PipelinePrompts, same_text
@@ -30,12 +30,8 @@ from training.store import hash_of, hash_of_files
 Said = TypeVar("Said")
 
 INDEX = "model_index.json"
-NETWORK_CLASSES: Mapping[str, type[Network]] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "UNet2DModel": UNet2DModel,
-    "DiTTransformer2DModel": DiTTransformer2DModel,
-    "Transformer2DModel": DiTTransformer2DModel,  # what DiT was called before
-}
+# The last is what DiT was called before.
+NETWORK_CLASSES: Mapping[str, type[Network]] = {**NETWORKS, "Transformer2DModel": DiTTransformer2DModel}
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 
+from engines.hashes import sha256_of
 from tests.training.evaluations import invoke, make_captioned_run
 from tests.training.small_models import write_clip, write_inception
 from training import inception
 from training.clip_score import ClipScorer
 from training.inception import Inception
-from training.store import hash_of_file
 
 QUICK = [
     *("--features", "pixels", "--frechet-dims", "4", "--samples", "10", "--guidance", "1", "--teacher-steps", "1"),
@@ -59,10 +59,10 @@ def test_fid_and_inception_score_are_printed_and_measured_once(
     folder: Path, torch_fidelity: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = write_inception(folder / "random.pth", monkeypatch)
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hash_of_file(weights)[:8])
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", sha256_of(weights)[:8])
     result = invoke(folder, *QUICK, "--inception", str(weights))
     assert result.exit_code == 0, result.output
-    for title in ("**FID**", "**Inception Score**", hash_of_file(weights)[:12], "--inception random.pth"):
+    for title in ("**FID**", "**Inception Score**", sha256_of(weights)[:12], "--inception random.pth"):
         assert title in result.stdout
     assert "**CLIP score**" not in result.stdout
     teacher, floor = figures(folder, "fid")

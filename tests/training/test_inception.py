@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from engines.hashes import sha256_of
 from tests.training.small_models import write_inception
 from training import inception
 from training.features import FeatureError, Pixels
 from training.inception import LOGITS, POOLED, SCORE_SPLITS, Inception, inception_score
 from training.metrics import MetricError
-from training.store import hash_of_file
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def weights(torch_fidelity: ModuleType, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def accepted(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hash_of_file(weights)[:8])
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", sha256_of(weights)[:8])
     return weights
 
 
@@ -51,12 +51,12 @@ def test_features_are_pooled_ones_and_unbiased_logits_from_a_file_without_a_conn
     assert np.allclose(features[:, POOLED:], features[:, :POOLED] @ matrix.T, rtol=1e-3, atol=1e-3)
     assert not np.allclose(features[0], features[1], rtol=1e-2)
     assert np.allclose(network(images[1:2]), features[1:2], rtol=1e-3, atol=1e-4)
-    assert hash_of_file(accepted)[:12] in network.identity
+    assert sha256_of(accepted)[:12] in network.identity
     assert capfd.readouterr() == ("", "")
 
 
 def test_other_weights_than_the_published_ones_are_refused(weights: Path) -> None:
-    begins = hash_of_file(weights)[:8]
+    begins = sha256_of(weights)[:8]
     with pytest.raises(FeatureError, match=f"SHA-256 begins with {begins}, not with 6726825d"):
         Inception(weights, CPU)
 
