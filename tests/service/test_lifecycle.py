@@ -472,7 +472,9 @@ def test_a_real_process_is_light_serves_and_drains_on_sigterm(bundle_path: Path)
 
 
 def test_a_real_process_drains_when_its_terminal_is_closed(bundle_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # What nohup began ignores it, and so do its children.
     with spawn("--bundle", str(bundle_path), "--backend", "fake") as process:
+        signal.signal(signal.SIGHUP, before)
         try:
             read_until(process, "^ready$")
             process.send_signal(signal.SIGHUP)
