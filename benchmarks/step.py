@@ -7,7 +7,6 @@ of a large copy. Both ceilings are measured on the device, in the same run.
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cost import DTYPES, HALVINGS, conditions, count_flops, measured_peak, narrowed, whole_numbers
+from engines.decibels import psnr_db
 from training.diffusion import Schedule
 from training.graphs import StepGraph
 from training.guidance import Condition
@@ -75,8 +75,7 @@ class Distance:
         difference = (actual - expected).abs()
         error = difference.square().mean().item()
         peak = (expected.max() - expected.min()).item()
-        psnr_db = 10 * math.log10(peak**2 / error) if error else math.inf
-        return cls(difference.max().item(), difference.mean().item(), psnr_db)
+        return cls(difference.max().item(), difference.mean().item(), psnr_db(error, peak))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from engines.backends.base import Array, Engine, EngineError, EngineOptions, Gra
 from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle
 from engines.compile import typical_inputs
+from engines.decibels import psnr_db
 from engines.operations import count_operations
 from engines.pipeline import Generate, Pipeline
 from engines.plans import Precision, Profile
@@ -91,8 +92,7 @@ def parity(contender: Contender, steps: int, made: Made, expected: Made) -> Pari
     """How far what a contender made is from what was expected."""
     step = np.abs(made.step - expected.step)
     image = np.abs(made.images.astype(np.int32) - expected.images)
-    error = float(np.square(image).mean())
-    psnr = 20 * math.log10(255) - 10 * math.log10(error) if error else math.inf
+    psnr = psnr_db(float(np.square(image).mean()), peak=255)
     return Parity(contender, steps, float(step.max()), float(step.mean()), int(image.max()), float(image.mean()), psnr)
 
 

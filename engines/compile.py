@@ -18,6 +18,7 @@ from engines.backends.cuda import Cuda
 from engines.backends.ort import check_signature, unpack_weights
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
+from engines.decibels import psnr_db
 from engines.hashes import check_unchanged
 from engines.manifest import ATTENTION_MASK, IDS, LABEL, SECOND_IDS
 from engines.plans import PlanCache, PlanError, PlanKey, Precision, Profile
@@ -189,14 +190,14 @@ def check_fidelity(name: str, precision: Precision, lowered: Sequence[Array], wh
     Raises EngineError below `FLOOR_DB`, and where those in fp32 are not finite.
     """
     check_finite(name, whole)
-    fidelity = min(_psnr_db(a, b) for a, b in zip(lowered, whole, strict=True))
+    fidelity = min(_fidelity_db(a, b) for a, b in zip(lowered, whole, strict=True))
     if not fidelity >= FLOOR_DB:
         raise EngineError(f"{name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB")
     return fidelity
 
 
-def _psnr_db(actual: Array, expected: Array) -> float:
-    """Peak signal-to-noise ratio, the peak being the range of what is expected; -inf for values that are not finite.
+def _fidelity_db(actual: Array, expected: Array) -> float:
+    """The peak signal-to-noise ratio, the peak being the range of what is expected; -inf where values are not finite.
 
     It is the worse of that of all values and that of all but their outermost hundredths: in the range of a few outliers
     the loss of all else would be nothing.
@@ -207,12 +208,7 @@ def _psnr_db(actual: Array, expected: Array) -> float:
     low, high = (float(value) for value in np.percentile(expected, (1, 99), method="nearest"))
     inner = squares[(low <= expected) & (expected <= high)]
     peak = float(np.ptp(expected)) or 1.0
-    return min(_decibels(peak, squares), _decibels(high - low or peak, inner))
-
-
-def _decibels(peak: float, squares: Array) -> float:
-    error = float(squares.mean())
-    return 20 * math.log10(peak) - 10 * math.log10(error) if error > 0 else math.inf
+    return min(psnr_db(float(squares.mean()), peak), psnr_db(float(inner.mean()), high - low or peak))
 
 
 def checked_inputs(graph: GraphSpec) -> list[dict[str, Array]]:

@@ -116,6 +116,12 @@ def too_many_requests() -> ApiError:
     return ApiError(429, "too_many_requests", "too many requests at once", retry_after_s=_BUSY_RETRY_S)
 
 
+def too_many_bytes() -> ApiError:
+    """The answer to a body that would be one too many at once."""
+    message, headers = "too many uploads at once", {"Connection": "close"}
+    return ApiError(429, "too_many_bytes", message, retry_after_s=_BUSY_RETRY_S, headers=headers)
+
+
 def job_not_found(job_id: str) -> ApiError:
     """The answer to a job that is not known, or no longer."""
     message = f"no job {shown(job_id)!r}, or its result is kept no longer"

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.desk import ClientGone
-from service.errors import ApiError, from_failure, internal_error
+from service.errors import ApiError, from_failure, internal_error, too_many_bytes
 from service.jobs import STOPPED
 from service.logs import describe, request_id_var
 from service.metrics import Metrics
@@ -28,7 +28,6 @@ logger = logging.getLogger("service.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_DIGITS = 18
-_BUSY_RETRY_S = 1.0
 _CLIENT_CLOSED = 499
 _ACCEPTED = 202
 _OUTCOMES = {
@@ -158,13 +157,7 @@ class BodyLimit:
                 raise self._too_large()
             if self.total > self.max_total_bytes:
                 self.metrics.rejected.labels("too_many_bytes").inc()
-                raise ApiError(
-                    429,
-                    "too_many_bytes",
-                    "too many uploads at once",
-                    retry_after_s=_BUSY_RETRY_S,
-                    headers={"Connection": "close"},
-                )
+                raise too_many_bytes()
             return message
 
         def let_go() -> None:

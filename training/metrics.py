@@ -205,11 +205,6 @@ def root_mean_square_error(images: NDArray[np.uint8], others: NDArray[np.uint8])
     return math.sqrt(total / images.size) / 255
 
 
-def psnr_db(error: float) -> float:
-    """The peak signal-to-noise ratio in decibels of a root mean square error; infinite at 0."""
-    return float("inf") if error == 0 else float(-20 * np.log10(error))
-
-
 def _finite(x: ArrayLike) -> Array:
     """Features (N, D) in float64. Raises MetricError for those that are not finite, of which a metric says nothing."""
     features = np.asarray(x, np.float64)

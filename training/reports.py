@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
-from training.metrics import psnr_db
+from engines.decibels import psnr_db
 from training.quality import Cell, Figures, Provenance, Quality, Row, Timing
 from training.solvers import SAMPLER_NAMES
 
@@ -23,7 +23,7 @@ def to_markdown(quality: Quality) -> str:
     for title, figure in _tables(quality):
         cells = [[figure(cell.figures) for cell in row.cells] for row in quality.rows]
         parts += [title, _table(quality, cells, figure(quality.floor))]
-    psnr = [["" if c.rmse is None else f"{psnr_db(c.rmse):.1f}" for c in row.cells] for row in quality.rows]
+    psnr = [["" if c.rmse is None else f"{psnr_db(c.rmse**2):.1f}" for c in row.cells] for row in quality.rows]
     parts += [
         f"**PSNR in dB** against the {first.model} ({_sampler(first)}) at {first.steps} steps from equal noise, with "
         f"equal condition and w; higher is nearer. {_count(about.images, 'pair')} of images a cell; split: "
@@ -133,7 +133,7 @@ def _cost(row: Row) -> dict[str, str | float]:
 
 
 def _figures(cell: Cell) -> dict[str, float | None]:
-    psnr = None if cell.rmse is None else psnr_db(cell.rmse)
+    psnr = None if cell.rmse is None else psnr_db(cell.rmse**2)
     return asdict(cell.figures) | {"rmse": cell.rmse, "psnr_db": psnr}
 
 

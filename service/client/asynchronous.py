@@ -136,5 +136,5 @@ class AsyncClient:
             with as_client_errors(), anyio.fail_after(left_s):
                 response = await self._http.send(request)
         except TimeoutError as error:
-            raise TimeLimitPassed("the time limit passed before the answer came") from error
+            raise TimeLimitPassed from error
         return Answer(response.status_code, response.headers, response.content)

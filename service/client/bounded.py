@@ -31,4 +31,4 @@ def within(limit_s: float, work: Callable[[], T]) -> T:
     try:
         return outcome.result(limit_s)
     except TimeoutError as error:
-        raise TimeLimitPassed("the time limit passed before the answer came") from error
+        raise TimeLimitPassed from error

@@ -72,6 +72,9 @@ class Unreachable(ClientError):
 class TimeLimitPassed(ClientError):
     """The call's time limit passed."""
 
+    def __init__(self, message: str = "the time limit passed before the answer came") -> None:
+        super().__init__(message)
+
 
 class AnswerUnreadable(ClientError):
     """What answered does not speak as this service does."""
@@ -85,7 +88,7 @@ def as_client_errors() -> Iterator[None]:
     except httpx.ConnectTimeout as error:
         raise Unreachable("the connection was not made in time") from error
     except httpx.TimeoutException as error:
-        raise TimeLimitPassed("the time limit passed before the answer came") from error
+        raise TimeLimitPassed from error
     except httpx.LocalProtocolError:
         # Its text quotes what is wrong, which may be a secret.
         raise ClientError("the request is not one that HTTP can carry") from None

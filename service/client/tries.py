@@ -48,7 +48,7 @@ class Tries:
         """Seconds that are left for the next try. Raises TimeLimitPassed."""
         left_s = self._end - self._clock()
         if left_s <= 0:
-            raise TimeLimitPassed("the time limit passed before the answer came")
+            raise TimeLimitPassed
         return left_s
 
     def wait_after(self, error: ClientError) -> float:

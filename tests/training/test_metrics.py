@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
+from engines.decibels import psnr_db
 from training.metrics import (
     MetricError,
     Projection,
@@ -20,7 +21,6 @@ from training.metrics import (
     gaussian_distance,
     kernel_distance,
     precision_and_recall,
-    psnr_db,
     root_mean_square_error,
     squared_mmd,
     symmetric_sqrt,
@@ -227,5 +227,6 @@ def test_error_in_image_space() -> None:
     black, white = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 255, np.uint8)
     assert root_mean_square_error(black, white) == 1
     assert root_mean_square_error(white, np.concatenate([white[:1], black[:1]])) == pytest.approx(math.sqrt(0.5))
-    assert psnr_db(0.1) == pytest.approx(20)
+    assert psnr_db(0.1**2) == pytest.approx(20)
+    assert psnr_db(2.55**2, peak=255) == pytest.approx(40)
     assert psnr_db(root_mean_square_error(white, white)) == math.inf
