@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from engines.bench import PROMPTS, Bench, Contender, Parity, Speed, memory_bytes
 from engines.build_command import sizes_option
 from engines.bundle import BundleError, find_bundle, load_bundle
 from engines.compile import FLOOR_DB
+from engines.manifest import Manifest
 from engines.pipeline import TaskError
 from engines.plans import PRECISIONS
 
@@ -92,53 +93,88 @@ def bench(
         steps = max(student.steps for student in opened.manifest.students) if steps is None else steps
         opened.student(steps)
         running = Bench(opened, contenders, batch_sizes, options, skip, prompts)
-        try:
-            speeds = running.speeds(steps, rounds)
-            parities = running.parities(steps)
-            reference = running.reference
-        finally:
-            running.close()
-        compared = tuple(running.pipelines)
-        speeds = [speed for speed in speeds if speed.contender in compared]
-        without_peak = dict[Contender, str]()
-        peaks = {contender: _peak(contender, options, without_peak) for contender in compared}
-        taken = dict[Contender, dict[str, int]]()
-        for one in compared if memory else ():
-            with running.trying(one):
-                taken[one] = memory_bytes(opened.path, one, batch_sizes, options)
+        compared = _compare(running, steps, rounds, memory)
     except TaskError as error:
         raise click.BadParameter(f"{error.message}; name others", param_hint="--prompt") from error
     except (BundleError, EngineError) as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        document = {
-            "bundle": f"{opened.manifest.name}@{opened.manifest.revision}",
-            "machine": _machine(options.threads),
-            "speeds": [asdict(speed) for speed in speeds],
-            "parities": [_finite(asdict(parity)) for parity in parities],
-            "peaks": {str(one): peak for one, peak in peaks.items()},
-            "without_peak": {str(one): why for one, why in without_peak.items()},
-            "memory": {str(one): grown for one, grown in taken.items()},
-            "left_out": {str(one): why for one, why in running.left_out.items()},
+    click.echo(json.dumps(compared.document(), indent=2, allow_nan=False) if as_json else compared.text())
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What was measured, in the order of the contenders, and why something was not."""
+
+    manifest: Manifest
+    steps: int
+    machine: str
+    speeds: Sequence[Speed]
+    parities: Sequence[Parity]
+    reference: Contender
+    peaks: dict[Contender, float | None]
+    without_peak: dict[Contender, str]
+    memory: dict[Contender, dict[str, int]]
+    left_out: dict[Contender, str]
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "bundle": f"{self.manifest.name}@{self.manifest.revision}",
+            "machine": self.machine,
+            "speeds": [asdict(speed) for speed in self.speeds],
+            "parities": [_finite(asdict(parity)) for parity in self.parities],
+            "peaks": {str(one): peak for one, peak in self.peaks.items()},
+            "without_peak": {str(one): why for one, why in self.without_peak.items()},
+            "memory": {str(one): grown for one, grown in self.memory.items()},
+            "left_out": {str(one): why for one, why in self.left_out.items()},
         }
-        click.echo(json.dumps(document, indent=2, allow_nan=False))
-        return
-    click.echo(f"{opened.manifest.name} {opened.manifest.revision}, {steps} steps. {_machine(options.threads)}.\n")
-    click.echo("\n".join(_speed_table(speeds, peaks, compared[0])))
-    if opened.manifest.text is not None:
-        click.echo("\nPrompts were encoded before: neither seconds nor GFLOP have the text encoder's part.")
-    click.echo()
-    click.echo("\n".join(_parity_table(parities, reference)))
-    if lost := [f"{one.contender} at {one.image_psnr_db:.1f} dB" for one in parities if one.image_psnr_db < FLOOR_DB]:
-        click.echo(f"\nWhole images below {FLOOR_DB:g} dB, the floor of a graph: {', '.join(lost)}")
-    for one, why in without_peak.items():
-        click.echo(f"\nNo peak of {one} was measured: {why}")
-    for why in running.left_out.values():
-        click.echo(f"\nLeft out: {why}")
-    for one, grown in taken.items():
-        click.echo(
-            f"\n{one} took " + " and ".join(f"{size / 1e6:.0f} MB of the {what}" for what, size in grown.items())
-        )
+
+    def text(self) -> str:
+        """For people: Markdown."""
+        parts = [f"{self.manifest.name} {self.manifest.revision}, {self.steps} steps. {self.machine}."]
+        parts.append("\n".join(_speed_table(self.speeds, self.peaks, first=next(iter(self.peaks)))))
+        if self.manifest.text is not None:
+            parts.append("Prompts were encoded before: neither seconds nor GFLOP have the text encoder's part.")
+        if table := _parity_table(self.parities, self.reference):
+            parts.append("\n".join(table))
+        if lost := [f"{p.contender} at {p.image_psnr_db:.1f} dB" for p in self.parities if p.image_psnr_db < FLOOR_DB]:
+            parts.append(f"Whole images below {FLOOR_DB:g} dB, the floor of a graph: {', '.join(lost)}")
+        parts += [f"No peak of {one} was measured: {why}" for one, why in self.without_peak.items()]
+        parts += [f"Left out: {why}" for why in self.left_out.values()]
+        for one, grown in self.memory.items():
+            parts.append(
+                f"{one} took " + " and ".join(f"{size / 1e6:.0f} MB of the {what}" for what, size in grown.items())
+            )
+        return "\n\n".join(parts)
+
+
+def _compare(running: Bench, steps: int, rounds: int, memory: bool) -> _Comparison:
+    """Measure all of it, and close what ran. Raises as `Bench` does."""
+    try:
+        speeds = running.speeds(steps, rounds)
+        parities = running.parities(steps)
+        reference = running.reference
+    finally:
+        running.close()
+    compared = tuple(running.pipelines)
+    without_peak = dict[Contender, str]()
+    peaks = {contender: _peak(contender, running.options, without_peak) for contender in compared}
+    taken = dict[Contender, dict[str, int]]()
+    for one in compared if memory else ():
+        with running.trying(one):
+            taken[one] = memory_bytes(running.bundle.path, one, running.batch_sizes, running.options)
+    return _Comparison(
+        manifest=running.bundle.manifest,
+        steps=steps,
+        machine=_machine(running.options.threads),
+        speeds=[speed for speed in speeds if speed.contender in compared],
+        parities=parities,
+        reference=reference,
+        peaks=peaks,
+        without_peak=without_peak,
+        memory=taken,
+        left_out=running.left_out,
+    )
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
