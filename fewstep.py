@@ -25,7 +25,7 @@ class Entry:
 
 COMMANDS = {
     "serve": Entry("service.commands:serve", "Serve a bundle over HTTP."),
-    "keys": Entry("service.keys_command:keys", "Make API keys for the service."),
+    "keys": Entry("service.security.keys_command:keys", "Make API keys for the service."),
     "generate": Entry("engines.commands:generate", "Make images from a prompt, without a service."),
     "inspect": Entry("engines.commands:inspect", "Show and verify what is in a bundle."),
     "build": Entry("engines.build_command:build", "Compile a bundle's graphs ahead of time.", "tensorrt"),
@@ -34,7 +34,7 @@ COMMANDS = {
     "precompute": Entry("training.precompute:command", "Write a recipe's latents and prompts as shards.", "training"),
     "train": Entry("training.commands:train", "Train the guided teacher of a recipe.", "training"),
     "distill": Entry("training.commands:distill", "Distil a recipe's students, and train what is missing.", "training"),
-    "evaluate": Entry("training.evaluate_command:evaluate", "Print the quality table of a run.", "training"),
+    "evaluate": Entry("training.evaluation.command:evaluate", "Print the quality table of a run.", "training"),
     "export": Entry("training.commands:export", "Write the bundle of a run.", "training"),
 }
 

@@ -35,8 +35,8 @@ from training.draws import Draws
 from training.guidance import Condition
 from training.losses import Batch
 from training.networks import GUIDANCE_EMBEDDING_DIM, NetworkDenoiser, student_from
+from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.sections import ScaleRecipe
-from training.teachers import TeacherError, TeacherPipeline
 
 STABLE_DIFFUSION: Mapping[str, Any] = {
     "sample_size": 64,

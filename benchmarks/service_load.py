@@ -31,7 +31,7 @@ from engines.backends.cores import usable_cores
 from engines.bundle import SHIPPED, find_bundle
 from engines.pipeline import Pipeline, Row, Task
 from service.app import create_app
-from service.opening import default_threads, lone_threads, open_pipeline
+from service.models.opening import default_threads, lone_threads, open_pipeline
 from service.runtime import State
 from service.settings import Settings
 

@@ -23,7 +23,7 @@ from benchmarks.arguments import known_bundle
 from benchmarks.requests import Requests, body, endpoint
 from benchmarks.served import Answer, Served, serving
 from engines.bundle import SHIPPED, find_bundle, read_manifest
-from service.opening import default_threads
+from service.models.opening import default_threads
 
 OVERLOAD = 10
 SATURATION_REQUESTS = 60

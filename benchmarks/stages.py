@@ -16,7 +16,7 @@ from training.guidance import Condition, GuidedTeacher
 from training.loop import train
 from training.losses import Batch, output_matching_loss, progressive_loss
 from training.networks import NetworkDenoiser, student_from
-from training.report import Pace
+from training.progress import Pace
 from training.sections import Optimisation, ScaleRecipe
 
 WARMUP = 2

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.cost import DTYPES, HALVINGS, conditions, count_flops, measured_peak, narrowed, whole_numbers
 from engines.decibels import psnr_db
 from training.diffusion import Schedule
-from training.graphs import StepGraph
+from training.exporting.graphs import StepGraph
 from training.guidance import Condition
 from training.networks import NetworkDenoiser, student_from
 

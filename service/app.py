@@ -10,12 +10,6 @@ from fastapi import APIRouter, FastAPI
 
 from engines.provenance import package_version
 from service import errors
-from service.access import Access
-from service.api_keys import KeyFile
-from service.browsers import Foreign
-from service.cors import Preflights, Readable
-from service.gpus import open_gpus
-from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, open_rates, opener_of
@@ -23,8 +17,14 @@ from service.routes import images, jobs, models, openai, status
 from service.routes.openapi import FOREIGN, OF_CONNECTIONS, DocumentedApp, guarded
 from service.routes.page import page_router
 from service.runtime import OpenPipeline, Service
+from service.security.access import Access
+from service.security.api_keys import KeyFile
+from service.security.browsers import Foreign
+from service.security.cors import Preflights, Readable
 from service.settings import Settings
-from service.tracing import Tracing, open_tracing
+from service.telemetry.gpus import open_gpus
+from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import Tracing, open_tracing
 
 _DESCRIPTION = """
 Images from few-step students: text to image, editing and inpainting, batched together.

@@ -49,7 +49,8 @@ def serve(**options: Any) -> None:
     if "plans" in given and settings.backend not in (AUTO, *KEEP_PLANS):
         raise click.BadParameter(f"{settings.backend} keeps no plans; {', '.join(KEEP_PLANS)} do", param_hint="--plans")
     # Imported late, so that --help and a wrong option answer at once.
-    from service import logs, server
+    from service import server
+    from service.telemetry import logs
 
     logs.configure(settings.log_format, settings.log_level)
     for name in unknown_settings(os.environ):

@@ -13,9 +13,9 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.errors import ApiError
-from service.logs import request_id_var
-from service.metrics import Metrics
 from service.middleware import SECURITY_HEADERS
+from service.telemetry.logs import request_id_var
+from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

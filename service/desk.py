@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from service.errors import ApiError, from_failure, idempotency_conflict, model_refusals, queue_unavailable
 from service.jobs import EXPIRED, LOST, STOPPED, FailureReason, Finished, Job, Outcome
-from service.metrics import Metrics
 from service.queue.base import JobQueue, Keep, KeyConflict, QueueFull, QueueUnavailable, Status
 from service.safety import Safety
+from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import Tracing
 from service.threads import Helper
-from service.tracing import Tracing
 from service.tracker import Tracker
 
 Result = TypeVar("Result")

@@ -17,9 +17,9 @@ from starlette.routing import Match
 from engines.bundle import BundleError
 from engines.images import ImageError
 from engines.pipeline import TaskError
-from service.catalogue import LoadsEnded, ModelError, UnknownModel, unreadable
 from service.jobs import STOPPED, Failed
-from service.logs import request_id_var
+from service.models.catalogue import LoadsEnded, ModelError, UnknownModel, unreadable
+from service.telemetry.logs import request_id_var
 
 _TYPES = {
     401: "authentication_error",

@@ -9,9 +9,9 @@ import re
 from fastapi import Request
 
 from engines.images import ImageFormat
-from service.access import caller_of
 from service.errors import ApiError
 from service.schemas import GenerateRequest
+from service.security.access import caller_of
 
 HEADER = "Idempotency-Key"
 

@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.desk import ClientGone
 from service.errors import ApiError, from_failure, internal_error, too_many_bytes
 from service.jobs import STOPPED
-from service.logs import describe, request_id_var
-from service.metrics import Metrics
+from service.telemetry.logs import describe, request_id_var
+from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger("service.access")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from engines.bundle import steady_bundle
 from engines.pipeline import Pipeline
 from service.jobs import ending
-from service.metrics import Metrics
-from service.opening import open_pipeline
+from service.models.opening import open_pipeline
 from service.queue.base import Bounds, JobQueue
 from service.queue.memory import MemoryQueue
-from service.rates import Rates, TokenBuckets
 from service.runtime import OpenPipeline
+from service.security.rates import Rates, TokenBuckets
 from service.settings import MEMORY, Role, Settings
+from service.telemetry.metrics import Metrics
 
 
 def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:

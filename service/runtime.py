@@ -16,22 +16,22 @@ from pathlib import Path
 from engines.manifest import Manifest
 from engines.pipeline import Pipeline
 from engines.provenance import package_version
-from service.catalogue import Catalogue, LoadsEnded
+from service.batching.scheduler import Scheduler
+from service.batching.worker import Worker
 from service.desk import ClientIsGone, Desk, Result, never
 from service.errors import ApiError, from_failure, model_refusals, too_many_requests
 from service.jobs import EXPIRED
-from service.logs import describe
-from service.metrics import Metrics
-from service.models import Lease, Models
-from service.opening import open_pipeline
+from service.models.catalogue import Catalogue, LoadsEnded
+from service.models.opening import open_pipeline
+from service.models.registry import Lease, Models
 from service.queue.base import JobQueue, QueueUnavailable
 from service.safety import open_safety
-from service.scheduler import Scheduler
 from service.settings import Settings
+from service.telemetry.logs import describe
+from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import Tracing, Untraced
 from service.threads import Helper
-from service.tracing import Tracing, Untraced
 from service.tracker import Tracker
-from service.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from functools import partial
 
 from engines.tasks import Pixels, words_of
 from service.jobs import Failed, Job
-from service.logs import describe
-from service.metrics import Metrics
+from service.telemetry.logs import describe
+from service.telemetry.metrics import Metrics
 from service.threads import Helper
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import uvicorn
 
 from service.app import create_app
 from service.connections import BACKLOG, Connection, bound_connections
-from service.cross_origin import is_loopback
 from service.runtime import Service, State
+from service.security.cross_origin import is_loopback
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

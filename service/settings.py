@@ -12,10 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.bundle import SHIPPED
 from engines.plans import Precision
-from service.api_keys import read_keys
-from service.collector import check_collector, standard_collector
-from service.cross_origin import read_origins
 from service.queue.addresses import check_address
+from service.security.api_keys import read_keys
+from service.security.cross_origin import read_origins
+from service.telemetry.collector import check_collector, standard_collector
 
 MIB = 1024 * 1024
 MEMORY = "memory"

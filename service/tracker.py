@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from service.errors import job_not_found, queue_unavailable, too_many_requests
 from service.jobs import EXPIRED
-from service.metrics import Metrics
 from service.queue.base import LATE_S, JobQueue, QueueUnavailable, Status
+from service.telemetry.metrics import Metrics
 
 HEARTBEAT_S = 15.0
 """The longest silence of `Tracker.follow`."""

@@ -80,7 +80,7 @@ def test_serving_and_the_command_line_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["engines.backends.ort", "engines.compile", "training.graphs"])
+@pytest.mark.parametrize("module", ["engines.backends.ort", "engines.compile", "training.exporting.graphs"])
 def test_onnx_runtime_reports_nothing_to_its_maker(module: str) -> None:
     code = (
         f"import os, sys, {module}; print(os.environ['ORT_DISABLE_TELEMETRY']);"

@@ -15,14 +15,14 @@ from engines.bundle import BundleError
 from training import distill as stages
 from training import run as runs
 from training.data.entries import DataError
-from training.export import export as export_run
-from training.features import FeatureError
-from training.graphs import SMALLEST_FIRST, ExportError, Weights
+from training.evaluation.features import FeatureError
+from training.evaluation.metrics import MetricError
+from training.exporting.export import export as export_run
+from training.exporting.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.loop import Stopped, TrainingError
-from training.metrics import MetricError
-from training.pipeline_faults import TeacherError
+from training.pretrained.pipeline_faults import TeacherError
+from training.progress import Pace
 from training.recipe import Recipe
-from training.report import Pace
 from training.sections import RecipeError
 from training.sharding import sharding
 

@@ -34,7 +34,7 @@ from training.data.entries import DataError
 from training.draws import Draws, generator_at
 from training.guard import Guard, signals
 from training.networks import compile_network
-from training.report import Pace, Report
+from training.progress import Pace, Report
 from training.sections import Optimisation, ScaleRecipe
 
 Network = TypeVar("Network", bound=nn.Module)

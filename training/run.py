@@ -31,13 +31,13 @@ from training.diffusion import Schedule
 from training.guidance import Condition, GuidedTeacher
 from training.loop import TrainingError, shares
 from training.networks import NetworkDenoiser, compile_network, load_network, of_side
-from training.pipelines import has_pipeline, save_stage, student_card
+from training.pretrained.pipelines import has_pipeline, save_stage, student_card
+from training.pretrained.teachers import TeacherPipeline
+from training.progress import Pace
 from training.prompts import PromptEncoder
 from training.recipe import Recipe
-from training.report import Pace
 from training.sections import CheckpointRecipe, OwnPrediction, ScheduleName, TeacherRecipe
 from training.store import hash_of, hash_of_files, whole_file
-from training.teachers import TeacherPipeline
 from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"

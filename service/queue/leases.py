@@ -17,7 +17,6 @@ from itertools import product
 from typing import Any, TypeVar
 
 from service.jobs import Failed, Job, Outcome, Priority
-from service.logs import describe
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import BUSY_S, EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
@@ -25,6 +24,7 @@ from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
 from service.queue.wire import pack_outcome, request_of, unpack_job
+from service.telemetry.logs import describe
 
 logger = logging.getLogger(__name__)
 

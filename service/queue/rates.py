@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 
-from service.api_keys import ApiKey
 from service.queue import keys
 from service.queue.clients import AWAY, CoroutinesRedis
-from service.rates import MINUTE_S, TokenBuckets
+from service.security.api_keys import ApiKey
+from service.security.rates import MINUTE_S, TokenBuckets
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from service.access import require_admin
 from service.errors import ApiError, model_refusals
 from service.routes.examples import MODEL, MODELS, UNLOADED
 from service.routes.openapi import error, success
 from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service
 from service.schemas import Model, ModelList
+from service.security.access import require_admin
 
 router = APIRouter(tags=["models"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 

@@ -17,11 +17,11 @@ from fastapi.routing import APIRoute
 from prometheus_client.metrics import MetricWrapperBase
 
 import service.routes
-from service.gpus import GpuMemory
-from service.loaded import ModelState
-from service.metrics import Metrics
+from service.models.loaded import ModelState
 from service.queue.base import QueueStats
 from service.routes import models
+from service.telemetry.gpus import GpuMemory
+from service.telemetry.metrics import Metrics
 from tests.deploy.promql import filters
 
 RunTool = Callable[..., None]

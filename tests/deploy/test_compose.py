@@ -49,7 +49,7 @@ def started(own: ComposeService, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The settings with which its command would serve."""
     given: list[Settings] = []
     monkeypatch.setattr(service.server, "run", lambda settings: given.append(settings) or 0)
-    monkeypatch.setattr("service.logs.configure", lambda *_: None)
+    monkeypatch.setattr("service.telemetry.logs.configure", lambda *_: None)
     environment = {name: str(value) for name, value in own["environment"].items() if value is not None}
     ended = CliRunner().invoke(main, own["command"], env=environment)
     assert ended.exit_code == 0, ended.output

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from service.jobs import FailureReason
-from service.metrics import Metrics
 from service.middleware import _outcome
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from tests.deploy.conftest import RunTool
 from tests.deploy.promql import unknown, uses
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from engines.pipeline import Generate, Pipeline, Task
-from service.catalogue import Catalogue
+from service.batching.scheduler import Scheduler
+from service.batching.worker import Worker
 from service.jobs import Failed, Finished, Job, Outcome, Output, Priority
-from service.metrics import Metrics
-from service.models import Models
+from service.models.catalogue import Catalogue
+from service.models.registry import Models
 from service.queue.memory import MemoryQueue
-from service.scheduler import Scheduler
-from service.worker import Worker
+from service.telemetry.metrics import Metrics
 
 MAX_ROWS = 4
 

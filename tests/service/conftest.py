@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from engines.pipeline import Pipeline
-from service.catalogue import Catalogue
-from service.models import Models
-from service.opening import open_pipeline
+from service.models.catalogue import Catalogue
+from service.models.opening import open_pipeline
+from service.models.registry import Models
 from service.queue.base import JobQueue
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue

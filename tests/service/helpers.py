@@ -26,7 +26,7 @@ from service.app import create_app
 from service.queue.base import JobQueue
 from service.runtime import Service, State
 from service.settings import Settings
-from service.tracing import Tracing
+from service.telemetry.tracing import Tracing
 
 SIZE = 16
 

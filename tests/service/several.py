@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from engines.pipeline import Generate
-from service.catalogue import Catalogue
+from service.batching.scheduler import Scheduler
+from service.batching.worker import Worker
 from service.jobs import Finished, Job, Outcome, Output
-from service.metrics import Metrics
-from service.models import Models
+from service.models.catalogue import Catalogue
+from service.models.registry import Models
 from service.queue.memory import MemoryQueue
-from service.scheduler import Scheduler
 from service.settings import Settings
-from service.worker import Worker
+from service.telemetry.metrics import Metrics
 from tests.bundles import make_tiny_bundle
 from tests.service.helpers import SIZE, Running, pixels
 

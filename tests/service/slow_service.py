@@ -14,9 +14,10 @@ from pathlib import Path
 
 from engines.backends.base import DeviceLostError
 from engines.pipeline import Pipeline, Row
-from service import logs, roles, server
-from service.opening import open_pipeline
+from service import roles, server
+from service.models.opening import open_pipeline
 from service.settings import Settings
+from service.telemetry import logs
 
 DEADLY = "the moon"
 ILLEGAL = "the sun"

@@ -12,8 +12,8 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.api_keys import ApiKey, digest_of
 from service.app import create_app
+from service.security.api_keys import ApiKey, digest_of
 from service.settings import Settings
 from tests.service.helpers import Running, error, running
 
@@ -194,7 +194,7 @@ async def test_every_answer_has_headers_that_keep_browsers_strict(
 async def test_what_is_refused_is_counted_at_its_endpoint_and_logged_with_its_key(
     app: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "service.access")
+    caplog.set_level("INFO", "service.security.access")
     for _ in range(3):
         await app.client.post("/generate", json={}, headers=bearer("slow"))
     await app.client.post("/edit", json={}, headers=bearer("nobody"))
@@ -204,5 +204,5 @@ async def test_what_is_refused_is_counted_at_its_endpoint_and_logged_with_its_ke
     assert app.metric("fewstep_requests_total", endpoint="unmatched", outcome="rejected") == 1
     assert app.metric("fewstep_requests_total", endpoint="edit", outcome="invalid") == 1
     assert app.metric("fewstep_requests_total", endpoint="cancel_job", outcome="invalid") == 1
-    keys = [getattr(record, "key", None) for record in caplog.records if record.name == "service.access"]
+    keys = [getattr(record, "key", None) for record in caplog.records if record.name == "service.security.access"]
     assert keys == ["slow", "slow", "slow", None, None, "slow"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewstep import main
-from service.api_keys import (
+from service.security.api_keys import (
     ApiKey,
     KeyFile,
     KeyFileError,

@@ -7,7 +7,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from service import server
-from service.cross_origin import is_loopback, is_own
+from service.security.cross_origin import is_loopback, is_own
 from service.server import Server
 from service.settings import Settings
 from tests.service.helpers import Running, error, running

@@ -8,9 +8,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from service.api_keys import ApiKey, digest_of
 from service.app import create_app
 from service.client import Client, Retries, ServiceError
+from service.security.api_keys import ApiKey, digest_of
 from service.settings import Settings
 from tests.service.helpers import listening
 

@@ -27,12 +27,12 @@ import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 
-from service import logs
 from service.app import create_app
 from service.connections import Connection, bound_connections
 from service.middleware import SECURITY_HEADERS
 from service.runtime import State
 from service.settings import Settings
+from service.telemetry import logs
 from tests.service.helpers import Gate, pipeline_of, wait_until
 
 HALF = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.api_keys import ApiKey, digest_of
+from service.security.api_keys import ApiKey, digest_of
 from service.settings import Settings
 from tests.service.helpers import Running, error, running
 

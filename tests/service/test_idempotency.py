@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from engines.backends.base import EngineError
-from service.api_keys import ApiKey, digest_of
 from service.app import create_app
+from service.security.api_keys import ApiKey, digest_of
 from service.settings import Settings
 from tests.service import checks
 from tests.service.helpers import Gate, Running, error, listening, pipeline_of, png, random_image, running, until

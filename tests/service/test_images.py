@@ -14,7 +14,7 @@ from PIL import Image
 
 from engines.images import fit
 from engines.pipeline import Edit, Generate, Inpaint
-from service import finisher
+from service.batching import finisher
 from service.openai import ImagesEditBody
 from service.schemas import EditRequest, InpaintRequest
 from service.settings import Settings

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from engines.backends.base import DeviceMemoryError, EngineError
 from engines.pipeline import TaskError
-from service.caps import Caps
-from service.isolate import BROKEN, Isolator, failures, isolate
+from service.batching.caps import Caps
+from service.batching.isolate import BROKEN, Isolator, failures, isolate
 from service.jobs import Failed
 
 

@@ -17,7 +17,7 @@ from starlette.types import Message
 from engines.pipeline import Row
 from service import tracker
 from service.app import create_app
-from service.finisher import encode_preview
+from service.batching.finisher import encode_preview
 from service.queue.base import Status
 from service.runtime import State
 from service.schemas import JobResponse

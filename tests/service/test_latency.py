@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.latency import Latency
+from service.batching.latency import Latency
 
 SIZES = (1, 2, 4, 8, 16)
 slopes = st.floats(1e-5, 1.0)

@@ -25,13 +25,13 @@ from starlette.types import Message
 from engines.bundle import BundleError
 from engines.pipeline import Pipeline
 from service.app import create_app
-from service.catalogue import ModelError
 from service.errors import ApiError
-from service.logs import Formatter
-from service.opening import open_pipeline
+from service.models.catalogue import ModelError
+from service.models.opening import open_pipeline
 from service.queue.base import Job, Keep
 from service.runtime import State
 from service.settings import Settings
+from service.telemetry.logs import Formatter
 from tests.service.helpers import (
     Gate,
     Running,
@@ -403,7 +403,9 @@ async def test_log_lines_have_the_request_id_and_no_prompt(
         logging.getLogger().removeHandler(handler)
     assert answer.status_code == 200
     assert "secret" not in stream.getvalue()
-    [text] = [line for line in stream.getvalue().splitlines() if "generate" in line and "service.access" in line]
+    [text] = [
+        line for line in stream.getvalue().splitlines() if "generate" in line and "service.access" in line
+    ]
     if form == "text":
         assert 'request_id="from-me"' in text
         assert "status=200" in text

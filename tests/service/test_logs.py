@@ -16,11 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from engines.backends.base import EngineError
-from service import logs
-from service.api_keys import ApiKey, digest_of, new_key
 from service.queue.base import QueueUnavailable
 from service.queue.wire import pack_job, request_of
+from service.security.api_keys import ApiKey, digest_of, new_key
 from service.settings import Settings
+from service.telemetry import logs
 from tests.service.helpers import Running, b64, random_image, running
 from tests.service.queues import KEEP, opened
 from tests.service.queues import job as some_job
@@ -180,11 +180,11 @@ async def test_a_fault_in_a_loop_names_the_requests_that_it_cost(
 
     headers = {"X-Request-ID": "mine"}
     with monkeypatch.context() as once:
-        once.setattr("service.finisher.encode_image", broken)
+        once.setattr("service.batching.finisher.encode_image", broken)
         await app.client.post("/generate", json={"prompt": "a cat"}, headers=headers)
     assert [line["requests"] for line in lines.of("an image cannot be encoded")] == [["mine"]]
     with monkeypatch.context() as once:
-        once.setattr("service.finisher.failures", broken)
+        once.setattr("service.batching.finisher.failures", broken)
         await app.client.post("/generate", json={"prompt": "a cat"}, headers=headers)
     assert [line["requests"] for line in lines.of("finishing failed")] == [["mine"]]
     with monkeypatch.context() as once:

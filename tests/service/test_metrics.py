@@ -10,10 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engines.backends.base import EngineError
 from engines.provenance import package_version
-from service.gpus import GpuMemory, open_gpus
-from service.metrics import Metrics
 from service.queue.base import QueueStats, QueueUnavailable
 from service.settings import Settings
+from service.telemetry.gpus import GpuMemory, open_gpus
+from service.telemetry.metrics import Metrics
 from tests.service.helpers import Running, b64, png, random_image, running
 
 pytestmark = pytest.mark.anyio

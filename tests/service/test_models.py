@@ -18,12 +18,12 @@ import pytest
 from engines.backends.base import EngineError
 from engines.bundle import MANIFEST_NAME
 from engines.pipeline import Generate, Pipeline
-from service import opening
-from service.catalogue import Catalogue, Entry, LoadsEnded, ModelError, UnknownModel
 from service.errors import ApiError, model_refusals
-from service.models import Models
-from service.opening import open_pipeline
-from service.refused import Refused
+from service.models import opening
+from service.models.catalogue import Catalogue, Entry, LoadsEnded, ModelError, UnknownModel
+from service.models.opening import open_pipeline
+from service.models.refused import Refused
+from service.models.registry import Models
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service.helpers import SIZE, Gate, Running, error, pipeline_of, running, until
@@ -400,10 +400,10 @@ def test_a_lone_row_has_both_cores_of_two_and_the_weights_are_held_twice_for_it(
 def test_what_is_unloaded_gives_its_memory_back() -> None:
     code = """
 from pathlib import Path
-from service.catalogue import Catalogue
-from service.models import Models
-from service.opening import open_pipeline
-from service.refused import Refused
+from service.models.catalogue import Catalogue
+from service.models.registry import Models
+from service.models.opening import open_pipeline
+from service.models.refused import Refused
 from service.settings import Settings
 
 def megabytes():

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from engines.pipeline import Pipeline
-from service.catalogue import Catalogue
 from service.jobs import Failed, Finished
-from service.models import Models
-from service.opening import open_pipeline
+from service.models.catalogue import Catalogue
+from service.models.opening import open_pipeline
+from service.models.registry import Models
 from service.settings import Settings
 from tests.service.helpers import wait_until
 from tests.service.several import MAX_ROWS, NAMES, SeveralBench, replace, room_for

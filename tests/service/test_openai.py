@@ -292,7 +292,7 @@ def test_what_would_fail_again_is_not_tried_again_by_their_client(
         tried.append(image)
         raise ValueError("EXIF data is too long")
 
-    monkeypatch.setattr("service.finisher.encode_image", broken)
+    monkeypatch.setattr("service.batching.finisher.encode_image", broken)
     with pytest.raises(openai.InternalServerError) as caught:
         served.client.with_options(max_retries=3).images.generate(prompt="a cat")
     assert caught.value.response.headers["x-should-retry"] == "false"

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.backends.base import EngineError
-from service.metrics import Metrics
 from service.queue import keys
 from service.roles import open_queue
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from tests.service.asked import ask, over, state
 from tests.service.bench import MAX_ROWS, Bench, task
 from tests.service.helpers import Gate, Running, error, running, until

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.api_keys import ApiKey, digest_of, new_key
 from service.app import create_app
+from service.security.api_keys import ApiKey, digest_of, new_key
 from service.settings import Settings
 from tests.service import webdriver
 from tests.service.helpers import listening

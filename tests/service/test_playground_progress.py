@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from engines.pipeline import Pipeline, Row
 from service.app import create_app
-from service.opening import open_pipeline
+from service.models.opening import open_pipeline
 from service.settings import Settings
 from tests.bundles import make_tiny_bundle
 from tests.service import webdriver

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle import load_bundle, write_bundle
-from service.api_keys import ApiKey, digest_of, new_key
 from service.app import create_app
+from service.security.api_keys import ApiKey, digest_of, new_key
 from service.settings import Settings
 from tests.service import webdriver
 from tests.service.helpers import SIZE, Pixels, listening, png, random_image, read_pixels

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api_keys import ApiKey, digest_of
 from service.queue import keys
 from service.queue.rates import RedisRates
-from service.rates import Rates, TokenBuckets
+from service.security.api_keys import ApiKey, digest_of
+from service.security.rates import Rates, TokenBuckets
 from service.settings import Settings
 from tests.service.helpers import error, running
 from tests.service.redis_server import RedisServer

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.batching.scheduler import Candidate, Scheduler
 from service.queue.base import HEAD_START_S
-from service.scheduler import Candidate, Scheduler
 
 NOW = 100.0
 

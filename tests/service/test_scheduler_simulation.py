@@ -10,9 +10,9 @@ from random import Random
 
 import pytest
 
+from service.batching.scheduler import Candidate, Scheduler
 from service.queue.admission import Door
 from service.queue.base import HEAD_START_S
-from service.scheduler import Candidate, Scheduler
 
 SIZES = (1, 2, 4, 8, 16)
 MAX_ROWS = SIZES[-1]

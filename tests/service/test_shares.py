@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.shares import Shares
+from service.batching.shares import Shares
 
 costs = st.dictionaries(st.sampled_from("abcde"), st.floats(0.01, 10.0), min_size=1)
 

@@ -23,7 +23,7 @@ from engines.pipeline import Generate
 from service.jobs import Job, Output
 from service.queue.memory import MemoryQueue
 from service.settings import Settings
-from service.spans import Spans
+from service.telemetry.spans import Spans
 from tests.service.helpers import Gate, b64, png, random_image, running, until
 from tests.service.redis_server import RedisServer
 

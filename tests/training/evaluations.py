@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training import run as runs
 from training.distill import student_stage
-from training.evaluate_command import evaluate as command
+from training.evaluation.command import evaluate as command
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.prompts import TextGraph
 from training.recipe import Recipe

@@ -21,14 +21,14 @@ from tests import pipelines
 from training.data.place import StreamError
 from training.distill import distill, encoder_stage, student_stage, train_teacher
 from training.draws import Draws
-from training.export import export, step_graph
+from training.exporting.export import export, step_graph
 from training.loop import TrainingError
 from training.precompute import precompute
+from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.recipe import Recipe
 from training.run import Run
 from training.sampler import sample
 from training.sections import DataRecipe
-from training.teachers import TeacherError, TeacherPipeline
 
 SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}
 

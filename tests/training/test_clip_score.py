@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from tests.training.small_models import CLIP_TOKENS, write_clip
-from training import clip_score
-from training.clip_score import ClipScorer
-from training.features import FeatureError, Pixels
+from training.evaluation import clip_score
+from training.evaluation.clip_score import ClipScorer
+from training.evaluation.features import FeatureError, Pixels
 
 CPU = torch.device("cpu")
 SEED = 3

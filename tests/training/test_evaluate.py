@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run
-from training import candidates, judge
-from training.candidates import Candidate, ImageMaker, trained_students
 from training.distill import student_stage
-from training.evaluate import Plan, evaluate, make_images
-from training.evaluate_command import evaluate as command
-from training.evaluation_set import EvaluationSet, load_evaluation_set
-from training.features import PixelFeatures, Pixels
-from training.judge import Judge
+from training.evaluation import candidates, judge
+from training.evaluation.candidates import Candidate, ImageMaker, trained_students
+from training.evaluation.command import evaluate as command
+from training.evaluation.evaluate import Plan, evaluate, make_images
+from training.evaluation.evaluation_set import EvaluationSet, load_evaluation_set
+from training.evaluation.features import PixelFeatures, Pixels
+from training.evaluation.judge import Judge
 from training.loop import TrainingError
 from training.networks import save_network
 from training.recipe import Recipe

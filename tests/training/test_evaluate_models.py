@@ -11,9 +11,9 @@ import pytest
 from engines.hashes import sha256_of
 from tests.training.evaluations import invoke, make_captioned_run
 from tests.training.small_models import write_clip, write_inception
-from training import inception
-from training.clip_score import ClipScorer
-from training.inception import Inception
+from training.evaluation import inception
+from training.evaluation.clip_score import ClipScorer
+from training.evaluation.inception import Inception
 
 QUICK = [
     *("--features", "pixels", "--frechet-dims", "4", "--samples", "10", "--guidance", "1", "--teacher-steps", "1"),
@@ -69,7 +69,7 @@ def test_fid_and_inception_score_are_printed_and_measured_once(
     assert teacher > floor > 0
     assert all(score >= 1 for score in figures(folder, "inception_score"))
     monkeypatch.setattr(Inception, "__call__", refuse)
-    monkeypatch.setattr("training.judge.inception_score", refuse)
+    monkeypatch.setattr("training.evaluation.judge.inception_score", refuse)
     assert invoke(folder, *QUICK, "--inception", str(weights)).stdout == result.stdout
 
 

@@ -24,10 +24,10 @@ from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
-from training.card import commit_of_code, data_name, model_card
 from training.distill import distill, encoder_stage, student_stage
-from training.export import export
-from training.graphs import ExportError
+from training.exporting.card import commit_of_code, data_name, model_card
+from training.exporting.export import export
+from training.exporting.graphs import ExportError
 from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.recipe import Recipe

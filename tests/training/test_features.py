@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_image
 
-from training import features
-from training.features import (
+from training.evaluation import features
+from training.evaluation.features import (
     EXTRACTORS,
     EfficientNetLite0,
     FeatureError,

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import engines.weights
-from training import graphs
 from training.diffusion import Schedule, blend_known, ddim_step
-from training.graphs import Example, ExportError, StepGraph, Tracer, export_graph, write_graph
+from training.exporting import graphs
+from training.exporting.graphs import Example, ExportError, StepGraph, Tracer, export_graph, write_graph
 from training.networks import NetworkDenoiser, build_unet, student_from
 from training.sections import NetworkRecipe
 

@@ -13,10 +13,10 @@ import torch
 
 from engines.hashes import sha256_of
 from tests.training.small_models import write_inception
-from training import inception
-from training.features import FeatureError, Pixels
-from training.inception import LOGITS, POOLED, SCORE_SPLITS, Inception, inception_score
-from training.metrics import MetricError
+from training.evaluation import inception
+from training.evaluation.features import FeatureError, Pixels
+from training.evaluation.inception import LOGITS, POOLED, SCORE_SPLITS, Inception, inception_score
+from training.evaluation.metrics import MetricError
 
 CPU = torch.device("cpu")
 

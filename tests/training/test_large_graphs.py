@@ -22,7 +22,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from torch import nn
-from training import graphs
+from training.exporting import graphs
 
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024

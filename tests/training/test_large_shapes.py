@@ -19,10 +19,10 @@ from engines.compile import prepare
 from engines.plans import Precision, Profile
 from training import networks
 from training.diffusion import Schedule
-from training.graphs import Example, StepGraph, export_graph, named_outputs
+from training.exporting.graphs import Example, StepGraph, export_graph, named_outputs
 from training.guidance import Condition
 from training.networks import NetworkDenoiser, student_from
-from training.pipeline_prompts import ContextGraph, PairGraph
+from training.pretrained.pipeline_prompts import ContextGraph, PairGraph
 
 LATENT, TOKENS = 16, 77
 IDS = ("input_ids", "attention_mask", "input_ids_2")

@@ -20,7 +20,7 @@ from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws
 from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, shares, train
-from training.report import Pace
+from training.progress import Pace
 from training.sections import Optimisation, ScaleRecipe
 
 RECIPE = Optimisation(updates=12, batch_size=4, learning_rate=1e-2, ema=0.9, warmup=2)

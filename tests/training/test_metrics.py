@@ -12,7 +12,7 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from engines.decibels import psnr_db
-from training.metrics import (
+from training.evaluation.metrics import (
     MetricError,
     Projection,
     covariance,
@@ -162,7 +162,7 @@ def test_precision_and_recall_need_no_memory_for_all_distances_and_are_the_same(
     tracemalloc.stop()
     assert peak < 8 * 1500**2
     for at_once in (1, 7 * 1500, 1500**2):  # a row, rows that leave a rest, all
-        monkeypatch.setattr("training.metrics.DISTANCES_AT_ONCE", at_once)
+        monkeypatch.setattr("training.evaluation.metrics.DISTANCES_AT_ONCE", at_once)
         assert precision_and_recall(real, generated, 5) == found
     between, within = cdist(real, generated), np.sort(cdist(real, real), axis=1)[:, 5]
     assert found[0] == (between <= within[:, None]).any(axis=0).mean()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import pipelines
-from training.pipeline_files import loaded_files
-from training.teachers import TeacherPipeline
+from training.pretrained.pipeline_files import loaded_files
+from training.pretrained.teachers import TeacherPipeline
 
 
 def test_a_clone_of_a_repository_is_the_teacher_that_a_download_of_it_is(tmp_path: Path) -> None:

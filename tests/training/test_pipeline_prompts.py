@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import pipelines
-from training.teachers import TeacherError, TeacherPipeline
+from training.pretrained.teachers import TeacherError, TeacherPipeline
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,15 @@ from training import networks
 from training.data.inpainting import masked_condition
 from training.distill import distill, student_stage
 from training.draws import Draws
-from training.export import export
+from training.exporting.export import export
 from training.guidance import of_rows
 from training.losses import teacher_loss
 from training.networks import NetworkDenoiser, decode_all, save_network, student_from
-from training.pipelines import save_pipeline
+from training.pretrained.pipelines import save_pipeline
+from training.pretrained.teachers import TeacherPipeline
 from training.recipe import Recipe
 from training.run import Run
 from training.sampler import Kept, noised, sample
-from training.teachers import TeacherPipeline
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 MAKERS: dict[str, Callable[[Path], Path]] = {

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from training.plots import plot_calls, plot_guidance, save_plots
-from training.quality import Cell, Figures, Provenance, Quality, Row, Timing
+from training.evaluation.plots import plot_calls, plot_guidance, save_plots
+from training.evaluation.quality import Cell, Figures, Provenance, Quality, Row, Timing
 from training.solvers import Sampler
 
 ABOUT = Provenance("tiny", "train", "", 5000, 808, 809, "pixels at 8 px", None, None, 100, 16, 5, 0, "fp32", {})

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engines.backends.exported import runnable
 from tests.training.test_graphs import LINEAR, Linear, step_example, student
-from training.graphs import BATCH_SIZES, ExportError, StepGraph
-from training.programs import export_program
+from training.exporting.graphs import BATCH_SIZES, ExportError, StepGraph
+from training.exporting.programs import export_program
 
 
 def test_a_step_is_the_sampler_in_torch(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import io
 import json
 from dataclasses import replace
 
-from training.quality import Cell, Figures, Provenance, Quality, Row, Timing
-from training.reports import to_csv, to_json, to_markdown
+from training.evaluation.quality import Cell, Figures, Provenance, Quality, Row, Timing
+from training.evaluation.tables import to_csv, to_json, to_markdown
 
 FIGURES = Figures(0.5, 0.01, 400, 12.3, 0.71, 0.62, 809)
 FLOOR = Figures(-0.01, 0.02, 90, 1.5, 0.9, 0.8, 180)

@@ -25,7 +25,7 @@ from training.draws import Draws
 from training.guidance import GuidedTeacher
 from training.losses import Batch, output_matching_loss, progressive_loss
 from training.networks import load_network, save_network, student_from
-from training.teachers import TeacherError, TeacherPipeline
+from training.pretrained.teachers import TeacherError, TeacherPipeline
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd1": pipelines.stable_diffusion,

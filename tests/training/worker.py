@@ -20,7 +20,7 @@ from training.data.entries import DataError
 from training.data.shard_order import ShardOrder
 from training.data.stream import ShardStream
 from training.draws import Draws
-from training.report import Pace, Report
+from training.progress import Pace, Report
 from training.sections import Optimisation
 from training.sharding import sharding
 

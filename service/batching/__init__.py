@@ -1,0 +1,1 @@
+"""Continuous batching: what runs next, and the loop that runs it."""

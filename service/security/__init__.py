@@ -1,0 +1,1 @@
+"""Who may ask: keys, rates, and what browsers let pages do."""

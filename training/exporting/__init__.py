@@ -1,0 +1,1 @@
+"""Students as graphs, and runs as bundles."""
