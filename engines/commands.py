@@ -34,7 +34,7 @@ def _image_format(out: Path) -> ImageFormat:
 @click.command()
 @click.argument("bundle")
 @click.argument("prompt")
-@click.option("--steps", type=int, help="Network calls an image; the student's with the most by default.")
+@click.option("--steps", type=int, help="Network calls an image.  [default: the most that a student takes]")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default=SAMPLERS[0], show_default=True)
 @click.option("--guidance-scale", type=float, help="1 is no guidance; the bundle's own default by default.")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Image i of N takes SEED + i; random by default.")

@@ -26,11 +26,6 @@ class ConditionCache:
     def __contains__(self, prompt: str) -> bool:
         return prompt in self._kept
 
-    @property
-    def bytes_held(self) -> int:
-        """What the arrays take together."""
-        return self._bytes
-
     def get(self, prompt: str) -> Condition | None:
         """The arrays of a prompt, which nobody may write to; None where they are not kept."""
         with self._lock:

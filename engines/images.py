@@ -28,7 +28,7 @@ DEFAULT_QUALITY = 90
 _PNG_LEVEL = 1
 # Each scan of a JPEG is a pass over all its pixels, however few bytes it has; progressive files have about ten.
 _MAX_SCANS = 100
-# Those that are no scans are tables and notes, each of which takes the decoder a moment.
+# Those that are not scans are tables and notes, each of which takes the decoder a moment.
 _MAX_SEGMENTS = 2000
 
 _WHITE = (255, 255, 255)
@@ -44,7 +44,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What is no stuffed byte in a JPEG's data, nor one of the marks that restart it.
+# What is not a stuffed byte in a JPEG's data, nor one of the marks that restart it.
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _JPEG_START, _JPEG_END, _JPEG_SCAN = b"\xff\xd8", 0xD9, 0xDA
 # Grey PNGs whose samples Pillow spreads to 8 bits, by its name for how they are stored.
@@ -169,7 +169,7 @@ def read_text(data: bytes, key: str, limits: ImageLimits | None = None) -> str |
 
     Decodes pixels only of a PNG that has none before them: it may lie behind them.
 
-    Raises ImageError for what is no image or too large; text that is damaged is none.
+    Raises ImageError for what is not an image or too large; text that is damaged is none.
     """
     with _reading(), _open_header(data, limits or ImageLimits()) as image:
         if image.format == "PNG":

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from engines.backends.base import BATCH, Place, TensorSpec
+from engines.backends.base import BATCH, GridPlace, TensorSpec
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
@@ -39,7 +39,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def plain_name(name: str) -> str:
     """The name itself; ValueError where it could not be written in a path of a URL, or as name@revision."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of at most 100 letters, digits, spaces, '.', '_' and '-'")
+        raise ValueError(f"{name!r} is not a name of at most 100 letters, digits, spaces, '.', '_' and '-'")
     return name
 
 
@@ -53,7 +53,7 @@ def plain_file_name(name: str) -> str:
 def known_storages(names: str) -> str:
     """The names themselves, joined by +; ValueError for one that is not in `WEIGHT_BITS`."""
     if unknown := [name for name in names.split("+") if name not in WEIGHT_BITS]:
-        raise ValueError(f"{unknown[0]!r} is no storage of weights; known: {', '.join(WEIGHT_BITS)}")
+        raise ValueError(f"{unknown[0]!r} is not a storage of weights; known: {', '.join(WEIGHT_BITS)}")
     return names
 
 
@@ -87,7 +87,7 @@ class Grid(Model):
         return len(self.times) - 1
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[GridPlace, ...]:
         """Time, alpha and sigma of each."""
         return tuple(zip(self.times, self.alphas, self.sigmas, strict=True))
 
@@ -353,6 +353,10 @@ class Manifest(Description):
     def model(self) -> str:
         """The name of this very bundle, ``name@revision``."""
         return f"{self.name}@{self.revision}"
+
+    def answers_to(self, name: str) -> bool:
+        """Whether ``name`` is its name, or its ``name@revision``."""
+        return name in (self.name, self.model)
 
     @model_validator(mode="after")
     def _files_listed(self) -> Self:

@@ -225,7 +225,7 @@ def _read_record(file: BinaryIO) -> dict[str, Any]:
     """The record in front of a plan; the rest of the file is the plan. Raises ValueError where there is none."""
     record = json.loads(file.readline(_MAX_RECORD_BYTES))
     if not isinstance(record, dict):
-        raise ValueError("its record is no JSON object")
+        raise ValueError("its record is not a JSON object")
     return record
 
 

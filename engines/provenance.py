@@ -89,8 +89,8 @@ def describe_image(task: Task, manifest: Manifest, metadata: Metadata = "setting
 def settings_of(data: bytes, limits: ImageLimits | None = None) -> ImageSettings | None:
     """What a PNG, JPEG or WebP file says of how it was made, or None where it says nothing of the kind.
 
-    Decodes pixels only of a PNG with no text before them, as `read_text` does. Raises ImageError for what is no image
-    or too large.
+    Decodes pixels only of a PNG with no text before them, as `read_text` does. Raises ImageError for what is not an
+    image or too large.
     """
     text = read_text(data, KEY, limits)
     try:

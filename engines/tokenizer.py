@@ -48,7 +48,7 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """Whatever the library raises as TokenizerError: bare Exception, and panics that are no Exception at all."""
+    """Whatever the library raises as TokenizerError: bare Exception, and panics that are not an Exception at all."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -61,7 +61,7 @@ class Tokenizer:
     """A tokenizer.json with every prompt padded to ``max_tokens``; nothing is ever truncated silently."""
 
     def __init__(self, path: Path, max_tokens: int, pad_id: int, second: Tokenizer | None = None) -> None:
-        """Read the file at ``path``. Raises TokenizerError, for a ``pad_id`` that is no token of it too.
+        """Read the file at ``path``. Raises TokenizerError, for a ``pad_id`` that is not a token of it too.
 
         ``second`` is that of a second text encoder, which sees the same prompts.
         """

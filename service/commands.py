@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 @click.option("--role", type=click.Choice(["all", "api", "worker"]), help="What this process does.")
 @click.option("--queue", help="Where jobs wait: memory, or the URL of a Redis.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), help="What runs the graphs.")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of plans that are compiled.")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of compiled plans.")
 @click.option("--plans", type=click.Path(file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=int, help="Threads of an engine; 0, the default, leaves a core to HTTP and images.")
 @click.option("--max-batch", type=int, help="Most images in one call of the step engine.")
 @click.option("--api-keys-file", type=click.Path(dir_okay=False), help="Hashes of API keys, which `keys new` prints.")
 @click.option("--timeout-ms", type=int, help="Time limit of a request that names none.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), help="Form of a log line.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Format of log lines.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Lowest level to log.")
 def serve(**options: Any) -> None:
     """Serve a bundle over HTTP, with a page at /.
 

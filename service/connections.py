@@ -25,7 +25,7 @@ BACKLOG = 128
 _CLOSE = {"Connection": "close"}
 # Connections that wait for their next request, of probes and of scrapers.
 _SPARE_CONNECTIONS = 1024
-# Open files that are no connections of clients: bundles, Redis, logs, and a burst on its way to being turned away.
+# Open files that are not connections of clients: bundles, Redis, logs, and a burst on its way to being turned away.
 _OTHER_FILES = 128 + BACKLOG
 
 
@@ -112,7 +112,7 @@ class Connection(H11Protocol):
             self._await_head()
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what is no HTTP."""
+        """Called by uvicorn for what is not HTTP."""
         self._refuse(ApiError(400, "invalid_http", msg, headers=_CLOSE))
 
     def _await_head(self) -> None:

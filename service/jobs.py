@@ -37,8 +37,7 @@ class Job:
 
     ``trace`` is the W3C `traceparent` of the request, "" where it is not traced.
     ``submitted`` and ``deadline`` are readings of a monotonic clock in seconds; a queue that crosses hosts
-    translates them. By its ``identity`` a request
-    is recognised that was refused and comes again, "" where it cannot be.
+    translates them. ``identity`` recognises a request that was refused and is sent again; "" recognises none.
     """
 
     id: str

@@ -46,7 +46,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""For answers that are no page: nothing in them may be run, framed or read by another site."""
+"""For answers that are not a page: nothing in them may be run, framed or read by another site."""
 
 
 class RequestContext:

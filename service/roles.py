@@ -19,7 +19,7 @@ from service.telemetry.metrics import Metrics
 
 
 def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
-    """The queue that the settings name. A Redis is not called yet, so one that is away is no error here."""
+    """The queue that the settings name. A Redis is not called yet, so one that is away is not an error here."""
     bounds = Bounds(settings.max_results, settings.max_result_bytes)
     if settings.queue == MEMORY:
         return MemoryQueue(settings.max_queue_cost, bounds=bounds)

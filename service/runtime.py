@@ -22,14 +22,13 @@ from service.desk import ClientIsGone, Desk, Result, never
 from service.errors import ApiError, from_failure, model_refusals, too_many_requests
 from service.jobs import EXPIRED
 from service.models.catalogue import Catalogue, LoadsEnded
-from service.models.opening import open_pipeline
 from service.models.registry import Lease, Models
 from service.queue.base import JobQueue, QueueUnavailable
 from service.safety import open_safety
 from service.settings import Settings
 from service.telemetry.logs import describe
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import Tracing, Untraced
+from service.telemetry.tracing import Tracing
 from service.threads import Helper
 from service.tracker import Tracker
 
@@ -59,8 +58,8 @@ class Service:
         settings: Settings,
         metrics: Metrics,
         queue: JobQueue,
-        opener: OpenPipeline = open_pipeline,
-        tracing: Tracing | None = None,
+        opener: OpenPipeline,
+        tracing: Tracing,
     ) -> None:
         self.settings = settings
         self.metrics = metrics
@@ -82,7 +81,7 @@ class Service:
         self._state = State.LOADING
         scheduler = Scheduler(settings.max_batch)
         self._safety = open_safety(settings.safety, metrics, settings.safety_timeout_s)
-        self._tracing = tracing or Untraced()
+        self._tracing = tracing
         self._worker = (
             None
             if settings.role == "api"

@@ -35,7 +35,7 @@ Check = Callable[[str, Pixels | None], object]
 class Safety:
     """What a check lets through.
 
-    It fails closed: an exception, an answer that is no text, and none within ``timeout_s`` refuse too. While three
+    It fails closed: an exception, an answer that is not text, and none within ``timeout_s`` refuse too. While three
     questions are without an answer no other is asked: all is refused.
     """
 

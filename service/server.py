@@ -89,9 +89,8 @@ def run(settings: Settings) -> int:
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app.state.service)
-    if (
-        signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-    ):  # As of a terminal that is closed; uvicorn handles the others.
+    # A terminal that is closed sends it; uvicorn handles the others.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, server.handle_exit)
     server.run()
     if server.lost:

@@ -44,11 +44,11 @@ class Settings(BaseSettings):
     models: Annotated[Path | None, Field(description="folder of more bundles, loaded when they are asked for")] = None
     max_model_bytes: Annotated[Count, Field(description="most memory of loaded bundles' weights, in fp32")] = 8192 * MIB
     backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends, or auto")] = "ort"
-    precision: Annotated[Precision, Field(description="of plans that are compiled")] = "fp32"
+    precision: Annotated[Precision, Field(description="precision of compiled plans")] = "fp32"
     plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None
     threads: Annotated[
         int,
-        Field(ge=0, description="threads of an engine; 0 leaves one core to all else, of two unless one row is alone"),
+        Field(ge=0, description="threads of an engine; 0: all cores but one; of two, both for a lone image"),
     ] = 0
     max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
 
@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     body_timeout_s: Annotated[
         Seconds, Field(description="time a client has to send its headers, then its body, and to read its answer")
     ] = 30.0
-    job_timeout_ms: Annotated[Count, Field(description="time limit of asynchronous jobs, and the longest")] = 600_000
+    job_timeout_ms: Annotated[Count, Field(description="default and longest time limit of asynchronous jobs")] = 600_000
     keep_results_s: Annotated[Seconds, Field(description="time that results of jobs are kept")] = 600.0
     max_results: Annotated[Count, Field(description="most results kept at once; the oldest go first")] = 1024
     max_result_bytes: Annotated[Count, Field(description="most bytes of their images")] = 256 * MIB

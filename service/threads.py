@@ -13,6 +13,13 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
+def uncancellable() -> Future[Result]:
+    """A future of which one who waits and gives up does not cancel it for the others: it counts as running."""
+    future: Future[Result] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 class Helper:
     """A thread for calls, begun with the first of them.
 

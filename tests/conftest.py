@@ -21,7 +21,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 # Networks this small gain nothing from more threads, which wait for each other where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A busy machine is no fault: time is measured in benchmarks, not in tests.
+# A busy machine is not a fault: time is measured in benchmarks, not in tests.
 settings.register_profile("fewstep", deadline=None)
 settings.load_profile("fewstep")
 

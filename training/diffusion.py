@@ -164,7 +164,7 @@ class Schedule:
         if not 0 < shift < math.inf:
             raise ValueError(f"shift = {shift} is not positive")
         if timesteps < 1:
-            raise ValueError(f"{timesteps} timesteps are no schedule")
+            raise ValueError(f"{timesteps} timesteps are not a schedule")
         t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         s = shift * t / (1 + (shift - 1) * t)
         return cls(torch.atan2(s, 1 - s), continuous=True)
@@ -208,7 +208,7 @@ class Schedule:
     def grid(self, steps: int) -> Grid:
         """The grid t_k = 1 - k / N. Raises ValueError unless N is positive."""
         if steps < 1:
-            raise ValueError(f"{steps} steps are no grid")
+            raise ValueError(f"{steps} steps are not a grid")
         times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
         phi = self.angle(times)
         return Grid(times.float(), phi.cos().float(), phi.sin().float())

@@ -22,12 +22,12 @@ from training.draws import Draws, generator_at, stage_seed
 from training.guidance import Condition, Denoiser, GuidedTeacher
 from training.loop import BatchOrder, Validation, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
-from training.networks import NetworkDenoiser, build_autoencoder, build_unet, decode_all, student_from
+from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.pictures import save_grid
 from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record_round
 from training.run import STUDENT, Run
 from training.sampler import sample
-from training.sections import Optimisation, Round, Stage2Recipe, TeacherRecipe
+from training.sections import EncoderRecipe, Optimisation, Round, Stage2Recipe, TeacherRecipe
 from training.store import hash_of_array
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
@@ -66,18 +66,20 @@ def distill(run: Run) -> None:
     if not run.is_done("stage1"):
         _match_outputs(run)
     run.tidy("stage1")
-    _run_rounds(run, run.recipe.stage2, student_stage)
+    _run_rounds(run, run.recipe.stage2)
     if run.recipe.encoder is not None:
-        _run_rounds(run, run.recipe.encoder, encoder_stage)
+        _run_rounds(run, run.recipe.encoder)
 
 
-def _run_rounds(run: Run, recipe: Stage2Recipe, name: Callable[[int], str]) -> None:
+def _run_rounds(run: Run, recipe: Stage2Recipe) -> None:
+    encoding = isinstance(recipe, EncoderRecipe)
+    name = encoder_stage if encoding else student_stage
     previous, trial = "stage1", None
     for round_, teacher_steps in zip(recipe.rounds, recipe.teachers_steps(), strict=True):
         stage = name(round_.steps)
-        course: Course = "encoding" if name is encoder_stage else "stochastic" if round_.stochastic else "deterministic"
+        course: Course = "encoding" if encoding else "stochastic" if round_.stochastic else "deterministic"
         if not run.is_done(stage) or not has_row(run, stage):
-            trial = trial or Trial.of(run, encoding=name is encoder_stage)
+            trial = trial or Trial.of(run, encoding=encoding)
             _run_round(run, round_, previous, teacher_steps, stage, course, trial)
         run.tidy(stage)
         previous = stage
@@ -267,5 +269,4 @@ class Picture:
         for w in torch.linspace(*self.run.recipe.guidance, SAMPLE_ROWS).tolist():
             weight = torch.full((SAMPLE_COLUMNS,), w, device=self.run.device)
             rows.append(sample(denoiser, grid, noise, condition, weight))
-        z = torch.cat(rows)
-        return decode_all(self.run.autoencoder(), z) if self.run.is_latent else z
+        return self.run.decoded(torch.cat(rows))

@@ -13,7 +13,7 @@ Condition = Mapping[str, Tensor]
 
 
 class Denoiser(Protocol):
-    """Predicts v with shape (B, *) from z (B, *), times t (B,) in (0, 1], a condition and, if a student, w (B,)."""
+    """Predicts v with shape (B, *) from z (B, *), times t (B,) in [0, 1], a condition and, if a student, w (B,)."""
 
     def __call__(self, z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
         """Return v, of the shape of `z`."""

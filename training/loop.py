@@ -40,7 +40,7 @@ from training.sections import Optimisation, ScaleRecipe
 Network = TypeVar("Network", bound=nn.Module)
 StepLoss = Callable[[nn.Module, Any, Draws], Tensor]
 Load = Callable[[int, Draws], Any]
-Sampler = Callable[[Any, Path], None]
+SavePicture = Callable[[Any, Path], None]
 
 
 class TrainingError(Exception):
@@ -134,7 +134,7 @@ def train(
     accelerator: Accelerator,
     seed: int,
     load: Load = lambda update, draws: update,
-    sample: Sampler | None = None,
+    sample: SavePicture | None = None,
     validation: Validation | None = None,
     scale: ScaleRecipe = ScaleRecipe(),
     pace: Pace = Pace(),
@@ -191,10 +191,10 @@ def _stopped(stage: str, update: int, *, is_saved: bool) -> Stopped:
     return Stopped(f"{stage} was stopped after update {update}{lost}; the same command goes on")
 
 
-def _show(sample: Sampler, network: nn.Module, path: Path) -> None:
+def _show(sample: SavePicture, network: nn.Module, path: Path) -> None:
     try:
         sample(network, path)
-    except (OSError, DataError) as error:  # no picture is a reason to lose the run
+    except (OSError, DataError) as error:  # a missing picture is no reason to lose the run
         tqdm.write(f"{path} was not written, training goes on: {error}")
 
 
@@ -347,7 +347,7 @@ class _State:
         network = self.wrapped if self.is_sharded else self.result
         distance = torch.tensor(validation.distance(network), device=self.accelerator.device)
         value = float(self.accelerator.reduce(distance, "mean"))
-        if not value < self.best:  # nor is one that is no number the best
+        if not value < self.best:  # nor is one that is not a number the best
             self.stale += 1
             return
         weights = self._gathered() if self.is_sharded else network.state_dict()

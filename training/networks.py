@@ -111,11 +111,6 @@ class NetworkDenoiser(nn.Module):
         self._last = schedule.last_time(LEAST_ALPHA) if prediction == "eps" else 1.0
         self.takes_timestep_cond = network.config.get("time_cond_proj_dim") is not None
 
-    @property
-    def is_student(self) -> bool:
-        """Whether w is an input."""
-        return self.takes_timestep_cond or self.guidance_input is not None
-
     def forward(self, z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
         """Predict v with shape (B, c, h, w) at times t (B,) in [0, 1]."""
         if self.prediction == "v":

@@ -62,7 +62,7 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
     TrainingError for a recipe whose images are tensors already, or are of no use to it as tensors.
     """
     if run.accelerator.num_processes > 1:
-        raise TrainingError("images are precomputed by one process: launch none beside it")
+        raise TrainingError("images are precomputed by one process: start it without a launcher")
     if run.pipeline is not None and run.pipeline.is_inpainting:
         raise TrainingError("an inpainting network learns from images, each masked anew each time: precompute nothing")
     images = _images(run)

@@ -36,7 +36,7 @@ class Report:
     """The progress of one stage; a context manager. Only the main process writes."""
 
     def __init__(self, folder: Path, recipe: Optimisation, update: int, pace: Pace, *, main: bool) -> None:
-        """From `update` on."""
+        """Go on after `update`, the last one that is done. `main` says whether this process writes."""
         self.recipe, self.pace, self.main = recipe, pace, main
         self._log = _Log(folder / "log.jsonl", recipe.batch_size, update) if main else None
         self._bar = tqdm(

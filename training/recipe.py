@@ -33,7 +33,7 @@ MAX_SEED = 2**62
 
 
 def _agree(ours: Any, theirs: Any, given: Any) -> bool:
-    """Whether values are the same, or ours have by default what theirs lack; `given` are ours that are no defaults."""
+    """Whether values are the same, or ours have by default what theirs lack; `given` are ours that are not defaults."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         given = given or {}
         if not theirs.keys() <= ours.keys() or not given.keys() <= theirs.keys():

@@ -255,10 +255,6 @@ class Run:
             fit="crop" if self.recipe.data.fit == "crop" else None,
         )
 
-    def labels(self, labels: Tensor) -> Tensor:
-        """The teacher's numbers for labels that count the classes of the data."""
-        return self.class_numbers[labels]
-
     @property
     def class_numbers(self) -> Tensor:
         """The teacher's number (K,) of each of the K classes of the data."""
@@ -332,6 +328,10 @@ class Run:
             self.check_done(AUTOENCODER)
             model = AutoencoderKL.from_pretrained(self.folder / AUTOENCODER, local_files_only=True)
         return model.to(self.device).eval().requires_grad_(False)
+
+    def decoded(self, z: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of z (B, c, h, w), in -1..1. Raises TrainingError if the autoencoder is not done."""
+        return networks.decode_all(self.autoencoder(), z) if self.is_latent else z
 
     def denoiser(self, stage: str) -> NetworkDenoiser:
         """The network of a stage as a frozen Denoiser. Raises TrainingError if the stage is not done."""

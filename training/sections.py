@@ -44,7 +44,7 @@ class Section(BaseModel):
         given = value if isinstance(value, (list, tuple)) else [value]
         is_switch = cls.model_fields[str(info.field_name)].annotation is bool
         if not is_switch and any(isinstance(one, bool) for one in given):
-            raise ValueError("true and false mean nothing here")
+            raise ValueError("true and false are not accepted here")
         return value
 
 

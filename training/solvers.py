@@ -13,9 +13,9 @@ from training.diffusion import Schedule
 from training.guidance import Condition, Denoiser
 from training.sampler import sample
 
-Sampler = Literal["ddim", "dpm-solver++", "unipc"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-SAMPLER_NAMES: Mapping[str, str] = {
+Solver = Literal["ddim", "dpm-solver++", "unipc"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+SOLVER_NAMES: Mapping[str, str] = {
     "ddim": "DDIM",
     "dpm-solver++": "DPM-Solver++ (2M)",
     "unipc": "UniPC",
@@ -26,7 +26,7 @@ MAX_BETA = 0.9999
 
 
 def sample_with(
-    sampler: Sampler,
+    sampler: Solver,
     denoiser: Denoiser,
     schedule: Schedule,
     steps: int,

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -47,10 +47,7 @@ def load_tokenizer(max_tokens: int) -> Tokenizer:
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, each (B, L) int64, of a tokenizer that pads and truncates."""
-    return _tensors(tokenizer.encode_batch(list(captions)))
-
-
-def _tensors(encodings: Sequence[Encoding]) -> tuple[Tensor, Tensor]:
+    encodings = tokenizer.encode_batch(list(captions))
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 

@@ -205,7 +205,7 @@ def _without_answer(error: httpx.TransportError) -> Tried:
 
 
 def _understood(answer: httpx.Response) -> Tried:
-    """What an answer says. One that is no image and no error of the one shape is as good as none."""
+    """What an answer says. One that is neither an image nor an error of the one shape is as good as none."""
     try:
         document = answer.json()
         if answer.status_code == 200:

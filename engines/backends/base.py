@@ -20,9 +20,9 @@ Role = Literal["text", "encode", "decode", "step"]
 STEP_SCALARS = ("time", "alpha", "sigma", "alpha_next", "sigma_next", "guidance")
 STEP_INPUT, STEP_OUTPUT = "z", "z_next"
 STEP_ROWS = (STEP_INPUT, "known", "keep", "noise")
-"""What every step graph takes besides its condition, numbers and arrays of places, and what it gives."""
+"""The tensors that every step graph has: its inputs besides the condition, numbers and arrays, and its output."""
 
-Place = tuple[float, float, float]
+GridPlace = tuple[float, float, float]
 """Of a grid: time, alpha and sigma."""
 
 BATCH = "batch"
@@ -113,7 +113,7 @@ class GraphSpec:
     tokenizers: tuple[Path, ...] = ()
     files: tuple[tuple[Path, str], ...] = ()
     guidance: tuple[float, ...] = (0.0,)
-    places: tuple[Place, Place, Place] = ((1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 0.0))
+    places: tuple[GridPlace, GridPlace, GridPlace] = ((1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 0.0))
 
 
 class Engine(Protocol):

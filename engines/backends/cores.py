@@ -24,7 +24,7 @@ def usable_cores() -> int:
 
 
 class Company:
-    """Who computes on the cores of this process now."""
+    """Counts what computes in this process now."""
 
     def __init__(self) -> None:
         """Nobody so far."""

@@ -93,7 +93,7 @@ def runnable(program: ExportedProgram) -> GraphModule:
 def load_program(graph: GraphSpec, device: Device) -> ExportedProgram:
     """The program of a graph, on a device.
 
-    Raises EngineError for a file that is no program, or for one that takes or gives something else than the graph.
+    Raises EngineError for a file that is not a program, or for one that takes or gives something else than the graph.
     """
     assert graph.program is not None
     name = graph.program.name

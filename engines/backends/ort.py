@@ -83,7 +83,7 @@ class OrtEngine(GraphEngine):
             return dict(zip(self._outputs, chosen.run(self._outputs, dict(inputs)), strict=True))
 
     def close(self) -> None:
-        """Drop the sessions; a run in another thread ends first."""
+        """Drop the sessions; what they hold is freed when a run in another thread ends."""
         self._session = self._lone = None
 
 

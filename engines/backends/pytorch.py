@@ -1,7 +1,4 @@
-"""The PyTorch backend: a torch.export program, run operator by operator or compiled by AOTInductor.
-
-The tests cover the CPU. On an H100 the contract tests passed, with torch 2.11: docs/on-a-gpu.md.
-"""
+"""The PyTorch backend: a torch.export program, run operator by operator or compiled by AOTInductor."""
 
 from __future__ import annotations
 

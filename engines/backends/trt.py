@@ -121,7 +121,7 @@ class TrtEngine(GraphEngine):
                 place = self._profile.bucket(batch)
             except ValueError as error:
                 raise EngineError(f"{self._name}: {error}") from error
-            self._logger.worst = ""
+            self._logger.last = ""
             if place not in self._shapes:
                 self._shapes[place] = _Shape(
                     self._context(), self._graph, self._cuda, self._profile, place, self._failure
@@ -148,7 +148,7 @@ class TrtEngine(GraphEngine):
         return self._engine.create_execution_context(config)
 
     def _failure(self, what: str) -> EngineError:
-        said = self._logger.worst
+        said = self._logger.last
         return kind_of(said)(f"{self._name}: {what} ({said or 'no reason given'})")
 
     def _check_signature(self, engine: Any) -> None:

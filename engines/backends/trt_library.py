@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], bool]
 
 @dataclass(frozen=True)
 class Library:
-    """An installed TensorRT: its module, and a logger that keeps the messages of errors."""
+    """An installed TensorRT."""
 
     module: Any
 
@@ -77,7 +77,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
-        raise EngineError(f"{name or graph.name}: {library.name} cannot parse it ({errors or logger.worst})")
+        raise EngineError(f"{name or graph.name}: {library.name} cannot parse it ({errors or logger.last})")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
     if (user_allocation := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
@@ -89,7 +89,7 @@ def build_plan(
         config.progress_monitor = _monitor(trt, progress)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        reason = logger.worst or "no reason given"
+        reason = logger.last or "no reason given"
         raise EngineError(f"{name or graph.name}: {library.name} cannot build it ({reason})")
     return bytes(plan)
 
@@ -124,7 +124,7 @@ def started(library: Library, kind: str, logger: Any) -> Any:
     try:
         return getattr(library.module, kind)(logger)
     except TypeError as error:  # how the bindings put it
-        reason = logger.worst or "is there a GPU, and a driver that is new enough?"
+        reason = logger.last or "is there a GPU, and a driver that is new enough?"
         raise EngineError(f"{library.name} does not start: {reason}") from error
 
 
@@ -132,14 +132,14 @@ def error_logger(trt: Any) -> Any:
     """A logger that prints nothing and keeps the last error."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        worst = ""
+        last = ""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.worst = message
+                self.last = message
 
     return Logger()
 

@@ -16,7 +16,7 @@ from engines.provenance import describe_image
 from engines.tasks import Floats, Pixels
 from service.batching.caps import Caps
 from service.batching.isolate import BROKEN, Isolator, failures
-from service.batching.work import Unit, Work, requests_of
+from service.batching.work import Unit, Work, note_failed_batch, requests_of
 from service.jobs import Failed, Finished, Job, Outcome, ending
 from service.models.registry import Lease
 from service.queue.base import JobQueue
@@ -53,7 +53,7 @@ class Finisher:
         self._tracing = tracing or Untraced()
         self._metrics = metrics
         self._clock = clock
-        self._isolator = Isolator[Unit](self._failed, clock, Caps())
+        self._isolator = Isolator[Unit](partial(note_failed_batch, metrics, "decode"), clock, Caps())
         self.device_lost = False
         self._slots = threading.BoundedSemaphore(_BACKLOG)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
@@ -147,11 +147,6 @@ class Finisher:
         images = tuple(work.images[index] for index in sorted(work.images))
         # Last, as whoever waits for it needs this processor then.
         self.settle(work.job, Finished(images, timings, tuple(work.ticks)))
-
-    def _failed(self, error: Exception, units: Sequence[Unit]) -> None:
-        self._metrics.batch_failures.labels(type(error).__name__).inc()
-        fields = {"stage": "decode", "requests": requests_of(units), **describe(error)}
-        logger.warning("batch failed", extra=fields)
 
     def _fail(self, work: Work, failure: Failed) -> None:
         work.over = True

@@ -11,7 +11,7 @@ Point = tuple[float, float, float]
 
 # The weight of a tick falls to a half within about 35 later ones.
 _KEPT = 0.98
-# A tick that took longer than this many times what was expected counts as that: a stall is no new speed.
+# A tick that took longer than this many times what was expected counts as that: a stall is not a new speed.
 _SURPRISE = 3.0
 _SMOOTHING = 0.3
 _FEW = 3

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import logging
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engines.paths import Step
 from engines.pipeline import Pipeline, Row, Task, ticks
 from service.jobs import Failed, Job, Timings
 from service.models.catalogue import LoadsEnded, ModelError, UnknownModel
 from service.models.registry import Lease, Models
+from service.telemetry.logs import describe
+from service.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -119,3 +125,11 @@ class Work:
 def requests_of(units: Iterable[Unit]) -> list[str]:
     """The ids of the requests that the units belong to, for a log line."""
     return sorted({unit.work.job.request_id for unit in units})
+
+
+def note_failed_batch(
+    metrics: Metrics, stage: Literal["encode", "denoise", "decode"], error: Exception, units: Sequence[Unit]
+) -> None:
+    """Count a batch of which at least one unit fails, and log it."""
+    metrics.batch_failures.labels(type(error).__name__).inc()
+    logger.warning("batch failed", extra={"stage": stage, "requests": requests_of(units), **describe(error)})

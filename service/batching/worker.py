@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Literal
 
 from engines.backends.base import DeviceLostError
 from engines.pipeline import Pipeline, Row
@@ -16,7 +15,7 @@ from service.batching.encoder import Encoded, Encoder
 from service.batching.finisher import Finisher
 from service.batching.isolate import BROKEN, Isolator, failures
 from service.batching.scheduler import Candidate, Plan, Scheduler
-from service.batching.work import Parked, Unit, Work, requests_of
+from service.batching.work import Parked, Unit, Work, note_failed_batch, requests_of
 from service.jobs import CANCELLED, EXPIRED, HOPELESS, STOPPED, Failed, Job
 from service.models.registry import Models
 from service.queue.base import JobQueue
@@ -62,8 +61,8 @@ class Worker:
         self._tracing = tracing or Untraced()
         self._clock = clock
         self._finisher = Finisher(queue, metrics, clock, safety, tracing)
-        self._encoder = Encoder(partial(self._failed, "encode"), clock)
-        self._isolator = Isolator[Unit](partial(self._failed, "denoise"), clock, scheduler.caps)
+        self._encoder = Encoder(partial(note_failed_batch, metrics, "encode"), clock)
+        self._isolator = Isolator[Unit](partial(note_failed_batch, metrics, "denoise"), clock, scheduler.caps)
         self._device_lost = False
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
@@ -322,11 +321,6 @@ class Worker:
         self._finisher.submit(done)
         for work in {unit.work for unit in done if not unit.work.units}:
             self._let_go(work)
-
-    def _failed(self, stage: Literal["encode", "denoise"], error: Exception, units: Sequence[Unit]) -> None:
-        self._metrics.batch_failures.labels(type(error).__name__).inc()
-        fields = {"stage": stage, "requests": requests_of(units), **describe(error)}
-        logger.warning("batch failed", extra=fields)
 
     def _end_failed(self, units: Sequence[Unit], results: Sequence[Row | Exception]) -> None:
         if not any(isinstance(result, Exception) for result in results):

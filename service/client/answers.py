@@ -147,7 +147,7 @@ def read_model(model: type[Model]) -> Callable[[Answer], Model]:
         try:
             return model.model_validate_json(answer.body, extra="ignore")
         except ValidationError as error:
-            raise AnswerUnreadable(f"the answer is no {model.__name__}") from error
+            raise AnswerUnreadable(f"the answer is not a {model.__name__}") from error
 
     return read
 

@@ -86,7 +86,7 @@ def _check_url(url: str) -> None:
 def _names_a_host(url: str) -> bool:
     try:
         parsed = httpx.URL(url)
-        # Sockets will do so too, and what they raise is no error of httpx.
+        # Sockets will do so too, and what they raise is not an error of httpx.
         parsed.raw_host.decode("ascii").encode("idna")
         return parsed.host != "" and 0 <= (parsed.port or 0) <= _LAST_PORT
     except (httpx.InvalidURL, ValueError):

@@ -51,11 +51,6 @@ class Entry:
     copies: int = 1
 
     @property
-    def key(self) -> str:
-        """`name@revision`."""
-        return self.manifest.model
-
-    @property
     def memory_bytes(self) -> int:
         """What its weights take when loaded, at most: every graph in fp32. Images in the making come on top."""
         narrowest = min(WEIGHT_BITS[name] for name in self.manifest.weights_dtype.split("+"))
@@ -68,10 +63,6 @@ class Entry:
             return stamps_of(self.path)
         except OSError:
             return None
-
-    def answers_to(self, name: str) -> bool:
-        """Whether ``name`` is its name, or its name@revision."""
-        return name in (self.manifest.name, self.key)
 
 
 def unreadable(error: BundleError) -> ModelError:
@@ -117,7 +108,7 @@ class Catalogue:
         if name is None:
             return self.default()
         entries, _ = self.read()
-        found = [entry for entry in entries if entry.answers_to(name)]
+        found = [entry for entry in entries if entry.manifest.answers_to(name)]
         if not found and name.partition("@")[0] == self.default_name:
             self.default()  # Where it is away for a moment, this says so.
         if not found:
@@ -136,13 +127,13 @@ class Catalogue:
         problems: dict[Path, str] = {}
         try:
             default = self.default()
-            entries[default.key] = default
+            entries[default.manifest.model] = default
         except BundleError as error:
             problems[Path(self._default)] = str(error)
         for path in self._in_folder():
             try:
                 entry = self._entry(path)
-                entries.setdefault(entry.key, entry)
+                entries.setdefault(entry.manifest.model, entry)
             except BundleError as error:
                 problems[path] = str(error)
         return list(entries.values()), problems

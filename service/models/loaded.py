@@ -7,7 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engines.backends.standin import BuildState
+from engines.manifest import Manifest
 from engines.pipeline import Pipeline
+from service.threads import uncancellable
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,6 @@ class ModelState:
     stand_ins: Mapping[str, BuildState] = field(default_factory=dict)
 
 
-def pending() -> Future[None]:
-    """A future of which one who waits and gives up does not cancel it for the others."""
-    future: Future[None] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
 @dataclass(eq=False)
 class Loaded:
     """A pipeline, what it takes, how many hold it and how many of them are requests, and when it was last asked for.
@@ -49,27 +44,20 @@ class Loaded:
     retired: float | None = None
     drained: bool = False
     closing: bool = False
-    gone: Future[None] = field(default_factory=pending)
+    gone: Future[None] = field(default_factory=uncancellable)
 
     @property
-    def key(self) -> str:
-        """`name@revision`."""
-        return self.pipeline.manifest.model
+    def manifest(self) -> Manifest:
+        """That of its bundle."""
+        return self.pipeline.manifest
 
     @property
     def retiring(self) -> bool:
         """Whether it is to be closed."""
         return self.retired is not None
 
-    def answers_to(self, name: str) -> bool:
-        """Whether ``name`` is its name, or its name@revision."""
-        return name in (self.pipeline.manifest.name, self.key)
-
     def state(self) -> ModelState:
         """What is said of it."""
-        name, revision, stand_ins = (
-            self.pipeline.manifest.name,
-            self.pipeline.manifest.revision,
-            self.pipeline.stand_ins,
-        )
+        name, revision = self.manifest.name, self.manifest.revision
+        stand_ins = self.pipeline.stand_ins
         return ModelState(name, revision, True, self.retiring, self.memory_bytes, self.holders, stand_ins)

@@ -30,19 +30,19 @@ class Refused:
 
     def check(self, entry: Entry) -> None:
         """Raise ModelError where it did not load and nothing has changed since."""
-        refusal = self._refusals.get(entry.key)
+        refusal = self._refusals.get(entry.manifest.model)
         if refusal is None:
             return
         if self._clock() < refusal.until and entry.fingerprint() == refusal.fingerprint:
             told, passing = refusal.error.told, refusal.error.passing
             raise ModelError(str(refusal.error), told, passing=passing) from refusal.error.__cause__
-        self._refusals.pop(entry.key, None)
+        self._refusals.pop(entry.manifest.model, None)
 
     def note(self, entry: Entry, fingerprint: Hashable, error: BaseException) -> ModelError:
         """Learn that it did not load with the files that gave ``fingerprint``. Returns what those who wait are told."""
         refused = error if isinstance(error, ModelError) else _unloadable(entry, error)
         until = self._clock() + _TRY_AGAIN_S if refused.passing else math.inf
-        self._refusals[entry.key] = _Refusal(fingerprint, until, refused)
+        self._refusals[entry.manifest.model] = _Refusal(fingerprint, until, refused)
         return refused
 
 

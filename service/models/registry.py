@@ -14,10 +14,11 @@ from pathlib import Path
 from engines.bundle import BundleError, load_bundle
 from engines.pipeline import Pipeline
 from service.models.catalogue import Catalogue, Entry, LoadsEnded, ModelError, unreadable
-from service.models.loaded import Loaded, ModelState, pending
+from service.models.loaded import Loaded, ModelState
 from service.models.memory import trim
 from service.models.refused import Refused
 from service.telemetry.logs import describe
+from service.threads import uncancellable
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Models:
             if self._fronts and any(key.partition("@")[0] == wanted for key in self._loading):
                 return None
             for loaded in reversed(self._loaded):
-                if loaded.answers_to(wanted) and not loaded.retiring:
+                if loaded.manifest.answers_to(wanted) and not loaded.retiring:
                     return self._hold(loaded, request=True)
         return None
 
@@ -125,7 +126,7 @@ class Models:
         """The pipeline of that name@revision for a job that was taken, if it is loaded, also where it retires."""
         with self._moved:
             for loaded in reversed(self._loaded):
-                if loaded.key == key and not loaded.closing:
+                if loaded.manifest.model == key and not loaded.closing:
                     return self._hold(loaded, request=False)
         return None
 
@@ -147,11 +148,11 @@ class Models:
         Raises UnknownModel where none has that name, and BundleError where the catalogue cannot tell.
         """
         self._look(now=True)
-        gone: Future[None] = pending()
+        gone: Future[None] = uncancellable()
 
         def close(_: object = None) -> None:
             with self._moved:
-                found = [loaded for loaded in self._loaded if loaded.answers_to(name)]
+                found = [loaded for loaded in self._loaded if loaded.manifest.answers_to(name)]
                 for loaded in found:
                     self._retire(loaded)
             if found:
@@ -161,7 +162,7 @@ class Models:
 
         with self._moved:
             loading = [future for key, future in self._loading.items() if name in (key, key.partition("@")[0])]
-            known = loading or any(loaded.answers_to(name) for loaded in self._loaded)
+            known = loading or any(loaded.manifest.answers_to(name) for loaded in self._loaded)
         if not known:
             self.catalogue.find(name)
         if loading:
@@ -194,8 +195,8 @@ class Models:
         if self._look():
             self._drain()
         with self._moved:
-            serving = {loaded.key for loaded in self._loaded if self._takes_on(loaded)}
-            leaving = {loaded.key for loaded in self._loaded} - serving
+            serving = {loaded.manifest.model for loaded in self._loaded if self._takes_on(loaded)}
+            leaving = {loaded.manifest.model for loaded in self._loaded} - serving
             return frozenset(self._known.keys() | serving) - leaving
 
     @property
@@ -236,17 +237,19 @@ class Models:
             for path, problem in problems.items() - self._problems.items():
                 logger.warning("a bundle cannot be read", extra={"folder": str(path), "detail": problem})
             self._problems = problems
-            self._known = {entry.key: entry for entry in entries}
+            self._known = {entry.manifest.model: entry for entry in entries}
         self._follow()
         return True
 
     def _follow(self) -> None:
         """Begin to load the revisions that replaced those that are loaded."""
         with self._moved:
-            replaced = [loaded for loaded in self._loaded if not loaded.retiring and loaded.key not in self._known]
+            replaced = [
+                loaded for loaded in self._loaded if not loaded.retiring and loaded.manifest.model not in self._known
+            ]
         for loaded in replaced:
             name = loaded.pipeline.manifest.name
-            newer = [entry for entry in self._known.values() if entry.answers_to(name)]
+            newer = [entry for entry in self._known.values() if entry.manifest.answers_to(name)]
             if len(newer) == 1:
                 with contextlib.suppress(ModelError):  # It did not load; the log has it.
                     self._begin(newer[0])
@@ -267,7 +270,7 @@ class Models:
     def _is_over(self, retiring: Loaded) -> bool:
         assert retiring.retired is not None
         age_s = self._clock() - retiring.retired
-        return age_s >= self._drain_s or (age_s >= _STRAGGLERS_S and not self._owes(retiring.key))
+        return age_s >= self._drain_s or (age_s >= _STRAGGLERS_S and not self._owes(retiring.manifest.model))
 
     def _takes_on(self, loaded: Loaded) -> bool:
         """Whether jobs may still be taken for it.
@@ -280,19 +283,19 @@ class Models:
 
     def _may_go(self, loaded: Loaded) -> bool:
         """Whether nobody needs it whose job was accepted: it can be loaded again, or all of them are done."""
-        return loaded.drained or self._fronts or loaded.key in self._known
+        return loaded.drained or self._fronts or loaded.manifest.model in self._known
 
     def _begin(self, entry: Entry) -> Future[None]:
         with self._moved:
             if self._closed:
                 raise LoadsEnded()
-            if any(loaded.key == entry.key and not loaded.retiring for loaded in self._loaded):
+            if any(loaded.manifest.model == entry.manifest.model and not loaded.retiring for loaded in self._loaded):
                 return _done()
-            if entry.key not in self._loading:
+            if entry.manifest.model not in self._loading:
                 self._refused.check(entry)
-                self._loading[entry.key] = pending()
-                self._loader.submit(self._load, entry, self._loading[entry.key])
-            return self._loading[entry.key]
+                self._loading[entry.manifest.model] = uncancellable()
+                self._loader.submit(self._load, entry, self._loading[entry.manifest.model])
+            return self._loading[entry.manifest.model]
 
     def _load(self, entry: Entry, future: Future[None]) -> None:
         fingerprint = entry.fingerprint()
@@ -304,17 +307,17 @@ class Models:
             self._settle(entry, future, error)
             return
         except BaseException as error:  # whatever it is, nobody may wait for ever
-            logger.error("a bundle does not load", extra={"model": entry.key, **describe(error)})
+            logger.error("a bundle does not load", extra={"model": entry.manifest.model, **describe(error)})
             self._settle(entry, future, self._refused.note(entry, fingerprint, error))
             return
         with self._moved:
             for older in self._loaded:
-                if older.answers_to(entry.manifest.name):
+                if older.manifest.answers_to(entry.manifest.name):
                     self._retire(older)
             self._loaded.append(Loaded(pipeline, entry.memory_bytes, self._clock()))
         trim()  # Reading and laying out the weights took more than they take.
         self._changed_hook(pipeline, True)  # Now, as an older one of its model that closes says nothing any more.
-        logger.info("loaded", extra={"model": entry.key, **({} if self._fronts else _backend_of(pipeline))})
+        logger.info("loaded", extra={"model": entry.manifest.model, **({} if self._fronts else _backend_of(pipeline))})
         self._settle(entry, future, None)
 
     def _check(self, entry: Entry) -> None:
@@ -329,7 +332,7 @@ class Models:
 
     def _settle(self, entry: Entry, future: Future[None], error: ModelError | None) -> None:
         with self._moved:
-            del self._loading[entry.key]
+            del self._loading[entry.manifest.model]
         if error is None:
             future.set_result(None)
         else:
@@ -362,18 +365,20 @@ class Models:
     def _drop(self, loaded: Loaded) -> None:
         try:
             with self._moved:
-                if not any(other.key == loaded.key for other in self._loaded if other is not loaded):
+                if not any(
+                    other.manifest.model == loaded.manifest.model for other in self._loaded if other is not loaded
+                ):
                     self._changed_hook(loaded.pipeline, False)
             loaded.pipeline.close()
             trim()
         except Exception as error:  # whatever it is, its room is counted as free: nobody can use it any more
-            logger.error("a bundle does not close", extra={"model": loaded.key, **describe(error)})
+            logger.error("a bundle does not close", extra={"model": loaded.manifest.model, **describe(error)})
         finally:
             with self._moved:
                 self._loaded.remove(loaded)
                 self._moved.notify_all()
             loaded.gone.set_result(None)
-        logger.info("unloaded", extra={"model": loaded.key})
+        logger.info("unloaded", extra={"model": loaded.manifest.model})
 
     def _hold(self, loaded: Loaded, request: bool) -> Lease:
         with self._moved:

@@ -48,7 +48,7 @@ class Throughput:
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
     shows how long one takes and not how many could be made. An interval is cut where all the work should have been done
-    thrice over by then: a bundle that loads, or a worker that starts anew, is no new speed.
+    thrice over by then: a bundle that loads, or a worker that starts anew, is not a new speed.
     """
 
     def __init__(self, memory_s: float = RATE_MEMORY_S) -> None:

@@ -25,7 +25,8 @@ from service.queue.base import (
     Status,
     rank,
 )
-from service.queue.shelf import Shelf, uncancellable
+from service.queue.shelf import Shelf
+from service.threads import uncancellable
 
 
 def _rank_of(job: Job) -> float:

@@ -23,6 +23,7 @@ def _ignore(*_: object) -> None:
 
 class RedisQueue:
     """A JobQueue in the Redis (6.2 or later) at ``url``, where at most ``max_cost`` row-ticks wait for each model.
+
     Its script `submit` is the door of them all.
 
     Each model has a stream for each priority, which its workers read as one consumer group, at least once. They take

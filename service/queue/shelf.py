@@ -10,13 +10,7 @@ from dataclasses import dataclass, field
 
 from service.jobs import Finished, Job, Outcome
 from service.queue.base import FRESH_S, LATE_S, WATCHED_S, Bounds, JobState, Keep, KeyConflict, Status, state_after
-
-
-def uncancellable() -> Future[Outcome]:
-    """A running future cannot be cancelled by an impatient waiter: giving up goes through the queue's `cancel`."""
-    future: Future[Outcome] = Future()
-    future.set_running_or_notify_cancel()
-    return future
+from service.threads import uncancellable
 
 
 @dataclass(eq=False, slots=True)

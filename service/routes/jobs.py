@@ -69,7 +69,7 @@ async def job(request: Request, job_id: JobId) -> Response:
     "/jobs/{job_id}", summary="Give a job up", response_model=JobResponse, responses={200: _CANCELLED, **_ERRORS}
 )
 async def cancel_job(request: Request, job_id: JobId) -> Response:
-    """Answers with what became of it: `cancelled`, or what it was already when it is over. Again is no error."""
+    """Answers with what became of it: `cancelled`, or what it was already when it is over. Again is not an error."""
     return _json(job_id, await _tracker(request).cancel(job_id))
 
 

@@ -38,7 +38,12 @@ _NO_BODY = [Depends(no_body)]
 _LIST = "image[]"
 _ANSWER = success(OPENAI_IMAGES, "The images")
 _ALL: dict[int | str, dict[str, Any]] = {200: success(OPENAI_MODELS, "Each of them"), **REFUSED, 503: error(503)}
-_ONE: dict[int | str, dict[str, Any]] = {200: success(OPENAI_MODEL, "It"), **REFUSED, 404: error(404), 503: error(503)}
+_ONE: dict[int | str, dict[str, Any]] = {
+    200: success(OPENAI_MODEL, "A model"),
+    **REFUSED,
+    404: error(404),
+    503: error(503),
+}
 
 
 @router.post("/images/generations", summary="Text to images", **documented(ImagesGenerateBody, _ANSWER))

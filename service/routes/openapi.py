@@ -151,7 +151,7 @@ FOREIGN = example(
 
 # What a connection is told whatever it asks for, before that is known; it is closed then.
 OF_CONNECTIONS: dict[int | str, dict[str, Any]] = {
-    400: example(400, "What came is no HTTP", "invalid_http", "Invalid HTTP request received.", None),
+    400: example(400, "What came is not HTTP", "invalid_http", "Invalid HTTP request received.", None),
     408: example(408, "The headers did not arrive in time", "head_timeout", "the request's headers did not ...", None),
     503: example(503, "Too many are connected", "too_many_connections", "too many connections at once", None),
 }

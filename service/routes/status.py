@@ -22,16 +22,16 @@ router = APIRouter(tags=["status"])
 scraped = APIRouter(tags=["status"])
 about = APIRouter(tags=["status"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 
-_READY: dict[int | str, dict[str, Any]] = {200: success(READY, "They are"), 503: success(LOADING, "Not now")}
+_READY: dict[int | str, dict[str, Any]] = {200: success(READY, "Ready"), 503: success(LOADING, "Not ready")}
 _ABOUT: dict[int | str, dict[str, Any]] = {
-    200: success(CAPABILITIES, "All of it"),
+    200: success(CAPABILITIES, "The capabilities"),
     404: error(404),
     503: error(503),
 }
 
 
 @router.head("/livez", include_in_schema=False)
-@router.get("/livez", summary="The process answers", responses={200: success(ALIVE, "It does")})
+@router.get("/livez", summary="The process answers", responses={200: success(ALIVE, "It answers")})
 async def livez() -> Health:
     """Ok from the first moment, also while the bundle loads."""
     return Health(status="ok")

@@ -1,4 +1,4 @@
-"""What browsers let any page do, and this service does not: ask it for something, or read it under a name of its own.
+"""Refuses requests of foreign pages (CSRF), and under foreign names (DNS rebinding).
 
 A browser sends some requests of a page to any host without asking first (a form, also with files); all that it keeps
 from the page is the answer. And whoever owns a name may have it lead to 127.0.0.1 once its page is loaded.
@@ -23,7 +23,7 @@ _ELSEWHERE = frozenset({"cross-site", "same-site"})
 class Foreign:
     """Refuses with 403 what pages of origins that are not listed ask for, reading aside.
 
-    Programs that are no browsers say nothing of an origin, and pass. Where it is ``local``, as it listens to this host
+    Programs that are not browsers say nothing of an origin, and pass. Where it is ``local``, as it listens to this host
     only, the service has the names of this host and of the origins that are listed, and answers to no other.
     """
 
@@ -48,7 +48,7 @@ class Foreign:
     def _check(self, method: str, headers: Headers) -> None:
         """Raise ApiError 403 for a foreign page, or under a foreign name."""
         if self._local and not self._knows(headers.get("host", "localhost")):
-            message = "the service listens to its own host only and has no such name; FEWSTEP_CORS_ORIGINS can list it"
+            message = "the service does not answer to this host name; list its origin in FEWSTEP_CORS_ORIGINS"
             raise ApiError(403, "foreign_host", message, param="host")
         asks = method not in _SAFE or is_preflight(method, headers)
         if asks and self._is_foreign(headers):

@@ -1,4 +1,4 @@
-"""What pages of the origins that are listed are told, so that their browsers let them ask and read the answers.
+"""The CORS headers by which pages of the listed origins may call the API and read its answers.
 
 Cookies play no part, so a page may send any header.
 """

@@ -17,7 +17,7 @@ def read_origins(text: str) -> tuple[str, ...]:
     for origin in origins:
         found = _ORIGIN.fullmatch(origin)
         if found is None or not 0 < int(found["port"] or 1) <= _LAST_PORT:
-            raise ValueError(f"{origin[:100]!r} is no origin, such as https://example.org or http://localhost:3000")
+            raise ValueError(f"{origin[:100]!r} is not an origin, such as https://example.org or http://localhost:3000")
         if found["port"] == _PORTS[found["scheme"]]:
             raise ValueError(f"{origin[:100]!r}: browsers leave the port {found['port']} out, so leave it out here too")
     return origins
@@ -26,7 +26,7 @@ def read_origins(text: str) -> tuple[str, ...]:
 def is_own(origin: str, host: str) -> bool:
     """Whether an Origin header names the service as its Host header does.
 
-    Whether either says http or https is no matter: a proxy in front may end TLS.
+    Whether either says http or https does not matter: a proxy in front may end TLS.
     """
     scheme, _, authority = origin.lower().partition("://")
     port = _PORTS.get(scheme)

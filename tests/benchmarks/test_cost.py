@@ -77,7 +77,7 @@ def test_faulty_options_are_refused_in_a_line(arguments: list[str], named: str) 
 def test_a_class_conditional_pipeline_is_refused(tmp_path: Path) -> None:
     folder = pipelines.class_unet(tmp_path / "classes")
     result = CliRunner().invoke(main, ["--checkpoint", str(folder)])
-    assert "is no text-to-image pipeline" in result.output
+    assert "is not a text-to-image pipeline" in result.output
 
 
 @pytest.mark.parametrize(

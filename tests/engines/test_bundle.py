@@ -134,17 +134,17 @@ def rename(document: dict[str, Any], name: str) -> None:
         (lambda d: d["files"].pop("step-4.onnx"), "files does not list step-4.onnx"),
         (lambda d: d["files"].pop("README.md"), r"README\.md: not listed"),
         (lambda d: d["files"]["README.md"].update(sha256="abc"), "sha256"),
-        (lambda d: d.update(weights_dtype="nibbles"), "'nibbles' is no storage of weights; known: fp32"),
-        (lambda d: d.update(weights_dtype="fp16+"), "weights_dtype: .*'' is no storage"),
+        (lambda d: d.update(weights_dtype="nibbles"), "'nibbles' is not a storage of weights; known: fp32"),
+        (lambda d: d.update(weights_dtype="fp16+"), "weights_dtype: .*'' is not a storage"),
         (lambda d: d.update(licence=""), "licence: .* at least 1 character"),
         (lambda d: d["attributions"][0].update(licence=""), r"attributions\.0\.licence: .* at least 1 character"),
         (lambda d: d.update(encode="decode.onnx"), r"decode\.onnx is a graph of two kinds"),
         (lambda d: d["text"].update(graph="step-1.onnx"), r"step-1\.onnx is a graph of two kinds"),
         (lambda d: d["text"].update(pad_id=2**40), r"text\.pad_id: .* less than 4294967296"),
-        (lambda d: d.update(name="tiny/1"), "'tiny/1' is no name of"),
-        (lambda d: d.update(name="tiny@1"), "'tiny@1' is no name of"),
-        (lambda d: d.update(name=".."), "'..' is no name of"),
-        (lambda d: d.update(name="x" * 101), "is no name of at most 100"),
+        (lambda d: d.update(name="tiny/1"), "'tiny/1' is not a name of"),
+        (lambda d: d.update(name="tiny@1"), "'tiny@1' is not a name of"),
+        (lambda d: d.update(name=".."), "'..' is not a name of"),
+        (lambda d: d.update(name="x" * 101), "is not a name of at most 100"),
         (lambda d: d.update(decode=None), "latent bundles have encode and decode"),
         (lambda d: d.update(text=None), "text bundles have a text encoder"),
         (lambda d: d.update(classes=["a"]), "text bundles have a text encoder"),
@@ -281,7 +281,7 @@ def test_a_bundle_is_found_by_path_or_by_name_and_no_other_folder_hides_it(
 def test_what_is_no_bundle_is_never_replaced(text_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dear.jpg").write_bytes(b"x")
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         write_bundle(tmp_path / "photos", text_bundle.manifest, {}, replace=True)
     assert (tmp_path / "photos" / "dear.jpg").exists()
 

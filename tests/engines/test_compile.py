@@ -326,7 +326,7 @@ def test_a_tokenizer_without_tokens_is_an_error(text_bundle: Bundle, tmp_path: P
         ("--batch-sizes 1,2,4,8,12", "--max-batch 12  (or 1, 2, 4, 8)\n", {1, 8, 12}),
         ("--batch-sizes 1", "--max-batch 1\n", {1}),
         ("--batch-sizes 16 --dynamic", "--max-batch 16  (or every one from 1 to 16)\n", {1, 8, 12, 16}),
-        ("--batch-sizes 4,16", "No serve finds them: with --max-batch 16 it wants --batch-sizes 1,2,4,8,16,", set()),
+        ("--batch-sizes 4,16", "finds none: --max-batch 16 needs --batch-sizes 1,2,4,8,16,", set()),
     ],
 )
 def test_the_command_says_who_finds_its_plans_and_they_do(

@@ -140,7 +140,7 @@ def test_weights_of_8_bits_are_scaled_back_to_what_was_emulated(
     assert len(scaled) > 5
     assert {typed[node.input[0]] for node in scaled} == {stored}
     assert {typed[node.input[1]] for node in scaled} == {TensorProto.FLOAT16}
-    assert lowered.ByteSize() < 0.65 * graphs[name].ByteSize()  # the words of a text encoder are no product
+    assert lowered.ByteSize() < 0.65 * graphs[name].ByteSize()  # the words of a text encoder are not products
     whole, made, emulated = (
         run(model, inputs, tmp_path) for model in (graphs[name], lowered, emulate(graphs[name], precision))
     )

@@ -194,7 +194,7 @@ async def test_every_answer_has_headers_that_keep_browsers_strict(
 async def test_what_is_refused_is_counted_at_its_endpoint_and_logged_with_its_key(
     app: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "service.security.access")
+    caplog.set_level("INFO", "service.access")
     for _ in range(3):
         await app.client.post("/generate", json={}, headers=bearer("slow"))
     await app.client.post("/edit", json={}, headers=bearer("nobody"))
@@ -204,5 +204,5 @@ async def test_what_is_refused_is_counted_at_its_endpoint_and_logged_with_its_ke
     assert app.metric("fewstep_requests_total", endpoint="unmatched", outcome="rejected") == 1
     assert app.metric("fewstep_requests_total", endpoint="edit", outcome="invalid") == 1
     assert app.metric("fewstep_requests_total", endpoint="cancel_job", outcome="invalid") == 1
-    keys = [getattr(record, "key", None) for record in caplog.records if record.name == "service.security.access"]
+    keys = [getattr(record, "key", None) for record in caplog.records if record.name == "service.access"]
     assert keys == ["slow", "slow", "slow", None, None, "slow"]

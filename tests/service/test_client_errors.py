@@ -24,7 +24,7 @@ ERRORS = [
     JobFailed("cancelled", "given up", param=None, request_id="r1", retryable=True),
     Unreachable("the connection broke"),
     TimeLimitPassed("late"),
-    AnswerUnreadable("the answer is no Job"),
+    AnswerUnreadable("the answer is not a Job"),
 ]
 
 

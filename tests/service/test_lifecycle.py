@@ -403,9 +403,7 @@ async def test_log_lines_have_the_request_id_and_no_prompt(
         logging.getLogger().removeHandler(handler)
     assert answer.status_code == 200
     assert "secret" not in stream.getvalue()
-    [text] = [
-        line for line in stream.getvalue().splitlines() if "generate" in line and "service.access" in line
-    ]
+    [text] = [line for line in stream.getvalue().splitlines() if "generate" in line and "service.access" in line]
     if form == "text":
         assert 'request_id="from-me"' in text
         assert "status=200" in text

@@ -32,14 +32,14 @@ def bench(models: Models) -> Iterator[SeveralBench]:
 
 async def test_a_worker_loads_what_a_job_needs(bench: SeveralBench) -> None:
     for name in NAMES:
-        await bench.submit(name, bench.models.catalogue.find(name).key)
+        await bench.submit(name, bench.models.catalogue.find(name).manifest.model)
     outcomes = [await bench.outcome(name) for name in NAMES]
     assert all(isinstance(outcome, Finished) for outcome in outcomes)
     assert {state.name for state in bench.models.states() if state.loaded} == set(NAMES)
 
 
 async def test_a_job_whose_bundle_does_not_load_fails_and_may_be_tried_again(bench: SeveralBench, folder: Path) -> None:
-    key = bench.models.catalogue.find("amber").key
+    key = bench.models.catalogue.find("amber").manifest.model
     (folder / "amber" / "step-4.onnx").write_bytes(b"")
     await bench.submit("a", key)
     outcome = await bench.outcome("a")
@@ -51,7 +51,7 @@ async def test_a_job_whose_bundle_does_not_load_fails_and_may_be_tried_again(ben
 async def test_a_job_whose_bundle_is_replaced_before_it_is_loaded_may_be_tried_again(
     bench: SeveralBench, folder: Path
 ) -> None:
-    key = bench.models.catalogue.find("amber").key
+    key = bench.models.catalogue.find("amber").manifest.model
     assert key in bench.models.takeable()
     replace(folder, "amber")
     await bench.submit("a", key)
@@ -79,7 +79,7 @@ async def test_a_job_that_waits_for_its_bundle_is_cancelled_expires_and_is_stopp
 
     models = Models(Catalogue.of(several), slow, 2**30)
     bench = SeveralBench(models)
-    key = models.catalogue.find("blue").key
+    key = models.catalogue.find("blue").manifest.model
     await bench.submit("late", key, seconds=0.05)
     outcome = await bench.outcome("late")
     assert isinstance(outcome, Failed)
@@ -107,7 +107,7 @@ async def test_what_is_loaded_does_not_wait_for_what_loads(several: Settings) ->
 
     models = Models(Catalogue.of(several), slow, 2**30)
     bench = SeveralBench(models)
-    amber, blue = (models.catalogue.find(name).key for name in ("amber", "blue"))
+    amber, blue = (models.catalogue.find(name).manifest.model for name in ("amber", "blue"))
     many = [f"blue-{k}" for k in range(4 * MAX_ROWS)]
     try:
         models.load("amber").result(60)
@@ -128,7 +128,7 @@ async def test_what_is_loaded_does_not_wait_for_what_loads(several: Settings) ->
 
 
 async def test_a_bundle_does_not_wait_behind_the_queue_of_another(bench: SeveralBench) -> None:
-    amber, blue = (bench.models.catalogue.find(name).key for name in ("amber", "blue"))
+    amber, blue = (bench.models.catalogue.find(name).manifest.model for name in ("amber", "blue"))
     for name in ("amber", "blue"):
         bench.models.load(name).result(60)
     many = [f"amber-{k}" for k in range(20 * MAX_ROWS)]
@@ -146,7 +146,7 @@ async def test_what_is_asked_for_without_end_leaves_its_place_to_another(several
         Catalogue.of(several), lambda path: open_pipeline(several, path), room_for(several, 1).max_model_bytes
     )
     bench = SeveralBench(models)
-    amber, blue = (models.catalogue.find(name).key for name in ("amber", "blue"))
+    amber, blue = (models.catalogue.find(name).manifest.model for name in ("amber", "blue"))
     submitted = 0
     try:
         await bench.submit("blue", blue)
@@ -168,7 +168,7 @@ def test_jobs_are_taken_for_what_stays_or_has_requests_that_wait(several: Settin
     models = Models(
         Catalogue.of(several), lambda path: open_pipeline(several, path), room_for(several, 1).max_model_bytes
     )
-    amber, blue = (models.catalogue.find(name).key for name in ("amber", "blue"))
+    amber, blue = (models.catalogue.find(name).manifest.model for name in ("amber", "blue"))
     try:
         models.load("amber").result(60)
         request, job = models.lease("amber"), models.take_on(amber)

@@ -15,7 +15,7 @@ from tests.service.helpers import Running, b64, error, png, random_image
 pytestmark = pytest.mark.anyio
 
 SERVICE = Path(*service.__path__)
-# A client of the service is no part of what serves.
+# A client of the service is not a part of what serves.
 CLIENT = {SERVICE / "client.py", *(SERVICE / "client").rglob("*.py")}
 FILES = sorted({*Path(*engines.__path__).rglob("*.py"), *SERVICE.rglob("*.py")} - CLIENT)
 CLIENTS = {"aiohttp", "ftplib", "http.client", "httpx", "requests", "smtplib", "urllib.request", "urllib3"}

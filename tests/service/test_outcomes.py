@@ -1,4 +1,4 @@
-"""Every job is counted once, by what became of it, wherever it is settled; a 202 is no answer with images."""
+"""Every job is counted once, by what became of it, wherever it is settled; a 202 is not an answer with images."""
 
 from __future__ import annotations
 

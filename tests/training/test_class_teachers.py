@@ -67,7 +67,6 @@ def check_student(run: Run) -> None:
     batch = run.data.batch(torch.arange(4), draws, torch.device("cpu"))
     noise, w = draws.normal(batch.x), torch.tensor([0.0, 1.0, 2.0, 4.0])
     student = run.denoiser(student_stage(2))
-    assert student.is_student
     made = sample(student, run.schedule.grid(2), noise, batch.condition, w)
     assert made.isfinite().all()
     unguided = sample(student, run.schedule.grid(2), noise, batch.condition, torch.zeros(4))

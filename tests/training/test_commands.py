@@ -85,7 +85,7 @@ def test_what_a_launcher_asks_for_and_is_not_done_is_refused(
     [
         (["train", "{recipe}", "--data", "."], "they lie in no folder"),
         (["distill", "{recipe}", "--sample-every", "0"], "not in the range"),
-        (["distill", "{recipe}", "--checkpoint-every", "nan"], "nan is no finite number"),
+        (["distill", "{recipe}", "--checkpoint-every", "nan"], "nan is not a finite number"),
         (["distill", "absent.toml"], "does not exist"),
         (["export", "{recipe}", "bundle", "--run", "."], "there is no run in ."),
         (["export", "{recipe}", "bundle"], "there is no run in runs/killed"),

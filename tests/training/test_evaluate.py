@@ -30,7 +30,7 @@ from training.loop import TrainingError
 from training.networks import save_network
 from training.recipe import Recipe
 from training.run import NETWORK, Run
-from training.solvers import Sampler
+from training.solvers import Solver
 from training.store import Store
 
 TEACHER, STUDENT = Candidate("teacher", 4), Candidate("student", 4)
@@ -68,7 +68,7 @@ def count_batches(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
     made: list[int] = []
     original = candidates.sample_with
 
-    def counted(sampler: Sampler, *arguments: Any) -> Tensor:
+    def counted(sampler: Solver, *arguments: Any) -> Tensor:
         if len(made) == stop_after:
             raise KeyboardInterrupt
         made.append(len(arguments[3]))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from training.evaluation.plots import plot_calls, plot_guidance, save_plots
 from training.evaluation.quality import Cell, Figures, Provenance, Quality, Row, Timing
-from training.solvers import Sampler
+from training.solvers import Solver
 
 ABOUT = Provenance("tiny", "train", "", 5000, 808, 809, "pixels at 8 px", None, None, 100, 16, 5, 0, "fp32", {})
 GUIDANCE = (0.0, 1.0, 4.0)
@@ -20,7 +20,7 @@ def figures(frechet: float) -> Figures:
 
 
 def row(
-    model: str, steps: int, frechet: float, sampler: Sampler = "ddim", guidance: tuple[float, ...] = GUIDANCE
+    model: str, steps: int, frechet: float, sampler: Solver = "ddim", guidance: tuple[float, ...] = GUIDANCE
 ) -> Row:
     calls = steps if model == "student" else 2 * steps
     return Row(model, sampler, steps, calls, 0.1, tuple(Cell(w, figures(frechet * (1 + w)), 0.1) for w in guidance))

@@ -50,7 +50,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         ('name = "digits"', f'name = "{"x" * 101}"', "name: .* at most 100"),
         ("channels = [32, 64]", "channels = []", "channels"),
         ("updates = 1500", "updates = true", "updates"),
-        ("learning_rate = 2e-3", "learning_rate = true", "learning_rate: true and false mean nothing here"),
+        ("learning_rate = 2e-3", "learning_rate = true", "learning_rate: true and false are not accepted here"),
         ("warmup = 50", "warmup = true", "warmup: true and false"),
         ("guidance = [0.0, 4.0]", "guidance = [false, true]", "guidance: true and false"),
         ("seed = 0", "seed = true", "seed: true and false"),

@@ -10,7 +10,7 @@ from training.diffusion import Schedule, stock_scheduler
 from training.draws import generator_at
 from training.guidance import Condition, GuidedTeacher
 from training.mixture import ExactDenoiser, GaussianMixture, solve_guided_ode
-from training.solvers import SAMPLERS, Sampler, sample_with, scheduler_for
+from training.solvers import SOLVERS, Solver, sample_with, scheduler_for
 
 COSINE = Schedule.cosine()
 # The last alpha is exactly zero.
@@ -19,10 +19,10 @@ LINEAR = Schedule.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000, dtyp
 MIXTURE = GaussianMixture.on_a_circle(2)
 LABEL, W = torch.arange(60) % MIXTURE.classes, torch.linspace(0, 4, 60)
 NOISE = torch.randn(60, 2, generator=generator_at(1, 0), dtype=torch.float64)
-BASELINES: tuple[Sampler, ...] = SAMPLERS[1:]
+BASELINES: tuple[Solver, ...] = SOLVERS[1:]
 
 
-def samples(sampler: Sampler, steps: int, schedule: Schedule = COSINE) -> Tensor:
+def samples(sampler: Solver, steps: int, schedule: Schedule = COSINE) -> Tensor:
     exact = ExactDenoiser(MIXTURE, schedule)
     teacher = GuidedTeacher(exact, exact, {"label": torch.tensor(MIXTURE.classes)})
     return sample_with(sampler, teacher, schedule, steps, NOISE, {"label": LABEL}, W)
@@ -34,7 +34,7 @@ def apart(x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("schedule", [COSINE, ZERO, LINEAR], ids=["cosine", "zero", "linear"])
 @pytest.mark.parametrize("sampler", BASELINES)
-def test_with_many_steps_a_solver_ends_where_ddim_does(sampler: Sampler, schedule: Schedule) -> None:
+def test_with_many_steps_a_solver_ends_where_ddim_does(sampler: Solver, schedule: Schedule) -> None:
     many = samples("ddim", schedule.timesteps, schedule)
     errors = [apart(samples(sampler, steps, schedule), many) for steps in (8, 200)]
     assert errors[1] < 0.003
@@ -42,7 +42,7 @@ def test_with_many_steps_a_solver_ends_where_ddim_does(sampler: Sampler, schedul
 
 
 @pytest.mark.parametrize("sampler", BASELINES)
-def test_a_solvers_error_falls_faster_than_that_of_ddim(sampler: Sampler) -> None:
+def test_a_solvers_error_falls_faster_than_that_of_ddim(sampler: Solver) -> None:
     start = (float(COSINE.alphas[-1]), float(COSINE.sigmas[-1]))
     solved = solve_guided_ode(MIXTURE, NOISE, LABEL, W, start)
     errors = [apart(samples(sampler, steps), solved) for steps in (16, 32, 64)]
@@ -52,7 +52,7 @@ def test_a_solvers_error_falls_faster_than_that_of_ddim(sampler: Sampler) -> Non
 
 @pytest.mark.parametrize("schedule", [COSINE, ZERO], ids=["cosine", "zero"])
 @pytest.mark.parametrize("sampler", BASELINES)
-def test_few_steps_are_finite_and_one_step_is_ddims(sampler: Sampler, schedule: Schedule) -> None:
+def test_few_steps_are_finite_and_one_step_is_ddims(sampler: Solver, schedule: Schedule) -> None:
     for steps in (1, 2, 3, 4, 5):
         assert samples(sampler, steps, schedule).isfinite().all()
     assert apart(samples(sampler, 1, schedule), samples("ddim", 1, schedule)) < 1e-5
@@ -60,8 +60,8 @@ def test_few_steps_are_finite_and_one_step_is_ddims(sampler: Sampler, schedule: 
 
 # With 49 and 98 diffusers' own spacing has one timestep too many.
 @pytest.mark.parametrize("steps", [1, 4, 7, 49, 50, 98, 1024])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_calls_the_denoiser_once_a_step_at_the_times_of_the_grid(sampler: Sampler, steps: int) -> None:
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_every_sampler_calls_the_denoiser_once_a_step_at_the_times_of_the_grid(sampler: Solver, steps: int) -> None:
     times = []
 
     def denoiser(z: Tensor, t: Tensor, condition: Condition, w: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_a_scheduler_has_the_alphas_of_the_schedule(schedule: Schedule) -> None:
         assert torch.allclose(alphas, schedule.alphas[1:], rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_more_steps_than_timesteps_are_refused(sampler: Sampler) -> None:
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_more_steps_than_timesteps_are_refused(sampler: Solver) -> None:
     with pytest.raises(ValueError, match="1025 steps cannot be taken on 1024 timesteps"):
         samples(sampler, 1025)

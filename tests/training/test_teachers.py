@@ -317,7 +317,11 @@ def test_settings_of_a_wrong_type_are_refused_when_it_is_opened(
 def test_a_second_network_that_is_called_otherwise_is_refused(folders: dict[str, Path]) -> None:
     first = TeacherPipeline.open(str(folders["sd1"]))
     first.check_pair(TeacherPipeline.open(str(folders["sd2"])))
-    for name, says in (("inpainting", "in_channels 4, and 9"), ("sdxl", "cross_attention_dim"), ("dit", "prompts")):
+    for name, says in (
+        ("inpainting", "in_channels differs: 4"),
+        ("sdxl", "cross_attention_dim"),
+        ("dit", "prompts"),
+    ):
         with pytest.raises(TeacherError, match=says):
             first.check_pair(TeacherPipeline.open(str(folders[name])))
 

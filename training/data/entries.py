@@ -76,7 +76,7 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 def fields_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What metadata says beside the name and the captions of an image, without fields that are null: these say nothing.
 
-    Raises ValueError with a reason to show when what names its class or group is no name, or cannot be encoded.
+    Raises ValueError with a reason to show when what names its class or group is not a name, or cannot be encoded.
     """
     named = ("file_name", "text", "texts")
     fields = {name: value for name, value in metadata.items() if value is not None and name not in named}

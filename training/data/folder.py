@@ -43,7 +43,7 @@ def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
         if not overwrite:
             raise OutputExistsError(f"{out} exists; choose another folder or pass --overwrite")
         if not _is_set(out):
-            raise OutputExistsError(f"{out} is no image set: it is not overwritten")
+            raise OutputExistsError(f"{out} is not an image set: it is not overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -92,7 +92,7 @@ def unpack(data: bytes) -> dict[str, Parts]:
                     raise ValueError(f"{member.name} comes twice")
                 parts[suffix] = view[member.offset_data : member.offset_data + member.size]
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"it is no whole tar: {error}") from error
+        raise ValueError(f"it is not a whole tar: {error}") from error
     if not samples:
         raise ValueError("it has no sample")
     return dict(samples)
@@ -137,7 +137,7 @@ def images(samples: Mapping[str, Parts], fit: ImageFit) -> Contents:
 
 
 def specs_of(arrays: Arrays) -> dict[str, ArraySpec]:
-    """The specs of a sample's arrays, sorted by name. Raises ValueError when they are no sample."""
+    """The specs of a sample's arrays, sorted by name. Raises ValueError when they are not a sample."""
     x = arrays.get(DATA)
     if x is None or x.ndim != 3 or x.dtype.name not in ("float16", "float32"):
         raise ValueError("x is missing, or is not (c, h, w) of float16 or float32")
@@ -147,7 +147,7 @@ def specs_of(arrays: Arrays) -> dict[str, ArraySpec]:
         raise ValueError("the arrays of the condition have no first axis in common that goes over the captions")
     for name, array in arrays.items():
         if not NAME.fullmatch(name):
-            raise ValueError(f'"{name}" is no name of lower-case letters, digits and _')
+            raise ValueError(f'"{name}" is not a name of lower-case letters, digits and _')
         if not array.dtype.isnative or array.dtype.name not in DTYPES:
             raise ValueError(f"{name} is of {array.dtype}, not of {', '.join(DTYPES)}")
     shapes = {name: array.shape if name == DATA else array.shape[1:] for name, array in arrays.items()}
@@ -174,10 +174,10 @@ def _array(suffix: str, part: memoryview) -> NDArray[Any]:
     header = io.BytesIO(part[:HEADER_BYTES])
     try:
         if not suffix.endswith(".npy"):
-            raise ValueError("it is no .npy file")
+            raise ValueError("it is not a .npy file")
         if (version := np.lib.format.read_magic(header)) != (1, 0):
             raise ValueError(f"npy version {version}")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
         return np.frombuffer(part[header.tell() :], dtype).reshape(shape, order="F" if fortran_order else "C")
     except ValueError as error:
-        raise ValueError(f"part {suffix} is no array: {error}") from error
+        raise ValueError(f"part {suffix} is not an array: {error}") from error

@@ -119,7 +119,7 @@ class ShardIndex(BaseModel):
         except FileNotFoundError:
             raise StreamError(f"{file} is missing: `fewstep data index {place.address}` makes it") from None
         except ValidationError as error:
-            raise StreamError(f"{file} is no index of shards: {problem_of(error.errors()[0])}") from None
+            raise StreamError(f"{file} is not an index of shards: {problem_of(error.errors()[0])}") from None
         except OSError as error:
             raise StreamError(f"{file} cannot be read: {one_line(error)}") from error
 

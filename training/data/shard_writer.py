@@ -54,8 +54,8 @@ class TensorShardWriter:
     def write(self, arrays: Arrays) -> None:
         """Adds a sample: x (c, h, w), and the arrays of its condition, each with a first axis over J captions.
 
-        Raises StreamError for arrays that are no sample, are unlike those before or not finite; when the shard cannot
-        be written; and when the set is complete already.
+        Raises StreamError for arrays that are not a sample, are unlike those before or not finite; when the shard
+        cannot be written; and when the set is complete already.
         """
         if self._complete:
             raise StreamError(f"{self.place.address} is complete, with {self.count} samples; choose another place")

@@ -134,7 +134,7 @@ def _class_number(data: bytes) -> str:
     try:
         return str(int(data.decode("ascii")))
     except ValueError:
-        raise ValueError("its .cls is no whole number") from None
+        raise ValueError("its .cls is not a whole number") from None
 
 
 def _as_png(image: bytes) -> bytes:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from training.distill import student_stage
@@ -17,11 +16,10 @@ from training.evaluation.evaluation_set import EvaluationSet
 from training.evaluation.features import Pixels
 from training.guidance import Denoiser
 from training.loop import TrainingError
-from training.networks import decode_all
 from training.pictures import to_uint8
 from training.run import Run
 from training.sampler import fresh_from, sample_stochastic
-from training.solvers import SAMPLER_NAMES, SAMPLERS, Sampler, sample_with
+from training.solvers import SOLVER_NAMES, SOLVERS, Solver, sample_with
 from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
@@ -39,17 +37,17 @@ class Candidate:
 
     model: Literal["teacher", "student"]
     steps: int
-    sampler: Sampler | Literal["stochastic"] = "ddim"
+    sampler: Solver | Literal["stochastic"] = "ddim"
 
     def __post_init__(self) -> None:
         """Raise ValueError for a teacher that samples stochastically, or a student with a teacher's solver."""
-        if self.sampler not in (SAMPLERS if self.model == "teacher" else ("ddim", "stochastic")):
+        if self.sampler not in (SOLVERS if self.model == "teacher" else ("ddim", "stochastic")):
             raise ValueError(f"a {self.model} does not take the steps of {self.sampler}")
 
     @property
     def name(self) -> str:
         """What it is called under pictures."""
-        how = "" if self.model == "student" and self.sampler == "ddim" else f", {SAMPLER_NAMES[self.sampler]}"
+        how = "" if self.model == "student" and self.sampler == "ddim" else f", {SOLVER_NAMES[self.sampler]}"
         return f"{self.model}{how}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
@@ -83,7 +81,6 @@ class ImageMaker:
         self.run, self.data, self.seed, self.store = run, data, seed, store
         self._denoisers: dict[str, Denoiser] = {}
         self._hashes: dict[str, str] = {}
-        self._autoencoder: AutoencoderKL | None = None
         size = rows_at_once(run.shape)
         self._batches = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
 
@@ -117,7 +114,7 @@ class ImageMaker:
                 z = sample_stochastic(denoiser, schedule.grid(candidate.steps), noise, condition, w_of_rows, added)
             else:
                 z = sample_with(candidate.sampler, denoiser, schedule, candidate.steps, noise, condition, w_of_rows)
-        images = self._decode(z)
+        images = self.run.decoded(z)
         if not images.isfinite().all():
             raise TrainingError(f"{candidate.name} at w = {w:g}: its images have values that are not finite")
         return to_uint8(images)
@@ -138,13 +135,6 @@ class ImageMaker:
                 self.run.guided_teacher() if teacher else self.run.compiled(self.run.denoiser(candidate.stage))
             )
         return self._denoisers[candidate.stage]
-
-    def _decode(self, z: Tensor) -> Tensor:
-        if not self.run.is_latent:
-            return z
-        if self._autoencoder is None:
-            self._autoencoder = self.run.autoencoder()
-        return decode_all(self._autoencoder, z)
 
     def _key(self, candidate: Candidate, w: float, rows: range) -> dict[str, Any]:
         return {

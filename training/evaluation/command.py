@@ -21,7 +21,7 @@ from training.evaluation.plots import save_plots
 from training.evaluation.tables import SOUND_IMAGES, to_csv, to_json, to_markdown
 from training.loop import TrainingError
 from training.run import Run
-from training.solvers import SAMPLERS, Sampler
+from training.solvers import SOLVERS, Solver
 from training.store import Store, whole_file
 
 
@@ -42,12 +42,12 @@ def _numbers(kind: type[int] | type[float], least: int) -> Callable[..., tuple[f
     return read
 
 
-def _solvers(context: click.Context, option: click.Parameter, value: str) -> tuple[Sampler, ...]:
-    """The samplers that are named between commas, in the order of `SAMPLERS`."""
+def _solvers(context: click.Context, option: click.Parameter, value: str) -> tuple[Solver, ...]:
+    """The solvers that are named between commas, in the order of `SOLVERS`."""
     names = value.split(",")
-    if unknown := [name for name in names if name not in SAMPLERS]:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SAMPLERS)}")
-    return tuple(sampler for sampler in SAMPLERS if sampler in names)
+    if unknown := [name for name in names if name not in SOLVERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SOLVERS)}")
+    return tuple(solver for solver in SOLVERS if solver in names)
 
 
 @click.command(cls=Reported)
@@ -69,7 +69,7 @@ def _solvers(context: click.Context, option: click.Parameter, value: str) -> tup
 @click.option(
     "--solvers",
     callback=_solvers,
-    default=",".join(SAMPLERS),
+    default=",".join(SOLVERS),
     show_default=True,
     help="What the teacher is sampled with at fewer steps than the most.",
 )
@@ -130,7 +130,7 @@ def _solvers(context: click.Context, option: click.Parameter, value: str) -> tup
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Of the choice of captions, the noise, and the subsets of KID.",
+    help="Seed of the choice of captions, the noise, and the subsets of KID.",
 )
 def evaluate(
     recipe: Path,
@@ -138,7 +138,7 @@ def evaluate(
     data: Path | None,
     steps: tuple[int, ...] | None,
     teacher_steps: tuple[int, ...],
-    solvers: tuple[Sampler, ...],
+    solvers: tuple[Solver, ...],
     guidance: tuple[float, ...] | None,
     images: Path | None,
     samples: int,
@@ -183,7 +183,7 @@ def evaluate(
     click.echo(reports["table.md"])
 
 
-def _require_rows(solvers: tuple[Sampler, ...], teacher_steps: tuple[int, ...]) -> None:
+def _require_rows(solvers: tuple[Solver, ...], teacher_steps: tuple[int, ...]) -> None:
     """Raises click's BadParameter for a solver that was asked for and has no row: it would take fewer steps."""
     context = click.get_current_context()
     given = context.get_parameter_source("solvers") is ParameterSource.COMMANDLINE
@@ -222,7 +222,7 @@ def _clip_scorer(run: Run, folder: Path | None) -> ClipScorer | None:
 
 
 def _candidates(
-    run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[int, ...], solvers: tuple[Sampler, ...]
+    run: Run, steps: tuple[int, ...] | None, teacher_steps: tuple[int, ...], solvers: tuple[Solver, ...]
 ) -> tuple[Candidate, ...]:
     """The teacher's DDIM with most steps first, then its solvers one by one with fewer, then the students."""
     trained = trained_students(run)

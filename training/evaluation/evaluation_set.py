@@ -89,7 +89,7 @@ def load_evaluation_set(run: Run, split: str, samples: int, seed: int, images: P
 
 def _encode(run: Run, words: tuple[str, ...], labels: Tensor | None) -> tuple[Condition, str]:
     if labels is not None:
-        return {"label": run.labels(labels)}, "labels"
+        return {"label": run.class_numbers[labels]}, "labels"
     assert run.prompts is not None
     arrays = {name: array.float() for name, array in encode_captions(run.prompts, words, run.cache).items()}
     some = next(iter(arrays.values()))

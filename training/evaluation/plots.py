@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from training.evaluation.quality import Quality, Row
 from training.evaluation.tables import counts
-from training.solvers import SAMPLER_NAMES
+from training.solvers import SOLVER_NAMES
 from training.store import whole_file
 
 INK, GREY, GRID = "#222222", "#767676", "#e3e3e3"
@@ -142,7 +142,7 @@ def _families(quality: Quality) -> Iterator[tuple[str, list[Row]]]:
 
 def _family(row: Row) -> str:
     if row.model == "teacher":
-        return f"Teacher, {SAMPLER_NAMES[row.sampler]}"
+        return f"Teacher, {SOLVER_NAMES[row.sampler]}"
     return "Students" if row.sampler == "ddim" else "Students, stochastic"
 
 

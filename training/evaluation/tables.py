@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from engines.decibels import psnr_db
 from training.evaluation.quality import Cell, Figures, Provenance, Quality, Row, Timing
-from training.solvers import SAMPLER_NAMES
+from training.solvers import SOLVER_NAMES
 
 # What published figures are made of at the least; below it only rows of one table can be compared.
 SOUND_IMAGES = 5000
@@ -149,7 +149,7 @@ def _table(quality: Quality, cells: list[list[str]], floor: str | None) -> str:
 
 
 def _sampler(row: Row) -> str:
-    return "its own steps" if row.model == "student" and row.sampler == "ddim" else SAMPLER_NAMES[row.sampler]
+    return "its own steps" if row.model == "student" and row.sampler == "ddim" else SOLVER_NAMES[row.sampler]
 
 
 def _line(fields: Iterable[str]) -> str:

@@ -96,15 +96,14 @@ class StepGraph(nn.Module):
 
 @dataclass(frozen=True)
 class Example:
-    """Named example inputs of a graph; `at(batch)` makes them for a batch size, different at each."""
+    """Named example inputs of a graph; `at(batch)` makes them for a batch size, different at each.
 
-    make: Callable[[int], tuple[Tensor, ...]]
+    They come in the order of `input_names`.
+    """
+
+    at: Callable[[int], tuple[Tensor, ...]]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-
-    def at(self, batch: int) -> tuple[Tensor, ...]:
-        """The inputs at a batch size, in the order of `input_names`."""
-        return self.make(batch)
 
 
 Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -182,9 +181,9 @@ def export_graph(
 
 
 def check_finite(module: nn.Module, name: str) -> None:
-    """Raise ExportError for a network with weights that are no finite numbers."""
+    """Raise ExportError for a network with weights that are not finite."""
     if not all(value.isfinite().all() for value in module.state_dict().values()):
-        raise ExportError(f"{name}: its network has weights that are no finite numbers")
+        raise ExportError(f"{name}: its network has weights that are not finite")
 
 
 def _trace(module: nn.Module, example: Example) -> ONNXProgram:

@@ -70,5 +70,5 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     except Exception as error:  # whatever odd settings make a scheduler raise
         raise ValueError(f"its scheduler {name}: {first_line(error)}") from error
     if found is None:
-        raise ValueError(f"its scheduler {name} has no alphas_cumprod and is no rectified flow")
+        raise ValueError(f"its scheduler {name} has no alphas_cumprod and is not a rectified flow")
     return found

@@ -57,9 +57,9 @@ class TeacherPipeline:
                 folder = Path(diffusers.DiffusionPipeline.download(source, revision=revision, variant=variant))
             index = json.loads((folder / INDEX).read_text())
             if not isinstance(index, dict):
-                raise ValueError(f"{INDEX} is no JSON object")
+                raise ValueError(f"{INDEX} is not a JSON object")
         except (OSError, ValueError) as error:
-            raise TeacherError(f"{source} is no diffusers pipeline: {first_line(error)}") from error
+            raise TeacherError(f"{source} is not a diffusers pipeline: {first_line(error)}") from error
         opened = cls(folder, index, source, variant)
         try:
             opened._check()
@@ -302,7 +302,7 @@ class TeacherPipeline:
         ours, theirs = self._calling, second._calling
         if unlike := [name for name in ours if ours[name] != theirs.get(name)]:
             name = unlike[0]
-            raise TeacherError(f"{self.folder} has {name} {ours[name]}, and {theirs[name]} {second.folder}")
+            raise TeacherError(f"{name} differs: {ours[name]} in {self.folder}, {theirs[name]} in {second.folder}")
         if not same_latents(self.autoencoder(), second.autoencoder()):
             raise TeacherError(f"{self.folder} and {second.folder} have different autoencoders")
         if self.is_text and not same_text(*(one.prompts(torch.device("cpu")) for one in (self, second))):

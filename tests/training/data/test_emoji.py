@@ -88,7 +88,7 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, packages: Pa
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(OutputExistsError, match="--overwrite"):
         build(tmp_path / "out", packages)
-    with pytest.raises(OutputExistsError, match="is no image set"):
+    with pytest.raises(OutputExistsError, match="is not an image set"):
         build(tmp_path / "out", packages, overwrite=True)
     assert (tmp_path / "out/mine.txt").is_file()
     (tmp_path / "out/dataset.json").write_text("{}")

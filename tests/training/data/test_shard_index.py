@@ -123,9 +123,9 @@ def test_an_index_from_before_the_origin_was_noted_has_the_same_fingerprint(tmp_
         (FIRST, "it is the same as 1.tar"),
         (FIRST | {"c.x.npy": X}, "sample a is in another shard too"),
         ({"b.x.npy": X}, "sample b has x 1x2x2 float16; others have context 3x4 float32, x 1x2x2 float16"),
-        (SECOND | {"b.json": b"{}"}, r"sample b: part \.json is no array: it is no \.npy file"),
-        (SECOND | {"b.context.npy": X[:-1]}, r"sample b: part \.context\.npy is no array"),
-        (SECOND | {"b.context.npy": b"no"}, r"sample b: part \.context\.npy is no array"),
+        (SECOND | {"b.json": b"{}"}, r"sample b: part \.json is not an array: it is not a \.npy file"),
+        (SECOND | {"b.context.npy": X[:-1]}, r"sample b: part \.context\.npy is not an array"),
+        (SECOND | {"b.context.npy": b"no"}, r"sample b: part \.context\.npy is not an array"),
         (SECOND | {"b.context.npy": npy(np.full((1, 3, 4), np.nan, np.float32))}, "sample b: context has values"),
         ({"b.png": png(1), "b.txt": b"one"}, r"sample b has \.png, \.txt; others are tensors"),
     ],
@@ -168,7 +168,7 @@ def test_a_part_that_comes_twice_is_refused(tmp_path: Path) -> None:
 def test_a_shard_that_is_cut_off_is_refused_wherever_it_ends(tmp_path: Path, length: int) -> None:
     shard(tmp_path / "1.tar", FIRST)
     (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:length])
-    with pytest.raises(StreamError, match=r"1\.tar cannot be indexed: it is no whole tar"):
+    with pytest.raises(StreamError, match=r"1\.tar cannot be indexed: it is not a whole tar"):
         make_index(str(tmp_path), pauses=())
 
 
@@ -188,7 +188,7 @@ def test_a_place_without_shards_is_refused(tmp_path: Path) -> None:
 def test_only_an_index_is_overwritten(tmp_path: Path) -> None:
     shard(tmp_path / "1.tar", FIRST)
     (tmp_path / "index.json").write_text('{"mine": 1}')
-    with pytest.raises(StreamError, match="is no index of shards"):
+    with pytest.raises(StreamError, match="is not an index of shards"):
         make_index(str(tmp_path))
     assert (tmp_path / "index.json").read_text() == '{"mine": 1}'
 
@@ -209,7 +209,7 @@ def test_an_index_that_is_none_is_told_in_one_line(tmp_path: Path, change: dict[
     make_index(str(tmp_path))
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | change))
-    with pytest.raises(StreamError, match=rf"^[^\n]*index\.json is no index of shards: [^\n]*{said}[^\n]*$"):
+    with pytest.raises(StreamError, match=rf"^[^\n]*index\.json is not an index of shards: [^\n]*{said}[^\n]*$"):
         ShardIndex.read(Place(str(tmp_path)))
 
 

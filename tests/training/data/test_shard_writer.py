@@ -164,7 +164,7 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
         ({"label": np.array(3)}, "no first axis in common"),
         ({"label": np.array(["a", "b"])}, "label is of"),
         ({"label": np.array([1, 2], ">i8")}, "label is of >i8"),
-        ({"Pooled": np.zeros((2, 3), np.float32)}, '"Pooled" is no name'),
+        ({"Pooled": np.zeros((2, 3), np.float32)}, '"Pooled" is not a name'),
         ({"pooled": np.zeros((2, 3), np.float32)}, "others have context 3x4 float16, label scalar int64, x 1x2x2"),
         ({"context": np.zeros((2, 9, 4), np.float16)}, "context 9x4 float16, .*others have"),
     ],

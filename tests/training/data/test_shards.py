@@ -137,7 +137,7 @@ def test_a_class_is_read_and_stands_in_for_captions(tmp_path: Path) -> None:
     assert [(record.class_name, *record.texts) for record in images.records] == [
         ("10", "10"), ("2", "captioned"), ("dog", "dog"),
     ]  # fmt: skip
-    assert [str(skipped) for skipped in images.skipped] == ["a.tar:d: its .cls is no whole number"]
+    assert [str(skipped) for skipped in images.skipped] == ["a.tar:d: its .cls is not a whole number"]
 
 
 def test_what_is_null_in_a_samples_metadata_hides_nothing(tmp_path: Path) -> None:
@@ -264,6 +264,6 @@ def test_a_member_that_comes_twice_is_named(tmp_path: Path) -> None:
 def test_only_a_set_is_overwritten(tmp_path: Path, source: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dear.jpg").write_bytes(b"x")
-    with pytest.raises(OutputExistsError, match="is no image set"):
+    with pytest.raises(OutputExistsError, match="is not an image set"):
         write_shards(source, tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "dear.jpg").exists()
