@@ -47,8 +47,13 @@ class Throughput:
     """How fast work is finished, in row-ticks a second, forgetting over about ``memory_s`` seconds of work.
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
-    shows how long one takes and not how many could be made. An interval is cut where all the work should have been done
-    thrice over by then: a bundle that loads, or a worker that starts anew, is not a new speed.
+    shows how long one takes and not how many could be made. Of that time a pause does not count, from when something
+    was finished until a worker began what is finished next: a bundle that loads, or a worker that starts anew, is no
+    new speed. Where another job was worked on meanwhile, its part of the pause counts when that one is finished.
+
+    A pause counts like work where it is shorter than ``SHORT_STALL_S``, or longer than the time since the last one that
+    did not: so where pauses recur, about half of the time counts at least, and for the rest there is `MARGIN`. An
+    interval is cut where all the work should have been done thrice over by then.
     """
 
     def __init__(self, memory_s: float = RATE_MEMORY_S) -> None:
@@ -56,6 +61,7 @@ class Throughput:
         self._cost = 0.0
         self._seconds = 0.0
         self._since: float | None = None
+        self._pause = (-math.inf, -math.inf)
 
     @property
     def per_second(self) -> float:
@@ -71,11 +77,11 @@ class Throughput:
         """There is work from now on."""
         self._since = now
 
-    def finished(self, cost: float, outstanding: float, now: float) -> None:
-        """``cost`` of the ``outstanding`` work was finished."""
+    def finished(self, cost: float, outstanding: float, worked_s: float, now: float) -> None:
+        """``cost`` of the ``outstanding`` work was finished, by a worker that was at it for ``worked_s``."""
         if self._since is None:
             return
-        elapsed = max(0.0, now - self._since)
+        elapsed = self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
         if (speed := self.per_second) > 0:
             if outstanding < BUSY_S * speed:
@@ -88,6 +94,16 @@ class Throughput:
     def end(self) -> None:
         """There is no more work."""
         self._since = None
+
+    def _elapsed(self, since: float, began: float, now: float) -> float:
+        """The seconds that count now, where something was finished ``since``, and what is finished now ``began``."""
+        paused, resumed = self._pause
+        if began - since > SHORT_STALL_S and began - since <= since - resumed:
+            self._pause = (since, began)
+            return now - began
+        worked_on = max(0.0, resumed - max(paused, began))
+        self._pause = (paused, resumed - worked_on)
+        return max(0.0, now - since) + worked_on
 
 
 class Door:
@@ -160,10 +176,10 @@ class Door:
         self._waiting[priority] -= cost
         self._ended(cost)
 
-    def settled(self, cost: int, finished: bool, now: float) -> None:
-        """``cost`` that a worker had is over."""
-        if finished:
-            self.throughput.finished(cost, self.outstanding, now)
+    def settled(self, cost: int, worked_s: float | None, now: float) -> None:
+        """``cost`` that a worker had is over, finished in ``worked_s``; None where it is not finished."""
+        if worked_s is not None:
+            self.throughput.finished(cost, self.outstanding, worked_s, now)
         self._ended(cost)
 
     def _let_in(self, cost: int, now: float, priority: Priority) -> None:

@@ -109,6 +109,13 @@ def state_after(outcome: Outcome) -> JobState:
     return "cancelled" if outcome.reason == "cancelled" else "failed"
 
 
+def worked_s(outcome: Outcome) -> float | None:
+    """How long a worker was at what it finished, from the first stage to the last; None where it is not finished."""
+    if not isinstance(outcome, Finished):
+        return None
+    return outcome.timings.encode_s + outcome.timings.denoise_s + outcome.timings.decode_s
+
+
 def rank(since: float, priority: int) -> float:
     """When a job came, or would have come with no priority, to be where it is in the line. In seconds."""
     return since - HEAD_START_S * priority

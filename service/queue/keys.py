@@ -42,7 +42,10 @@ def jobs(model: str, priority: Priority) -> str:
 
 
 def load(model: str) -> str:
-    """Hash: the cost that waits in each of a model's streams, all that is outstanding, and what was promised last."""
+    """Hash: the cost that waits in each of a model's streams, all that is outstanding, and what was promised last.
+
+    And since when it is measured how fast jobs are finished, with the last pause that did not count, in ms.
+    """
     return f"{PREFIX}load:{model}"
 
 

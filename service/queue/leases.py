@@ -20,7 +20,7 @@ from service.jobs import Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import BUSY_S, EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
-from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after
+from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after, worked_s
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
 from service.queue.wire import pack_outcome, request_of, unpack_job
@@ -246,7 +246,8 @@ class Leases:
         dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
         throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
-        first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput, str(BUSY_S)])
+        busy: Arguments = [str(BUSY_S), milliseconds(worked_s(outcome) or 0.0)]
+        first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput, *busy])
         with self._changed:
             self._held.pop(job_id, None)
             self._unsent.pop(job_id, None)

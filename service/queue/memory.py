@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-from service.jobs import CANCELLED, Finished, Job, Outcome
+from service.jobs import CANCELLED, Job, Outcome
 from service.queue.admission import Door
 from service.queue.base import (
     DEFAULT_BOUNDS,
@@ -24,6 +24,7 @@ from service.queue.base import (
     Stage,
     Status,
     rank,
+    worked_s,
 )
 from service.queue.shelf import Shelf
 from service.threads import uncancellable
@@ -154,7 +155,7 @@ class MemoryQueue:
         with self._changed:
             self._cancelled.discard(job_id)
             if (job := self._taken.pop(job_id, None)) is not None:
-                self._doors[job.model].settled(job.cost, isinstance(outcome, Finished), self._clock())
+                self._doors[job.model].settled(job.cost, worked_s(outcome), self._clock())
             return self._end(job_id, outcome)
 
     def owes(self, model: str) -> bool:

@@ -7,7 +7,7 @@ import heapq
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -29,23 +29,28 @@ MEAN_COST = sum(COSTS) / len(COSTS)
 
 @dataclass
 class Overload:
-    """One worker that does a job after the other, and clients of whom each refused one may come back when told to."""
+    """One worker that does a job after the other, and clients of whom each refused one may come back when told to.
+
+    In its ``pauses`` it begins nothing.
+    """
 
     returns: float = 1.0
     speed: Callable[[float], float] = lambda now: SPEED
+    pauses: Sequence[tuple[float, float]] = ()
     limit_s: float = LIMIT_S
     seed: int = 1
     max_cost: int = 100_000
     late: list[float] = field(default_factory=list)
     served: float = 0.0
     back: Counter[bool] = field(default_factory=Counter)
+    speeds: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = Random(self.seed)
         self.door = Door(self.max_cost)
         self.door.throughput.expect(SPEED / EXPECTED)
         self.line: deque[tuple[float, int]] = deque()
-        self.done_at = 0.0
+        self.done_at = self.worked_s = 0.0
 
     def run(self, load: float, seconds: float) -> None:
         """Poisson arrivals at ``load`` times what the worker can do."""
@@ -74,7 +79,8 @@ class Overload:
         while self.line and self.done_at <= now:
             arrived, cost = self.line.popleft()
             self.door.took(cost)
-            self.door.settled(cost, True, self.done_at)
+            self.door.settled(cost, self.worked_s, self.done_at)
+            self.speeds.append((self.done_at, self.door.throughput.per_second))
             self.served += cost
             if self.done_at - arrived > self.limit_s:
                 self.late.append(self.done_at)
@@ -82,7 +88,9 @@ class Overload:
                 self.done_at = self._done_at(self.line[0][1], self.done_at)
 
     def _done_at(self, cost: int, now: float) -> float:
-        return now + cost / self.speed(now) * self.rng.uniform(0.7, 1.3)
+        begins = max(now, next((end for begin, end in self.pauses if begin <= now < end), now))
+        self.worked_s = cost / self.speed(begins) * self.rng.uniform(0.7, 1.3)
+        return begins + self.worked_s
 
 
 @pytest.mark.parametrize("limit_s", [4.0, 10.0, 30.0])
@@ -127,7 +135,7 @@ def test_lone_requests_are_no_measure_of_what_many_could_have() -> None:
     for turn in range(1000):
         assert door.knock("", 1, LIMIT_S, turn) is None
         door.took(1)
-        door.settled(1, True, turn + 0.1)  # a tenth of the speed, with ticks of one row
+        door.settled(1, 0.1, turn + 0.1)  # a tenth of the speed, with ticks of one row
     assert door.throughput.per_second == SPEED
     assert all(door.knock("", 4, LIMIT_S, 1000.0) is None for _ in range(60))
 
@@ -142,7 +150,7 @@ def test_what_is_measured_while_there_is_enough_to_do_counts() -> None:
         for _ in range(2):
             now += 2.0
             door.took(20)
-            door.settled(20, True, now)
+            door.settled(20, 2.0, now)
     assert door.throughput.per_second == pytest.approx(10, rel=0.35)
 
 
@@ -152,7 +160,7 @@ def test_an_estimate_that_is_far_too_low_locks_nobody_out() -> None:
     for turn in range(100):
         assert door.knock("", 4, 10.0, float(turn)) is None
         door.took(4)
-        door.settled(4, True, turn + 0.1)
+        door.settled(4, 0.1, turn + 0.1)
     assert door.knock("", 4, 10.0, 100.0) is None
     assert door.knock("", 4, 10.0, 100.0) is None
 
@@ -186,7 +194,7 @@ def test_the_throughput_lies_between_the_slowest_and_the_fastest_seen(events: li
     throughput.begin(now)
     for cost, pause in events:
         now += pause
-        throughput.finished(cost, 100.0, now)
+        throughput.finished(cost, 100.0, pause, now)
     speeds = [cost / pause for cost, pause in events]
     assert min(speeds) * 0.999 <= throughput.per_second <= max(speeds) * 1.001
 
@@ -196,7 +204,7 @@ def test_idle_time_does_not_count_as_slowness() -> None:
     for begin in (0.0, 1000.0):
         door.knock("", 4, LIMIT_S, begin)
         door.took(4)
-        door.settled(4, True, begin + 1.0)
+        door.settled(4, 1.0, begin + 1.0)
     assert door.throughput.per_second == pytest.approx(4.0)
 
 
@@ -204,8 +212,82 @@ def test_a_stall_is_no_new_speed() -> None:
     throughput = Throughput()
     throughput.expect(SPEED / EXPECTED)
     throughput.begin(0.0)
-    throughput.finished(SPEED, SPEED, 300.0)
+    throughput.finished(SPEED, SPEED, 300.0, 300.0)
     assert throughput.per_second >= 0.3 * SPEED
+
+
+@pytest.mark.parametrize("taken_first", [False, True])
+def test_the_load_of_a_bundle_is_no_new_speed(taken_first: bool) -> None:
+    """Jobs wait 10 s for a worker, or for the bundle in one: as many are let in behind them as if they had not."""
+    let_in = [_let_in_behind_a_load_of(load_s, taken_first) for load_s in (0.0, 10.0)]
+    assert let_in[0] == let_in[1] > 15
+
+
+def _let_in_behind_a_load_of(load_s: float, taken_first: bool) -> int:
+    now, tasks = 0.0, (Generate("", 4, 0.0, 0),) * 4
+    queue = MemoryQueue(100_000, lambda: now)
+    taken: list[Job] = []
+
+    def let_in(name: str) -> bool:
+        try:
+            asyncio.run(queue.submit(Job(name, "", tasks, Output("png"), now, now + 30.0, "model")))
+        except QueueFull:
+            return False
+        return True
+
+    assert all(let_in(f"first {k}") for k in range(6))
+    if taken_first:
+        taken = queue.take({"model": 100}, 0.0)
+    now += load_s
+    queue.expect("model", 40.0)
+    for job in taken or queue.take({"model": 100}, 0.0):
+        now += 0.4
+        queue.settle(job.id, Finished((), Timings(now - 0.4, 0.1, 0.2, 0.1), ()))
+    return sum(let_in(f"newcomer {k}") for k in range(100))
+
+
+def test_while_nothing_is_worked_on_nothing_is_measured() -> None:
+    overload = Overload(pauses=((0.0, 10.0), (60.0, 75.0)))
+    overload.run(2.0, 120.0)
+    assert min(speed for _, speed in overload.speeds) >= 0.8 * SPEED
+    assert max(speed for _, speed in overload.speeds) <= 1.25 * SPEED
+
+
+def test_a_worker_that_turns_slow_behind_a_pause_is_followed() -> None:
+    overload = Overload(speed=lambda now: SPEED if now < 50 else SPEED / 4, pauses=((40.0, 50.0),))
+    overload.run(2.0, 120.0)
+    assert all(speed <= 0.5 * SPEED for at, speed in overload.speeds if at > 50 + 2 * LIMIT_S)
+    assert max(overload.late, default=0.0) < 50 + 5 * LIMIT_S
+
+
+def test_a_worker_that_pauses_all_the_time_is_slower() -> None:
+    """Of every 12 s it works for 3."""
+    overload = Overload(pauses=[(begin, begin + 9.0) for begin in range(20, 200, 12)])
+    overload.run(2.0, 200.0)
+    late = [speed for at, speed in overload.speeds if at > 60]
+    assert max(late) <= 2 * SPEED / 4 * 1.25
+
+
+def test_a_job_that_was_worked_on_behind_others_counts_for_as_long() -> None:
+    throughput = Throughput(math.inf)
+    throughput.begin(0.0)
+    for begin in (0.0, 100.0):
+        throughput.finished(1.0, 1e6, 1.0, begin + 20.0)  # by another worker, which had nothing else to do
+        throughput.finished(1.0, 1e6, 1.0, begin + 40.0)
+        throughput.finished(98.0, 1e6, 100.0, begin + 100.0)
+    assert throughput.per_second == pytest.approx(1.0)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 30.0), st.floats(0.0, 60.0)), min_size=2, max_size=30))
+def test_no_time_counts_twice_and_at_least_half_counts_behind_the_first_pause(jobs: list[tuple[float, float]]) -> None:
+    """Jobs by the time since the last one was finished, and the time for which they were worked on."""
+    throughput, now = Throughput(math.inf), 0.0
+    throughput.begin(now)
+    for gap, worked_s in jobs:
+        now += gap
+        throughput.finished(1.0, 1e9, worked_s, now)
+    assert throughput._seconds <= now * 1.001 + 1e-9
+    assert throughput._seconds >= (now - max(gap for gap, _ in jobs)) / 2 * 0.999 - 1e-9
 
 
 def test_all_that_low_priority_asks_for_locks_nobody_out_and_nobody_is_late() -> None:

@@ -7,12 +7,16 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import redis
 
 from engines.pipeline import Generate
-from service.jobs import Job, Output, Priority
+from service.jobs import Finished, Job, Output, Priority, Timings
+from service.queue import keys
+from service.queue.admission import Throughput
 from service.queue.base import JobQueue, QueueFull
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
+from tests.service.queues import opened
 from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -55,16 +59,52 @@ async def knock(queue: JobQueue, jobs: list[Job], model: str) -> list[float]:
 @pytest.mark.parametrize("seed", range(3))
 async def test_the_door_in_redis_is_the_one_in_memory(anyio_backend: str, redis_server: RedisServer, seed: int) -> None:
     """The same jobs in the same order: as many are let in, and the others are told the same times."""
-    memory, redis = MemoryQueue(MAX_COST), RedisQueue(redis_server.url, MAX_COST)
+    memory, other = MemoryQueue(MAX_COST), RedisQueue(redis_server.url, MAX_COST)
     for turn in range(TRIES):
         model = f"tiny@{turn:012}"
         jobs = some_jobs(seed, model)
         begin = time.monotonic()
-        there, here = await knock(redis, jobs, model), await knock(memory, jobs, model)
+        there, here = await knock(other, jobs, model), await knock(memory, jobs, model)
         if time.monotonic() - begin < SHORT_S:  # else the machine was too busy
             break
-    await redis.close()
+    await other.close()
     assert [wait == 0 for wait in there] == [wait == 0 for wait in here]
     assert there == pytest.approx(here, abs=2)
     assert 5 < sum(wait == 0 for wait in here) < 55
     assert max(here) > 5
+
+
+def pass_time(client: redis.Redis, model: str, seconds: float) -> None:
+    """As if the queue had stood still for so long: all that it notes of the times of its throughput is older."""
+    for name in ("since", "paused", "resumed"):
+        if client.hexists(keys.load(model), name):
+            client.hincrby(keys.load(model), name, -keys.milliseconds(seconds))
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_throughput_in_redis_is_the_one_in_memory(
+    anyio_backend: str, redis_server: RedisServer, seed: int
+) -> None:
+    """Jobs that are finished after a time, and were worked on for another one: some of it before others were."""
+    rng, model = Random(seed), f"tiny@{seed:012}"
+    throughput, passed = Throughput(), 0.0
+    jobs = some_jobs(seed, model)
+    outstanding = sum(job.cost for job in jobs)
+    async with opened(redis_server.url, max_cost=100_000) as queue:
+        for job in jobs:
+            await queue.submit(replace(job, submitted=time.monotonic(), deadline=time.monotonic() + 3600.0))
+        throughput.begin(time.monotonic())
+        throughput.expect(20.0)
+        queue.expect(model, 20.0)
+        with redis_server.client() as client:
+            for job in queue.take({model: 1000}, 0.0):
+                gap_s, worked_s = rng.choice([0.3, 0.3, 0.3, 5.0, 20.0]), rng.choice([0.1, 0.1, 2.0, 17.0])
+                pass_time(client, model, gap_s)
+                passed += gap_s
+                queue.settle(job.id, Finished((), Timings(50.0, worked_s / 4, worked_s / 2, worked_s / 4), ()))
+                throughput.finished(job.cost, outstanding, worked_s, time.monotonic() + passed)
+                outstanding -= job.cost
+                there = client.hgetall(keys.speed(model))
+                speed = float(there[b"finished"]) / float(there[b"seconds"])
+                assert speed == pytest.approx(throughput.per_second, rel=0.1)
+    assert outstanding == 0

@@ -3,10 +3,25 @@
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
 -- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
--- the seconds of work from which on it is measured
+-- the seconds of work from which on it is measured, how many ms a worker was at the job
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed, busy_s = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s, worked = unpack(ARGV, 10)
+
+-- The milliseconds that count now, where something was finished `since`, and what is finished now `began`.
+local function elapsed_ms(since, began, now)
+  local paused, resumed = unpack(redis.call('HMGET', load, 'paused', 'resumed'))
+  paused, resumed = tonumber(paused or 0), tonumber(resumed or 0)
+  if began - since > 1000 * stall_s and began - since <= since - resumed then
+    redis.call('HSET', load, 'paused', since, 'resumed', began)
+    return now - began
+  end
+  local worked_on = math.max(0, resumed - math.max(paused, began))
+  if worked_on > 0 then
+    redis.call('HSET', load, 'resumed', resumed - worked_on)
+  end
+  return math.max(0, now - since) + worked_on
+end
 
 -- The throughput of service/queue/admission.py, kept where what every worker finishes is seen.
 local function note_finished(model, cost)
@@ -17,7 +32,7 @@ local function note_finished(model, cost)
   local speed = PREFIX .. 'speed:' .. model
   local finished, seconds = speed_at(speed)
   local now = now_ms()
-  local elapsed = math.max(0, now - since) / 1000
+  local elapsed = elapsed_ms(tonumber(since), now - math.max(worked, 1000 * busy_s), now) / 1000
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
