@@ -108,7 +108,7 @@ def internal_error() -> ApiError:
 
 def queue_unavailable() -> ApiError:
     """The answer while the queue is away."""
-    return ApiError(503, "queue_unavailable", "the queue cannot be reached", retry_after_s=_QUEUE_RETRY_S)
+    return ApiError(503, "queue_unavailable", "the queue cannot be reached, or is full", retry_after_s=_QUEUE_RETRY_S)
 
 
 def too_many_requests() -> ApiError:

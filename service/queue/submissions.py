@@ -49,6 +49,8 @@ _DOOR: Arguments = [
     admission.MOST_PROMISES,
 ]
 
+# How Redis refuses to write; as a script's error it has no class of its own in Redis 6.
+_OUT_OF_MEMORY = "OOM command not allowed"
 _UNREADABLE = Failed("engine", "the answer of the worker cannot be read")
 
 
@@ -73,7 +75,7 @@ class Submissions:
         self._replies = keys.replies(uuid.uuid4().hex)
         self._waiting: dict[str, _Wait] = {}
         self._listening: asyncio.Task[None] | None = None
-        self._away = False
+        self._away = self._full = False
 
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
@@ -140,7 +142,8 @@ class Submissions:
         try:
             return await self._redis.run(name, names, arguments)
         except AWAY as error:
-            self._note_away(error)
+            note = self._note_full if _OUT_OF_MEMORY in str(error) else self._note_away
+            note(error)
             raise QueueUnavailable from error
 
     async def _at_the_door(self, job: Job, keep: Keep | None, packed: Packed, *, asks: bool = False) -> str:
@@ -173,6 +176,8 @@ class Submissions:
         ]
         code, *answer = await self._run("submit", names, arguments)
         self._note_back()
+        if not asks:  # Who asks writes nothing, and so has an answer from a full Redis too.
+            self._note_room()
         if code == _ACCEPTED:
             return job.id
         if code == _SAME:
@@ -206,6 +211,16 @@ class Submissions:
         if not self._away:
             logger.warning("the queue is away", extra={"error": type(error).__name__, "detail": str(error)})
         self._away = True
+
+    def _note_full(self, error: Exception) -> None:
+        if not self._full:
+            logger.warning("the queue is full", extra={"detail": str(error)})
+        self._full = True
+
+    def _note_room(self) -> None:
+        if self._full:
+            logger.info("the queue has room again")
+        self._full = False
 
     def _note_back(self) -> None:
         if self._away:

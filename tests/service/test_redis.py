@@ -172,14 +172,16 @@ async def test_times_cross_hosts_whose_clocks_differ(open_queue: OpenQueue, monk
 
 
 async def test_a_full_redis_takes_no_job_and_lets_go_of_those_it_has(
-    open_queue: OpenQueue, redis_server: RedisServer
+    open_queue: OpenQueue, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     api, worker = open_queue(), open_queue()
     for name in "ab":
         await api.submit(job(name))
     assert taken(worker, 1) == ["a"]
     with full(redis_server):
         for refused in (job("c"), replace(job("d"), model="other@000000000000")):
+            await api.ask(refused, None)
             with pytest.raises(QueueUnavailable):
                 await api.submit(refused)
         assert worker.settle("a", FINISHED)
@@ -189,6 +191,10 @@ async def test_a_full_redis_takes_no_job_and_lets_go_of_those_it_has(
         assert await soon(api, "b") == FINISHED
     await api.submit(job("c"))
     assert taken(worker) == ["c"]
+    assert [message for message in caplog.messages if "the queue" in message] == [
+        "the queue is full",
+        "the queue has room again",
+    ]
 
 
 async def test_no_images_are_left_of_a_job_that_redis_refused(open_queue: OpenQueue, redis_server: RedisServer) -> None:
