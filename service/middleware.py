@@ -6,6 +6,7 @@ Plain ASGI, because a wrapper that buffers would hide from the routes that a cli
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -28,6 +29,9 @@ logger = logging.getLogger("service.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_DIGITS = 18
+# What is still read of a body after the answer that refuses it: seconds, and so many times the most of a body.
+_LINGER_S = 10.0
+_LINGER_BODIES = 4
 _CLIENT_CLOSED = 499
 _ACCEPTED = 202
 _OUTCOMES = {
@@ -141,15 +145,17 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         too_large = declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > self.max_bytes)
-        received = 0
+        received, whole, closes = 0, False, False
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, whole
             if too_large:
                 raise self._too_large()
             message = await receive()
+            whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             received += size
             self.total += size
@@ -165,11 +171,36 @@ class BodyLimit:
             self.total -= received
             received = 0
 
+        async def lingering(message: Message) -> None:
+            """Hold back the end of an answer that closes the connection until the client has sent its body.
+
+            Its first bytes would be overtaken by a reset where it still sends (RFC 9112, section 9.6).
+            """
+            nonlocal closes
+            if message["type"] == "http.response.start":
+                closes = Headers(raw=message["headers"]).get("connection") == "close" and "expect" not in headers
+            elif closes and not whole and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await self._discard(receive)
+                message = {"type": "http.response.body"}
+            await send(message)
+
         scope.setdefault("state", {})["let_go_of_body"] = let_go
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, counted, lingering)
         finally:
             let_go()
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read the rest of a body, for a while and not without end."""
+        left = _LINGER_BODIES * self.max_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while left > 0:
+                    message = await receive()
+                    if not message.get("more_body", False):
+                        break
+                    left -= len(message.get("body", b""))
 
     def _too_large(self) -> ApiError:
         self.metrics.rejected.labels("body_too_large").inc()

@@ -296,3 +296,45 @@ def alive(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/livez", timeout=60).status_code == 200
     except httpx.TransportError:
         return False
+
+
+HUGE = 4 * 2**20
+
+
+def post_head(length: int, *headers: str) -> bytes:
+    lines = ["POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "\r\n"]).encode()
+
+
+def test_who_sends_all_of_a_body_that_is_refused_still_reads_why(settings: Settings) -> None:
+    limits = {"max_body_bytes": 2**20, "max_inflight_bytes": 2**20}
+    with bounded(create_app(settings.model_copy(update=limits)), timeout_s=60) as server:
+        for _ in range(3):
+            with connect(port_of(server), post_head(HUGE)) as client:
+                client.sendall(b" " * HUGE)
+                status, found = refusal(read(client))
+                assert (status, found["code"], found["retryable"]) == (413, "body_too_large", False)
+
+
+@pytest.mark.parametrize("length", [HUGE, 100 * HUGE])
+def test_a_body_that_is_refused_is_read_neither_for_long_nor_without_end(
+    length: int, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.middleware._LINGER_S", 0.3 if length == HUGE else 60)
+    limits = {"max_body_bytes": 2**20, "max_inflight_bytes": 2**20}
+    with bounded(create_app(settings.model_copy(update=limits)), timeout_s=60) as server:
+        with connect(port_of(server), post_head(length)) as client:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b" " * (length - 1))
+            with contextlib.suppress(ConnectionError):
+                read(client)
+        wait_until(lambda: not server.server_state.connections)
+
+
+def test_who_asks_before_it_sends_a_body_is_told_at_once(settings: Settings) -> None:
+    limits = {"max_body_bytes": 2**20, "max_inflight_bytes": 2**20}
+    with bounded(create_app(settings.model_copy(update=limits)), timeout_s=60) as server:
+        began = time.monotonic()
+        with connect(port_of(server), post_head(HUGE, "Expect: 100-continue")) as client:
+            assert refusal(read(client))[0] == 413
+        assert time.monotonic() - began < 5
