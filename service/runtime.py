@@ -17,6 +17,7 @@ from engines.manifest import Manifest
 from engines.pipeline import Pipeline
 from engines.provenance import package_version
 from service.batching.scheduler import Scheduler
+from service.batching.watchdog import Watchdog
 from service.batching.worker import Worker
 from service.desk import ClientIsGone, Desk, Result, never
 from service.errors import ApiError, from_failure, model_refusals, too_many_requests
@@ -87,6 +88,8 @@ class Service:
             if settings.role == "api"
             else Worker(self.models, queue, scheduler, metrics, safety=self._safety, tracing=self._tracing)
         )
+        self._watchdog = Watchdog(settings.stall_s)
+        self._hangs = False
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         self.tracker = Tracker(queue, metrics, self._stopping)
@@ -102,7 +105,17 @@ class Service:
     @property
     def worker_lost(self) -> bool:
         """Whether a service that was ready has lost its worker, as it does with a device: another process may do."""
-        return self._state is State.READY and self._worker is not None and not self._worker.alive
+        gone = self._hangs or (self._worker is not None and not self._worker.alive)
+        return self._state is State.READY and gone
+
+    def watch(self) -> None:
+        """See whether the worker gets on; the server asks several times a second. One that hangs is lost."""
+        if self._worker is None or self._state is not State.READY or self._hangs:
+            return
+        if self._watchdog.barks(self._worker.steps, self.clock()):
+            self._hangs = True
+            self.metrics.worker_up.set(0)
+            logger.critical("the worker hangs", extra={"stall_s": self.settings.stall_s})
 
     async def health(self) -> State:
         """The state, or that the queue cannot be reached by a service that is ready otherwise."""
@@ -127,14 +140,14 @@ class Service:
         """Whether a draining service has nothing left to do.
 
         Once no request is in flight its worker takes no more jobs, and what waits is for other processes. Where there
-        are none, it does what waits, and those who follow a job, or ask for it now and then, hear of its end.
+        are none, it does what waits, and those who ask for a job now and then hear of its end. Those who follow one do
+        in any case.
         """
         if self.inflight > 0 or (not self._queue.durable and self._owes_answers()):
             return False
-        if self._worker is None:
-            return True
-        self._worker.drain()
-        return not self._worker.alive
+        if self._worker is not None:
+            self._worker.drain()
+        return self.tracker.following == 0 and (self._worker is None or not self._worker.alive)
 
     def abandon(self) -> None:
         """Answer every request that still waits with 503."""
@@ -261,9 +274,9 @@ class Service:
         self.models.cancel_loads()
         if self._starter.ident is not None:
             self._starter.join()
-        if self._worker is not None:
-            self._worker.stop()
+        ended = self._worker is None or self._worker.stop()
         if self._safety is not None:
             self._safety.close()
-        self.models.close()
+        if ended:  # Engines wait for what runs on them.
+            self.models.close()
         self._tracing.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: exit once drained, or where the service cannot go on."""
+        self._service.watch()
         self.lost = self.lost or self._service.worker_lost
         self.failed = self.failed or self._service.state is State.FAILED
         if self.failed or self.should_exit or self._drained():
@@ -86,6 +88,7 @@ def run(settings: Settings) -> int:
         http=cast(type[asyncio.Protocol], connection),
         ws="none",
         backlog=BACKLOG,
+        timeout_keep_alive=math.ceil(settings.body_timeout_s),
         timeout_graceful_shutdown=5,
     )
     server = Server(config, app.state.service)

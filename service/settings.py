@@ -54,6 +54,9 @@ class Settings(BaseSettings):
 
     role: Annotated[Role, Field(description="what this process does; api and worker meet in a Redis queue")] = "all"
     queue: Annotated[str, Field(repr=False, description="where jobs wait: memory, or the URL of a Redis")] = MEMORY
+    stall_s: Annotated[
+        Seconds, Field(description="time after which a worker that does not get on is taken to hang: it starts anew")
+    ] = 300.0
     reclaim_after_s: Annotated[
         float, Field(ge=1, allow_inf_nan=False, description="silence after which a worker's jobs go to another")
     ] = 15.0

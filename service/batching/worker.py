@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.1
 _AFTER_ERROR_S = 0.5
 _ENCODING_WAIT_S = 0.05
+_LAST_TICK_S = 10.0
 
 
 class Worker:
@@ -38,6 +39,8 @@ class Worker:
     be full, no bundle waits behind the jobs of another, and what waits longer stays in the queue, where its cost bounds
     admission and another worker could take it. Of a bundle that is not loaded yet it parks no more than that, and those
     that are loaded do not wait for it.
+
+    ``steps`` counts its rounds, so it stands still while one does not end.
 
     Where the device is lost the thread ends: the service then fails, and its process with it. What it holds and has not
     settled is for a process that comes after it.
@@ -69,6 +72,7 @@ class Worker:
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        self.steps = 0
 
     def start(self) -> None:
         """Start the thread."""
@@ -83,13 +87,21 @@ class Worker:
         """Take no more jobs; the thread ends when the last one held has run its ticks."""
         self._draining.set()
 
-    def stop(self) -> None:
-        """End the thread after the tick that runs. What it holds is for others, or fails where there are none."""
+    def stop(self) -> bool:
+        """End the thread after the tick that runs. What it holds is for others, or fails where there are none.
+
+        Returns whether it ended: where a tick takes too long it is left behind, with the engines that it uses.
+        """
         self._stopping.set()
         if self._thread.ident is not None:
-            self._thread.join()
-        self._encoder.close()
-        self._finisher.close()
+            self._thread.join(_LAST_TICK_S)
+        if ended := not self._thread.is_alive():
+            self._encoder.close()
+            self._finisher.close()
+        self._give_back()
+        return ended
+
+    def _give_back(self) -> None:
         if self._queue.durable:
             for work in list(self._held.values()):
                 self._let_go(work)
@@ -115,6 +127,7 @@ class Worker:
         self._metrics.worker_up.set(1)
         try:
             while not self._over():
+                self.steps += 1
                 try:
                     self.step(_IDLE_WAIT_S)
                 except Exception as error:

@@ -1,4 +1,4 @@
-"""The service whose ticks take their time; one prompt kills it, one loses its device. For tests that stop it.
+"""The service whose ticks take their time; prompts kill it, lose its device or hang it. For tests that stop it.
 
 python -m tests.service.slow_service TICK_S     with the settings in the environment
 """
@@ -21,6 +21,7 @@ from service.telemetry import logs
 
 DEADLY = "the moon"
 ILLEGAL = "the sun"
+ENDLESS = "the sea"
 START_ANEW = "START_ANEW"
 
 
@@ -36,7 +37,7 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             if any(row.task.condition == ILLEGAL for row in rows):
                 raise DeviceLostError("an illegal memory access was encountered")
-            time.sleep(tick_s)
+            time.sleep(3600 if any(row.task.condition == ENDLESS for row in rows) else tick_s)
             tick(rows)
 
         pipeline.tick = slow_tick  # type: ignore[method-assign]

@@ -92,6 +92,17 @@ def test_a_process_whose_queue_dies_with_it_finishes_its_jobs_on_sigterm_and_tel
         assert alone.wait() == 0
 
 
+def test_an_api_that_must_stop_tells_who_follows_to_the_end(bundle_path: Path, redis_server: RedisServer) -> None:
+    api, worker = Process("api", bundle_path, redis_server), Process("worker", bundle_path, redis_server, tick_s=0.3)
+    with processes(api, worker):
+        job_id = post(api, {"Prefer": "respond-async"}, steps=4).json()["id"]
+        with httpx.stream("GET", f"{api.url}/jobs/{job_id}/events", timeout=60) as stream:
+            api.send(signal.SIGTERM)
+            events = events_of(stream.read().decode())
+        assert events[-1][0] == "done"
+        assert api.wait() == 0
+
+
 async def test_a_worker_that_must_stop_leaves_its_job_to_another(
     anyio_backend: str, settings: Settings, bundle_path: Path, redis_server: RedisServer
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -18,7 +20,7 @@ from service.settings import Settings
 from tests.service.helpers import b64, error, pixels, png, random_image, running, until, wait_until
 from tests.service.processes import Process, processes
 from tests.service.redis_server import RedisServer
-from tests.service.slow_service import DEADLY, ILLEGAL, START_ANEW
+from tests.service.slow_service import DEADLY, ENDLESS, ILLEGAL, START_ANEW
 
 pytestmark = pytest.mark.anyio
 
@@ -94,6 +96,53 @@ def test_a_service_whose_device_is_lost_starts_anew(bundle_path: Path, redis_ser
         assert (service.pid, service.alive) == (pid, True)
         again = httpx.post(f"{service.url}/generate", json={"prompt": "a cat"}, timeout=60)
         assert again.status_code == 200
+
+
+async def test_a_worker_that_hangs_exits_and_leaves_what_it_held_to_the_next(
+    anyio_backend: str, api_settings: Settings, bundle_path: Path, redis_server: RedisServer
+) -> None:
+    async with running(api_settings) as api:
+        with processes(Process("worker", bundle_path, redis_server, stall_s=1)) as [victim]:
+            held = asyncio.create_task(api.post("/generate", prompt=ENDLESS, steps=4))
+            assert await asyncio.to_thread(victim.wait) == LOST
+            assert any(line["event"] == "the worker hangs" for line in victim.lines)
+        assert not held.done()
+        async with running(api_settings.model_copy(update={"role": "worker", "reclaim_after_s": 1.0})) as other:
+            assert (await held).status_code == 200
+            assert other.metric("fewstep_redeliveries_total") == 1
+
+
+def test_a_service_that_hangs_starts_anew_and_one_that_is_slow_does_not(
+    bundle_path: Path, redis_server: RedisServer
+) -> None:
+    alone = Process(
+        "all", bundle_path, redis_server, tick_s=0.7, queue="memory", stall_s=1, environment={START_ANEW: "1"}
+    )
+    with processes(alone) as [service]:
+        pid, before = service.pid, service.url
+        slow = httpx.post(f"{before}/generate", json={"prompt": "a cat", "steps": 4}, timeout=60)
+        assert slow.status_code == 200
+        hung = httpx.post(f"{before}/generate", json={"prompt": ENDLESS}, timeout=60)
+        assert error(hung, 503, "shutting_down")["retryable"]
+        wait_until(lambda: service.url != before and service.ready(), 60)
+        assert (service.pid, service.alive) == (pid, True)
+        again = httpx.post(f"{service.url}/generate", json={"prompt": "a cat"}, timeout=60)
+        assert again.status_code == 200
+
+
+def test_an_idle_connection_stays_open_for_longer_than_the_servers_own_five_seconds(
+    bundle_path: Path, redis_server: RedisServer
+) -> None:
+    with processes(Process("all", bundle_path, redis_server, queue="memory")) as [service]:
+        address = httpx.URL(service.url)
+        with contextlib.closing(HTTPConnection(address.host, address.port, timeout=60)) as connection:
+            connection.request("GET", "/livez")
+            connection.getresponse().read()
+            own = connection.sock
+            time.sleep(6)
+            connection.request("GET", "/livez")
+            assert connection.getresponse().status == 200
+            assert connection.sock is own
 
 
 @pytest.mark.slow
