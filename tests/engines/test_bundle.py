@@ -244,7 +244,7 @@ def test_an_enormous_manifest_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
 def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(BundleError, match="no regular file"):
+    with pytest.raises(BundleError, match="is not a regular file"):
         read_manifest(tmp_path)
 
 

@@ -239,5 +239,5 @@ def test_halved_grids_share_their_times(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_are_no_grid(steps: int) -> None:
-    with pytest.raises(ValueError, match="no grid"):
+    with pytest.raises(ValueError, match="are not a grid"):
         SCHEDULE.grid(steps)
