@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,8 @@ class Checkpoints:
         names = [name for name in (LAST, PREVIOUS) if (self.folder / name).exists()]
         for name in names:
             try:
-                state: State = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # what a torn file raises is the pickle's and the archive's affair
+                state: State = _read(self.folder / name, mmap=True)
+            except Exception as error:  # what a damaged file raises is the pickle's and the archive's affair
                 tqdm.write(f"{self.folder / name} cannot be read: {error}")
                 self._torn |= name == LAST
             else:
@@ -68,9 +70,21 @@ class Checkpoints:
         return True
 
     def load_best(self) -> dict[str, Tensor]:
-        """The weights that were kept as the best. Raises OSError if there are none."""
-        weights: dict[str, Tensor] = torch.load(self.folder / BEST, map_location="cpu", weights_only=True)
+        """The weights that were kept as the best. Raises OSError, which says what to do, if they cannot be read."""
+        path = self.folder / BEST
+        try:
+            weights: dict[str, Tensor] = _read(path)
+        except Exception as error:  # as in `load`
+            raise OSError(
+                f"{path} cannot be read: {error}; remove it, and the same command goes on from the last checkpoint, "
+                "without the best network up to there"
+            ) from error
         return weights
+
+    @property
+    def has_best(self) -> bool:
+        """Whether weights were kept as the best."""
+        return (self.folder / BEST).exists()
 
     @property
     def any(self) -> bool:
@@ -84,13 +98,32 @@ class Checkpoints:
             (self.folder / f"{name}.partial").unlink(missing_ok=True)
 
 
+def _read(path: Path, *, mmap: bool = False) -> Any:
+    """What a file holds. Raises what torch and zipfile do, and OSError for a part that is not as it was written."""
+    with zipfile.ZipFile(path) as archive:  # torch compares no sums of what it maps
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise OSError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def _written(state: Any, partial: Path) -> bool:
     try:
         torch.save(state, partial)
         to_disk(partial)
     except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as a RuntimeError
+        free = _free(partial.parent)  # before what was written of it is removed
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        tqdm.write(f"{partial.with_suffix('')} was not written, training goes on: {error}")
+        reason = str(error).partition("\n")[0]
+        tqdm.write(f"{partial.with_suffix('')} was not written, training goes on: {free}{reason}")
         return False
     return True
+
+
+def _free(folder: Path) -> str:
+    """How much more its disk holds, for a message; nothing where the disk does not say."""
+    try:
+        return f"{shutil.disk_usage(folder).free:,} bytes are free on its disk; "
+    except OSError:
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from training.evaluation.features import FeatureError
 from training.evaluation.metrics import MetricError
 from training.exporting.export import export as export_run
 from training.exporting.graphs import SMALLEST_FIRST, ExportError, Weights
+from training.lock import training_alone
 from training.loop import Stopped, TrainingError
 from training.pretrained.pipeline_faults import TeacherError
 from training.progress import Pace
@@ -89,12 +91,20 @@ def open_finished_run(recipe: Path, folder: Path | None, data: Path | None) -> r
     return open_run(recipe, place, data)
 
 
-def _on_a_run(command: Callable[[runs.Run], None]) -> click.Command:
-    """A subcommand RECIPE [options] out of a function of a run."""
+def _on_a_run(command: Callable[[runs.Run], bool]) -> click.Command:
+    """A subcommand RECIPE [options] out of a function of a run, which answers whether anything was left to do.
+
+    One run at a time trains in a folder: of several processes that share one, the main process sees to it.
+    """
 
     def opened(sample_every: int, checkpoint_every: float, **options: Any) -> None:
         pace = Pace(sample_every=sample_every, checkpoint_every_s=checkpoint_every)
-        command(open_run(**options, pace=pace))
+        run = open_run(**options, pace=pace)
+        is_main = run.accelerator.is_main_process
+        with training_alone(run.folder) if is_main else nullcontext():
+            was_left = command(run)
+        if is_main and not was_left:
+            click.echo(f"{run.folder}: nothing is left to do, every stage of `{command.__name__}` is done")
 
     parameters: list[click.Parameter] = [
         click.Argument(["recipe"], type=RECIPE),
@@ -111,18 +121,18 @@ def _on_a_run(command: Callable[[runs.Run], None]) -> click.Command:
 
 
 @_on_a_run
-def train(run: runs.Run) -> None:
+def train(run: runs.Run) -> bool:
     """Train the guided teacher of RECIPE, and its autoencoder first if it has one. Resumes a run that was stopped."""
-    stages.train_teacher(run)
+    return stages.train_teacher(run)
 
 
 @_on_a_run
-def distill(run: runs.Run) -> None:
+def distill(run: runs.Run) -> bool:
     """Distil the students of RECIPE, in fewer and fewer steps. What is missing before is trained first.
 
     Resumes a run that was stopped: finished stages are kept.
     """
-    stages.distill(run)
+    return stages.distill(run)
 
 
 @click.command(cls=Reported)

@@ -49,29 +49,39 @@ def encoder_stage(steps: int) -> str:
     return f"encoder-{steps}"
 
 
-def train_teacher(run: Run) -> None:
-    """The autoencoder, if the recipe has one, and the teacher. A teacher that is there is noted as the run's."""
+def train_teacher(run: Run) -> bool:
+    """The autoencoder, if the recipe has one, and the teacher; whether one of them was not done.
+
+    A teacher that is there is noted as the run's.
+    """
+    was_left = False
     if run.pipeline is not None:
         run.known("teacher", run.weights("teacher"))
     if run.recipe.autoencoder and not run.is_done("autoencoder"):
         train_autoencoder(run)
+        was_left = True
     if not run.is_done("teacher"):
         _train_teacher(run)
+        was_left = True
     run.tidy("autoencoder", "teacher")
+    return was_left
 
 
-def distill(run: Run) -> None:
-    """Every stage that is not done: the teacher too."""
-    train_teacher(run)
+def distill(run: Run) -> bool:
+    """Every stage that is not done: the teacher too. Whether there was one."""
+    was_left = train_teacher(run)
     if not run.is_done("stage1"):
         _match_outputs(run)
+        was_left = True
     run.tidy("stage1")
-    _run_rounds(run, run.recipe.stage2)
+    was_left |= _run_rounds(run, run.recipe.stage2)
     if run.recipe.encoder is not None:
-        _run_rounds(run, run.recipe.encoder)
+        was_left |= _run_rounds(run, run.recipe.encoder)
+    return was_left
 
 
-def _run_rounds(run: Run, recipe: Stage2Recipe) -> None:
+def _run_rounds(run: Run, recipe: Stage2Recipe) -> bool:
+    """Every round that is not done, or has no row in the table; whether there was one."""
     encoding = isinstance(recipe, EncoderRecipe)
     name = encoder_stage if encoding else student_stage
     previous, trial = "stage1", None
@@ -83,6 +93,7 @@ def _run_rounds(run: Run, recipe: Stage2Recipe) -> None:
             _run_round(run, round_, previous, teacher_steps, stage, course, trial)
         run.tidy(stage)
         previous = stage
+    return trial is not None
 
 
 def train_autoencoder(run: Run) -> None:

@@ -146,7 +146,8 @@ def train(
     decides when a stage is done. With a validation the best network is returned. Where weights are sharded (FSDP) only
     the main process gets the whole network, and no samples are made on the way. Raises TrainingError when too many
     updates had to be skipped, Stopped on SIGTERM or SIGINT, and DataError, in all processes, when `load` does in one:
-    each time what was trained is saved before.
+    each time what was trained is saved before. Raises TrainingError too, and saves nothing more, for a validation that
+    is not finite and for a best network that cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _State(network.to(accelerator.device), recipe, accelerator, Checkpoints(folder))
@@ -157,11 +158,13 @@ def train(
     state.load()
     parts = shares(recipe.batch_size, accelerator, scale.micro_batch)
     with Report(folder, recipe, state.update, pace, main=accelerator.is_main_process) as report, signals() as leave:
+        state.report = report
         while state.update < recipe.updates and not state.settled(validation):
             rate = learning_rate(recipe, state.update)
             value, norm = _update(state, load, loss, parts, rate, recipe.clip, seed)
             state.update += 1
             if state.guard.exhausted:
+                report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept)
                 reason = state.guard.reason(folder, state.update, value, norm)
                 state.guard.pardon()
                 state.save()
@@ -265,6 +268,7 @@ class _State:
     average: AveragedModel | None = field(init=False)
     guard: Guard = field(init=False)
     whole: nn.Module | None = field(init=False)
+    report: Report | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         recipe, accelerator = self.recipe, self.accelerator
@@ -293,6 +297,8 @@ class _State:
 
     def save(self) -> bool:
         """Write a checkpoint, for which every process is needed; False, in the main one, if it was not written."""
+        if self.report:  # else a kill may leave a checkpoint of updates that the log never tells of
+            self.report.write()
         weights, optimizer = self._gathered(), None
         if self._optimizer.state:  # else torch would take a step to have one, which the run would go on from
             optimizer = get_optimizer_state_dict(self.wrapped, self._optimizer, options=_WHOLE)
@@ -325,6 +331,9 @@ class _State:
         self.guard.restore(state["guard"])
         self.update, self.best, self.stale = state["update"], state["best"], state["stale"]
         self.best_update = state.get("best_update", 0)  # which older checkpoints lack
+        if math.isfinite(self.best) and not self.checkpoints.has_best:
+            tqdm.write(f"{self.checkpoints.folder} has lost its best network: it is sought anew from here on")
+            self.best, self.best_update, self.stale = math.inf, 0, 0
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -342,12 +351,19 @@ class _State:
     def validate(self, validation: Validation) -> None:
         """Take the distance, the same in all processes, and keep the network if it is the best one so far.
 
-        One that a full disk does not take is not the best: the next validation tries again.
+        One that a full disk does not take is not the best: the next validation tries again. Raises TrainingError for a
+        distance that is not finite. No checkpoint has its update then, so that a run that goes on takes it again.
         """
         network = self.wrapped if self.is_sharded else self.result
         distance = torch.tensor(validation.distance(network), device=self.accelerator.device)
         value = float(self.accelerator.reduce(distance, "mean"))
-        if not value < self.best:  # nor is one that is not a number the best
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.checkpoints.folder.name}: the distance of the validation after update {self.update} is "
+                f"{value}, not finite, so the data hold, or a network makes, values that are not (weights cannot: such "
+                "updates are skipped); mend the data, and the same command goes on from the last checkpoint"
+            )
+        if value >= self.best:
             self.stale += 1
             return
         weights = self._gathered() if self.is_sharded else network.state_dict()
@@ -377,9 +393,15 @@ class _State:
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         if validation and math.isfinite(self.best):
-            result.load_state_dict(self.checkpoints.load_best())
+            result.load_state_dict(self._best_weights())
             self.accelerator.wait_for_everyone()  # the caller may remove what others still read
         return result.to(self.accelerator.device).eval()
+
+    def _best_weights(self) -> dict[str, Tensor]:
+        try:
+            return self.checkpoints.load_best()
+        except OSError as error:
+            raise TrainingError(str(error)) from error
 
     def _gathered(self) -> dict[str, Any]:
         """All weights, on the CPU of the main process; every process must ask."""

@@ -50,7 +50,7 @@ class Report:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write()
+        self.write()
         self._bar.close()
 
     def tell(self, update: int, loss: float, norm: float, rate: float, skipped: int, kept: int) -> None:
@@ -60,10 +60,10 @@ class Report:
             self._log.add(loss, norm)
             self._last = update, rate, skipped, kept
             if update % self.pace.log_every == 0:
-                self._write()
+                self.write()
 
-    def _write(self) -> None:
-        """A line of the log, if an update was done since the last one."""
+    def write(self) -> None:
+        """Write a line of the log, if an update was done since the last one."""
         if self._log is not None and self._log.losses:
             self._bar.set_postfix(self._log.write(*self._last))
 
@@ -77,11 +77,11 @@ class Report:
         self._saved_at = time.monotonic()
 
 
-def _update_of(line: str) -> float:
-    """The update of a line of the log; infinity for one that was cut off."""
+def _update_of(line: bytes) -> float:
+    """The update of a line of the log; infinity for one that was cut off, or is damaged."""
     try:
         return float(json.loads(line)["update"])
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
@@ -100,9 +100,9 @@ class _Log:
         self.norms: list[float] = []
         self.since, self.update = time.monotonic(), update
         if path.exists():  # Updates that a killed run had done after its last checkpoint are done again.
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_bytes().splitlines(keepends=True)
             with whole_file(path) as partial:
-                partial.write_text("".join(line for line in lines if _update_of(line) <= update))
+                partial.write_bytes(b"".join(line for line in lines if _update_of(line) <= update))
 
     def add(self, loss: float, norm: float) -> None:
         self.losses.append(loss)

@@ -177,7 +177,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 def _last_line(run: Run, stage: str) -> dict[str, Any]:
     """What the log of a stage says of its end; nothing if a full disk left none, or half a line."""
     path = run.folder / stage / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     try:
         last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     except ValueError:

@@ -84,7 +84,8 @@ class Run:
         if changed := [name for name in self.recipe.differences(theirs) if name not in LEFT_OUT_OF_RECORD]:
             raise TrainingError(
                 f"{self.folder} was made with another recipe (it differs in: {', '.join(changed)}); "
-                "choose another folder, or edit its recipe.json if you mean to go on"
+                "choose another folder, or edit its recipe.json if you mean to go on: finished stages stay as they "
+                "were made, so remove the folders of those that are to be trained anew, and of all stages after them"
             )
         if self.recipe.data.autoencoder is not None:
             with self.accelerator.main_process_first():

@@ -122,7 +122,8 @@ def to_disk(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` when the writing is done without an error and the disk holds it.
 
-    The name is this writer's own, so that others may write the same file meanwhile: the last one stays.
+    The name is this writer's own, so that others may write the same file meanwhile: the last one stays. An OSError
+    that names no file, as that of a write does not, is given this one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -130,6 +131,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         to_disk(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError) or error.filename is not None:
+            raise
+        if error.errno is None:  # as numpy's are
+            raise OSError(f"{path} was not written: {error}") from error
+        error.filename = str(path)
         raise

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import fewstep
+from training.lock import training_alone
 from training.run import NETWORK
 
 RECIPE = """
@@ -58,6 +59,31 @@ def test_a_run_that_is_killed_in_mid_update_ends_with_the_same_weights(recipe: P
         weights = [load_file(next((folder / stage / NETWORK).glob("*.safetensors"))) for folder in (killed, whole)]
         assert weights[0].keys() == weights[1].keys()
         assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_folder_in_which_another_process_trains_is_refused_and_may_be_read(
+    recipe: Path, tmp_path: Path, command: str
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with training_alone(folder):
+        refused = invoke(command, recipe, "--out", folder)
+        assert refused.exit_code == 1
+        assert refused.output.splitlines()[-1].startswith(f"Error: another process is training in {folder}: wait")
+        assert not (folder / "teacher").exists()
+        for reads in (["export", recipe, tmp_path / "bundle", "--run", folder], ["evaluate", recipe, "--run", folder]):
+            assert "no trained" in invoke(*reads).output.splitlines()[-1], "what it would read"
+
+
+def test_a_run_that_has_nothing_left_to_do_says_so(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for command in ("train", "distill"):
+        assert "nothing is left" not in invoke(command, recipe, "--out", folder).output
+        again = invoke(command, recipe, "--out", folder)
+        assert again.exit_code == 0
+        told = f"{folder}: nothing is left to do, every stage of `{command}` is done"
+        assert again.output.splitlines()[-1] == told
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ def test_two_who_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
             second.write_text("second")
         assert path.read_text() == "second"
     assert path.read_text() == "first"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device: '{path}'"),
+        (OSError("64 requested and 0 written"), "{path} was not written: 64 requested and 0 written"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "[Errno 2] No such file or directory: 'x'"),
+    ],
+    ids=["full", "full, as numpy says it", "another file"],
+)
+def test_what_could_not_be_written_is_named(tmp_path: Path, error: OSError, says: str) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(type(error)) as raised, whole_file(path):
+        raise error
+    assert str(raised.value) == says.format(path=path)
 
 
 def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
