@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import click
@@ -91,10 +94,36 @@ def _missing_extra_named(command: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _tidy_at_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM ends the process as an exception does, so that temporary folders are removed.
+
+    Whoever has a handler of their own, or ignores it, keeps to that.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a launcher passes on what all were sent, which would end the tidying
+    raise SystemExit(128 + number)
+
+
 @click.command(cls=Commands)
 @click.version_option(package_name="fewstep", prog_name="fewstep")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Few-step image generation: distil a guided diffusion model, serve its students."""
+    entry = COMMANDS.get(ctx.invoked_subcommand or "")
+    # Elsewhere uvicorn has handlers of its own, and TensorRT swallows what is raised while it calls back.
+    if entry and entry.extra == "training":
+        ctx.with_resource(_tidy_at_sigterm())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,42 @@ def test_output_that_cannot_be_written_is_told_in_a_line() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "Error: the output: No space left on device\n")
+
+
+SIGNALLED = """
+import os, signal, sys, tempfile, time, types, click, fewstep
+
+@click.command()
+def work():
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes on what all were sent
+
+sys.modules["work"] = types.SimpleNamespace(work=work)
+fewstep.COMMANDS["work"] = fewstep.Entry("work:work", "", sys.argv[2])
+if len(sys.argv) > 3:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+fewstep.main(["work"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "own", "code", "left"),
+    [("training", [], 143, 0), ("", [], -signal.SIGTERM, 1), ("training", ["own"], 3, 0)],
+)
+def test_sigterm_lets_training_tidy_up_and_is_left_to_others_and_to_their_handlers(
+    tmp_path: Path, extra: str, own: list[str], code: int, left: int
+) -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(tmp_path), extra, *own], check=False)
+    assert (done.returncode, len(list(tmp_path.iterdir()))) == (code, left)
+
+
+def test_a_command_that_is_done_leaves_sigterm_as_it_was() -> None:
+    assert CliRunner().invoke(fewstep.main, ["data", "digits", "--help"]).exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(("command", "package"), [("serve", "fastapi"), ("train", "training.distill")])
