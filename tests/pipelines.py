@@ -20,7 +20,15 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 WORDS = ("a", "red", "green", "blue", "yellow", "square", "circle")
 TOKENS = 12
@@ -97,6 +105,23 @@ def stable_diffusion(
     return folder
 
 
+def add_safety_checker(folder: Path, with_extractor: bool) -> None:
+    """Give a pipeline a safety checker, with or without what makes its input of an image."""
+    small = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**small, "image_size": SIZE, "patch_size": 16}, text_config=small)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    changes: dict[str, Any] = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "requires_safety_checker": True,
+    }
+    if with_extractor:
+        sides = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+        CLIPImageProcessor(**sides).save_pretrained(folder / "feature_extractor")
+        changes["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+
 def noise_scheduler(prediction: str) -> PNDMScheduler:
     """As Stable Diffusion's checkpoints have it."""
     return PNDMScheduler(
@@ -105,7 +130,7 @@ def noise_scheduler(prediction: str) -> PNDMScheduler:
     )  # fmt: skip
 
 
-def stable_diffusion_xl(folder: Path) -> Path:
+def stable_diffusion_xl(folder: Path, first: Any = CLIPTextModel) -> Path:
     """SDXL: two text encoders, the second one padded with "!", pooled text and sizes."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
@@ -116,7 +141,7 @@ def stable_diffusion_xl(folder: Path) -> Path:
         projection_class_embeddings_input_dim=WIDTH + 6 * 8,
     )  # fmt: skip
     StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words,
+        vae=autoencoder(), text_encoder=text_encoder(words, first), tokenizer=words,
         text_encoder_2=text_encoder(words, CLIPTextModelWithProjection), tokenizer_2=second, unet=network,
         scheduler=noise_scheduler("epsilon"), add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip

@@ -33,7 +33,7 @@ from training.pictures import to_uint8
 from training.recipe import Recipe
 from training.run import Run
 from training.sampler import Kept, Leg, noised, sample, sample_stochastic, transfer
-from training.text import load_text_encoder, load_tokenizer, tokenize
+from training.text import MiniLMPrompts, load_text_encoder, load_tokenizer, tokenize
 
 # Of 255, between ONNX Runtime and torch.
 FP32_TOLERANCE = 2
@@ -262,6 +262,25 @@ def test_a_card_does_not_call_a_checkpoint_trained_from_scratch(digits_run: Run,
     assert "teacher someone/model" in card
     assert "from scratch" not in card
     assert "what its data shows" not in card
+
+
+@pytest.mark.parametrize("has_checker", [True, False])
+def test_a_card_says_that_a_bundle_lacks_its_teachers_safety_checker(
+    text_run: Run, text_bundle: Bundle, has_checker: bool
+) -> None:
+    recipe = text_run.recipe.export
+    card = model_card(text_bundle.manifest, [], recipe, pictured=False, teacher="x/y", has_checker=has_checker)
+    assert ("`FEWSTEP_SAFETY` names a check" in card) == has_checker
+
+
+def test_a_text_graph_that_reads_otherwise_than_the_encoder_is_not_exported(
+    text_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = MiniLMPrompts.encode
+    another = lambda self, captions: {name: rows.flip(1) for name, rows in encode(self, captions).items()}  # noqa: E731
+    monkeypatch.setattr(MiniLMPrompts, "encode", another)
+    with pytest.raises(ExportError, match="read prompts otherwise than the teacher does"):
+        export(text_run, tmp_path / "bundle", ("fp32",))
 
 
 def test_weights_are_stored_small_by_default(digits_bundle: Bundle) -> None:

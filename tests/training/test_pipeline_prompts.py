@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tests import pipelines
+from training.exporting.graphs import ExportError
+from training.exporting.text_graphs import checked_text_graph, text_example
 from training.pretrained.teachers import TeacherError, TeacherPipeline
 
 
@@ -35,6 +40,55 @@ def test_the_null_condition_is_what_the_stock_pipeline_guides_away_from(folders:
     else:
         assert all(not value.any() for value in prompts.null.values())
         assert set(prompts.null) == {"context", "pooled"}
+
+
+@pytest.mark.parametrize("first", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_the_text_graph_pools_by_the_encoder_that_the_stock_pipeline_pools_by(tmp_path: Path, first: Any) -> None:
+    folder = pipelines.stable_diffusion_xl(tmp_path / "sdxl", first)
+    prompts = TeacherPipeline.open(str(folder)).prompts(torch.device("cpu"))
+    inputs = text_example(prompts.text_graph()).at(3)
+    encoded = prompts.encode(["", "a", "a red"])
+    with torch.no_grad():
+        context, pooled = prompts.text_graph().module(*inputs)
+    assert torch.allclose(context, encoded["context"], atol=1e-5)
+    assert torch.allclose(pooled, encoded["pooled"], atol=1e-5)
+    assert set(checked_text_graph(prompts).outputs) == {"context", "pooled"}
+
+
+def test_a_first_encoder_of_another_width_does_not_pool_for_sdxl(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion_xl(tmp_path / "sdxl", CLIPTextModelWithProjection)
+    changed(folder, "text_encoder/config.json", projection_dim=pipelines.WIDTH + 1)
+    with pytest.raises(TeacherError, match="told other things than SDXL's base"):
+        TeacherPipeline.open(str(folder))
+
+
+def test_a_text_graph_that_reads_prompts_otherwise_than_the_pipeline_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = TeacherPipeline.open(str(folders["sd1"])).prompts(torch.device("cpu"))
+    graph = checked_text_graph(prompts)
+    graph.module.pad_id = 3  # type: ignore[assignment]
+    monkeypatch.setattr(prompts, "text_graph", lambda: graph)
+    with pytest.raises(ExportError, match="a bundle would read prompts otherwise than the teacher does") as refused:
+        checked_text_graph(prompts)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_prompts_that_a_bundle_would_read_otherwise_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Textual inversions of one vector are tokens as others are."""
+    stock = StableDiffusionPipeline.from_pretrained(folders["sd1"])
+    stock.load_textual_inversion({"<dog>": torch.randn(1, pipelines.WIDTH)}, token="<dog>")
+    stock.save_pretrained(tmp_path / "one")
+    stock.load_textual_inversion({"<cat>": torch.randn(2, pipelines.WIDTH)}, token="<cat>")
+    stock.save_pretrained(tmp_path / "two")
+    shutil.copytree(folders["sd1"], tmp_path / "left")
+    changed(tmp_path / "left", "tokenizer/tokenizer_config.json", padding_side="left")
+    opened = {name: TeacherPipeline.open(str(tmp_path / name)) for name in ("one", "two", "left")}
+    prompts = {name: pipeline.prompts(torch.device("cpu")) for name, pipeline in opened.items()}
+    checked_text_graph(prompts["one"])
+    for name, reason in (("two", "reads <cat> as several tokens"), ("left", "pads prompts on the left")):
+        with pytest.raises(TeacherError, match=f"{name}: its tokenizer {reason}.*: run its students with diffusers"):
+            checked_text_graph(prompts[name])
 
 
 def test_text_encoders_that_are_not_whole_are_refused(tmp_path: Path) -> None:

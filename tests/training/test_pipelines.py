@@ -36,7 +36,7 @@ from training.guidance import of_rows
 from training.losses import teacher_loss
 from training.networks import NetworkDenoiser, decode_all, save_network, student_from
 from training.pretrained.pipelines import save_pipeline
-from training.pretrained.teachers import TeacherPipeline
+from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.recipe import Recipe
 from training.run import Run
 from training.sampler import Kept, noised, sample
@@ -345,6 +345,41 @@ def test_a_teacher_without_its_safety_checker_gives_students_without_one(tmp_pat
     (run.folder / "student-1").mkdir()
     run.finish("student-1", run.denoiser("teacher"))
     assert StableDiffusionPipeline.from_pretrained(run.folder / "student-1").safety_checker is None
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_students_have_the_safety_checker_of_a_teacher_that_has_all_it_needs(tmp_path: Path, complete: bool) -> None:
+    checkpoint, student = pipelines.stable_diffusion(tmp_path / "sd"), tmp_path / "student"
+    pipelines.add_safety_checker(checkpoint, with_extractor=complete)
+    opened = TeacherPipeline.open(str(checkpoint))
+    assert opened.has_safety_checker
+    denoiser = student_from(opened.denoiser())
+    save_network(denoiser, student / "unet")
+    save_pipeline(student, denoiser, opened, max_tokens=8)
+    pipeline = StableDiffusionPipeline.from_pretrained(student)
+    assert (pipeline.safety_checker is not None) == complete
+    assert pipeline.config["requires_safety_checker"] == complete
+
+
+def test_a_run_of_weights_of_a_variant_that_is_not_named_claims_nothing(tmp_path: Path) -> None:
+    write_squares(tmp_path / "squares")
+    checkpoint, folder = pipelines.stable_diffusion(tmp_path / "sd"), tmp_path / "run"
+    for weights in checkpoint.rglob("*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(TeacherError, match="its unet has weights of the variant fp16 only: name it as variant"):
+        Run(recipe(checkpoint, tmp_path / "squares"), folder, Accelerator(cpu=True))
+    teacher = {"checkpoint": str(checkpoint), "variant": "fp16"}
+    run = Run(recipe(checkpoint, tmp_path / "squares", teacher=teacher), folder, Accelerator(cpu=True))
+    assert run.denoiser("teacher").prediction == "eps"
+
+
+def test_a_student_of_sdxl_says_how_it_inpaints(tmp_path: Path) -> None:
+    write_squares(tmp_path / "squares")
+    checkpoint = pipelines.stable_diffusion_xl(tmp_path / "sdxl")
+    run = Run(recipe(checkpoint, tmp_path / "squares"), tmp_path / "run", Accelerator(cpu=True))
+    (run.folder / "student-1").mkdir()
+    run.finish("student-1", run.denoiser("teacher"))
+    assert "`strength=1.0`: StableDiffusionXLInpaintPipeline" in (run.folder / "student-1" / "README.md").read_text()
 
 
 def test_a_student_may_be_saved_over_itself_and_leaves_its_teacher_as_it_was(tmp_path: Path) -> None:

@@ -401,7 +401,7 @@ def test_an_index_that_is_no_object_and_a_config_without_channels_are_refused(tm
     with pytest.raises(TeacherError, match="a setting is missing"):
         TeacherPipeline.open(str(folder))
     (folder / "model_index.json").write_text("[]")
-    with pytest.raises(TeacherError, match="no JSON object"):
+    with pytest.raises(TeacherError, match="is not a JSON object"):
         TeacherPipeline.open(str(folder))
 
 
@@ -446,6 +446,48 @@ def test_a_variant_that_no_part_has_is_refused(folders: dict[str, Path], tmp_pat
         teacher.prompts(torch.device("cpu")).encode(["a"])
     with pytest.raises(TeacherError, match="copy has no weights of the variant 'fp61'"):
         TeacherPipeline.open(str(tmp_path / "copy"), variant="fp61")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_of_a_variant_that_goes_unnamed_are_refused(
+    folders: dict[str, Path], tmp_path: Path, part: str
+) -> None:
+    shutil.copytree(folders["sd1"], tmp_path / "copy")
+    weights = next((tmp_path / "copy" / part).glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(TeacherError, match=f"its {part} has weights of the variant fp16 only: name it as variant"):
+        TeacherPipeline.open(str(tmp_path / "copy"))
+    TeacherPipeline.open(str(tmp_path / "copy"), variant="fp16")
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"])
+def test_a_schedule_that_is_rescaled_to_end_in_noise_ends_there(tmp_path: Path, name: str) -> None:
+    """Some schedulers put a number there that may be above the one before."""
+    folder = pipelines.stable_diffusion(tmp_path / "sd", "v_prediction")
+    changed(folder, SCHEDULER, _class_name=name, beta_schedule="linear", beta_end=0.02, rescale_betas_zero_snr=True)
+    alphas = TeacherPipeline.open(str(folder)).schedule.alphas
+    assert abs(float(alphas[-1])) < 1e-6
+    assert (alphas.diff() < 0).all()
+
+
+def test_what_bounds_the_x_of_a_teachers_steps_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default too, and not where the scheduler knows no such setting."""
+    folder, said = pipelines.class_unet(tmp_path / "unet"), []
+    for values in (
+        {"_class_name": "DDPMScheduler", "clip_sample": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "clip_sample": True, "thresholding": True},
+        {"_class_name": "EulerDiscreteScheduler"},
+        {"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": False},
+    ):
+        changed(folder, SCHEDULER, **values)
+        TeacherPipeline.open(str(folder))
+        said.append(capsys.readouterr().out.replace(f"{folder}: its scheduler's ", ""))
+    rest = "is not heeded: students learn the sampler without it\n"
+    assert said == [f"clip_sample {rest}", f"thresholding {rest}", "", ""]
+    pipelines.dit(tmp_path / "dit")
+    (tmp_path / "dit" / SCHEDULER).write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    TeacherPipeline.open(str(tmp_path / "dit"))
+    assert f"clip_sample {rest}" in capsys.readouterr().out
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:

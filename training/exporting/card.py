@@ -28,20 +28,32 @@ _TEXT_ATTRIBUTION = Attribution(
 )
 
 _FROM_SCRATCH = "a classifier-free-guided teacher trained from scratch"
+_NO_CHECKER = (
+    " Its teacher's pipeline has a safety checker,\nwhich is no part of the bundle: `FEWSTEP_SAFETY` names a check for "
+    "the service (docs/security.md)."
+)
 _ITS_DATA_ALONE = "It draws what its data shows and nothing else, and was not checked for bias."
 
 
 def model_card(
-    description: Description, parities: Sequence[Parity], recipe: ExportRecipe, pictured: bool, teacher: str | None
+    description: Description,
+    parities: Sequence[Parity],
+    recipe: ExportRecipe,
+    pictured: bool,
+    teacher: str | None,
+    has_checker: bool = False,
 ) -> str:
-    """The README of the bundle, in Markdown. `teacher` names a checkpoint; None is one trained from scratch."""
+    """The README of the bundle, in Markdown. `teacher` names a checkpoint; None is one trained from scratch.
+
+    `has_checker` says whether the teacher's pipeline has a safety checker.
+    """
     template = Template((files("training.exporting") / "model_card.md").read_text())
     guidance = description.guidance
     return template.substitute(
         title=recipe.title or description.name,
         notes=recipe.notes.strip(),
         teacher=_FROM_SCRATCH if teacher is None else f"the classifier-free-guided teacher {teacher}",
-        limits=_ITS_DATA_ALONE if teacher is None else "It was not checked for bias.",
+        limits=_limits(teacher is not None, has_checker),
         example=description.classes[0] if description.classes else "a red apple",
         picture=f"\n![samples]({PICTURE})\n" if pictured else "",
         name=description.name,
@@ -60,6 +72,11 @@ def model_card(
         created=description.provenance.created,
         commit=description.provenance.commit or "unknown",
     )
+
+
+def _limits(from_checkpoint: bool, has_checker: bool) -> str:
+    bias = "It was not checked for bias." if from_checkpoint else _ITS_DATA_ALONE
+    return bias + (_NO_CHECKER if has_checker else "")
 
 
 def teacher_attribution(run: Run) -> list[Attribution]:

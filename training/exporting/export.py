@@ -40,7 +40,7 @@ from training.exporting.card import (
 )
 from training.exporting.graphs import SMALLEST_FIRST, Example, Parity, StepGraph, Tracer, Weights, export_graph
 from training.exporting.programs import PROGRAM_SUFFIX, export_program
-from training.exporting.text_graphs import TEXT, text_encoder, text_example, tokenizer_files
+from training.exporting.text_graphs import TEXT, checked_text_graph, text_encoder, text_example, tokenizer_files
 from training.guidance import Condition
 from training.losses import Batch
 from training.prompts import TextGraph
@@ -63,11 +63,12 @@ def export(
     """Write the bundle of a run whose students are trained to the folder `out`, with torch programs if asked for.
 
     Each graph is stored with the first of `weights` that keeps it within tolerance of torch. Raises ExportError for one
-    that differs or a run that fits no bundle, TrainingError for a stage that is not done, BundleError where `out` is.
+    that differs or a run that fits no bundle, TeacherError for prompts that no bundle reads, TrainingError for a stage
+    that is not done, BundleError where `out` is.
     """
     check_free(out, replace)
     sources, table = sources_of(run), quality_table(run)
-    text = None if run.prompts is None else run.prompts.text_graph()
+    text = None if run.prompts is None else checked_text_graph(run.prompts)
     with tempfile.TemporaryDirectory() as scratch:
         folder, tracer = Path(scratch), Tracer()
         parities, made = list[Parity](), dict[str, Parity]()
@@ -81,11 +82,12 @@ def export(
         names = {graph: parity.graph for graph, parity in made.items()}
         description = describe(run, parities, sources, table, text, names)
         source = None if run.pipeline is None else run.pipeline.source
+        has_checker = run.pipeline is not None and run.pipeline.has_safety_checker
         if (picture := run.folder / "evaluation" / PICTURE).exists():
             (folder / PICTURE).write_bytes(picture.read_bytes())
-        (folder / CARD).write_text(
-            model_card(description, [*parities, *made.values()], run.recipe.export, picture.exists(), source)
-        )
+        parities += made.values()
+        card = model_card(description, parities, run.recipe.export, picture.exists(), source, has_checker)
+        (folder / CARD).write_text(card)
         return write_bundle(out, description, {file.name: file for file in folder.iterdir()}, replace=replace)
 
 

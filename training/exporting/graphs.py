@@ -262,7 +262,7 @@ def worst_error(module: nn.Module, example: Example, run: Runner) -> float:
         with torch.inference_mode():
             expected = named_outputs(module, inputs, example.output_names)
             actual = run(dict(zip(example.input_names, inputs, strict=True)))
-        errors += [_worst_row(actual[name], value) for name, value in expected.items()]
+        errors += [worst_row(actual[name], value) for name, value in expected.items()]
     return max(errors)
 
 
@@ -272,7 +272,8 @@ def named_outputs(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[s
     return dict(zip(names, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=True))
 
 
-def _worst_row(actual: Tensor, expected: Tensor) -> float:
+def worst_row(actual: Tensor, expected: Tensor) -> float:
+    """The largest relative L2 error of a row; infinite where one is not finite. Raises ExportError for other shapes."""
     if actual.shape != expected.shape:
         raise ExportError(f"a graph gives {tuple(actual.shape)} where torch gives {tuple(expected.shape)}")
     error = (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)

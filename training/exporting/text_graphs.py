@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from engines.bundle import SecondTokens, TextEncoder
 from engines.manifest import ATTENTION_MASK, IDS, SECOND_IDS
-from training.exporting.graphs import Example
-from training.prompts import TextGraph
+from training.exporting.graphs import Example, ExportError, named_outputs, worst_row
+from training.prompts import PromptEncoder, TextGraph
 from training.text import tokenize
 
 TEXT = "text.onnx"
 TOKENIZER, SECOND_TOKENIZER = "tokenizer.json", "tokenizer-2.json"
 EXAMPLE_WORDS = ["a", "red", "apple", "icon", "with", "two", "green", "leaves", "on", "white"]
+TRIED = ("", "a", "Two dogs!", "a photo of a red apple, on white")
+TEXT_TOLERANCE = 1e-2
+"""Between devices, of what is the same but for rounding."""
 
 
 def text_example(text: TextGraph) -> Example:
     """Prompts of every length up to ten words, as a service sends them."""
-    tokenizers = []
-    for tokens in text.tokens:
-        tokenizers.append(Tokenizer.from_str(tokens.tokenizer))
-        tokenizers[-1].enable_padding(length=text.max_tokens, pad_id=tokens.pad_id)
-        tokenizers[-1].enable_truncation(text.max_tokens)
+    tokenizers = _tokenizers(text)
 
     def make(batch: int) -> tuple[Tensor, ...]:
-        prompts = [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)]
-        first, *second = (tokenize(tokenizer, prompts) for tokenizer in tokenizers)
-        return (*first, *(ids for ids, _ in second))
+        return _read(tokenizers, [" ".join(EXAMPLE_WORDS[: i % (len(EXAMPLE_WORDS) + 1)]) for i in range(batch)])
 
     return Example(make, (IDS, ATTENTION_MASK, SECOND_IDS)[: 1 + len(tokenizers)], text.outputs)
+
+
+def checked_text_graph(prompts: PromptEncoder) -> TextGraph:
+    """The text graph. Raises ExportError where a bundle would make other arrays of a prompt than the encoder does."""
+    text = prompts.text_graph()
+    tokenizers = _tokenizers(text)
+    tried = [prompt for prompt in TRIED if not any(found.encode(prompt).overflowing for found in tokenizers)]
+    encoded = prompts.encode(tried)
+    prompts.release()
+    with torch.inference_mode():
+        made = named_outputs(text.module.eval(), _read(tokenizers, tried), text.outputs)
+    for name, expected in encoded.items():
+        if (error := worst_row(made[name], expected)) > TEXT_TOLERANCE:
+            raise ExportError(
+                f"a bundle would read prompts otherwise than the teacher does (relative error of {name}: {error:.2g}): "
+                "run its students with diffusers"
+            )
+    return text
+
+
+def _tokenizers(text: TextGraph) -> list[Tokenizer]:
+    """The tokenizers as an engine uses them, but that they cut what is too long."""
+    made = [Tokenizer.from_str(tokens.tokenizer) for tokens in text.tokens]
+    for tokenizer, tokens in zip(made, text.tokens, strict=True):
+        tokenizer.enable_padding(length=text.max_tokens, pad_id=tokens.pad_id)
+        tokenizer.enable_truncation(text.max_tokens)
+    return made
+
+
+def _read(tokenizers: Sequence[Tokenizer], prompts: Sequence[str]) -> tuple[Tensor, ...]:
+    """What the text graph is given of prompts."""
+    first, *second = (tokenize(tokenizer, prompts) for tokenizer in tokenizers)
+    return (*first, *(ids for ids, _ in second))
 
 
 def tokenizer_files(text: TextGraph | None) -> dict[str, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 STEMS = "(?:diffusion_pytorch_model|model|pytorch_model)"
 SHARD = r"(?:-\d+-of-\d+)"
 FORMATS = ("safetensors", "bin")  # diffusers and transformers take the first that is there
+_OF_A_VARIANT = re.compile(rf"{STEMS}{SHARD}?\.([^.]+?){SHARD}?\.(?:{'|'.join(FORMATS)})")
 
 
 def loaded_files(folder: Path, variant: str | None) -> list[Path]:
@@ -16,13 +18,33 @@ def loaded_files(folder: Path, variant: str | None) -> list[Path]:
     So a clone of a repository, which has every format, gives what a download of one of them does. A part without
     weights of the variant has its plain ones.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = _files(folder)
+    name = _name_of_those_loaded(files, variant)
+    if name is None:
+        return files
+    return [file for file in files if file.name == "config.json" or name.fullmatch(file.name)]
+
+
+def other_variants(folder: Path, variant: str | None) -> list[str]:
+    """The variants that a part has weights of, sorted; none where it has plain ones, or those of `variant`."""
+    files = _files(folder)
+    if _name_of_those_loaded(files, variant) is not None:
+        return []
+    return sorted({found[1] for file in files if (found := _OF_A_VARIANT.fullmatch(file.name))})
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those in the folder itself: what lies in folders of it, such as a backup, is never loaded."""
+    return sorted(file for file in folder.glob("*") if file.is_file())
+
+
+def _name_of_those_loaded(files: Sequence[Path], variant: str | None) -> re.Pattern[str] | None:
     for chosen in dict.fromkeys((variant, None)):
         for suffix in FORMATS:
             name = _name_of_weights(suffix, chosen)
             if any(name.fullmatch(file.name) for file in files):
-                return [file for file in files if file.name == "config.json" or name.fullmatch(file.name)]
-    return files
+                return name
+    return None
 
 
 def _name_of_weights(suffix: str, variant: str | None) -> re.Pattern[str]:

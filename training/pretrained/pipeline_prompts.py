@@ -54,15 +54,31 @@ class PipelinePrompts:
         return sum(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for caption in captions)
 
     def text_graph(self) -> TextGraph:
-        """The text encoder, or both, and their tokenizers."""
+        """The text encoder, or both, and their tokenizers.
+
+        Raises TeacherError where these read prompts as no bundle can.
+        """
         pipeline = self._pipeline
-        tokens, length = _tokens_of(pipeline.tokenizer), pipeline.tokenizer.model_max_length
+        tokens, length = self._tokens(pipeline.tokenizer), pipeline.tokenizer.model_max_length
         second = getattr(pipeline, "text_encoder_2", None)
         if second is None:
             module = ContextGraph(pipeline.text_encoder.cpu(), tokens.pad_id)
             return TextGraph(module.eval(), length, (tokens,))
         pair = PairGraph(pipeline.text_encoder.cpu(), second.cpu(), tokens.pad_id)
-        return TextGraph(pair.eval(), length, (tokens, _tokens_of(pipeline.tokenizer_2)), ("context", "pooled"))
+        return TextGraph(pair.eval(), length, (tokens, self._tokens(pipeline.tokenizer_2)), ("context", "pooled"))
+
+    def _tokens(self, tokenizer: Any) -> Tokens:
+        added = tokenizer.added_tokens_encoder
+        several = [token for token in added if f"{token}_1" in added]
+        for wrong, reason in (
+            (bool(several), f"reads {min(several, default='')} as several tokens (textual inversion)"),
+            (tokenizer.padding_side != "right", f"pads prompts on the {tokenizer.padding_side}"),
+        ):
+            if wrong:
+                raise TeacherError(
+                    f"{self.folder}: its tokenizer {reason}, which a bundle's does not: run its students with diffusers"
+                )
+        return Tokens(tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id)
 
     @torch.no_grad()
     def _encoded(self, captions: Sequence[str], *, null: bool) -> Sequence[Tensor]:
@@ -75,10 +91,6 @@ class PipelinePrompts:
         except Exception as error:  # whatever tokenizers that do not fit their encoders make the libraries raise
             raise TeacherError(f"{self.folder}: its text encoders take no prompts: {first_line(error)}") from error
         return found
-
-
-def _tokens_of(tokenizer: Any) -> Tokens:
-    return Tokens(tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id)
 
 
 def _named(arrays: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -120,7 +132,8 @@ class ContextGraph(nn.Module):
 class PairGraph(nn.Module):
     """Context and pooled text of (input_ids, attention_mask, input_ids_2), as SDXL's pipeline makes them.
 
-    The context is what both encoders have before their last layer, side by side; the second one pools.
+    The context is what both encoders have before their last layer, side by side. The first one that projects pools:
+    the second, as a rule.
     """
 
     def __init__(self, encoder: nn.Module, second: nn.Module, pad_id: int) -> None:
@@ -132,4 +145,5 @@ class PairGraph(nn.Module):
         padded = torch.where(attention_mask > 0, input_ids, self.pad_id)
         first = self.encoder(padded, output_hidden_states=True)
         second = self.second(input_ids_2, output_hidden_states=True)
-        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second[0]
+        pooled = first[0] if first[0].ndim == 2 else second[0]
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), pooled

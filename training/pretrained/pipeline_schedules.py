@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor
 
 from training.diffusion import Prediction, Schedule
@@ -36,11 +38,14 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         return Schedule.rectified_flow(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
     alphas_cumprod = _alphas_cumprod(config)
     schedule = Schedule.from_alphas_cumprod(alphas_cumprod)
-    # The flag, since EulerDiscreteScheduler then ends at a number beside 0, above where a cosine schedule ends.
-    ends_in_noise = config.get("rescale_betas_zero_snr") or float(alphas_cumprod[-1]) == 0
-    if prediction_of(config) == "eps" and ends_in_noise:
+    if prediction_of(config) == "eps" and float(alphas_cumprod[-1]) == 0:
         raise ValueError("it predicts eps, which says nothing of x where alpha is 0, at t = 1")
     return schedule
+
+
+def unheeded(config: Mapping[str, Any]) -> list[str]:
+    """What of a scheduler no student learns: settings by which it bounds the x of every step."""
+    return [setting for setting in ("clip_sample", "thresholding") if _says(config, setting)]
 
 
 def _flow_faults(config: Mapping[str, Any]) -> list[tuple[bool, str]]:
@@ -71,4 +76,14 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"its scheduler {name}: {first_line(error)}") from error
     if found is None:
         raise ValueError(f"its scheduler {name} has no alphas_cumprod and is not a rectified flow")
+    # Some, such as EulerDiscreteScheduler, then end at a number beside 0, which may be above the one before.
+    if _says(config, "rescale_betas_zero_snr"):
+        found = torch.cat([found[:-1], found.new_zeros(1)])
     return found
+
+
+def _says(config: Mapping[str, Any], setting: str) -> bool:
+    """Whether a scheduler has a setting, by its config or by default: configs may hold those of other schedulers."""
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    known = {} if kind is None else signature(kind).parameters
+    return setting in known and bool(config.get(setting, known[setting].default))

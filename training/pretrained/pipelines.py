@@ -98,6 +98,10 @@ def student_card(recipe: Recipe, steps: int, timesteps: int, has_pipeline: bool)
         f"Run it with `num_inference_steps={steps}` and {scale}: guidance is an input\nof the network, which is called "
         f"once a step, and a negative prompt has no effect.{_how_to_load(recipe) if from_scratch else ''}"
     )
+    if not from_scratch:
+        in_diffusers += (
+            " To inpaint, give it\n`strength=1.0`: StableDiffusionXLInpaintPipeline leaves out a step by default."
+        )
     in_bundles = (
         "No stock pipeline of diffusers gives its network the guidance weight: this folder has the network and its\n"
         "scheduler. `fewstep export` makes a bundle of it, which `fewstep generate` and `fewstep serve` run\n"
@@ -133,14 +137,16 @@ def _how_to_load(recipe: Recipe) -> str:
 def _of_teacher(folder: Path, pipeline: TeacherPipeline) -> dict[str, Any]:
     kind = _stock_pipeline(pipeline)
     index = {name: pipeline.index[name] for name in signature(kind).parameters if name in pipeline.index}
-    parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None]
-    for part in set(parts) - {"unet", "scheduler"}:
-        if files := pipeline.files(part):
-            _link(files, folder / part, pipeline.variant)
-            if index[part][0] != "diffusers":
-                _state_precision(folder / part / CONFIG)
-        else:  # such as a safety checker that was left out of a download
-            index[part] = ABSENT
+    named = {name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None}
+    files = {part: found for part in named - {"unet", "scheduler"} if (found := pipeline.files(part))}
+    if "feature_extractor" not in files:
+        files.pop("safety_checker", None)  # Stock pipelines load none without it.
+    for part, found in files.items():
+        _link(found, folder / part, pipeline.variant)
+        if index[part][0] != "diffusers":
+            _state_precision(folder / part / CONFIG)
+    # Such as a safety checker that was left out of a download.
+    index |= dict.fromkeys(named - {"unet", "scheduler", *files}, ABSENT)
     if index.get("safety_checker") == ABSENT:
         index["requires_safety_checker"] = False
     return {"_class_name": kind.__name__, **index}

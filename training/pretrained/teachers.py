@@ -18,13 +18,14 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor
+from tqdm import tqdm
 
 from training.diffusion import Prediction, Schedule
 from training.networks import NETWORKS, Network, NetworkDenoiser, never_drop, same_latents
 from training.pretrained.pipeline_faults import TeacherError, first_line, network_faults
-from training.pretrained.pipeline_files import loaded_files
+from training.pretrained.pipeline_files import loaded_files, other_variants
 from training.pretrained.pipeline_prompts import PipelinePrompts, same_text
-from training.pretrained.pipeline_schedules import prediction_of, schedule_of
+from training.pretrained.pipeline_schedules import prediction_of, schedule_of, unheeded
 from training.store import hash_of, hash_of_files
 
 Said = TypeVar("Said")
@@ -48,7 +49,10 @@ class TeacherPipeline:
 
     @classmethod
     def open(cls, source: str, revision: str | None = None, variant: str | None = None) -> TeacherPipeline:
-        """A folder, or else a name on the hub, which is fetched. Raises TeacherError if it cannot be a teacher."""
+        """A folder, or else a name on the hub, which is fetched. Raises TeacherError if it cannot be a teacher.
+
+        Tells of what its scheduler does that no student learns.
+        """
         folder = Path(source)
         if revision is not None and folder.is_dir():
             raise TeacherError(f"{source} is a folder, which has no revision {revision!r}: that is of a name on a hub")
@@ -67,6 +71,8 @@ class TeacherPipeline:
             raise
         except Exception as error:  # whatever odd settings make it raise
             raise TeacherError(f"{source}: a setting is missing or faulty: {first_line(error)}") from error
+        for setting in unheeded(opened._scheduler):
+            tqdm.write(f"{source}: its scheduler's {setting} is not heeded: students learn the sampler without it")
         return opened
 
     def _check(self) -> None:
@@ -94,6 +100,10 @@ class TeacherPipeline:
             raise TeacherError(f"{self.folder}: a text-to-image pipeline without an autoencoder is not known")
         if self.variant and not any(self._has_variant(part) for part in self.index if self._class_of(part)):
             raise TeacherError(f"{self.folder} has no weights of the variant {self.variant!r}")
+        for part in (self.part, "vae", *self._text_parts, "safety_checker", "image_encoder"):
+            if self._class_of(part) and (there := other_variants(self.folder / part, self.variant)):
+                only = f"its {part} has weights of the variant {' or '.join(there)} only"
+                raise TeacherError(f"{self.folder}: {only}: name it as variant")
         self._check_pooled()
         self._check_text_width()
         _ = self.schedule, self.prediction, self.unit, self.only_side
@@ -107,6 +117,11 @@ class TeacherPipeline:
         """The class of one of the pipeline's parts; None if it has none."""
         entry = self.index.get(part)
         return entry[1] if isinstance(entry, (list, tuple)) else None
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether it looks at its images for what is not safe."""
+        return self._class_of("safety_checker") is not None
 
     @property
     def is_text(self) -> bool:
@@ -205,9 +220,12 @@ class TeacherPipeline:
         config = self.network_config
         if not self.is_xl:
             return
-        pooled = self._config("text_encoder_2/config.json").get("projection_dim", 0)
-        width = pooled + 6 * config["addition_time_embed_dim"]
-        if self._class_of("text_encoder") is None or config["projection_class_embeddings_input_dim"] != width:
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        # Stock pipelines pool by the first that projects, and expect the width of the second.
+        projects = str(self._class_of("text_encoder")).endswith("WithProjection")
+        pooling = self._text_parts if projects else ("text_encoder_2",)
+        pooled = {self._config(f"{part}/config.json").get("projection_dim", 0) for part in pooling}
+        if self._class_of("text_encoder") is None or pooled != {width}:
             raise TeacherError(f"{self.folder}: it is told other things than SDXL's base is (a refiner?)")
 
     def _check_text_width(self) -> None:
