@@ -22,7 +22,6 @@ from torch import Tensor
 from engines.pipeline import Generate, Pipeline, noise_of
 from training.commands import Reported, open_finished_run
 from training.distill import student_stage
-from training.networks import decode_all
 from training.pictures import to_uint8
 from training.run import Run
 from training.sampler import sample
@@ -38,7 +37,6 @@ class Eager:
     def __init__(self, run: Run, steps: int) -> None:
         self.run, self.steps = run, steps
         self.student = run.denoiser(student_stage(steps))
-        self.autoencoder = run.autoencoder() if run.is_latent else None
         self.text, self.tokenizer = load_text_encoder(), load_tokenizer(run.recipe.max_tokens)
 
     def __call__(self, tasks: list[Generate]) -> np.ndarray:
@@ -46,12 +44,12 @@ class Eager:
         w = torch.tensor([task.guidance for task in tasks])
         with torch.inference_mode():
             z = sample(self.student, self.run.schedule.grid(self.steps), noise, self._condition(tasks), w)
-            return to_uint8(z if self.autoencoder is None else decode_all(self.autoencoder, z))
+            return to_uint8(self.run.decoded(z))
 
     def _condition(self, tasks: list[Generate]) -> dict[str, Tensor]:
         if self.run.recipe.conditioning == "class":
             places = torch.tensor([self.run.data.classes.index(task.condition) for task in tasks])
-            return {"label": self.run.labels(places)}
+            return {"label": self.run.class_numbers[places]}
         (context,) = self.text(*tokenize(self.tokenizer, [task.condition for task in tasks]))
         return {"context": context}
 

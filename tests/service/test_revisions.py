@@ -73,7 +73,7 @@ def tight(several: Settings) -> Iterator[Replaced]:
 @pytest.mark.parametrize("room", ["roomy", "tight"])
 async def test_what_waits_for_the_old_revision_is_made(room: str, folder: Path, request: pytest.FixtureRequest) -> None:
     this: Replaced = request.getfixturevalue(room)
-    old = this.models.catalogue.find("amber").key
+    old = this.models.catalogue.find("amber").manifest.model
     this.models.load("amber").result(60)
     lease = this.models.lease("amber")
     assert lease is not None
@@ -90,7 +90,7 @@ async def test_what_waits_for_the_old_revision_is_made(room: str, folder: Path, 
 
 
 async def test_the_old_revision_stays_while_another_process_has_its_job(roomy: Replaced, folder: Path) -> None:
-    old = roomy.models.catalogue.find("amber").key
+    old = roomy.models.catalogue.find("amber").manifest.model
     roomy.models.load("amber").result(60)
     new = replace(folder, "amber")
     await roomy.bench.submit("elsewhere", old, seconds=3600)
@@ -104,7 +104,7 @@ async def test_the_old_revision_stays_while_another_process_has_its_job(roomy: R
 
 
 async def test_what_comes_late_for_the_old_revision_is_made(roomy: Replaced, folder: Path) -> None:
-    old = roomy.models.catalogue.find("amber").key
+    old = roomy.models.catalogue.find("amber").manifest.model
     roomy.models.load("amber").result(60)
     new = replace(folder, "amber")
     roomy.now += 1
@@ -116,7 +116,7 @@ async def test_what_comes_late_for_the_old_revision_is_made(roomy: Replaced, fol
 
 
 async def test_a_new_revision_that_does_not_load_leaves_the_old_one_where_it_is(tight: Replaced, folder: Path) -> None:
-    old = tight.models.catalogue.find("amber").key
+    old = tight.models.catalogue.find("amber").manifest.model
     tight.models.load("amber").result(60)
     new = replace(folder, "amber", steps=(1, 4))
     damage(folder / "amber")
@@ -183,7 +183,7 @@ async def test_a_front_serves_the_old_revision_where_the_new_one_is_damaged(
     )
     try:
         models.load("amber").result(60)
-        old = models.catalogue.find("amber").key
+        old = models.catalogue.find("amber").manifest.model
         replace(folder, "amber", steps=(1, 4))
         damage(folder / "amber")
         now[0] += 1

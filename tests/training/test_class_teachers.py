@@ -95,7 +95,7 @@ def check_bundle(run: Run, bundle: Bundle) -> None:
         rows = pipeline.prepare([Generate(name, 1, 1.0, seed=3) for name in names])
         pipeline.tick(rows)
     z = torch.from_numpy(noise_of(3, run.shape)).repeat(len(names), 1, 1, 1)
-    label = {"label": run.labels(torch.arange(len(names)))}
+    label = {"label": run.class_numbers}
     expected = sample(run.denoiser(student_stage(1)), run.schedule.grid(1), z, label, torch.ones(len(names)))
     torch.testing.assert_close(torch.from_numpy(np.stack([row.z for row in rows])), expected, atol=1e-3, rtol=0)
     assert (expected[0] - expected[1:]).flatten(1).abs().amax(1).min() > 1e-2
@@ -173,7 +173,7 @@ def test_a_second_network_has_a_revision_and_a_variant_of_its_own(images: Path, 
     assert run.unconditional is not None
     assert (run.pipeline.variant, run.unconditional.variant) == ("fp16", "bf16")
     with pytest.raises(TeacherError, match="unconditional is a folder, which has no revision 'v2'"):
-        make_run(tmp_path / "run", images, 8, **both, unconditional_revision="v2")
+        make_run(tmp_path / "run", images, 8, **both, variant="fp16", unconditional_revision="v2")
 
 
 def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_two_networks_of_different_schedules_are_refused(images: Path, tmp_path:
 
 def test_two_networks_of_different_shapes_are_refused(images: Path, tmp_path: Path) -> None:
     unconditional = pipelines.class_unet(tmp_path / "unconditional", classes=None)
-    with pytest.raises(TeacherError, match="channels 4, and 3"):
+    with pytest.raises(TeacherError, match="channels differs: 4"):
         make_run(tmp_path / "run", images, 32, checkpoint=pipelines.dit(tmp_path / "dit"), unconditional=unconditional)
 
 

@@ -241,7 +241,10 @@ def test_tables_and_pictures_read_a_few_shards_and_a_picture_once(
     monkeypatch.setattr(ShardStream, "_read", counted)
     monkeypatch.setattr("training.rounds.ROWS", 32)
     run: Any = SimpleNamespace(
-        data=data, device=torch.device("cpu"), recipe=SimpleNamespace(seed=0, guidance=(0.0, 4.0)), is_latent=False
+        data=data,
+        device=torch.device("cpu"),
+        recipe=SimpleNamespace(seed=0, guidance=(0.0, 4.0)),
+        decoded=lambda z: z,
     )
     Trial.of(run, encoding=False)
     assert len(read) == len(set(read)) == 4, "of ten"
