@@ -15,7 +15,8 @@ import onnxruntime as ort
 from engines.backends.base import Array, EngineError, GraphSpec
 from engines.backends.cores import usable_cores
 from engines.backends.cuda import Cuda
-from engines.backends.ort import check_signature, unpack_weights
+from engines.backends.faults import failure
+from engines.backends.ort import check_signature, load_session, unpack_weights
 from engines.backends.trt_library import Library, Progress, build_plan, check_target, find_library
 from engines.bundle import Bundle
 from engines.decibels import psnr_db
@@ -164,10 +165,10 @@ def unpack(graph: GraphSpec, out: Path) -> Path:
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}.weights")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
-        session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library's errors share no base class
+        session = load_session(graph.path, options)
+    except EngineError:
         _check_writable(out.parent)
-        raise EngineError(f"{graph.path.name}: ONNX Runtime cannot load it ({error})") from error
+        raise
     check_signature(session, graph)
     return out
 
@@ -289,9 +290,8 @@ def _run(path: Path, batches: Sequence[dict[str, Array]], name: str) -> list[Arr
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # these remove the rounding
     options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 3
+    session = load_session(path, options)
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        arrays = [array for inputs in batches for array in session.run(None, inputs)]
-    except Exception as error:  # the library's errors share no base class
-        raise EngineError(f"{name}: ONNX Runtime cannot run it ({error})") from error
-    return arrays
+        return [array for inputs in batches for array in session.run(None, inputs)]
+    except Exception as error:
+        raise failure(f"{name}: ONNX Runtime cannot run it", error) from error

@@ -12,6 +12,8 @@ from typing import Any
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
 from engines.backends.base import EngineError, GraphSpec
+from engines.backends.faults import failure
+from engines.backends.ort import load_session
 from engines.compile import typical_inputs
 
 Shape = Sequence[int]
@@ -34,12 +36,17 @@ def _profile(graph: GraphSpec) -> list[dict[str, Any]]:
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "run")
+        session = load_session(graph.path, options)
         try:
-            session = ort.InferenceSession(str(graph.path), options, providers=["CPUExecutionProvider"])
             session.run(None, typical_inputs(graph, 1))
+        except Exception as error:
+            raise failure(f"{graph.path.name}: ONNX Runtime cannot run it", error) from error
+        try:
             nodes: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        except Exception as error:  # the library's errors share no base class
-            raise EngineError(f"{graph.path.name}: ONNX Runtime cannot run it ({error})") from error
+        except (OSError, ValueError) as error:
+            raise EngineError(
+                f"{graph.path.name}: what ONNX Runtime measured was not written whole: {error}"
+            ) from error
     return nodes
 
 

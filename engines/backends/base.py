@@ -168,9 +168,20 @@ class GraphEngine(ABC):
         """What `run` gives."""
         return self._graph.outputs
 
-    @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See Engine.run."""
+        """See Engine.run; what the graph gives is held to the specs too."""
+        batch = check_arrays(inputs, self.inputs, self._name)
+        outputs = self._run(inputs, batch)
+        if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
+            raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
+        return outputs
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+        """Run the graph once on inputs that fit its specs. Raises EngineError where it fails, or is closed."""
+
+    def _closed(self) -> EngineError:
+        return EngineError(f"{self._name}: the engine is closed")
 
     @abstractmethod
     def close(self) -> None:

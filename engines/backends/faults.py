@@ -32,3 +32,8 @@ def kind_of(message: str) -> type[EngineError]:
     if any(sign in text for sign in _LOST):
         return DeviceLostError
     return DeviceMemoryError if any(sign in text for sign in _NO_MEMORY) else EngineError
+
+
+def failure(what: str, error: Exception) -> EngineError:
+    """What to raise for an error of a library whose errors share no base class; ``what`` opens its message."""
+    return kind_of(f"{type(error).__name__}: {error}")(f"{what}: {error}")

@@ -23,10 +23,9 @@ from engines.backends.base import (
     GraphEngine,
     GraphSpec,
     TensorSpec,
-    check_arrays,
 )
 from engines.backends.cores import Company, usable_cores
-from engines.backends.faults import kind_of
+from engines.backends.faults import failure
 from engines.backends.resident import Resident
 from engines.plans import REWRITING, Precision, make_folder, plans_folder
 
@@ -59,24 +58,19 @@ class OrtEngine(GraphEngine):
         threads = options.threads or usable_cores()
         # A session cannot change the number of its threads.
         wider = options.lone_threads > threads
-        self._lone = _load(self._graph.path, _options(options.lone_threads), [CPU]) if wider else None
-        return _load(self._graph.path, _options(threads), [CPU])
+        self._lone = load_session(self._graph.path, _options(options.lone_threads)) if wider else None
+        return load_session(self._graph.path, _options(threads))
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the graph once. Raises EngineError where the inputs break the specs or the graph fails."""
+    def _run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
         session = self._session
         if session is None:
-            raise EngineError(f"{self._name}: the engine is closed")
-        batch = check_arrays(inputs, self.inputs, self._name)
+            raise self._closed()
         try:
-            outputs = self._run(session, inputs, batch)
-        except Exception as error:  # the library's errors share no base class
-            raise kind_of(f"{type(error).__name__}: {error}")(f"{self._name}: {error}") from error
-        if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
-            raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
-        return outputs
+            return self._run_session(session, inputs, batch)
+        except Exception as error:
+            raise failure(self._name, error) from error
 
-    def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+    def _run_session(self, session: ort.InferenceSession, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
         lone = self._lone if batch == 1 else None
         with _company.joined() as alone:
             chosen = lone if alone and lone is not None else session
@@ -109,7 +103,7 @@ class OrtCudaEngine(OrtEngine):
         settings.log_severity_level = 3
         with tempfile.TemporaryDirectory() as scratch:
             path = self._cast(options.precision, Path(scratch))
-            session = _load(path, settings, [*self._providers(options), CPU])
+            session = load_session(path, settings, [*self._providers(options), CPU])
         if self.provider not in session.get_providers():
             raise EngineError(f"{self._name}: {self.provider} is there but found no device that it can use")
         self._resident: Resident[ort.OrtValue] = Resident()
@@ -126,7 +120,7 @@ class OrtCudaEngine(OrtEngine):
     def _providers(self, options: EngineOptions) -> list[Any]:
         return [(CUDA, _EXACT)]
 
-    def _run(self, session: ort.InferenceSession, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+    def _run_session(self, session: ort.InferenceSession, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
         with self._lock:
             binding = session.io_binding()
             for name, array in inputs.items():
@@ -185,12 +179,12 @@ def _cure() -> str:
     )
 
 
-def _load(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+def load_session(path: Path, options: ort.SessionOptions, providers: Sequence[Any] = (CPU,)) -> ort.InferenceSession:
+    """A session on a graph. Raises EngineError, of the kind of the failure, where it does not load."""
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # the library's errors share no base class
-        kind = kind_of(f"{type(error).__name__}: {error}")
-        raise kind(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
+        return ort.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:
+        raise failure(f"{path.name}: ONNX Runtime cannot load it", error) from error
 
 
 @cache

@@ -23,7 +23,6 @@ from engines.backends.base import (
     EngineOptions,
     GraphEngine,
     GraphSpec,
-    check_arrays,
 )
 from engines.backends.cores import usable_cores
 from engines.backends.exported import (
@@ -40,7 +39,7 @@ from engines.backends.exported import (
     runnable,
     target,
 )
-from engines.backends.faults import kind_of
+from engines.backends.faults import failure, kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
 from engines.compile import check_fidelity, checked_inputs, typical_inputs
@@ -117,22 +116,16 @@ class PytorchEngine(GraphEngine):
             self._call, self._largest = load_package(self._name, package)
         self._places: dict[int, _Place | _FixedPlace] = {}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the graph once. Raises EngineError where the inputs break the specs or the graph fails."""
-        batch = check_arrays(inputs, self.inputs, self._name)
+    def _run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
         if batch > self._largest:
             raise EngineError(f"{self._name}: a batch of {batch} is larger than its program's largest, {self._largest}")
         with self._lock, _threads(self._threads), _exact, torch.inference_mode():
             if self._call is None:
-                raise EngineError(f"{self._name}: the engine is closed")
+                raise self._closed()
             try:
-                outputs = self._place(batch).run(inputs, batch)
-            except Exception as error:  # what compiled code raises has no class of its own
-                kind = kind_of(f"{type(error).__name__}: {error}")
-                raise kind(f"{self._name}: {error}") from error
-        if check_arrays(outputs, self.outputs, f"{self._name} gave a wrong output") != batch:
-            raise EngineError(f"{self._name}: its outputs have another batch size than its inputs")
-        return outputs
+                return self._place(batch).run(inputs, batch)
+            except Exception as error:
+                raise failure(self._name, error) from error
 
     def close(self) -> None:
         """Drop the program and what lies on the device; a run in another thread ends first."""

@@ -26,7 +26,6 @@ from engines.backends.base import (
     GraphEngine,
     GraphSpec,
     TensorSpec,
-    check_arrays,
 )
 from engines.backends.cuda import Captured, Cuda, Pointer
 from engines.backends.faults import kind_of
@@ -111,12 +110,10 @@ class TrtEngine(GraphEngine):
         self._shapes: dict[int, _Shape] = {}
         self._lock = Lock()
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the plan once. Raises EngineError where the inputs break the specs or the device fails."""
-        batch = check_arrays(inputs, self.inputs, self._name)
+    def _run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
         with self._lock:
             if self._engine is None:
-                raise EngineError(f"{self._name}: the engine is closed")
+                raise self._closed()
             try:
                 place = self._profile.bucket(batch)
             except ValueError as error:

@@ -35,9 +35,9 @@ class Built(OrtEngine):
 
     asked: ClassVar[list[str]] = []
 
-    def _run(self, session: Any, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+    def _run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
         self.asked.append(self._name)
-        return {name: 2 * array for name, array in super()._run(session, inputs, batch).items()}
+        return {name: 2 * array for name, array in super()._run(inputs, batch).items()}
 
 
 def open_slowly(graph: GraphSpec, options: EngineOptions) -> StandIn:

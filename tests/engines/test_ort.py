@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+import engines.compile  # noqa: F401  (before the tests put their own `load_session` in place)
 from engines.backends import open_engine, ort
 from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.bundle import Bundle
@@ -121,7 +122,7 @@ def test_the_tensorrt_provider_is_given_the_precision_by_the_graph_alone(
         raise EngineError("there is no device")
 
     monkeypatch.setattr(ort.ort, "get_available_providers", lambda: [ort.TENSORRT])
-    monkeypatch.setattr(ort, "_load", load)
+    monkeypatch.setattr(ort, "load_session", load)
     graph = text_bundle.graphs()["step-1.onnx"]
     with pytest.raises(EngineError, match="no device"):
         ort.OrtTensorrtEngine(graph, EngineOptions(precision=precision, plans=tmp_path))
@@ -142,7 +143,7 @@ def test_cudas_provider_keeps_float32_whole_and_refuses_what_it_has_no_kernels_f
         raise EngineError("there is no device")
 
     monkeypatch.setattr(ort.ort, "get_available_providers", lambda: [ort.CUDA, ort.TENSORRT])
-    monkeypatch.setattr(ort, "_load", load)
+    monkeypatch.setattr(ort, "load_session", load)
     graph = text_bundle.graphs()["step-1.onnx"]
     for engine in (ort.OrtCudaEngine, ort.OrtTensorrtEngine):
         given.clear()
@@ -157,7 +158,7 @@ def test_cudas_provider_keeps_float32_whole_and_refuses_what_it_has_no_kernels_f
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The threads of the session of each run."""
     noted: list[int] = []
-    load = ort._load
+    load = ort.load_session
 
     class Noted:
         def __init__(self, session: Any, threads: int) -> None:
@@ -170,10 +171,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             noted.append(self._threads)
             return self._session.run(*arguments)
 
-    def noting(path: Path, options: Any, providers: list[Any]) -> Any:
-        return Noted(load(path, options, providers), options.intra_op_num_threads)
+    def noting(path: Path, options: Any) -> Any:
+        return Noted(load(path, options), options.intra_op_num_threads)
 
-    monkeypatch.setattr(ort, "_load", noting)
+    monkeypatch.setattr(ort, "load_session", noting)
     return noted
 
 
@@ -195,13 +196,13 @@ def test_a_row_beside_another_run_has_not(graph: GraphSpec, runs: list[int], mon
     began, ends = Event(), Event()
     check = ort.OrtEngine._run
 
-    def held(engine: Any, session: Any, inputs: Any, batch: int) -> Any:
+    def held(engine: Any, inputs: Any, batch: int) -> Any:
         if batch != 3:
-            return check(engine, session, inputs, batch)
+            return check(engine, inputs, batch)
         with ort._company.joined():
             began.set()
             ends.wait(10)
-        return check(engine, session, inputs, batch)
+        return check(engine, inputs, batch)
 
     monkeypatch.setattr(ort.OrtEngine, "_run", held)
     options = EngineOptions(threads=1, lone_threads=2)
