@@ -79,7 +79,7 @@ def generate(
             else:
                 pipeline.wait_until_built()
             manifest = pipeline.manifest
-            w = manifest.guidance.default if guidance_scale is None else guidance_scale - 1
+            w = manifest.guidance.default if guidance_scale is None else manifest.guidance.w_of(guidance_scale)
             if steps is None:
                 steps = max(manifest.trained_steps(sampler) or manifest.trained_steps())
             tasks = [Generate(prompt, steps, w, first_seed + i, sampler=sampler) for i in range(count)]
@@ -153,11 +153,11 @@ def _opening_problems(bundle: Bundle) -> list[str]:
 def _report(path: Path, manifest: Manifest) -> list[str]:
     """The manifest in lines for people."""
     shapes = [" x ".join(str(size) for size in shape) for shape in (manifest.image_shape, manifest.latent_shape)]
-    guidance = [f"{1 + w:g}" for w in (manifest.guidance.minimum, manifest.guidance.maximum, manifest.guidance.default)]
+    low, high, usual = manifest.guidance.scales
     lines = [
         f"{manifest.name} {manifest.revision}  ({path})",
         f"  {manifest.conditioning} to image, {manifest.space} space, image {shapes[0]}, latent {shapes[1]}",
-        f"  guidance_scale {guidance[0]} to {guidance[1]}, default {guidance[2]}; weights {manifest.weights_dtype}",
+        f"  guidance_scale {low:g} to {high:g}, default {usual:g}; weights {manifest.weights_dtype}",
     ]
     if manifest.text is not None:
         lines.append(f"  prompts of at most {manifest.text.max_tokens} tokens")

@@ -32,6 +32,7 @@ WEIGHT_BITS: dict[str, int] = {
 }
 """What a weight may be stored as, and how wide that is."""
 
+_SCALE_DIGITS = 9
 _NAME = re.compile(r"\w[\w .-]{0,99}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -171,6 +172,17 @@ class GuidanceRange(Model):
         if not self.minimum <= self.default <= self.maximum:
             raise ValueError("guidance needs minimum <= default <= maximum")
         return self
+
+    @property
+    def scales(self) -> tuple[float, float, float]:
+        """Minimum, maximum and default as clients have them: guidance_scale = 1 + w."""
+        low, high, usual = (round(1 + w, _SCALE_DIGITS) for w in (self.minimum, self.maximum, self.default))
+        return low, high, usual
+
+    def w_of(self, scale: float) -> float:
+        """The w of a guidance_scale, wherever it lies; of one in `scales`, w as it is in this range."""
+        known = zip(self.scales, (self.minimum, self.maximum, self.default), strict=True)
+        return next((w for shown, w in known if round(scale, _SCALE_DIGITS) == shown), scale - 1)
 
 
 class Attribution(Model):

@@ -67,12 +67,12 @@ class Row:
     def estimate(self) -> Floats:
         """The clean latent (c, h, w) that the last step went towards. Raises ValueError before the first.
 
-        A step keeps x and eps of z = alpha x + sigma eps, so its two ends give both.
+        A step keeps x and eps of z = alpha x + sigma eps, so its two ends give both; what was put back is known.
         """
         if self.ends is None:
             raise ValueError("no step has run yet")
         last = self.path[self.step_index - 1]
-        return implied_x(*self.ends, last.start, last.end)
+        return self.keep * self.known + (1 - self.keep) * implied_x(*self.ends, last.start, last.end)
 
     @property
     def group(self) -> Group:
@@ -103,8 +103,9 @@ def start_row(
     """Place ``task`` at the start of its ``path``: noise, or for tasks with an image what that has there.
 
     ``latent`` is the encoded image, and ``shape`` the latent's, (c, h, w): z = alpha latent + sigma noise, at the level
-    where the first step begins. ``source`` is the condition under which a transfer encodes. An inpainting ``puts_back``
-    what is kept after every step, unless its network sees it.
+    where the first step begins. An inpainting that takes every step has noise alone where it repaints, as schedules
+    that do not end in pure noise would let what was there show through. It ``puts_back`` what is kept after every step,
+    unless its network sees it. ``source`` is the condition under which a transfer encodes.
     """
     noise = noise_of(task.seed, shape)
     row = Row(
@@ -123,8 +124,11 @@ def start_row(
             raise ValueError("editing needs the encoded image")
         alpha, sigma = path[0].start
         row.z = np.float32(alpha) * latent + np.float32(sigma) * noise
-        if isinstance(task, Inpaint) and puts_back:
-            row.known, row.noise, row.keep = latent, noise, keep_cells(task.repaint, shape)
+        if isinstance(task, Inpaint):
+            if puts_back:
+                row.known, row.noise, row.keep = latent, noise, keep_cells(task.repaint, shape)
+            if len(path) == task.steps:
+                row.z = row.keep * row.z + (1 - row.keep) * noise
     return row
 
 

@@ -70,7 +70,8 @@ class Inpaint(Generate):
 class Transfer(Generate):
     """Make an image from the noise that ``image`` (H, W, 3) encodes to under ``source``, what it shows now.
 
-    (Style transfer, Meng et al. 2023, section 3.4.) No noise is drawn, so the seed changes nothing.
+    (Style transfer, Meng et al. 2023, "Progressive distillation for encoding".) No noise is drawn, so the seed changes
+    nothing.
     """
 
     image: Pixels

@@ -30,7 +30,7 @@ def default_strength(steps: int) -> float:
 def describe(manifest: Manifest, settings: Settings) -> Capabilities:
     """The answer of /capabilities."""
     _, height, width = manifest.image_shape
-    guidance = manifest.guidance
+    low, high, usual = manifest.guidance.scales
     samplers = {sampler: steps for sampler in SAMPLERS if (steps := manifest.trained_steps(sampler))}
     any_steps = sorted({count for steps in samplers.values() for count in steps})
     methods: dict[EditMethod, tuple[int, ...]] = {"sdedit": tuple(any_steps)}
@@ -47,7 +47,7 @@ def describe(manifest: Manifest, settings: Settings) -> Capabilities:
         samplers=samplers,
         edit_methods=methods,
         default_steps=default_steps(samplers["deterministic"]),
-        guidance_scale=Range(minimum=1 + guidance.minimum, maximum=1 + guidance.maximum, default=1 + guidance.default),
+        guidance_scale=Range(minimum=low, maximum=high, default=usual),
         strengths={str(count): strengths(count) for count in any_steps},
         default_strength={str(count): default_strength(count) for count in any_steps},
         tasks=TASKS,

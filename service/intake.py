@@ -117,12 +117,12 @@ def _guidance(request: GenerateRequest, manifest: Manifest) -> float:
     trained = manifest.guidance
     if request.guidance_scale is None:
         return trained.default
-    low, high = 1 + trained.minimum, 1 + trained.maximum
-    if not low <= request.guidance_scale <= high:
+    w = trained.w_of(request.guidance_scale)
+    if not trained.minimum <= w <= trained.maximum:
+        low, high, _ = trained.scales
         message = f"guidance_scale must lie in the trained range, {low:g} to {high:g}"
         raise ApiError(422, "guidance_out_of_range", message, param="guidance_scale")
-    # Subtracting may round to just outside.
-    return min(max(request.guidance_scale - 1, trained.minimum), trained.maximum)
+    return w
 
 
 def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> tuple[Task, ...]:

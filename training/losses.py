@@ -50,7 +50,7 @@ def draw_any_times(schedule: Schedule, draws: Draws) -> Tensor:
 
 
 def draw_guidance(w_range: tuple[float, float], draws: Draws) -> Tensor:
-    """Draw w ~ U[w_min, w_max] of shape (B,) in float64 (Meng et al. 2023, equation 2)."""
+    """Draw w ~ U[w_min, w_max] of shape (B,) in float64 (Meng et al. 2023, section 3.1)."""
     low, high = w_range
     return low + (high - low) * draws.uniform()
 
@@ -106,7 +106,7 @@ def output_matching_loss(
     draws: Draws,
     weighting: Weighting = "truncated-snr",
 ) -> Tensor:
-    """Stage 1: the student with input w matches the guided teacher (Meng et al. 2023, equation 2)."""
+    """Stage 1: the student with input w matches the guided teacher (Meng et al. 2023, section 3.1)."""
     t = draw_any_times(schedule, draws).to(batch.x)
     w = draw_guidance(w_range, draws).to(batch.x)
     alpha, sigma = schedule.at(t, batch.x)

@@ -100,7 +100,7 @@ def sample_stochastic(
 def encode(denoiser: Denoiser, grid: Grid, x: Tensor, condition: Condition, w: Tensor) -> Tensor:
     """The noise (B, *) from which clean data x (B, *) come: the deterministic sampler in reverse time.
 
-    (Meng et al. 2023, section 3.4; the student for it is trained as an encoder.)
+    (Meng et al. 2023, "Progressive distillation for encoding"; the student for it is trained as an encoder.)
     """
     times, alphas, sigmas = _on_device(grid, x)
     z = x
@@ -123,7 +123,7 @@ class Leg:
 def transfer(x: Tensor, there: Leg, back: Leg) -> Tensor:
     """Clean data x (B, *) in another style: encoded with one condition or model, decoded with another.
 
-    (Dual implicit bridges, Su et al. 2023; Meng et al. 2023, section 3.4.)
+    (Dual implicit bridges, Su et al. 2023; Meng et al. 2023, "Progressive distillation for encoding".)
     """
     noise = encode(there.denoiser, there.grid, x, there.condition, there.w)
     return sample(back.denoiser, back.grid, noise, back.condition, back.w)

@@ -265,7 +265,10 @@ class Stage2Recipe(Section):
 
 
 class EncoderRecipe(Stage2Recipe):
-    """The same in reverse time: students that encode images in few steps (Meng et al. 2023, section 3.4)."""
+    """The same in reverse time: students that encode images in few steps.
+
+    (Meng et al. 2023, "Progressive distillation for encoding".)
+    """
 
     @model_validator(mode="after")
     def encoders_are_deterministic(self) -> Self:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engines import bundle as bundles
@@ -382,6 +384,16 @@ def test_guidance_ranges_are_ordered(values: tuple[float, float, float]) -> None
     minimum, maximum, default = values
     with pytest.raises(ValidationError):
         GuidanceRange(minimum=minimum, maximum=maximum, default=default)
+
+
+@given(st.lists(st.integers(0, 1500), min_size=3, max_size=3))
+def test_the_scales_that_are_shown_are_in_the_range(hundredths: list[int]) -> None:
+    """0.3 is less than (1 + 0.3) - 1, and 1 + 0.36 is 1.3599999999999999."""
+    minimum, default, maximum = sorted(w / 100 for w in hundredths)
+    guidance = GuidanceRange(minimum=minimum, maximum=maximum, default=default)
+    assert [guidance.w_of(float(f"{scale:g}")) for scale in guidance.scales] == [minimum, maximum, default]
+    assert guidance.w_of(guidance.scales[0] - 1e-3) < minimum
+    assert guidance.w_of(guidance.scales[1] + 1e-3) > maximum
 
 
 def seen(channels: int, side: int) -> list[dict[str, Any]]:

@@ -241,6 +241,16 @@ def test_inspect_names_a_graph_that_lacks_the_last_word(text_bundle: Bundle, tmp
     assert re.search(r"DIFFERS  text\.onnx: .*idx=23 must be within", result.output)
 
 
+def test_the_largest_guidance_that_inspect_shows_is_taken(text_bundle: Bundle, tmp_path: Path) -> None:
+    guidance = text_bundle.manifest.guidance.model_copy(update={"maximum": 0.3, "default": 0.0})
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    bundle = write_bundle(tmp_path / "other", text_bundle.manifest.model_copy(update={"guidance": guidance}), files)
+    assert "guidance_scale 1 to 1.3, default 1;" in call(inspect, bundle.path).output
+    chosen = ("--backend", "fake", "--out", tmp_path / "moon.png", "--guidance-scale")
+    assert call(generate, bundle.path, "moon", *chosen, 1.3).exit_code == 0
+    assert call(generate, bundle.path, "moon", *chosen, 1.301).exit_code == 2
+
+
 def test_inspect_sends_no_control_sequences_to_a_terminal(text_bundle: Bundle, tmp_path: Path) -> None:
     titled = text_bundle.manifest.model_copy(update={"licence": "\x1b]0;owned\x07CC0"})
     files = {name: text_bundle.path / name for name in text_bundle.manifest.files}

@@ -92,6 +92,14 @@ def test_a_stochastic_row_goes_two_places_on_and_one_back_by_its_own_noise(pipel
     np.testing.assert_allclose(row.estimate, row.z, atol=1e-4)
 
 
+def test_an_estimate_knows_what_is_kept_where_noise_is_added_too(pipeline: Pipeline) -> None:
+    (row,) = pipeline.prepare([Inpaint("a cat", 4, 1.0, 3, IMAGE, REPAINT, sampler="stochastic")])
+    kept = np.broadcast_to(row.keep == 1, row.z.shape)
+    while not row.done:
+        pipeline.tick([row])
+        np.testing.assert_array_equal(row.estimate[kept], row.known[kept])
+
+
 def test_rows_that_are_noised_keep_their_other_arrays(pipeline: Pipeline) -> None:
     rows = pipeline.prepare([STOCHASTIC, replace(STOCHASTIC, seed=8)])
     first = pipeline._inputs.of(rows)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engines.backends import open_engines
 from engines.backends.base import Array, EngineError, EngineOptions
 from engines.backends.fake import FakeEngine
-from engines.bundle import Bundle, BundleError, load_bundle, write_bundle
+from engines.bundle import Bundle, BundleError, Grid, Student, load_bundle, write_bundle
 from engines.paths import Level, path_of
 from engines.pipeline import (
     MAX_SEED,
@@ -330,6 +330,27 @@ def test_editing_rows_need_an_encoded_image(text_bundle: Bundle) -> None:
             shape=(4, 8, 8),
             latent=None,
         )
+
+
+@pytest.mark.parametrize("puts_back", [True, False])
+def test_what_is_painted_wholly_anew_starts_from_noise_alone(puts_back: bool) -> None:
+    """Stable Diffusion's schedules end at alpha = 0.068: the brightness of what was there would come back."""
+    grid = Grid(times=(1.0, 0.5, 0.0), alphas=(0.068, 0.7, 1.0), sigmas=(0.9977, 0.714, 0.0))
+    student = Student(steps=2, graph="step-2.onnx", grid=grid)
+    latent, noise = np.full((4, 8, 8), 5, np.float32), noise_of(3, (4, 8, 8))
+    wholly = Inpaint("", 2, 0.0, 3, IMAGE, REPAINT)
+    rows = []
+    for task in (wholly, replace(wholly, strength=0.5), Edit("", 2, 0.0, 3, IMAGE, 1.0)):
+        path = path_of(task, tiny_description().model_copy(update={"students": (student,)}))
+        start = {"condition": {}, "source": None, "shape": latent.shape, "latent": latent, "puts_back": puts_back}
+        rows.append(start_row(task, revision="", path=path, **start))
+    whole, half, edit = (row.z for row in rows)
+    kept = np.broadcast_to(rows[0].keep == 1, whole.shape)
+    assert kept.any() == puts_back
+    np.testing.assert_array_equal(whole[~kept], noise[~kept])
+    np.testing.assert_array_equal(whole[kept], edit[kept])
+    np.testing.assert_allclose(edit, 0.068 * latent + 0.9977 * noise, rtol=1e-6)
+    np.testing.assert_allclose(half, 0.7 * latent + 0.714 * noise, rtol=1e-6)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

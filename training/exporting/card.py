@@ -48,7 +48,7 @@ def model_card(
     `has_checker` says whether the teacher's pipeline has a safety checker.
     """
     template = Template((files("training.exporting") / "model_card.md").read_text())
-    guidance = description.guidance
+    low, high, usual = description.guidance.scales
     return template.substitute(
         title=recipe.title or description.name,
         notes=recipe.notes.strip(),
@@ -62,7 +62,7 @@ def model_card(
         conditioning=description.conditioning,
         size=" x ".join(str(side) for side in reversed(description.image_shape[1:])),
         steps=", ".join(str(student.steps) for student in description.students),
-        guidance=f"{1 + guidance.minimum:g} to {1 + guidance.maximum:g}, by default {1 + guidance.default:g}",
+        guidance=f"{low:g} to {high:g}, by default {usual:g}",
         data=description.provenance.data,
         attributions="\n".join(
             f"| {a.name} | {a.licence} | {a.source} | {a.notice} |" for a in description.attributions
