@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -46,6 +47,7 @@ def test_an_update_is_two_calls_and_a_step_there_and_back() -> None:
     assert 4.8 < flops.update / flops.call < 5.1
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_calls_the_network_once_more() -> None:
     flops, more = (count_flops(SMALL, 16, checkpointing) for checkpointing in (False, True))
     assert more.call == flops.call
@@ -80,11 +82,9 @@ def test_a_class_conditional_pipeline_is_refused(tmp_path: Path) -> None:
     assert "is not a text-to-image pipeline" in result.output
 
 
-@pytest.mark.parametrize(
-    "make", [pipelines.stable_diffusion, pytest.param(pipelines.stable_diffusion_xl, marks=pytest.mark.slow)]
-)
-def test_a_checkpoint_is_timed_in_both_stages(tmp_path: Path, make: object) -> None:
-    assert callable(make)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [pipelines.stable_diffusion, pipelines.stable_diffusion_xl])
+def test_a_checkpoint_is_timed_in_both_stages(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     checkpoint = make(tmp_path / "sd")
     options = [
         "--size",

@@ -39,6 +39,7 @@ def test_the_limit_is_what_the_numbers_say(
 OPTIONS = ["--width", "0.1", "--size", "64", "--repeats", "1"]
 
 
+@pytest.mark.slow
 def test_it_times_and_compares_with_fp32() -> None:
     result = CliRunner().invoke(main, [*OPTIONS, "--rows", "1,2", "--ways", "eager"])
     assert result.exit_code == 0, result.output
