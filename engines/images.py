@@ -7,12 +7,12 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from engines.tasks import Floats, Mask, Pixels
 
@@ -33,17 +33,7 @@ _MAX_SEGMENTS = 2000
 
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
-_EXIF_ORIENTATION = 0x0112
 _EXIF_DESCRIPTION = 0x010E
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # What is not a stuffed byte in a JPEG's data, nor one of the marks that restart it.
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _JPEG_START, _JPEG_END, _JPEG_SCAN = b"\xff\xd8", 0xD9, 0xDA
@@ -210,10 +200,11 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The decoded picture, turned as its EXIF says; itself where that says nothing."""
+    """The picture itself, decoded, and turned as its EXIF says."""
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    with suppress(Exception):  # damaged EXIF is no reason to refuse the picture
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _open_header(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
@@ -281,13 +272,6 @@ def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
     elif stored in _GREY_BITS and isinstance(clear, int):
         top = (1 << _GREY_BITS[stored]) - 1
         image.info["transparency"] = (clear & top) * 255 // top
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged EXIF is no reason to refuse the picture
-        return 1
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:

@@ -34,7 +34,7 @@ def file_bytes(picture: Picture) -> bytes:
 
 def _png(picture: PIL.Image.Image) -> bytes:
     # The file that is written does not say which way is up, so the pixels must.
-    picture = _in_mode_of_png(upright(picture))
+    picture = _in_mode_of_png(upright(picture.copy()))
     file = io.BytesIO()
     picture.save(file, "png")
     return file.getvalue()

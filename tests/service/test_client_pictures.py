@@ -30,12 +30,14 @@ def test_a_photograph_is_upright(kind: str) -> None:
     pixels = np.zeros((8, 64, 3), np.uint8)
     pixels[:, :32] = 255
     file = saved(Image.fromarray(pixels), kind, exif=exif)
-    sent = decode_image(file_bytes(Image.open(io.BytesIO(file))))
+    picture = Image.open(io.BytesIO(file))
+    sent = decode_image(file_bytes(picture))
     assert sent.shape == (64, 8, 3)
     assert (sent[:24] > 200).all()
     assert (sent[40:] < 50).all()
     if kind != "tiff":  # which the service does not read
         assert np.array_equal(sent, decode_image(file))
+        assert picture.size == (64, 8), "the caller's own is not turned"
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
