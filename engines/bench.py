@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from engines.backends import open_engine
-from engines.backends.base import Array, Engine, EngineError, EngineOptions, GraphSpec, TensorSpec
+from engines.backends.base import STEP_OUTPUT, Array, Engine, EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle
 from engines.compile import typical_inputs
@@ -226,7 +226,7 @@ def _built(graph: GraphSpec, contender: Contender, batch: int, options: EngineOp
 
 def _step(graph: GraphSpec, contender: Contender, options: EngineOptions, inputs: Mapping[str, Array]) -> Array:
     with _built(graph, contender, len(inputs["z"]), options) as engine:
-        return engine.run(inputs)["z_next"].astype(np.float64)
+        return engine.run(inputs)[STEP_OUTPUT].astype(np.float64)
 
 
 def peak_operations_per_second(contender: Contender, options: EngineOptions) -> float:

@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from engines.backends import open_engines
-from engines.backends.base import BATCH_SIZES, Array, Engine, EngineError, EngineOptions, Role
+from engines.backends.base import BATCH_SIZES, STEP_OUTPUT, Array, Engine, EngineError, EngineOptions, Role
 from engines.backends.standin import BuildState, StandIn, wait_until_built
 from engines.bundle import Bundle, BundleError, steady_bundle
 from engines.conditions import Condition, ConditionCache
@@ -219,7 +219,7 @@ class Pipeline:
         if len(groups) != 1 or next(iter(groups)).revision != self.manifest.revision:
             raise ValueError(f"a tick needs rows of one group of this bundle, got {groups or 'none'}")
         inputs = self._inputs.of(rows)
-        z_next = self._finite("step", rows[0].step.graph, inputs)["z_next"]
+        z_next = self._finite("step", rows[0].step.graph, inputs)[STEP_OUTPUT]
         self._inputs.move(rows, inputs, z_next)
 
     def finish(self, rows: Sequence[Row]) -> list[Pixels]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engines.backends.base import TensorSpec
+from engines.backends.base import STEP_OUTPUT, TensorSpec
 from engines.bundle import (
     Attribution,
     Bundle,
@@ -212,7 +212,7 @@ def _step_example(run: Run, graph: StepGraph, steps: int, encodes: bool) -> Exam
         }
         return tuple(values[name] for name in graph.input_names)
 
-    return Example(make, graph.input_names, ("z_next",))
+    return Example(make, graph.input_names, (STEP_OUTPUT,))
 
 
 def _as_served(graph: StepGraph, condition: Condition) -> Condition:

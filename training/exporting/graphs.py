@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
-from engines.backends.base import STEP_SCALARS
+from engines.backends.base import STEP_INPUT, STEP_ROWS, STEP_SCALARS
 from engines.weights import Writer, bytes_of, half_scales, value_of
 from training.diffusion import blend_known, ddim_step, expand
 from training.guidance import Condition, of_rows
@@ -76,7 +76,7 @@ class StepGraph(nn.Module):
     @property
     def input_names(self) -> tuple[str, ...]:
         """The names of the inputs of `forward`, in order."""
-        return ("z", *STEP_SCALARS, *self.conditions, "known", "keep", "noise")
+        return (STEP_INPUT, *STEP_SCALARS, *self.conditions, *STEP_ROWS[1:])
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return z_next (B, c, h, w) of the inputs named by `input_names`."""
