@@ -31,7 +31,7 @@ class TaskError(ValueError):
         self.message = message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generate:
     """Make an image from noise. ``condition`` is a prompt or a class name; ``guidance`` is w (0 = none).
 
