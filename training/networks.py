@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from math import gcd
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -27,6 +28,7 @@ LEAST_ALPHA = 5e-3
 """What an eps says of x is divided by alpha. The linear betas of DDPM end above this, a cosine schedule at 5e-5."""
 
 Network: TypeAlias = UNet2DConditionModel | UNet2DModel | DiTTransformer2DModel
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 NETWORKS = {network.__name__: network for network in (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel)}
 
 
@@ -169,9 +171,7 @@ def student_from(teacher: NetworkDenoiser, prediction: OwnPrediction = "v") -> N
         if teacher.guidance_input is not None and student.guidance_input is not None:
             student.guidance_input.load_state_dict(teacher.guidance_input.state_dict())
         return student
-    config: dict[str, Any] = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    with torch.device(network.device):
-        made = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING_DIM})
+    made = _untrained(network, time_cond_proj_dim=GUIDANCE_EMBEDDING_DIM)
     weights = dict(network.state_dict())
     projection = "time_embedding.cond_proj.weight"
     weights.setdefault(projection, torch.zeros_like(made.state_dict()[projection]))
@@ -188,11 +188,18 @@ def of_side(denoiser: NetworkDenoiser, side: int) -> None:
 
 def _without_hooks(network: UNet2DModel | DiTTransformer2DModel) -> UNet2DModel | DiTTransformer2DModel:
     """A copy of the network alone, whose labels are never dropped at random: what is dropped is decided outside."""
-    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    with torch.device(network.device):
-        made = type(network)(**config)
+    made = _untrained(network)
     made.load_state_dict(network.state_dict())
     never_drop(made)
+    return made
+
+
+def _untrained(network: AnyNetwork, **changes: Any) -> AnyNetwork:
+    """A network of the same settings but for `changes`. Those of other classes, which diffusers keeps, are left out."""
+    known = signature(type(network)).parameters
+    config = {key: value for key, value in network.config.items() if key in known}
+    with torch.device(network.device):
+        made: AnyNetwork = type(network)(**{**config, **changes})
     return made
 
 

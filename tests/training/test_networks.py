@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import pipelines
 from training.diffusion import Schedule, eps_from_v, x_from_v
 from training.guidance import Condition
 from training.mixture import ExactDenoiser, GaussianMixture
-from training.networks import NetworkDenoiser, build_unet, compile_network
+from training.networks import NetworkDenoiser, build_unet, compile_network, student_from
+from training.pretrained.teachers import TeacherPipeline
 from training.sections import NetworkRecipe
 
 
@@ -70,3 +74,33 @@ def test_an_eps_gives_the_exact_x_wherever_the_schedule_ends(schedule: Schedule,
     assert (x_from_v(z, ours - theirs, alpha, sigma) - alpha * z).norm() < 0.1 * x_from_v(
         z, theirs, alpha, sigma
     ).norm()
+
+
+OLD_DIT = {
+    "cross_attention_dim": None,
+    "double_self_attention": False,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "foreign"), [("transformer", OLD_DIT), ("unet", {"unheard_of": 2})], ids=["an old DiT", "a UNet"]
+)
+def test_a_student_has_none_of_the_settings_that_its_teachers_network_does_not_know(
+    tmp_path: Path, part: str, foreign: dict[str, Any]
+) -> None:
+    """Which diffusers keeps with the others."""
+    make = pipelines.dit if part == "transformer" else pipelines.stable_diffusion
+    folder, named = make(tmp_path / part), {"_class_name": "Transformer2DModel"} if part == "transformer" else {}
+    for name, changes in (
+        (f"{part}/config.json", foreign | named),
+        ("model_index.json", {part: ["diffusers", *named.values()]} if named else {}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    teacher = TeacherPipeline.open(str(folder)).denoiser()
+    student = student_from(teacher).network
+    assert foreign.keys() <= teacher.network.config.keys()
+    assert not foreign.keys() & student.config.keys()
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in teacher.network.state_dict().items())
