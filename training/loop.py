@@ -318,7 +318,8 @@ class _State:
         return is_written
 
     def load(self) -> None:
-        state = self.checkpoints.load()
+        """Go on from the last checkpoint. Raises TrainingError, in all processes, if they read different ones."""
+        state = self._read()
         if state is None:
             return
         set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
@@ -336,6 +337,24 @@ class _State:
             self.best, self.best_update, self.stale = math.inf, 0, 0
 
     @property
+    def _read(self) -> dict[str, Any] | None:
+        state, unread = None, None
+        try:
+            state = self.checkpoints.load()
+        except OSError as error:
+            unread = error
+        update = -1 if unread else state["update"] if state else 0
+        found = self.accelerator.gather(torch.tensor([update], device=self.accelerator.device)).tolist()
+        if len(set(found)) > 1:
+            listed = ", ".join("unreadable" if update < 0 else str(update) for update in found)
+            raise TrainingError(
+                f"{self.checkpoints.folder}: the processes do not find the same checkpoint (by process, after update: "
+                f"{listed}); see that each of them can read the folder's checkpoints, and start them again"
+            ) from unread
+        if unread:
+            raise unread
+        return state
+
     def _optimizer(self) -> torch.optim.Optimizer:
         """The optimiser itself, which accelerate wraps."""
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))

@@ -115,6 +115,21 @@ def test_a_run_whose_checkpoints_are_all_torn_is_not_begun_anew(tmp_path: Path) 
         run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "theirs", "found"), [(None, 6, "7, 6"), (None, 0, "7, 0"), (b"torn", 7, "unreadable, 7")]
+)
+def test_processes_that_do_not_find_the_same_checkpoint_go_on_from_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, theirs: int, found: str
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, killed_at=7)
+    for name in ("checkpoint.pt", "checkpoint-previous.pt") if content else ():
+        (tmp_path / name).write_bytes(content or b"")
+    monkeypatch.setattr(Accelerator, "gather", lambda _, ours: torch.cat([ours, torch.tensor([theirs])]))
+    with pytest.raises(TrainingError, match=rf"do not find the same checkpoint \(by process, after update: {found}\)"):
+        run(tmp_path)
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
