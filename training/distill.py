@@ -20,7 +20,7 @@ from training.data.training_set import load_pixels, load_training_set
 from training.diffusion import Grid
 from training.draws import Draws, generator_at, stage_seed
 from training.guidance import Condition, Denoiser, GuidedTeacher
-from training.loop import BatchOrder, Validation, train
+from training.loop import BatchOrder, Validation, save_picture, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.pictures import save_grid
@@ -221,9 +221,9 @@ def _train_denoiser(
         validation=_validation(run, stage, recipe, loss, some, distance),
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).requires_grad_(False)  # fmt: skip
-    run.finish(stage, trained)
     if run.accelerator.is_main_process:
-        show(trained, run.folder / stage / "samples.png")
+        save_picture(show, trained, run.folder / stage / "samples.png")
+    run.finish(stage, trained)
     return trained
 
 

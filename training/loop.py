@@ -177,7 +177,7 @@ def train(
             report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept)
             shown = sample and accelerator.is_main_process and not state.is_sharded
             if shown and sample and state.update % pace.sample_every == 0:
-                _show(sample, state.result, folder / f"samples-{state.update:07d}.png")
+                save_picture(sample, state.result, folder / f"samples-{state.update:07d}.png")
             if state.any(leave.asked):
                 raise _stopped(folder.name, state.update, is_saved=state.save())
             if state.any(report.checkpoint_is_due):
@@ -194,10 +194,11 @@ def _stopped(stage: str, update: int, *, is_saved: bool) -> Stopped:
     return Stopped(f"{stage} was stopped after update {update}{lost}; the same command goes on")
 
 
-def _show(sample: SavePicture, network: nn.Module, path: Path) -> None:
+def save_picture(sample: SavePicture, network: nn.Module, path: Path) -> None:
+    """Save a picture, or tell why there is none: that is no reason to lose the run."""
     try:
         sample(network, path)
-    except (OSError, DataError) as error:  # a missing picture is no reason to lose the run
+    except (OSError, DataError, torch.OutOfMemoryError) as error:
         tqdm.write(f"{path} was not written, training goes on: {error}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -297,6 +298,25 @@ def test_every_stage_leaves_a_log_and_a_picture(digits_run: Run) -> None:
         assert (digits_run.folder / stage / "log.jsonl").stat().st_size > 0
         assert (digits_run.folder / stage / "samples.png").stat().st_size > 0
         assert not (digits_run.folder / stage / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["full", "killed"])
+def test_a_stage_is_done_once_its_last_picture_is_drawn_or_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    (tmp_path / "small.toml").write_text(SMALL)
+    run = Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "run", Accelerator(cpu=True))
+    is_killed = isinstance(error, KeyboardInterrupt)
+    monkeypatch.setattr(distill, "TEACHER_SAMPLE_STEPS", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if is_killed else nullcontext():
+        patch.setattr(distill, "save_grid", fails)
+        distill.train_teacher(run)
+    assert run.is_done("teacher") != is_killed
+    distill.train_teacher(run)
+    assert (run.folder / "teacher" / "samples.png").exists() == is_killed
 
 
 def test_a_folder_is_not_shared_by_two_recipes(digits_run: Run) -> None:

@@ -356,7 +356,9 @@ def test_a_damaged_line_of_the_log_does_not_stop_a_resume(tmp_path: Path, line: 
 
 
 def test_the_end_of_training_is_saved_and_a_picture_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
-    faults = iter([OSError("No space left on device"), DataError("too many shards are lost"), OSError("as before")])
+    faults = iter(
+        [OSError("No space left on device"), DataError("too many shards are lost"), torch.OutOfMemoryError("CUDA")]
+    )
 
     def unwritable(module: nn.Module, path: Path) -> None:
         raise next(faults)
