@@ -164,7 +164,7 @@ def train(
             value, norm = _update(state, load, loss, parts, rate, recipe.clip, seed)
             state.update += 1
             if state.guard.exhausted:
-                report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept)
+                report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept(validation))
                 reason = state.guard.reason(folder, state.update, value, norm)
                 state.guard.pardon()
                 state.save()
@@ -174,7 +174,7 @@ def train(
             last = state.update == recipe.updates
             if validation and (last or state.update % validation.every == 0):
                 state.validate(validation)
-            report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept)
+            report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept(validation))
             shown = sample and accelerator.is_main_process and not state.is_sharded
             if shown and sample and state.update % pace.sample_every == 0:
                 save_picture(sample, state.result, folder / f"samples-{state.update:07d}.png")
@@ -337,7 +337,6 @@ class _State:
             tqdm.write(f"{self.checkpoints.folder} has lost its best network: it is sought anew from here on")
             self.best, self.best_update, self.stale = math.inf, 0, 0
 
-    @property
     def _read(self) -> dict[str, Any] | None:
         state, unread = None, None
         try:
@@ -356,6 +355,7 @@ class _State:
             raise unread
         return state
 
+    @property
     def _optimizer(self) -> torch.optim.Optimizer:
         """The optimiser itself, which accelerate wraps."""
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
@@ -391,10 +391,13 @@ class _State:
         if not self.any(lost):
             self.best, self.best_update, self.stale = value, self.update, 0
 
-    @property
-    def kept(self) -> int:
+    def kept(self, validation: Validation | None) -> int:
         """The update whose network is kept if training ends now."""
-        return self.best_update if math.isfinite(self.best) else self.update
+        return self.best_update if self._keeps_best(validation) else self.update
+
+    def _keeps_best(self, validation: Validation | None) -> bool:
+        """Whether the best network is kept: validations may have found one and not be asked for any more."""
+        return validation is not None and math.isfinite(self.best)
 
     def settled(self, validation: Validation | None) -> bool:
         """Whether the last validations brought nothing."""
@@ -412,7 +415,7 @@ class _State:
                 result.load_state_dict(weights)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
-        if validation and math.isfinite(self.best):
+        if self._keeps_best(validation):
             result.load_state_dict(self._best_weights())
             self.accelerator.wait_for_everyone()  # the caller may remove what others still read
         return result.to(self.accelerator.device).eval()

@@ -262,6 +262,18 @@ def test_the_last_update_is_validated_too_and_the_log_says_which_is_kept(
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["kept"] == kept
 
 
+def test_a_stage_whose_validation_is_switched_off_keeps_its_last_network_and_the_log_says_so(tmp_path: Path) -> None:
+    left = iter([1.0, 2.0])
+    with pytest.raises(StopIteration):
+        train(
+            network(), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=EVERY_UPDATE,
+            validation=Validation(lambda module: next(left), every=2, patience=9),
+        )  # fmt: skip
+    run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["kept"] for line in lines] == [1, 2, 2, 2, 2, *range(6, 13)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(tmp_path: Path, number: int) -> None:
     undisturbed = run(tmp_path / "whole")
