@@ -26,6 +26,7 @@ from training.data.stream import ShardStream
 from training.data.streamed import open_stream
 from training.data.training_set import open_images, to_tensor
 from training.distill import train_autoencoder
+from training.lock import training_alone
 from training.loop import TrainingError
 from training.pictures import from_uint8
 from training.run import Run
@@ -59,7 +60,8 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
 
     An autoencoder that the recipe trains is trained first, unless it is there. Goes on where it was stopped. Raises
     StreamError for a place that holds other data, TeacherError for classes that the teacher does not know, and
-    TrainingError for a recipe whose images are tensors already, or are of no use to it as tensors.
+    TrainingError for a recipe whose images are tensors already, or are of no use to it as tensors, and where another
+    process is training in the folder that the autoencoder would be trained in.
     """
     if run.accelerator.num_processes > 1:
         raise TrainingError("images are precomputed by one process: start it without a launcher")
@@ -69,7 +71,8 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
     if run.pipeline is not None and images.classes:
         run.pipeline.labels(images.classes)  # raises for those that it does not know
     if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
-        train_autoencoder(run)
+        with training_alone(run.folder):
+            train_autoencoder(run)
     made_with = run.made_with(images.classes)
     source = {
         "images": images.fingerprint,

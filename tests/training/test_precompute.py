@@ -27,6 +27,7 @@ from training.data.shard_writer import PROGRESS
 from training.distill import distill, student_stage
 from training.draws import Draws
 from training.evaluation.evaluation_set import load_evaluation_set
+from training.lock import training_alone
 from training.loop import TrainingError
 from training.precompute import precompute, section
 from training.recipe import Recipe
@@ -223,6 +224,34 @@ def test_shards_of_images_with_classes_become_tensors_that_are_streamed(
     streamed = with_data(run, tmp_path / "streamed", address=str(tmp_path / "tensors"))
     batch = streamed.data.batch(torch.arange(3), Draws(0, 0, range(3)), DEVICE)
     assert batch.condition["label"].tolist() == labels
+
+
+def test_an_autoencoder_is_trained_while_no_other_process_trains_in_its_folder(tmp_path: Path) -> None:
+    """And once it is there, others may."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    short = {"updates": 1, "batch_size": 2, "learning_rate": 1e-3}
+    classes = Recipe.model_validate(
+        {
+            "name": "latents",
+            "conditioning": "class",
+            "data": {"path": str(tmp_path / "images"), "size": 8},
+            "autoencoder": {"channels": [8, 8], "norm_groups": 4, **short},
+            "network": {"channels": [8], "norm_groups": 4},
+            "teacher": short,
+            "stage1": short,
+            "stage2": {"start": 2, "rounds": [{"steps": 1, **short}]},
+            "export": {"licence": "CC0-1.0", "steps": [1]},
+        }
+    )
+    run = Run(classes, tmp_path / "run", Accelerator(cpu=True))
+    with training_alone(run.folder), pytest.raises(TrainingError, match="another process is training in"):
+        precompute(run, str(tmp_path / "shards"), per_shard=2)
+    assert not (run.folder / "autoencoder").exists()
+    assert precompute(run, str(tmp_path / "shards"), per_shard=2) == 2
+    with training_alone(run.folder):
+        assert precompute(run, str(tmp_path / "shards"), per_shard=2) == 2
 
 
 def test_streamed_images_are_encoded_in_full_precision(in_memory: Run, tmp_path: Path) -> None:
