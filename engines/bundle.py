@@ -335,14 +335,13 @@ def write_bundle(
 
 
 def _put(staged: Path, folder: Path, aside: Path) -> None:
-    """Move a bundle to its folder; what was there goes aside, and comes back where that fails."""
-    there = folder.exists()
-    if there:
-        folder.rename(aside)
+    """Move a bundle to its folder; what was there goes aside, and comes back where that fails or is cut off."""
     try:
+        if folder.exists():
+            folder.rename(aside)
         staged.rename(folder)
     except BaseException:
-        if there:
+        if aside.exists() and not folder.exists():
             aside.rename(folder)
         raise
 

@@ -323,6 +323,30 @@ def test_a_bundle_that_cannot_be_replaced_stays(
     assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize(("moved", "licence"), [("old", "Apache-2.0"), ("new", "CC-BY-4.0")])
+def test_whenever_replacing_a_bundle_is_cut_off_one_of_the_two_is_there(
+    text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str, licence: str
+) -> None:
+    """As by a signal that arrives when either was just moved."""
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    first = write_bundle(tmp_path / "bundle", text_bundle.manifest, files)
+    rename = Path.rename
+
+    def cut_off(path: Path, target: Path) -> Path:
+        there = rename(path, target)
+        if moved == (path.name if target == first.path else target.name):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return there
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    changed = text_bundle.manifest.model_copy(update={"licence": "CC-BY-4.0"})
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(first.path, changed, files, replace=True)
+    assert load_bundle(first.path).manifest.licence == licence
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
+
+
 @pytest.mark.parametrize("field", ["image_shape", "latent_shape"])
 def test_sizes_that_nothing_could_hold_are_refused(text_bundle: Bundle, field: str) -> None:
     document = text_bundle.manifest.model_dump(mode="json")
