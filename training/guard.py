@@ -97,7 +97,7 @@ class Leave:
 
 @contextmanager
 def signals() -> Iterator[Leave]:
-    """Note SIGTERM and SIGINT instead of dying of them. Other threads note nothing.
+    """Note SIGTERM and SIGINT instead of dying of them, unless the process ignores them. Other threads note nothing.
 
     A second SIGINT kills; a second SIGTERM does not, since a launcher passes on what its scheduler has sent to all.
     """
@@ -106,6 +106,7 @@ def signals() -> Iterator[Leave]:
         yield leave
         return
     before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         leave.ask(number, frame)

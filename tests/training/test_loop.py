@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,16 @@ from training.sections import Optimisation, ScaleRecipe
 
 RECIPE = Optimisation(updates=12, batch_size=4, learning_rate=1e-2, ema=0.9, warmup=2)
 EVERY_UPDATE = Pace(log_every=1, checkpoint_every_s=-1.0)
+
+
+@contextmanager
+def handled(number: int, handler: Any) -> Iterator[None]:
+    """Have a signal handled so within, however the tests were started."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 class Killed(Exception):
@@ -285,12 +297,24 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_to_the_same_bits(tmp_path
         return loss(module, update, draws)
 
     slow = Pace(checkpoint_every_s=1e9)
-    with pytest.raises(Stopped, match="after update 7"):
+    with handled(number, signal.SIG_DFL), pytest.raises(Stopped, match="after update 7"):
         train(network(), signalled, RECIPE, tmp_path / "left", accelerator=Accelerator(cpu=True), seed=3, pace=slow)
     assert torch.load(tmp_path / "left" / "checkpoint.pt", weights_only=True)["update"] == 7
     resumed = run(tmp_path / "left")
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_the_process_was_started_to_ignore_is_ignored(tmp_path: Path, number: int) -> None:
+    def signalled(module: nn.Module, update: int, draws: Draws) -> Tensor:
+        os.kill(os.getpid(), number)
+        return loss(module, update, draws)
+
+    with handled(number, signal.SIG_IGN):
+        train(network(), signalled, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3, pace=Pace())
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["update"] == 12
 
 
 def test_a_run_that_is_not_to_go_on_saves_only_where_it_is_stopped(tmp_path: Path) -> None:
