@@ -37,7 +37,7 @@ from training.progress import Pace
 from training.prompts import PromptEncoder
 from training.recipe import Recipe
 from training.sections import CheckpointRecipe, OwnPrediction, ScheduleName, TeacherRecipe
-from training.store import hash_of, hash_of_files, whole_file
+from training.store import hash_of, hash_of_files, sweep, whole_file
 from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"
@@ -79,6 +79,8 @@ class Run:
         if self.recipe.scale.capture and self.accelerator.num_processes > 1:
             raise TrainingError("scale.capture is for one process")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            sweep(self.folder)
         ours = json.loads(self.recipe.portable_json())
         theirs = self._recorded(RECORD, ours)
         if changed := [name for name in self.recipe.differences(theirs) if name not in LEFT_OUT_OF_RECORD]:

@@ -7,8 +7,9 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from engines.hashes import sha256_of
 
 Kept = TypeVar("Kept")
 Inputs = Mapping[str, Any]
+
+LEFT_BEHIND_S = 86400.0
 
 
 def hash_of(inputs: Inputs) -> str:
@@ -116,6 +119,14 @@ def to_disk(path: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers of whole files left in a folder, or in those within, a day ago or more."""
+    with suppress(OSError):  # others may be removing what is there, and the next sweep comes
+        for partial in folder.rglob(f".*.{'[0-9a-f]' * 8}.partial"):
+            if time.time() - partial.stat().st_mtime > LEFT_BEHIND_S:
+                partial.unlink()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -373,6 +374,20 @@ def test_a_stochastic_student_is_compared_at_the_places_of_its_own_sampler() -> 
     deterministic, stochastic = (trial.from_teacher(teacher, 2 * steps, steps, noisy) for noisy in (False, True))
     assert max(deterministic(good), deterministic(bad), stochastic(good)) < 1e-5
     assert stochastic(bad) > 0.1
+
+
+def test_what_killed_writers_left_is_swept_by_the_next_run_in_the_folder_a_day_later(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(SMALL)
+    recipe, folder = Recipe.load(tmp_path / "small.toml"), tmp_path / "run"
+    (folder / "teacher").mkdir(parents=True)
+    old, new = folder / "teacher" / ".log.jsonl.0123abcd.partial", folder / ".rounds.md.4567cdef.partial"
+    of_stage = folder / "teacher" / "unet.partial"
+    for path in (old, new, of_stage):
+        path.touch()
+        if path != new:
+            os.utime(path, (0, 0))
+    Run(recipe, folder, Accelerator(cpu=True))
+    assert sorted(folder.rglob("*.partial")) == sorted((new, of_stage))
 
 
 def test_a_broken_record_is_named(digits_run: Run, tmp_path: Path) -> None:
