@@ -183,6 +183,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (UNET, {"encoder_hid_dim_type": "image_proj"}, "'image_proj' before the cross-attention"),
         (UNET, {"num_class_embeds": 3}, "text and classes at once"),
         (UNET, {"time_embedding_type": "fourier"}, "not positional"),
+        (UNET, {"dual_cross_attention": True}, "attends to two contexts"),
         (SCHEDULER, {"prediction_type": "flow"}, "predicts flow"),
         (SCHEDULER, {"_class_name": "EDMEulerScheduler"}, "no alphas_cumprod"),
         (SCHEDULER, {"_class_name": "NoSuchScheduler"}, "no alphas_cumprod"),

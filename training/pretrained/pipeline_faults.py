@@ -30,6 +30,10 @@ def network_faults(config: Mapping[str, Any], text: bool, part: str) -> list[tup
         ),
         (config.get("time_embedding_type", "positional") != "positional", "its time embedding is not positional"),
         (bool(config.get("center_input_sample")), "it centres its input, which is not known"),
+        (
+            bool(config.get("dual_cross_attention")),
+            "it attends to two contexts (dual_cross_attention), which is not known",
+        ),
     ]
     blocks = [
         *config.get("down_block_types", ()),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from training.guidance import Condition
 from training.pretrained.pipeline_faults import TeacherError, first_line
@@ -29,7 +30,11 @@ class PipelinePrompts:
 
     @cached_property
     def _pipeline(self) -> Any:
-        return self._load_pipeline()
+        pipeline = self._load_pipeline()
+        for part in ("tokenizer", "tokenizer_2"):
+            if getattr(getattr(pipeline, part, None), "model_max_length", 0) > LARGE_INTEGER:
+                raise TeacherError(f"{self.folder}: its {part} names no model_max_length")
+        return pipeline
 
     @cached_property
     def null(self) -> Condition:
