@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.draws import Draws
-from training.loop import TrainingError
+from training.errors import TrainingError
 from training.recipe import Recipe
 from training.sections import AutoencoderRecipe, halved
 from training.store import hash_of_files, whole_file

@@ -16,12 +16,12 @@ from engines.bundle import BundleError
 from training import distill as stages
 from training import run as runs
 from training.data.entries import DataError
+from training.errors import Stopped, TrainingError
 from training.evaluation.features import FeatureError
 from training.evaluation.metrics import MetricError
 from training.exporting.export import export as export_run
 from training.exporting.graphs import SMALLEST_FIRST, ExportError, Weights
 from training.lock import training_alone
-from training.loop import Stopped, TrainingError
 from training.pretrained.pipeline_faults import TeacherError
 from training.progress import Pace
 from training.recipe import Recipe

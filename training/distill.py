@@ -20,7 +20,7 @@ from training.data.training_set import load_pixels, load_training_set
 from training.diffusion import Grid
 from training.draws import Draws, generator_at, stage_seed
 from training.guidance import Condition, Denoiser, GuidedTeacher
-from training.loop import BatchOrder, Validation, save_picture, train
+from training.loop import BatchOrder, save_picture, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.pictures import save_grid
@@ -28,6 +28,7 @@ from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record_round
 from training.run import STUDENT, Run
 from training.sampler import sample
 from training.sections import EncoderRecipe, Optimisation, Round, Stage2Recipe, TeacherRecipe
+from training.state import Validation
 from training.store import hash_of_array
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8

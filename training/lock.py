@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from training.loop import TrainingError
+from training.errors import TrainingError
 
 LOCK = ".lock"
 

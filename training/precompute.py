@@ -26,8 +26,8 @@ from training.data.stream import ShardStream
 from training.data.streamed import open_stream
 from training.data.training_set import open_images, to_tensor
 from training.distill import train_autoencoder
+from training.errors import TrainingError
 from training.lock import training_alone
-from training.loop import TrainingError
 from training.pictures import from_uint8
 from training.run import Run
 from training.sections import DataRecipe

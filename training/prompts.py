@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.errors import TrainingError
 from training.guidance import Condition
-from training.loop import TrainingError
 from training.store import hash_of, to_disk
 
 ROWS = 128

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from training.diffusion import Schedule
 from training.draws import Draws, generator_at
+from training.errors import TrainingError
 from training.guidance import Condition, Denoiser
-from training.loop import TrainingError
 from training.losses import Batch, stochastic_step, target_along
 from training.run import Run
 from training.sampler import encode, fresh_from, sample, sample_stochastic

@@ -28,8 +28,9 @@ from training.data.shard_index import MadeWith
 from training.data.streamed import StreamedImages, StreamedTensors, open_stream, require_fit
 from training.data.training_set import Data, load_training_set
 from training.diffusion import Schedule
+from training.errors import TrainingError
 from training.guidance import Condition, GuidedTeacher
-from training.loop import TrainingError, shares
+from training.loop import shares
 from training.networks import NetworkDenoiser, compile_network, load_network, of_side
 from training.pretrained.pipelines import has_pipeline, save_stage, student_card
 from training.pretrained.teachers import TeacherPipeline

@@ -8,7 +8,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from training.loop import TrainingError
+from training.errors import TrainingError
 
 # Of its own accord accelerate casts all that a network is given, and bf16 has no room for a time: t T and 1000 w
 # would be off by several. Autocast puts in bf16 what bears it, so that weights and gradients travel as they are.

@@ -19,8 +19,10 @@ from tests.training.test_loop import EVERY_UPDATE, RECIPE, Killed, loss, network
 from training.checkpoints import Checkpoints
 from training.data.entries import DataError
 from training.draws import Draws
-from training.loop import TrainingError, Validation, train
+from training.errors import TrainingError
+from training.loop import train
 from training.progress import Pace
+from training.state import Validation
 
 
 @pytest.fixture(params=["zeroed", "flipped"])

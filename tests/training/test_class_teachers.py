@@ -21,8 +21,8 @@ from tests import pipelines
 from training.data.place import StreamError
 from training.distill import distill, encoder_stage, student_stage, train_teacher
 from training.draws import Draws
+from training.errors import TrainingError
 from training.exporting.export import export, step_graph
-from training.loop import TrainingError
 from training.precompute import precompute
 from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.recipe import Recipe

@@ -22,8 +22,8 @@ from training import distill
 from training.diffusion import Schedule, diffuse, x_from_v
 from training.distill import student_stage
 from training.draws import Draws, generator_at
+from training.errors import TrainingError
 from training.guidance import Condition, Denoiser
-from training.loop import TrainingError
 from training.losses import Batch, stochastic_step, target_along
 from training.mixture import ExactDenoiser, GaussianMixture
 from training.networks import student_from

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run
 from training.distill import student_stage
+from training.errors import TrainingError
 from training.evaluation import candidates, judge
 from training.evaluation.candidates import Candidate, ImageMaker, trained_students
 from training.evaluation.command import evaluate as command
@@ -26,7 +27,6 @@ from training.evaluation.evaluate import Plan, evaluate, make_images
 from training.evaluation.evaluation_set import EvaluationSet, load_evaluation_set
 from training.evaluation.features import PixelFeatures, Pixels
 from training.evaluation.judge import Judge
-from training.loop import TrainingError
 from training.networks import save_network
 from training.recipe import Recipe
 from training.run import NETWORK, Run

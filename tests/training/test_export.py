@@ -25,10 +25,10 @@ from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
 from training.distill import distill, encoder_stage, student_stage
+from training.errors import TrainingError
 from training.exporting.card import commit_of_code, data_name, model_card
 from training.exporting.export import export
 from training.exporting.graphs import ExportError
-from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.recipe import Recipe
 from training.run import Run

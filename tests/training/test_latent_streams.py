@@ -26,7 +26,7 @@ from training.data.streamed import StreamedTensors, open_stream, require_fit
 from training.diffusion import Schedule
 from training.distill import Picture
 from training.draws import Draws
-from training.loop import TrainingError
+from training.errors import TrainingError
 from training.recipe import Recipe
 from training.rounds import Trial
 from training.run import Run

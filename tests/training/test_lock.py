@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from training.errors import TrainingError
 from training.lock import LOCK, training_alone
-from training.loop import TrainingError
 
 HOLD = """
 import fcntl, os, sys, time

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from training.data.entries import DataError
 from training.draws import Draws
-from training.loop import BatchOrder, Stopped, TrainingError, Validation, learning_rate, shares, train
+from training.errors import Stopped, TrainingError
+from training.loop import BatchOrder, learning_rate, shares, train
 from training.progress import Pace
 from training.sections import Optimisation, ScaleRecipe
+from training.state import Validation
 
 RECIPE = Optimisation(updates=12, batch_size=4, learning_rate=1e-2, ema=0.9, warmup=2)
 EVERY_UPDATE = Pace(log_every=1, checkpoint_every_s=-1.0)

@@ -26,9 +26,9 @@ from training.data.shard_order import ShardOrder
 from training.data.shard_writer import PROGRESS
 from training.distill import distill, student_stage
 from training.draws import Draws
+from training.errors import TrainingError
 from training.evaluation.evaluation_set import load_evaluation_set
 from training.lock import training_alone
-from training.loop import TrainingError
 from training.precompute import precompute, section
 from training.recipe import Recipe
 from training.run import Run

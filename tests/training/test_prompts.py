@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.loop import TrainingError
+from training.errors import TrainingError
 from training.prompts import TextGraph, encode_captions
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from training.distill import student_stage
 from training.draws import generator_at
+from training.errors import TrainingError
 from training.evaluation.evaluation_set import EvaluationSet
 from training.evaluation.features import Pixels
 from training.guidance import Denoiser
-from training.loop import TrainingError
 from training.pictures import to_uint8
 from training.run import Run
 from training.sampler import fresh_from, sample_stochastic

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from training.commands import Reported, open_finished_run
+from training.errors import TrainingError
 from training.evaluation.candidates import Candidate, ImageMaker, trained_students
 from training.evaluation.clip_score import ClipScorer
 from training.evaluation.evaluate import Plan, save_picture
@@ -19,7 +20,6 @@ from training.evaluation.features import DEFAULT_EXTRACTOR, EXTRACTORS, open_ext
 from training.evaluation.inception import Inception
 from training.evaluation.plots import save_plots
 from training.evaluation.tables import SOUND_IMAGES, to_csv, to_json, to_markdown
-from training.loop import TrainingError
 from training.run import Run
 from training.solvers import SOLVERS, Solver
 from training.store import Store, whole_file
