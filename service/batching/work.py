@@ -52,9 +52,10 @@ class Unit:
 
 @dataclass(slots=True)
 class Parked:
-    """A job that was taken and waits until its bundle is loaded."""
+    """A job that was taken and waits until its bundle is loaded. ``left``: it had been left to others before."""
 
     job: Job
+    left: bool = False
     loading: Future[None] | None = None
 
     def failure(self, models: Models) -> Failed | None:

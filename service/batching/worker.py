@@ -164,8 +164,9 @@ class Worker:
         wait_s = 0.0 if self._held else wait_s
         rooms = {} if self._draining.is_set() else self._rooms()
         if rooms:
-            for job in self._queue.take(rooms, wait_s):
-                self._parked[job.id] = Parked(job)
+            refused = self._models.refused()
+            for job in self._queue.take(rooms, wait_s, refused):
+                self._parked[job.id] = Parked(job, left=job.model in refused)
         elif wait_s > 0:  # nothing to do until a bundle is loaded
             self._stopping.wait(wait_s)
         for parked in list(self._parked.values()):
@@ -195,7 +196,15 @@ class Worker:
         elif job.deadline <= self._clock():
             self._refuse(job, EXPIRED)
         elif (failure := parked.failure(self._models)) is not None:
-            self._refuse(job, failure)
+            if self._passed_on(parked):
+                del self._parked[job.id]
+            else:
+                self._refuse(job, failure)
+
+    def _passed_on(self, parked: Parked) -> bool:
+        """Whether others have a job whose bundle does not load here. They may have a copy that does, or more room."""
+        job = parked.job
+        return not parked.left and job.model in self._models.refused() and self._queue.pass_on(job.id)
 
     def _introduce(self, unit: Unit, row: Row) -> None:
         """Tell the scheduler what the warm-up of the row's graphs has shown."""

@@ -28,6 +28,11 @@ class Refused:
         self._clock = clock
         self._refusals: dict[str, _Refusal] = {}
 
+    @property
+    def models(self) -> frozenset[str]:
+        """The keys, name@revision, of those that did not load, when they were last looked at."""
+        return frozenset(self._refusals)
+
     def check(self, entry: Entry) -> None:
         """Raise ModelError where it did not load and nothing has changed since."""
         refusal = self._refusals.get(entry.manifest.model)

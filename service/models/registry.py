@@ -199,6 +199,10 @@ class Models:
             leaving = {loaded.manifest.model for loaded in self._loaded} - serving
             return frozenset(self._known.keys() | serving) - leaving
 
+    def refused(self) -> frozenset[str]:
+        """The keys of the bundles that did not load, as far as their files are known to be the same."""
+        return self._refused.models
+
     @property
     def memory_bytes(self) -> int:
         """What the pipelines that are open take together."""
@@ -238,6 +242,9 @@ class Models:
                 logger.warning("a bundle cannot be read", extra={"folder": str(path), "detail": problem})
             self._problems = problems
             self._known = {entry.manifest.model: entry for entry in entries}
+            for entry in entries:
+                with contextlib.suppress(ModelError):  # It still does not load.
+                    self._refused.check(entry)
         self._follow()
         return True
 

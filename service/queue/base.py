@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -125,6 +125,10 @@ LATE_S = 5.0
 """How long after its deadline a job has failed though no worker says so: perhaps there is none for it any more."""
 
 
+PATIENCE_S = 3.0
+"""How long a job waits for other workers before one takes it that can only fail it."""
+
+
 class JobQueue(Protocol):
     """Jobs wait here, oldest first but for a head start of those with priority, bounded by their cost.
 
@@ -181,13 +185,20 @@ class JobQueue(Protocol):
         """Give the job up. Says how far it had come, None when it was over. Its outcome is forgotten, unless kept."""
         ...
 
-    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
+    def take(self, rooms: Mapping[str, int], wait_s: float, refused: Collection[str] = ()) -> list[Job]:
         """Take waiting jobs for each model in ``rooms``: of at most so many images, but at least one where any waits.
 
         So jobs of one model wait behind those of no other. Waits up to ``wait_s`` seconds for a first job and not at
         all for more. Every job taken must be settled, also one that was cancelled meanwhile. A job that is handed out
         again comes alone, and nothing comes beside it until it is settled: it may have been what its worker died of.
+
+        Jobs for models in ``refused`` can only be failed here. Where there may be other workers they are left to those,
+        for PATIENCE_S and as long as any have jobs of the model.
         """
+        ...
+
+    def pass_on(self, job_id: str) -> bool:
+        """Let others have a taken job that cannot be made here. False, and nothing, where it must be settled here."""
         ...
 
     def expect(self, model: str, per_second: float) -> None:

@@ -20,7 +20,7 @@ from service.jobs import Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import BUSY_S, EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
-from service.queue.base import HEAD_START_S, WATCHED_S, Bounds, state_after, worked_s
+from service.queue.base import HEAD_START_S, PATIENCE_S, WATCHED_S, Bounds, state_after, worked_s
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
 from service.queue.wire import pack_outcome, request_of, unpack_job
@@ -87,7 +87,7 @@ class Leases:
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="leases", daemon=True)
 
-    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
+    def take(self, rooms: Mapping[str, int], wait_s: float, refused: Collection[str]) -> list[Job]:
         """See JobQueue.take."""
         until = time.monotonic() + wait_s
         self._begin(rooms)
@@ -96,11 +96,23 @@ class Leases:
             seen: dict[str, bytes] = {}
             with self._taking:
                 if not self._has_one_alone():
-                    seen = self._reach(partial(self._take, rooms, taken), seen)
+                    seen = self._reach(partial(self._take, rooms, refused, taken), seen)
             left_s = until - time.monotonic()
             if taken or left_s <= 0:
                 return taken
             self._wait(seen, left_s)
+
+    def pass_on(self, job_id: str) -> bool:
+        """See JobQueue.pass_on."""
+        with self._changed:
+            lease = self._held.get(job_id)
+            if lease is None or job_id in self._unsent:
+                return False
+        names = [lease.stream, keys.load(lease.model), keys.record(job_id)]
+        passed = bool(self._reach(partial(self._redis.run, "pass_on", names, [self._consumer, lease.entry]), 0))
+        if passed:
+            self._let_go(job_id)
+        return passed
 
     def expect(self, model: str, per_second: float) -> None:
         """See JobQueue.expect."""
@@ -179,7 +191,7 @@ class Leases:
         with self._changed:
             return any(lease.tries > 1 for lease in self._held.values())
 
-    def _take(self, rooms: Mapping[str, int], taken: list[Job]) -> dict[str, bytes]:
+    def _take(self, rooms: Mapping[str, int], refused: Collection[str], taken: list[Job]) -> dict[str, bytes]:
         """Append what there is to ``taken``. Returns the last entry given of each stream, none where to pause."""
         with self._changed:
             holding = list(self._held)
@@ -193,8 +205,9 @@ class Leases:
         silence = milliseconds(_FORGOTTEN_AFTER_S if patient else self._reclaim_after_s)
         numbers = [models.index(model) + 1 for model, _ in lines]
         room = [rooms[model] for model in models]
+        patience = [milliseconds(PATIENCE_S) if model in refused else 0 for model in models]
         # With what is held, always: where an answer is lost, redis-py asks again with the same arguments.
-        arguments: Arguments = [self._consumer, silence, json.dumps(holding), *head_starts, *numbers, *room]
+        arguments: Arguments = [self._consumer, silence, json.dumps(holding), *head_starts, *numbers, *room, *patience]
         now, given, seen = self._redis.run("take", [*streams, *loads, *speeds], arguments)
         # The times of a job are on Redis' clock; only durations are carried over to this host's own.
         offset_s = time.monotonic() - now / 1000
@@ -248,11 +261,14 @@ class Leases:
         throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
         busy: Arguments = [str(BUSY_S), milliseconds(worked_s(outcome) or 0.0)]
         first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput, *busy])
+        self._let_go(job_id)
+        return bool(first)
+
+    def _let_go(self, job_id: str) -> None:
         with self._changed:
             self._held.pop(job_id, None)
             self._unsent.pop(job_id, None)
             self._changed.notify_all()
-        return bool(first)
 
     def _wait(self, seen: dict[str, bytes], left_s: float) -> None:
         """Wait until a job may be there: for a new entry, or where it may not have one, until something is settled."""

@@ -117,8 +117,8 @@ class MemoryQueue:
             self._cancelled.add(job_id)
             return "running"
 
-    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
-        """See JobQueue.take."""
+    def take(self, rooms: Mapping[str, int], wait_s: float, refused: Collection[str] = ()) -> list[Job]:
+        """See JobQueue.take. There is one worker: nothing is left to others."""
         with self._changed:
             if wait_s > 0:
                 self._changed.wait_for(lambda: self._next(rooms) is not None, wait_s)
@@ -129,6 +129,10 @@ class MemoryQueue:
                 self._shelf.taken(job.id)
                 self._doors[job.model].took(job.cost, job.priority)
             return taken
+
+    def pass_on(self, job_id: str) -> bool:
+        """See JobQueue.pass_on."""
+        return False
 
     def expect(self, model: str, per_second: float) -> None:
         """See JobQueue.expect."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import ClassVar
 
 from service.jobs import Job, Outcome
@@ -79,9 +79,13 @@ class RedisQueue:
         """See JobQueue.cancel."""
         return await self._submissions.cancel(job_id)
 
-    def take(self, rooms: Mapping[str, int], wait_s: float) -> list[Job]:
+    def take(self, rooms: Mapping[str, int], wait_s: float, refused: Collection[str] = ()) -> list[Job]:
         """See JobQueue.take."""
-        return self._leases.take(rooms, wait_s)
+        return self._leases.take(rooms, wait_s, refused)
+
+    def pass_on(self, job_id: str) -> bool:
+        """See JobQueue.pass_on."""
+        return self._leases.pass_on(job_id)
 
     def expect(self, model: str, per_second: float) -> None:
         """See JobQueue.expect."""

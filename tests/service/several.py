@@ -16,6 +16,7 @@ from service.batching.worker import Worker
 from service.jobs import Finished, Job, Outcome, Output
 from service.models.catalogue import Catalogue
 from service.models.registry import Models
+from service.queue.base import JobQueue
 from service.queue.memory import MemoryQueue
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -63,7 +64,7 @@ def damage(folder: Path) -> None:
 class SeveralBench:
     """A worker that the test steps, with jobs from elsewhere: nobody holds their bundles."""
 
-    def __init__(self, models: Models, queue: MemoryQueue | None = None) -> None:
+    def __init__(self, models: Models, queue: JobQueue | None = None) -> None:
         self.queue = queue or MemoryQueue(1000)
         self.models = models
         self.worker = Worker(models, self.queue, Scheduler(MAX_ROWS), Metrics())

@@ -16,8 +16,11 @@ from service.jobs import Failed, Finished
 from service.models.catalogue import Catalogue
 from service.models.opening import open_pipeline
 from service.models.registry import Models
+from service.queue import leases
 from service.settings import Settings
 from tests.service.helpers import wait_until
+from tests.service.queues import FINISHED, opened, taken
+from tests.service.redis_server import RedisServer
 from tests.service.several import MAX_ROWS, NAMES, SeveralBench, replace, room_for
 
 pytestmark = pytest.mark.anyio
@@ -46,6 +49,35 @@ async def test_a_job_whose_bundle_does_not_load_fails_and_may_be_tried_again(ben
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.retryable) == ("engine", True)
     assert "step-4.onnx" in outcome.message
+
+
+async def test_a_bundle_that_does_not_load_here_is_left_to_other_workers_until_its_files_change(
+    models: Models, folder: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = models.catalogue.find("amber").manifest.model
+    whole = (folder / "amber" / "step-4.onnx").read_bytes()
+    (folder / "amber" / "step-4.onnx").write_bytes(b"")
+    async with opened(redis_server.url, max_cost=1000) as queue:
+        bench = SeveralBench(models, queue)
+        for name in ("first", "next"):
+            await bench.submit(name, key)
+            while key not in models.refused() or queue.stats().depth != 1:
+                await asyncio.to_thread(bench.worker.step, 0.01)
+            for _ in range(3):
+                await asyncio.to_thread(bench.worker.step)
+            assert taken(queue, model=key) == [name]  # As another worker would.
+            assert queue.settle(name, FINISHED)
+        monkeypatch.setattr(leases, "PATIENCE_S", 0.1)
+        await bench.submit("nobody's", key)
+        outcome = await bench.outcome("nobody's")
+        assert isinstance(outcome, Failed)
+        assert "step-4.onnx" in outcome.message
+        monkeypatch.setattr(leases, "PATIENCE_S", 60.0)
+        (folder / "amber" / "step-4.onnx").write_bytes(whole)
+        models._look_again = -math.inf
+        await bench.submit("made", key)
+        await bench.finished("made")
+        bench.worker.stop()
 
 
 async def test_a_job_whose_bundle_is_replaced_before_it_is_loaded_may_be_tried_again(

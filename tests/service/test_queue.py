@@ -11,13 +11,14 @@ import pytest
 
 from engines.pipeline import MAX_SEED, Edit, Inpaint
 from service.jobs import Failed, Job, Output, Priority
+from service.queue import leases
 from service.queue.base import (
     JobQueue,
     QueueFull,
     QueueStats,
 )
-from tests.service.helpers import random_image
-from tests.service.queues import FINISHED, MODEL, job, taken
+from tests.service.helpers import random_image, wait_until
+from tests.service.queues import FINISHED, KEEP, MODEL, job, taken
 
 pytestmark = pytest.mark.anyio
 
@@ -177,6 +178,55 @@ async def test_a_job_goes_to_who_has_its_model(queue: JobQueue) -> None:
     assert queue.stats().depth == 2
     await queue.submit(job("d", model="two@2"))
     assert [one.id for one in queue.take({"one@1": 9, "two@2": 9, "three@3": 9}, 0.0)] == ["a", "c", "d"]
+
+
+async def test_what_can_only_be_failed_is_left_to_others_for_a_while_where_there_may_be_some(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "PATIENCE_S", 0.3)
+    await queue.submit(job("refused", priority=Priority.HIGH))
+    await queue.submit(job("other", model="other@1"))
+    found = [one.id for one in queue.take({MODEL: 9, "other@1": 9}, 0.05, {MODEL})]
+    if not queue.durable:
+        assert found == ["refused", "other"]
+        return
+    assert found == ["other"]
+    wait_until(lambda: [one.id for one in queue.take({MODEL: 9}, 0.05, {MODEL})] == ["refused"], 5)
+
+
+async def test_what_can_only_be_failed_is_left_to_those_who_have_jobs_of_its_model(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "PATIENCE_S", 0.001)
+    await queue.submit(job("made"))
+    await queue.submit(job("waits", priority=Priority.HIGH))
+    await queue.submit(job("too"))
+    assert taken(queue, 1) == ["waits"]
+    await asyncio.sleep(0.005)
+    if queue.durable:
+        assert queue.take({MODEL: 9}, 0.0, {MODEL}) == []
+    queue.settle("waits", FINISHED)
+    assert [one.id for one in queue.take({MODEL: 9}, 0.0, {MODEL})] == ["made", "too"]
+
+
+async def test_a_job_that_is_passed_on_waits_again(queue: JobQueue) -> None:
+    for name, keep in (("a", KEEP), ("b", None), ("gone", None)):
+        await queue.submit(job(name), keep)
+    assert taken(queue) == ["a", "b", "gone"]
+    await queue.submit(job("c"))
+    await queue.cancel("gone")
+    assert not queue.pass_on("gone")
+    assert not queue.pass_on("never seen")
+    assert [queue.pass_on(name) for name in "ab"] == [queue.durable] * 2
+    if queue.durable:
+        assert (queue.stats().depth, queue.stats().cost) == (3, 12)
+        status = await queue.status("a")
+        assert (status.state, status.position) == ("queued", 1)
+        assert not queue.settle("a", FINISHED)
+        assert await queue.cancel("b") == "queued"
+        assert taken(queue) == ["c", "a"]
+    assert queue.settle("a", FINISHED)
+    assert (await queue.status("a")).outcome == FINISHED
 
 
 async def test_each_model_has_a_room_of_its_own(queue: JobQueue) -> None:

@@ -1,19 +1,26 @@
 -- Gives jobs to a consumer: one whose worker fell silent, alone, else those that are first in line.
 -- KEYS: streams of jobs, then the load of each, then the speed of each
 -- ARGV: consumer, silence in ms, the jobs that the consumer knows it holds as JSON, then the head start of each stream
--- in ms, then the number of the model of each, then how many images of each model there is room for
--- Returns {now, jobs, last entry given of each stream}; a job is {number of its stream, entry, id, message, submitted,
+-- in ms, then the number of the model of each, then how many images of each model there is room for, then for how many
+-- ms the jobs of each are left to others
+-- Returns {now, jobs, the entry of each stream behind which there may be more to give}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
 local consumer, silence = unpack(ARGV)
 local held = cjson.decode(ARGV[3])
 local streams = #KEYS / 3
 local MOST_UNANSWERED = 1000
-local room, begun = {}, {}
-for place = 4 + 2 * streams, #ARGV do
-  room[#room + 1] = tonumber(ARGV[place])
+local models = (#ARGV - 3 - 2 * streams) / 2
+local room, patience, begun = {}, {}, {}
+for model = 1, models do
+  local place = 3 + 2 * streams + model
+  room[model], patience[model] = tonumber(ARGV[place]), tonumber(ARGV[place + models])
 end
 local now = now_ms()
-local groups, given = {}, {}
+local groups, seen, given = {}, {}, {}
+
+local function model_of(stream)
+  return tonumber(ARGV[3 + streams + stream])
+end
 
 -- The job of an entry that this consumer has now; nil, and the entry removed, where nobody wants it any more.
 local function job_of(stream, entry, wanted, tries)
@@ -32,16 +39,21 @@ local function job_of(stream, entry, wanted, tries)
   return {stream, entry[1], fields.id, message, fields.submitted, fields.deadline, tries, kept and 1 or 0}
 end
 
+-- Ms after which this consumer takes what another one was silent about.
+local function too_long(stream)
+  return silence + patience[model_of(stream)]
+end
+
 -- The first entry that a consumer was silent about for too long.
 local function abandoned(stream)
-  local pending = redis.call('XPENDING', KEYS[stream], GROUP, 'IDLE', silence, '-', '+', 1)[1]
+  local pending = redis.call('XPENDING', KEYS[stream], GROUP, 'IDLE', too_long(stream), '-', '+', 1)[1]
   return pending and pending[1]
 end
 
 local function reclaim(stream, id)
   local jobs = KEYS[stream]
   -- From that entry on: the command looks at a few entries only.
-  local entry = redis.call('XAUTOCLAIM', jobs, GROUP, consumer, silence, id, 'COUNT', 1)[2][1]
+  local entry = redis.call('XAUTOCLAIM', jobs, GROUP, consumer, too_long(stream), id, 'COUNT', 1)[2][1]
   if entry then -- Redis 6 gives false for an entry that was deleted.
     local tries = redis.call('XPENDING', jobs, GROUP, id, id, 1)[1][4]
     return job_of(stream, entry, 'running', tries)
@@ -66,11 +78,28 @@ local function backlog(stream)
   return finished > 0 and 1000 * (outstanding or 0) * seconds / finished or 0
 end
 
+-- Whether what waits first in a stream is for others: for a while, and as long as any have jobs of its model.
+local function is_for_others(stream, entry)
+  local model = model_of(stream)
+  if patience[model] == 0 then
+    return false
+  end
+  for k = 1, streams do
+    if model_of(k) == model and groups[k] and groups[k].pending > 0 then
+      return true
+    end
+  end
+  return now - entry[1]:match('%d+') < patience[model]
+end
+
 -- The entry behind the last one that was given of a stream, with its place in the line of service/queue/memory.py:
 -- before all others by its deadline where that is at risk, else by age and priority.
 local function head_behind(stream, last)
   local entry = oldest_waiting(KEYS[stream], last)
   if not entry then
+    return nil
+  elseif is_for_others(stream, entry) then
+    seen[stream] = '$' -- Behind what is there now.
     return nil
   end
   local fields = by_name(entry[2])
@@ -78,10 +107,6 @@ local function head_behind(stream, last)
   local at_risk = deadline < now + backlog(stream)
   local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[3 + stream]
   return {entry = entry, rows = tonumber(fields.rows), cost = fields.cost, at_risk = at_risk, rank = rank}
-end
-
-local function model_of(stream)
-  return tonumber(ARGV[3 + streams + stream])
 end
 
 local function priority_of(stream)
@@ -121,7 +146,7 @@ for stream = 1, streams do
   end
 end
 
-local heads, seen = {}, {}
+local heads = {}
 for stream = 1, streams do
   seen[stream] = groups[stream] and groups[stream]['last-delivered-id'] or '0-0'
   heads[stream] = groups[stream] and head_behind(stream, seen[stream])
