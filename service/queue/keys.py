@@ -29,6 +29,9 @@ KEPT = f"{PREFIX}kept"
 KEPT_BYTES = f"{PREFIX}kept-bytes"
 """Number: the bytes of those outcomes."""
 
+NOTHING = f"{PREFIX}nothing"
+"""Never there: it is removed to see whether Redis takes writes."""
+
 DEAD = f"{PREFIX}dead"
 """Stream: jobs that were given up, with their message."""
 

@@ -130,7 +130,9 @@ class Leases:
         if not held:
             return set()
         unknown: list[bytes | None] = [b"running"] * len(held)
-        states = self._reach(partial(self._redis.run, "states", [keys.record(job_id) for job_id in held]), unknown)
+        states = self._reach(
+            partial(self._redis.run, "states", [keys.record(job_id) for job_id in held]), unknown, writes=False
+        )
         return {job_id for job_id, state in zip(held, states, strict=True) if state not in (b"running", b"queued")}
 
     def progress(self, done: Mapping[str, int]) -> set[str]:
@@ -168,7 +170,7 @@ class Leases:
     def owes(self, model: str) -> bool:
         """See JobQueue.owes."""
         streams = [keys.jobs(model, priority) for priority in Priority]
-        return self._reach(lambda: any(self._redis.client.xlen(stream) for stream in streams), True)
+        return self._reach(lambda: any(self._redis.client.xlen(stream) for stream in streams), True, writes=False)
 
     def close(self) -> None:
         """Hand over what is left, and leave the groups of workers."""
@@ -275,7 +277,7 @@ class Leases:
         if seen:
             streams: Any = seen
             block = max(1, milliseconds(min(left_s, LONGEST_BLOCK_S)))
-            self._reach(lambda: self._redis.client.xread(streams, count=1, block=block), None)
+            self._reach(lambda: self._redis.client.xread(streams, count=1, block=block), None, writes=False)
         else:
             with self._changed:
                 self._changed.wait(left_s)
@@ -330,10 +332,10 @@ class Leases:
         """Run a script of which no answer is needed, where Redis can be reached."""
         self._reach(partial(self._redis.run, name, names, arguments), None)
 
-    def _reach(self, call: Callable[[], Result], otherwise: Result) -> Result:
+    def _reach(self, call: Callable[[], Result], otherwise: Result, *, writes: bool = True) -> Result:
         """What the call gives; ``otherwise`` where Redis is away, which is then left alone for a moment.
 
-        The call must ask Redis something: where it succeeds, Redis is back.
+        The call must ask Redis something: where it succeeds and ``writes``, Redis is back.
         """
         away_until = self._away_until  # Once, as several threads come here.
         if away_until is not None and time.monotonic() < away_until:
@@ -345,7 +347,7 @@ class Leases:
                 logger.warning("the queue is away", extra={"error": type(error).__name__, "detail": str(error)})
             self._away_until = time.monotonic() + _AFTER_ERROR_S
             return otherwise
-        if self._away_until is not None:
+        if writes and self._away_until is not None:
             logger.info("the queue is back")
             self._away_until = None
             self._reclaims_from = time.monotonic() + self._reclaim_after_s

@@ -175,10 +175,10 @@ class Submissions:
             *kept,
         ]
         code, *answer = await self._run("submit", names, arguments)
-        self._note_back()
-        if not asks:  # Who asks writes nothing, and so has an answer from a full Redis too.
-            self._note_room()
         if code == _ACCEPTED:
+            if not asks:  # Who asks writes nothing, and so has an answer from a Redis that takes no writes too.
+                self._note_back()
+                self._note_room()
             return job.id
         if code == _SAME:
             holder: bytes = answer[0]
@@ -194,7 +194,9 @@ class Submissions:
         while True:
             try:
                 replies = await self._read(last)
-                self._note_back()
+                if self._away:
+                    await self._unlink(keys.NOTHING)  # A Redis that is read may still take no writes.
+                    self._note_back()
                 if replies:
                     last = replies[-1][0]
                     await self._collect(reply[b"id"].decode() for _, reply in replies)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from service.jobs import Outcome
-from service.queue import clients
+from service.queue import clients, leases, submissions
 from service.queue.base import QueueStats, QueueUnavailable
 from service.queue.redis import RedisQueue
 from tests.service.helpers import wait_until
@@ -72,6 +73,44 @@ async def test_an_outage_is_no_silence(
         # Who could say nothing gets his time anew, and then was silent indeed.
         assert taken(other, wait_s=1.0) == []
         assert taken(other, wait_s=10.0) == ["a"]
+
+
+@contextmanager
+def read_only(server: RedisServer) -> Iterator[None]:
+    """Let a server take no writes, as one that became a replica."""
+    with server.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        try:
+            yield
+        finally:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+async def test_a_server_that_takes_no_writes_is_away(
+    anyio_backend: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(submissions, "_POLL_S", 0.01)
+    for module in (leases, submissions):
+        monkeypatch.setattr(module, "_AFTER_ERROR_S", 0.0)
+    async with opened(redis_server.url) as queue:
+        await queue.submit(job("a"))
+        assert taken(queue) == ["a"]
+        with read_only(redis_server):
+            assert not there(queue)
+            with pytest.raises(QueueUnavailable):
+                await queue.submit(job("b"))
+            for _ in range(3):
+                await queue.ask(job("b"))
+                assert taken(queue, wait_s=0.01) == []
+                assert queue.cancelled(["a"]) == set()
+                await asyncio.sleep(0.03)
+            assert caplog.messages.count("the queue is away") == 2  # To those who submit, and to the worker.
+            assert "the queue is back" not in caplog.messages
+        assert there(queue)
+        assert queue.settle("a", FINISHED)
+        assert await soon(queue, "a") == FINISHED
+        assert caplog.messages.count("the queue is away") == caplog.messages.count("the queue is back") == 2
 
 
 @pytest.mark.slow

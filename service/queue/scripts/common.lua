@@ -14,6 +14,7 @@ local function stream_of(model, priority)
 end
 
 -- A full Redis refuses a script that begins with what may grow, and nothing after a first write: this one only frees.
+-- One that takes no writes at all, as a replica does, refuses this one too.
 local function begin_though_full()
   redis.call('DEL', PREFIX .. 'nothing')
 end

@@ -1,4 +1,5 @@
 -- What waits for all models together. KEYS: models. Returns {jobs, cost, ms that the oldest has waited}.
+begin_though_full() -- So that a Redis that takes no writes is no queue.
 local depth, cost, oldest = 0, 0, 0
 local now = now_ms()
 for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do

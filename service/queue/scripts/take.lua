@@ -5,6 +5,7 @@
 -- ms the jobs of each are left to others
 -- Returns {now, jobs, the entry of each stream behind which there may be more to give}; a job is {number of its stream, entry, id, message, submitted,
 -- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
+begin_though_full()
 local consumer, silence = unpack(ARGV)
 local held = cjson.decode(ARGV[3])
 local streams = #KEYS / 3
