@@ -58,7 +58,8 @@ class Shelf:
 
     def _failed(self, entry: _Entry) -> bool:
         if entry.outcome is None:
-            return self._clock() > entry.deadline + LATE_S
+            # What waits then is not made any more.
+            return self._clock() > entry.deadline + (LATE_S if entry.state == "running" else 0.0)
         return entry.state != "done"
 
     def begin(self, job: Job, keep: Keep) -> None:

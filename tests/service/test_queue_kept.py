@@ -190,9 +190,18 @@ async def test_a_key_is_free_again_when_its_job_failed_or_is_forgotten(queue: Jo
 async def test_a_key_is_free_again_when_its_job_is_late_and_nobody_says_so(queue: JobQueue) -> None:
     keep = Keep(60.0, "", "key", "digest")
     await queue.submit(job("a", left_s=1 - LATE_S), keep)
+    taken(queue, 1)
     assert await queue.submit(job("b"), keep) == "a"
     await queue.submit(job("c", left_s=-1 - LATE_S), Keep(60.0, "", "another key", "digest"))
+    taken(queue, 1)
     assert await queue.submit(job("d"), Keep(60.0, "", "another key", "digest")) == "d"
+
+
+async def test_a_key_is_free_again_when_its_job_waits_past_its_time(queue: JobQueue) -> None:
+    keep = Keep(60.0, "", "key", "digest")
+    await queue.submit(job("a", left_s=-0.1), keep)
+    assert await queue.submit(job("b"), keep) == "b"
+    assert await queue.submit(job("c"), keep) == "b"
 
 
 async def test_a_key_of_a_job_that_was_refused_stays_free(queue: JobQueue) -> None:

@@ -11,10 +11,12 @@ local id, model, message, images, cost, rows, age, left, keep, replies, identity
 local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 14, 21)
 local kept, note, digest, late = unpack(ARGV, 22)
 
--- Whether a job has not failed. One that is late has: no worker does its work, nor says that it will not.
+-- Whether a job has not failed. One that is late has: no worker does its work, or nobody says that it was done.
 local function goes_on_or_done(job)
   local state, deadline = unpack(redis.call('HMGET', PREFIX .. 'job:' .. job, 'state', 'deadline'))
-  if state == 'queued' or state == 'running' then
+  if state == 'queued' then
+    return now_ms() <= tonumber(deadline)
+  elseif state == 'running' then
     return now_ms() <= deadline + late
   end
   return state == 'done'
