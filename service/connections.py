@@ -19,14 +19,14 @@ from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Those that a burst may bring before any is turned away.
-BACKLOG = 128
+# Those of a burst that wait in the system to be accepted. Where it has no room for one, that is never answered.
+BACKLOG = 2048
 
 _CLOSE = {"Connection": "close"}
 # Connections that wait for their next request, of probes and of scrapers.
 _SPARE_CONNECTIONS = 1024
-# Open files that are not connections of clients: bundles, Redis, logs, and a burst on its way to being turned away.
-_OTHER_FILES = 128 + BACKLOG
+# Open files that are not connections of clients: bundles, Redis, logs, and those on their way to being turned away.
+_OTHER_FILES = 256
 
 
 def bound_connections(max_inflight: int) -> int:

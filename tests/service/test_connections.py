@@ -280,7 +280,9 @@ def test_a_process_with_few_files_outlives_more_connections_than_it_has_files(
         stack.callback(process.kill)
         wait_until(lambda: "running on" in log.read_text() or process.poll() is not None)
         port = int(re.findall(r"http://127.0.0.1:(\d+)", log.read_text())[0])
-        half = [stack.enter_context(connect(port, HALF)) for _ in range(600)]
+        process.send_signal(signal.SIGSTOP)
+        half = [stack.enter_context(connect(port, HALF)) for _ in range(600)]  # All at once, as it seems to it.
+        process.send_signal(signal.SIGCONT)
         wait_until(lambda: alive(port))
         assert "head_timeout" in read(half[0]).decode()
         process.send_signal(signal.SIGTERM)
