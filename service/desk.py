@@ -64,14 +64,14 @@ class Desk:
         outcome = await self._wait(job, client_gone)
         if isinstance(outcome, Finished):
             return outcome
-        raise from_failure(outcome)
+        raise self._lost() if outcome == LOST else from_failure(outcome)
 
     async def completed(self, job_id: str, deadline: float, client_gone: ClientIsGone) -> tuple[Status, Finished]:
         """Wait for the images of a job that is kept, which goes on when its client is gone. Raises as `complete`."""
         try:
             status = await self.first(asyncio.ensure_future(self._tracker.over(job_id)), deadline, client_gone)
         except KeyError:
-            raise from_failure(LOST) from None
+            raise self._lost() from None
         if isinstance(status.outcome, Finished):
             return status, status.outcome
         raise from_failure(status.outcome or STOPPED)
@@ -149,6 +149,11 @@ class Desk:
         asked = self._screener.result_of(partial(self._safety.refuse_prompt, job))
         if (refusal := await self.first(asked, job.deadline, never)) is not None:
             raise from_failure(refusal)
+
+    def _lost(self) -> ApiError:
+        """What is told of a job that the queue lost, which nobody else can count."""
+        self._metrics.jobs.labels(LOST.reason).inc()
+        return from_failure(LOST)
 
     async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:
         outcome = asyncio.ensure_future(self._queue.outcome(job.id))

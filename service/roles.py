@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engines.bundle import steady_bundle
 from engines.pipeline import Pipeline
-from service.jobs import ending
+from service.jobs import EXPIRED, Outcome, ending
 from service.models.opening import open_pipeline
 from service.queue.base import Bounds, JobQueue
 from service.queue.memory import MemoryQueue
@@ -21,8 +21,9 @@ from service.telemetry.metrics import Metrics
 def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
     """The queue that the settings name. A Redis is not called yet, so one that is away is not an error here."""
     bounds = Bounds(settings.max_results, settings.max_result_bytes)
+    count_untaken = partial(_count, metrics, EXPIRED)
     if settings.queue == MEMORY:
-        return MemoryQueue(settings.max_queue_cost, bounds=bounds)
+        return MemoryQueue(settings.max_queue_cost, bounds=bounds, on_untaken=count_untaken)
     # Imported late: a service with its queue in memory needs no Redis client.
     from service.queue.redis import RedisQueue
 
@@ -33,8 +34,13 @@ def open_queue(settings: Settings, metrics: Metrics) -> JobQueue:
         reclaim_after_s=settings.reclaim_after_s,
         on_redelivery=metrics.redeliveries.inc,
         on_dead_letter=partial(_count_dead_letter, metrics),
-        on_late_outcome=lambda outcome: metrics.jobs.labels(ending(outcome)).inc(),
+        on_late_outcome=partial(_count, metrics),
+        on_untaken=count_untaken,
     )
+
+
+def _count(metrics: Metrics, outcome: Outcome) -> None:
+    metrics.jobs.labels(ending(outcome)).inc()
 
 
 def _count_dead_letter(metrics: Metrics) -> None:

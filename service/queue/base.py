@@ -232,7 +232,11 @@ class JobQueue(Protocol):
         ...
 
     def stats(self) -> QueueStats:
-        """What waits now."""
+        """What waits now.
+
+        What waits LATE_S after its deadline has failed, and is let go of here and at the door: who made the queue is
+        told of each, once, and counts it.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """The names of what the queue keeps in Redis. The Lua scripts make up the same names.
 
-Everything but speeds and dead letters lasts only a little longer than the jobs it is for, or than their outcomes are
-kept.
+Everything but speeds, dead letters and what is to be counted lasts only a little longer than the jobs it is for, or
+than their outcomes are kept.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ KEPT = f"{PREFIX}kept"
 
 KEPT_BYTES = f"{PREFIX}kept-bytes"
 """Number: the bytes of those outcomes."""
+
+UNTAKEN = f"{PREFIX}untaken"
+"""Number: jobs that no worker took in time, and that nobody has counted yet."""
 
 NOTHING = f"{PREFIX}nothing"
 """Never there: it is removed to see whether Redis takes writes."""

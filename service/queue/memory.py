@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-from service.jobs import CANCELLED, Job, Outcome
+from service.jobs import CANCELLED, EXPIRED, Job, Outcome
 from service.queue.admission import Door
 from service.queue.base import (
     DEFAULT_BOUNDS,
     FARTHEST_POSITION,
+    LATE_S,
     Bounds,
     Keep,
     QueueFull,
@@ -40,9 +41,15 @@ class MemoryQueue:
     durable: ClassVar[bool] = False
 
     def __init__(
-        self, max_cost: int, clock: Callable[[], float] = time.monotonic, bounds: Bounds = DEFAULT_BOUNDS
+        self,
+        max_cost: int,
+        clock: Callable[[], float] = time.monotonic,
+        bounds: Bounds = DEFAULT_BOUNDS,
+        on_untaken: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_untaken` is told of each job that was not taken before its time."""
         self._clock = clock
+        self._on_untaken = on_untaken
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._positions: dict[str, dict[str, int]] = {}  # of each model, until its line changes
@@ -59,6 +66,7 @@ class MemoryQueue:
                 return holder
             if job.id in self._outcomes or job.id in self._shelf:
                 raise ValueError(f"job {job.id} was submitted before")
+            self._drop_late()
             now = self._clock()
             wait_s = self._doors[job.model].knock(job.identity, job.cost, job.deadline - now, now, job.priority)
             if wait_s is not None:
@@ -77,6 +85,7 @@ class MemoryQueue:
         with self._changed:
             if keep is not None and (holder := self._shelf.holder(keep)) is not None:
                 return holder
+            self._drop_late()
             now = self._clock()
             wait_s = self._doors[job.model].ask(job.identity, job.cost, job.deadline - now, now, job.priority)
             if wait_s is not None:
@@ -110,9 +119,8 @@ class MemoryQueue:
             self._outcomes.pop(job_id, None)
             if not goes_on:
                 return None
-            if (job := self._waiting.pop(job_id, None)) is not None:
-                self._positions.pop(job.model, None)
-                self._doors[job.model].withdrew(job.cost, job.priority)
+            if job_id in self._waiting:
+                self._withdraw(job_id)
                 return "queued"
             self._cancelled.add(job_id)
             return "running"
@@ -170,6 +178,7 @@ class MemoryQueue:
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
         with self._changed:
+            self._drop_late()
             oldest = next(iter(self._waiting.values()), None)
             age = max(0.0, self._clock() - oldest.submitted) if oldest else 0.0
             cost = sum(door.waiting for door in self._doors.values())
@@ -177,6 +186,18 @@ class MemoryQueue:
 
     async def close(self) -> None:
         """See JobQueue.close."""
+
+    def _drop_late(self) -> None:
+        now = self._clock()
+        for job_id in [job.id for job in self._waiting.values() if job.deadline + LATE_S < now]:
+            self._withdraw(job_id)
+            if self._end(job_id, EXPIRED):
+                self._on_untaken()
+
+    def _withdraw(self, job_id: str) -> None:
+        job = self._waiting.pop(job_id)
+        self._positions.pop(job.model, None)
+        self._doors[job.model].withdrew(job.cost, job.priority)
 
     def _end(self, job_id: str, outcome: Outcome) -> bool:
         """Hand the outcome over. True for the first of a job."""

@@ -48,8 +48,13 @@ class RedisQueue:
         on_redelivery: Callable[[], None] = _ignore,
         on_dead_letter: Callable[[], None] = _ignore,
         on_late_outcome: Callable[[Outcome], None] = _ignore,
+        on_untaken: Callable[[], None] = _ignore,
     ) -> None:
-        """`on_late_outcome` is told of each that could not be handed over at once, when it was and is the job's."""
+        """`on_late_outcome` is told of each that could not be handed over at once, when it was and is the job's.
+
+        `on_untaken` is told of each job that no worker took before its time, whichever process accepted it.
+        """
+        self._on_untaken = on_untaken
         self._threads = ThreadsRedis(url)
         self._coroutines = CoroutinesRedis(url)
         self._submissions = Submissions(self._coroutines, max_cost, bounds)
@@ -114,9 +119,11 @@ class RedisQueue:
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
         try:
-            depth, cost, oldest_ms = self._threads.run("stats", [keys.MODELS])
+            depth, cost, oldest_ms, untaken = self._threads.run("stats", [keys.MODELS, keys.UNTAKEN])
         except AWAY as error:
             raise QueueUnavailable from error
+        for _ in range(untaken):
+            self._on_untaken()
         return QueueStats(depth, cost, oldest_ms / 1000)
 
     async def close(self) -> None:

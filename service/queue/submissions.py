@@ -17,7 +17,6 @@ from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.base import (
     FARTHEST_POSITION,
     HEAD_START_S,
-    LATE_S,
     WATCHED_S,
     Bounds,
     Keep,
@@ -158,7 +157,7 @@ class Submissions:
         times = [milliseconds(now - job.submitted), left, ttl]
         kept: list[str | int] = []
         if keep is not None:
-            kept = [milliseconds(keep.seconds), keep.note, keep.digest, milliseconds(LATE_S)]
+            kept = [milliseconds(keep.seconds), keep.note, keep.digest]
             names += [keys.claim(keep.key)] if keep.key is not None else []
         arguments: Arguments = [
             job.id,

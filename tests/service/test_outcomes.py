@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engines.backends.base import EngineError
-from service.queue import keys
+from service.queue import keys, submissions
+from service.queue.base import LATE_S
 from service.roles import open_queue
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.service.asked import ask, over, state
 from tests.service.bench import MAX_ROWS, Bench, task
 from tests.service.helpers import Gate, Running, error, running, until
-from tests.service.queues import job, taken
+from tests.service.queues import FINISHED, KEEP, ROOM, job, taken
 from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -85,6 +86,48 @@ async def test_a_dead_letter_is_counted_among_the_failures(
     await queue.close()
     assert metrics.registry.get_sample_value("fewstep_dead_letter_total") == 1
     assert metrics.registry.get_sample_value("fewstep_jobs_total", {"outcome": "engine"}) == 1
+
+
+async def test_jobs_that_no_worker_takes_in_time_are_counted_once_and_make_room(
+    anyio_backend: str, any_queue: Settings
+) -> None:
+    metrics = Metrics()
+    queue = open_queue(any_queue.model_copy(update={"max_queue_cost": ROOM}), metrics)
+
+    def expired() -> float | None:
+        return metrics.registry.get_sample_value("fewstep_jobs_total", {"outcome": "expired"})
+
+    for k in range(25):
+        await queue.submit(job(f"dead-{k}", steps=1, left_s=0.3 - LATE_S), KEEP if k % 2 else None)
+    await asyncio.sleep(0.35)
+    await queue.ask(job("waits", images=8), KEEP)
+    await queue.submit(job("waits", images=8), KEEP)
+    assert (queue.stats().depth, queue.stats().cost, expired()) == (1, ROOM / 2, 25)
+    assert taken(queue) == ["waits"]
+    await queue.submit(job("late", left_s=1 - LATE_S), KEEP)
+    await queue.submit(job("dead", left_s=-1 - LATE_S), KEEP)
+    assert (queue.stats().depth, queue.stats().cost, expired()) == (1, 4, 26)
+    assert taken(queue) == ["late"]
+    assert not queue.settle("dead", FINISHED)
+    assert (await queue.status("dead")).left_s < -LATE_S
+    await queue.close()
+
+
+async def test_jobs_that_a_redis_lost_are_counted_by_who_waits_for_them(
+    anyio_backend: str, settings: Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "_POLL_S", 0.05)
+    async with running(settings.model_copy(update={"queue": redis_server.url})) as app:
+        gate = Gate(app.pipeline, monkeypatch)
+        for headers in ({}, {"Idempotency-Key": "a"}):
+            asked = asyncio.create_task(app.client.post("/generate", json={"prompt": "a cat"}, headers=headers))
+            with redis_server.client() as client:
+                await until(lambda: bool(client.keys(keys.record("*"))))
+                client.flushall()
+            error(await asked, 500, "generation_failed")
+        gate.opened.set()
+        assert (await app.post("/generate", prompt="a cat")).status_code == 200
+        await until(lambda: outcomes(app) == {"engine": 2, "done": 1})
 
 
 async def test_the_worker_counts_what_it_settles(bench: Bench) -> None:

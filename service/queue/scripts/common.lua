@@ -2,8 +2,12 @@
 local PREFIX = '{fewstep}:'
 local GROUP = 'workers'
 
--- As service/queue/base.py has it.
+-- As service/queue/base.py has them.
 local FRESH_MS = 1000
+local LATE_MS = 5000
+
+-- How long it is known that jobs were taken by no worker, until somebody counts them.
+local UNTAKEN_KEPT_MS = 24 * 3600 * 1000
 
 -- Those of service/jobs.py.
 local PRIORITIES = {-1, 0, 1}
@@ -94,6 +98,39 @@ local function forget(id)
     redis.call('HDEL', record, 'message')
   else
     redis.call('DEL', record)
+  end
+end
+
+-- Takes out a job that waits, if it should have been done a while ago: no worker took it. Its record is left, as whoever
+-- asks is told by its deadline. Says whether it did.
+local function drop_if_late(jobs, load, priority, entry)
+  local fields = by_name(entry[2])
+  if now_ms() <= fields.deadline + LATE_MS then
+    return false
+  end
+  remove(jobs, load, entry[1])
+  redis.call('HINCRBY', load, waiting_of(priority), -fields.cost)
+  forget(fields.id)
+  redis.call('INCR', PREFIX .. 'untaken')
+  redis.call('PEXPIRE', PREFIX .. 'untaken', UNTAKEN_KEPT_MS)
+  return true
+end
+
+-- Does so with all that wait for a model, so many at a time, up to where none of these is late.
+local function drop_late(model, at_a_time)
+  for _, priority in ipairs(PRIORITIES) do
+    local jobs = stream_of(model, priority)
+    local group = group_of(jobs)
+    local last = group and group['last-delivered-id']
+    while last do
+      local entries = redis.call('XRANGE', jobs, '(' .. last, '+', 'COUNT', at_a_time)
+      last = nil
+      for _, entry in ipairs(entries) do
+        if drop_if_late(jobs, PREFIX .. 'load:' .. model, priority, entry) then
+          last = entries[#entries][1]
+        end
+      end
+    end
   end
 end
 

@@ -1,8 +1,10 @@
--- What waits for all models together. KEYS: models. Returns {jobs, cost, ms that the oldest has waited}.
+-- What waits for all models together. KEYS: models, jobs that no worker took in time
+-- Returns {jobs, cost, ms that the oldest has waited, how many no worker took in time since this was last asked}.
 begin_though_full() -- So that a Redis that takes no writes is no queue.
 local depth, cost, oldest = 0, 0, 0
 local now = now_ms()
 for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  drop_late(model, 100)
   local known = false
   for _, priority in ipairs(PRIORITIES) do
     local jobs = stream_of(model, priority)
@@ -22,4 +24,6 @@ for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
     redis.call('SREM', KEYS[1], model)
   end
 end
-return {depth, cost, oldest}
+local untaken = tonumber(redis.call('GET', KEYS[2]) or 0)
+redis.call('DEL', KEYS[2])
+return {depth, cost, oldest, untaken}

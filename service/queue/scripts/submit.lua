@@ -3,13 +3,13 @@
 -- ARGV: id, model, message, images or '', cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
 -- the request, priority, 1 for who asks and is not let in; then of the door: bound on cost, margin, newcomers' part,
 -- pace, shortest and farthest wait in ms, ms that a promise is kept, the most promises; then where its outcome is kept:
--- ms to keep that, note, digest, ms after its deadline at which a job has failed though nobody says so
+-- ms to keep that, note, digest
 -- Returns {1} to who is let in, or would be; or {0, whole seconds until it should come back}; or {2, the job that has
 -- the key}; or {3} where that one has another digest.
 local load, promises, record, models, claim = unpack(KEYS)
 local id, model, message, images, cost, rows, age, left, keep, replies, identity, priority, asks = unpack(ARGV)
 local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 14, 21)
-local kept, note, digest, late = unpack(ARGV, 22)
+local kept, note, digest = unpack(ARGV, 22)
 
 -- Whether a job has not failed. One that is late has: no worker does its work, or nobody says that it was done.
 local function goes_on_or_done(job)
@@ -17,7 +17,7 @@ local function goes_on_or_done(job)
   if state == 'queued' then
     return now_ms() <= tonumber(deadline)
   elseif state == 'running' then
-    return now_ms() <= deadline + late
+    return now_ms() <= deadline + LATE_MS
   end
   return state == 'done'
 end
@@ -48,6 +48,7 @@ end
 if fresh then
   redis.call('DEL', load)
 end
+drop_late(model, 10)
 
 local now = now_ms()
 
