@@ -3,8 +3,9 @@
 -- ARGV: consumer, silence in ms, the jobs that the consumer knows it holds as JSON, then the head start of each stream
 -- in ms, then the number of the model of each, then how many images of each model there is room for, then for how many
 -- ms the jobs of each are left to others
--- Returns {now, jobs, the entry of each stream behind which there may be more to give}; a job is {number of its stream, entry, id, message, submitted,
--- deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to wait for until the consumer has settled what it holds.
+-- Returns {now, jobs, the entry of each stream behind which there may be more to give}; a job is {number of its stream,
+-- entry, id, message, submitted, deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to
+-- wait for until the consumer has settled what it holds.
 begin_though_full()
 local consumer, silence = unpack(ARGV)
 local held = cjson.decode(ARGV[3])
