@@ -1,7 +1,7 @@
 """The names of what the queue keeps in Redis. The Lua scripts make up the same names.
 
-Everything but speeds, dead letters and what is to be counted lasts only a little longer than the jobs it is for, or
-than their outcomes are kept.
+Everything but speeds and dead letters lasts only a little longer than the jobs it is for, or than their outcomes are
+kept.
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ KEPT = f"{PREFIX}kept"
 KEPT_BYTES = f"{PREFIX}kept-bytes"
 """Number: the bytes of those outcomes."""
 
-UNTAKEN = f"{PREFIX}untaken"
-"""Number: jobs that no worker took in time, and that nobody has counted yet."""
-
 NOTHING = f"{PREFIX}nothing"
 """Never there: it is removed to see whether Redis takes writes."""
 
@@ -50,7 +47,8 @@ def jobs(model: str, priority: Priority) -> str:
 def load(model: str) -> str:
     """Hash: the cost that waits in each of a model's streams, all that is outstanding, and what was promised last.
 
-    And since when it is measured how fast jobs are finished, with the last pause that did not count, in ms.
+    And since when it is measured how fast jobs are finished, with the last pause that did not count, in ms; and how
+    many jobs no worker took in time that nobody has counted yet.
     """
     return f"{PREFIX}load:{model}"
 

@@ -119,7 +119,7 @@ class RedisQueue:
     def stats(self) -> QueueStats:
         """See JobQueue.stats."""
         try:
-            depth, cost, oldest_ms, untaken = self._threads.run("stats", [keys.MODELS, keys.UNTAKEN])
+            depth, cost, oldest_ms, untaken = self._threads.run("stats", [keys.MODELS])
         except AWAY as error:
             raise QueueUnavailable from error
         for _ in range(untaken):

@@ -6,9 +6,6 @@ local GROUP = 'workers'
 local FRESH_MS = 1000
 local LATE_MS = 5000
 
--- How long it is known that jobs were taken by no worker, until somebody counts them.
-local UNTAKEN_KEPT_MS = 24 * 3600 * 1000
-
 -- Those of service/jobs.py.
 local PRIORITIES = {-1, 0, 1}
 
@@ -18,9 +15,14 @@ local function stream_of(model, priority)
 end
 
 -- A full Redis refuses a script that begins with what may grow, and nothing after a first write: this one only frees.
--- One that takes no writes at all, as a replica does, refuses this one too.
 local function begin_though_full()
   redis.call('DEL', PREFIX .. 'nothing')
+end
+
+-- Does nothing, and is refused where Redis takes no writes. It names a key that is there, as one that is not is refused
+-- in a cluster while slots move.
+local function begin_by_writing(jobs)
+  redis.call('XACK', jobs, GROUP, '0-0')
 end
 
 -- The one clock that all hosts share.
@@ -111,8 +113,7 @@ local function drop_if_late(jobs, load, priority, entry)
   remove(jobs, load, entry[1])
   redis.call('HINCRBY', load, waiting_of(priority), -fields.cost)
   forget(fields.id)
-  redis.call('INCR', PREFIX .. 'untaken')
-  redis.call('PEXPIRE', PREFIX .. 'untaken', UNTAKEN_KEPT_MS)
+  redis.call('HINCRBY', load, 'untaken', 1)
   return true
 end
 

@@ -1,11 +1,11 @@
--- What waits for all models together. KEYS: models, jobs that no worker took in time
+-- What waits for all models together. KEYS: models
 -- Returns {jobs, cost, ms that the oldest has waited, how many no worker took in time since this was last asked}.
-begin_though_full() -- So that a Redis that takes no writes is no queue.
-local depth, cost, oldest = 0, 0, 0
+redis.call('SREM', KEYS[1], 'nothing') -- Refused by a Redis that takes no writes, which is no queue.
+local depth, cost, oldest, untaken = 0, 0, 0, 0
 local now = now_ms()
 for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local load, known = PREFIX .. 'load:' .. model, false
   drop_late(model, 100)
-  local known = false
   for _, priority in ipairs(PRIORITIES) do
     local jobs = stream_of(model, priority)
     local group = group_of(jobs)
@@ -19,11 +19,11 @@ for _, model in ipairs(redis.call('SMEMBERS', KEYS[1])) do
     end
   end
   if known then
-    cost = cost + waiting_from(PREFIX .. 'load:' .. model, PRIORITIES[1])
+    cost = cost + waiting_from(load, PRIORITIES[1])
+    untaken = untaken + (redis.call('HGET', load, 'untaken') or 0)
+    redis.call('HDEL', load, 'untaken')
   else
     redis.call('SREM', KEYS[1], model)
   end
 end
-local untaken = tonumber(redis.call('GET', KEYS[2]) or 0)
-redis.call('DEL', KEYS[2])
 return {depth, cost, oldest, untaken}

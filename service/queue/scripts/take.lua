@@ -6,7 +6,7 @@
 -- Returns {now, jobs, the entry of each stream behind which there may be more to give}; a job is {number of its stream,
 -- entry, id, message, submitted, deadline, tries, 1 where its outcome is kept}. Without the last: there is nothing to
 -- wait for until the consumer has settled what it holds.
-begin_though_full()
+begin_by_writing(KEYS[1])
 local consumer, silence = unpack(ARGV)
 local held = cjson.decode(ARGV[3])
 local streams = #KEYS / 3
