@@ -6,6 +6,7 @@ The scripts `submit` and `settle` of the Redis queue do the same with the same c
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from service.jobs import Priority
 
@@ -20,6 +21,9 @@ NEWCOMERS = 0.5
 
 Of the bound on what waits a step of priority doubles the part: a quarter for low, all of it for high.
 """
+
+BESIDE = 0.75
+"""The part of the other models' work that takes room. All of it would leave each of many too little for full ticks."""
 
 PACE = 0.5
 """The part of the measured speed that is promised: so promises are kept also where it falls a little."""
@@ -60,6 +64,7 @@ class Throughput:
         self._memory_s = memory_s
         self._cost = 0.0
         self._seconds = 0.0
+        self._alone_s = 0.0
         self._since: float | None = None
         self._pause = (-math.inf, -math.inf)
 
@@ -68,28 +73,39 @@ class Throughput:
         """Row-ticks a second, 0 while nothing is known."""
         return self._cost / self._seconds if self._seconds > 0 else 0.0
 
+    @property
+    def alone_per_second(self) -> float:
+        """Row-ticks a second while the workers are at nothing else, 0 while nothing is known."""
+        return self._cost / self._alone_s if self._alone_s > 0 else 0.0
+
     def expect(self, per_second: float) -> None:
         """Start from what a warm-up has shown, unless something was measured."""
         if self._seconds == 0:
             self._cost, self._seconds = EXPECTED * per_second * EXPECTATION_S, EXPECTATION_S
+            self._alone_s = EXPECTATION_S
 
     def begin(self, now: float) -> None:
         """There is work from now on."""
         self._since = now
 
-    def finished(self, cost: float, outstanding: float, worked_s: float, now: float) -> None:
-        """``cost`` of the ``outstanding`` work was finished, by a worker that was at it for ``worked_s``."""
+    def finished(self, cost: float, outstanding: float, worked_s: float, now: float, share: float = 1.0) -> None:
+        """``cost`` of the ``outstanding`` work was finished, by a worker that was at it for ``worked_s``.
+
+        Since something was, the workers were at this work for a ``share`` of the time.
+        """
         if self._since is None:
             return
-        elapsed = self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
+        alone_s = share * self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
-        if (speed := self.per_second) > 0:
+        if (speed := self.alone_per_second) > 0:
             if outstanding < BUSY_S * speed:
                 return
-            elapsed = min(elapsed, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
+            alone_s = min(alone_s, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
+        elapsed = alone_s / share
         kept = math.exp(-elapsed / self._memory_s)
         self._cost = self._cost * kept + cost
         self._seconds = self._seconds * kept + elapsed
+        self._alone_s = self._alone_s * kept + alone_s
 
     def end(self) -> None:
         """There is no more work."""
@@ -109,7 +125,8 @@ class Throughput:
 class Door:
     """Lets in what will be done in time behind what goes before it, and promises the others a time to come back.
 
-    Before it goes what workers have, and what waits with the same priority or a higher one.
+    Before it goes what workers have, and what waits with the same priority or a higher one. Workers are as long at the
+    work of each model that has some: so what others have takes room too, as far as it is done until then.
 
     Newcomers may fill a part of the room: of the bound on what waits, and of what can be done within the time limit.
     One who is refused is given the next time at which its work can be done if all who were refused before, with its
@@ -120,9 +137,13 @@ class Door:
     A request that is refused again before its time is told the rest of it, and gains nothing.
     """
 
-    def __init__(self, max_cost: int) -> None:
-        """Let at most ``max_cost`` row-ticks wait, or one job that is dearer."""
+    def __init__(self, max_cost: int, doors: Collection[Door] = ()) -> None:
+        """Let at most ``max_cost`` row-ticks wait, or one job that is dearer.
+
+        ``doors`` are those of all models, which share the workers.
+        """
         self._max_cost = max_cost
+        self._doors = doors
         self._promises: dict[str, float] = {}
         self._next_promise = dict.fromkeys(Priority, -math.inf)
         self._waiting = dict.fromkeys(Priority, 0)
@@ -179,7 +200,7 @@ class Door:
     def settled(self, cost: int, worked_s: float | None, now: float) -> None:
         """``cost`` that a worker had is over, finished in ``worked_s``; None where it is not finished."""
         if worked_s is not None:
-            self.throughput.finished(cost, self.outstanding, worked_s, now)
+            self.throughput.finished(cost, self.outstanding, worked_s, now, self._share())
         self._ended(cost)
 
     def _let_in(self, cost: int, now: float, priority: Priority) -> None:
@@ -202,12 +223,31 @@ class Door:
         """
         bound = min(1.0, share * 2.0**priority) * self._max_cost
         over = self.waiting + cost - bound if self.waiting > 0 else 0.0
-        speed = self.throughput.per_second
-        if speed == 0:
+        if self.throughput.alone_per_second == 0:
             return SHORTEST_S if over > 0 else 0.0
         before = self.outstanding - sum(self._waiting[other] for other in Priority if other < priority)
-        late_s = (before + cost) / speed - share * left_s / MARGIN if before > 0 else 0.0
-        return max(over / speed, late_s)
+        own_s = self._alone_s(before + cost)
+        room_s = left_s / MARGIN - BESIDE * self._beside_s(own_s)
+        late_s = own_s - share * room_s if before > 0 else 0.0
+        return self._shared_s(max(self._alone_s(over), late_s))
+
+    def _alone_s(self, cost: float) -> float:
+        """Seconds in which so much is done while there is no other model's work, 0 while that is not known."""
+        speed = self.throughput.alone_per_second
+        return cost / speed if speed > 0 else 0.0
+
+    def _beside_s(self, own_s: float) -> float:
+        """Seconds that go to other models until ``own_s`` were for this one: as many to each, or all that it needs."""
+        return sum(min(own_s, door._alone_s(door.outstanding)) for door in self._doors if door is not self)
+
+    def _shared_s(self, own_s: float) -> float:
+        """Seconds until ``own_s`` were for this model."""
+        return own_s + self._beside_s(own_s)
+
+    def _share(self) -> float:
+        """The part of the workers' time that is for this model now."""
+        own_s = self._alone_s(self.outstanding)
+        return own_s / self._shared_s(own_s) if own_s > 0 else 1.0
 
     def _promise(self, identity: str, cost: int, now: float, earliest: float, priority: Priority) -> float:
         """The whole seconds to the time that is promised."""
@@ -217,8 +257,8 @@ class Door:
         if not identity or wait_s > FARTHEST_S or len(self._promises) >= MOST_PROMISES:
             return min(wait_s, FARTHEST_S)
         self._promises[identity] = now + wait_s
-        if (speed := self.throughput.per_second) > 0:
-            behind = at + cost / (PACE * speed)
+        if (own_s := self._alone_s(cost)) > 0:
+            behind = at + self._shared_s(own_s) / PACE
             for other in Priority:
                 if other <= priority:
                     self._next_promise[other] = max(self._next_promise[other], behind)

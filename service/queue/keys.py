@@ -54,7 +54,7 @@ def load(model: str) -> str:
 
 
 def speed(model: str) -> str:
-    """Hash: how fast a model's jobs are finished, by what was expected or measured. It outlasts them."""
+    """Hash: how fast a model's jobs are finished, as expected or measured: in all, and alone. It outlasts them."""
     return f"{PREFIX}speed:{model}"
 
 

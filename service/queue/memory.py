@@ -9,7 +9,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
 from service.jobs import CANCELLED, EXPIRED, Job, Outcome
@@ -53,7 +52,7 @@ class MemoryQueue:
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, Job] = OrderedDict()
         self._positions: dict[str, dict[str, int]] = {}  # of each model, until its line changes
-        self._doors: defaultdict[str, Door] = defaultdict(partial(Door, max_cost))
+        self._doors: defaultdict[str, Door] = defaultdict(lambda: Door(max_cost, self._doors.values()))
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
         self._taken: dict[str, Job] = {}

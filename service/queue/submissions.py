@@ -41,6 +41,7 @@ _CANCELLED_WITHIN_S = 0.05
 _DOOR: Arguments = [
     str(admission.MARGIN),
     str(admission.NEWCOMERS),
+    str(admission.BESIDE),
     str(admission.PACE),
     milliseconds(admission.SHORTEST_S),
     milliseconds(admission.FARTHEST_S),

@@ -319,3 +319,51 @@ def test_all_that_low_priority_asks_for_locks_nobody_out_and_nobody_is_late() ->
         queue.settle(job.id, Finished((), Timings(0, 0, 0, 0), ()))
     assert (late, refused) == (0, 0)
     assert served > 0.45 * 150.0 * SPEED / 4
+
+
+@pytest.mark.parametrize("models", [1, 4, 8])
+def test_a_burst_for_several_models_on_one_worker_is_done_in_time(models: int) -> None:
+    """Up to four jobs of a model share four ticks of a tenth of a second; the models take turns."""
+    now, numbers, names = 0.0, itertools.count(), [f"model {k}" for k in range(models)]
+    queue = MemoryQueue(100_000, lambda: now)
+
+    def let_in(model: str, limit_s: float) -> bool:
+        job = Job(f"{next(numbers)}", "", (Generate("", 4, 0.0, 0),), Output("png"), now, now + limit_s, model)
+        try:
+            asyncio.run(queue.submit(job))
+        except QueueFull:
+            return False
+        return True
+
+    def work() -> float:
+        """Do all there is. The most of its limit that a job has used then."""
+        nonlocal now
+        used, held = [0.0], {name: _Batch() for name in names}
+        while any(queue.owes(name) for name in names):
+            for name, batch in held.items():
+                if not batch.jobs:
+                    batch = held[name] = _Batch(queue.take({name: 4}, 0.0), now)
+                if batch.jobs:
+                    now, batch.ticks = now + 0.1, batch.ticks + 1
+                if batch.ticks == 4:
+                    timings = Timings(0.0, 0.0, now - batch.begun, 0.0)
+                    for job in batch.jobs:
+                        queue.settle(job.id, Finished((), timings, ()))
+                        used.append((now - job.submitted) / (job.deadline - job.submitted))
+                    held[name] = _Batch()
+        return max(used)
+
+    for name in names:
+        queue.expect(name, 4 / 0.1)
+        assert all(let_in(name, 60.0) for _ in range(24))
+        work()
+    count = sum(let_in(name, 8.0) for _ in range(100) for name in names)
+    assert count >= 16  # A quarter of the limit, as one model has.
+    assert work() <= 0.8
+
+
+@dataclass
+class _Batch:
+    jobs: list[Job] = field(default_factory=list)
+    begun: float = 0.0
+    ticks: int = 0

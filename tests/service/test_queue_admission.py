@@ -88,6 +88,34 @@ async def test_a_job_that_would_come_too_late_behind_the_others_is_refused(queue
     await queue.submit(job("nobody before it", left_s=0.5))
 
 
+async def test_what_other_models_have_takes_room_as_far_as_it_is_done_until_then(queue: JobQueue) -> None:
+    other = "other@000000000000"
+    for model in (MODEL, other):
+        queue.expect(model, 2.0)  # Half of that is counted on: a row-tick a second.
+    await queue.submit(job("first"))
+    for name in ("a", "b", "c"):
+        await queue.submit(job(name, left_s=600.0, model=other))
+    # Until 8 s were for this model the other has 8 of its 12, and three quarters of them lessen the half of the limit.
+    with pytest.raises(QueueFull) as caught:
+        await queue.submit(job("late", left_s=40.0))
+    assert caught.value.retry_after_s == pytest.approx(2 * (8 - (20 - 0.75 * 8) / 2), abs=1)
+    await queue.submit(job("in time", left_s=46.0))
+    with pytest.raises(QueueFull):  # All of the other's 12 s by now.
+        await queue.submit(job("late too", left_s=60.0))
+    for name in taken(queue, model=other):
+        queue.settle(name, FINISHED)
+    await queue.submit(job("alone", left_s=50.0))
+
+
+async def test_what_others_have_keeps_nobody_out_of_a_model_with_nothing_to_do(queue: JobQueue) -> None:
+    other = "other@000000000000"
+    for model in (MODEL, other):
+        queue.expect(model, 2.0)
+    for k in range(4):
+        await queue.submit(job(f"{k}", left_s=600.0, model=other))
+    await queue.submit(job("the first", left_s=1.0))
+
+
 async def test_what_waits_with_less_priority_is_not_before_a_job(queue: JobQueue) -> None:
     await queue.submit(job("first"))
     assert taken(queue, 1) == ["first"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import pytest
@@ -12,7 +13,6 @@ import redis
 from engines.pipeline import Generate
 from service.jobs import Finished, Job, Output, Priority, Timings
 from service.queue import keys
-from service.queue.admission import Throughput
 from service.queue.base import JobQueue, QueueFull
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
@@ -39,13 +39,16 @@ def some_jobs(seed: int, model: str) -> list[Job]:
     return jobs
 
 
-async def knock(queue: JobQueue, jobs: list[Job], model: str) -> list[float]:
-    """Seconds that each job is told to wait, 0 for those that are let in."""
+async def knock(queue: JobQueue, jobs: list[Job], model: str, others: list[Job]) -> list[float]:
+    """Seconds that each job is told to wait, 0 for those that are let in while other models have work too."""
     waits = []
+    for job in others:
+        queue.expect(job.model, 23.0)
+        await queue.submit(replace(job, submitted=time.monotonic(), deadline=time.monotonic() + 3600.0))
     for k, job in enumerate(jobs):
         now = time.monotonic()
         try:
-            # Room for 77.5 row-ticks of newcomers: no sum of the jobs' costs comes near it.
+            # Alone there were room for 77.5 row-ticks of newcomers: no sum of the jobs' costs comes near it.
             await queue.submit(replace(job, submitted=now, deadline=now + 31.0))
             waits.append(0.0)
         except QueueFull as full:
@@ -62,9 +65,9 @@ async def test_the_door_in_redis_is_the_one_in_memory(anyio_backend: str, redis_
     memory, other = MemoryQueue(MAX_COST), RedisQueue(redis_server.url, MAX_COST)
     for turn in range(TRIES):
         model = f"tiny@{turn:012}"
-        jobs = some_jobs(seed, model)
+        jobs, others = some_jobs(seed, model), some_jobs(seed, f"other@{turn:012}")[: 2 * seed]
         begin = time.monotonic()
-        there, here = await knock(other, jobs, model), await knock(memory, jobs, model)
+        there, here = await knock(other, jobs, model, others), await knock(memory, jobs, model, others)
         if time.monotonic() - begin < SHORT_S:  # else the machine was too busy
             break
     await other.close()
@@ -85,26 +88,31 @@ def pass_time(client: redis.Redis, model: str, seconds: float) -> None:
 async def test_the_throughput_in_redis_is_the_one_in_memory(
     anyio_backend: str, redis_server: RedisServer, seed: int
 ) -> None:
-    """Jobs that are finished after a time, and were worked on for another one: some of it before others were."""
-    rng, model = Random(seed), f"tiny@{seed:012}"
-    throughput, passed = Throughput(), 0.0
-    jobs = some_jobs(seed, model)
-    outstanding = sum(job.cost for job in jobs)
-    async with opened(redis_server.url, max_cost=100_000) as queue:
-        throughput.begin(time.monotonic())  # With the first of them.
-        for job in jobs:
-            await queue.submit(replace(job, submitted=time.monotonic(), deadline=time.monotonic() + 3600.0))
-        throughput.expect(20.0)
-        queue.expect(model, 20.0)
+    """Jobs that are finished after a time, and were worked on for another one: some of it before others were.
+
+    Other models have work meanwhile, one of them less than this one.
+    """
+    rng, model, others = Random(seed), f"tiny@{seed:012}", {"many@000000000000": 60, "few@000000000000": 10}
+    passed = 0.0
+    memory = MemoryQueue(100_000, lambda: time.monotonic() + passed)
+    async with opened(redis_server.url, max_cost=100_000) as there:
+        for name, count in {**others, model: 60}.items():
+            for job, queue in product(some_jobs(seed, name)[:count], (there, memory)):
+                await queue.submit(replace(job, submitted=time.monotonic(), deadline=time.monotonic() + 3600.0))
+            for queue in (there, memory):
+                queue.expect(name, 20.0)
+        throughput = memory._doors[model].throughput
         with redis_server.client() as client:
-            for job in queue.take({model: 1000}, 0.0):
+            for job in there.take({model: 1000}, 0.0):
                 gap_s, worked_s = rng.choice([0.3, 0.3, 0.3, 5.0, 20.0]), rng.choice([0.1, 0.1, 2.0, 17.0])
                 pass_time(client, model, gap_s)
                 passed += gap_s
-                queue.settle(job.id, Finished((), Timings(50.0, worked_s / 4, worked_s / 2, worked_s / 4), ()))
-                throughput.finished(job.cost, outstanding, worked_s, time.monotonic() + passed)
-                outstanding -= job.cost
-                there = client.hgetall(keys.speed(model))
-                speed = float(there[b"finished"]) / float(there[b"seconds"])
+                finished = Finished((), Timings(50.0, worked_s / 4, worked_s / 2, worked_s / 4), ())
+                memory.take({model: 1000}, 0.0)
+                for queue in (there, memory):
+                    queue.settle(job.id, finished)
+                kept = {name: float(value) for name, value in client.hgetall(keys.speed(model)).items()}
+                speed, alone = (kept[b"finished"] / kept[name] for name in (b"seconds", b"alone"))
                 assert speed == pytest.approx(throughput.per_second, rel=0.1)
-    assert outstanding == 0
+                assert alone == pytest.approx(throughput.alone_per_second, rel=0.1)
+    assert alone > 1.5 * speed

@@ -46,6 +46,33 @@ local function speed_at(key)
   return tonumber(finished or 0), tonumber(seconds or 0)
 end
 
+-- Milliseconds in which so much of a model is done while there is no other's work, 0 while that is not known.
+local function alone_ms(model, cost)
+  local finished, seconds, alone = unpack(redis.call('HMGET', PREFIX .. 'speed:' .. model, 'finished', 'seconds', 'alone'))
+  return tonumber(finished or 0) > 0 and 1000 * cost * (alone or seconds) / finished or 0
+end
+
+-- The milliseconds of work that each other model has.
+local function work_of_others(model)
+  local work = {}
+  for _, other in ipairs(redis.call('SMEMBERS', PREFIX .. 'models')) do
+    local outstanding = other ~= model and redis.call('HGET', PREFIX .. 'load:' .. other, 'outstanding')
+    if outstanding then
+      work[#work + 1] = alone_ms(other, outstanding)
+    end
+  end
+  return work
+end
+
+-- Milliseconds that go to others until `own` were for a model: as many to each, or all that it needs.
+local function beside_ms(own, others)
+  local beside = 0
+  for _, work in ipairs(others) do
+    beside = beside + math.min(own, work)
+  end
+  return beside
+end
+
 -- Where a load has the cost that waits with a priority.
 local function waiting_of(priority)
   return 'waiting:' .. priority

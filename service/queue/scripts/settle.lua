@@ -31,18 +31,23 @@ local function note_finished(model, cost)
   end
   local speed = PREFIX .. 'speed:' .. model
   local finished, seconds = speed_at(speed)
+  local alone = redis.call('HGET', speed, 'alone') or seconds
+  local own = alone_ms(model, outstanding)
+  local share = own > 0 and own / (own + beside_ms(own, work_of_others(model))) or 1
   local now = now_ms()
-  local elapsed = elapsed_ms(tonumber(since), now - math.max(worked, 1000 * busy_s), now) / 1000
+  local alone_s = share * elapsed_ms(tonumber(since), now - math.max(worked, 1000 * busy_s), now) / 1000
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
-    if outstanding * seconds < busy_s * finished then
+    if own < 1000 * busy_s then
       return
     end
-    elapsed = math.min(elapsed, math.max(stall_s, surprise * outstanding * seconds / finished))
+    alone_s = math.min(alone_s, math.max(stall_s, surprise * own / 1000))
   end
+  local elapsed = alone_s / share
   local remembered = math.exp(-elapsed / memory_s)
-  redis.call('HSET', speed, 'finished', finished * remembered + cost, 'seconds', seconds * remembered + elapsed)
+  redis.call('HSET', speed, 'finished', finished * remembered + cost, 'seconds', seconds * remembered + elapsed,
+    'alone', alone * remembered + alone_s)
   redis.call('PEXPIRE', speed, keep_speed)
 end
 

@@ -2,14 +2,14 @@
 -- KEYS: load, promises, record of the job, models, and the claim where the job has a key
 -- ARGV: id, model, message, images or '', cost, rows, age in ms, ms to the deadline, ms to keep it all, reply stream, what recognises
 -- the request, priority, 1 for who asks and is not let in; then of the door: bound on cost, margin, newcomers' part,
--- pace, shortest and farthest wait in ms, ms that a promise is kept, the most promises; then where its outcome is kept:
--- ms to keep that, note, digest
+-- what others' work takes of the room, pace, shortest and farthest wait in ms, ms that a promise is kept, the most
+-- promises; then where its outcome is kept: ms to keep that, note, digest
 -- Returns {1} to who is let in, or would be; or {0, whole seconds until it should come back}; or {2, the job that has
 -- the key}; or {3} where that one has another digest.
 local load, promises, record, models, claim = unpack(KEYS)
 local id, model, message, images, cost, rows, age, left, keep, replies, identity, priority, asks = unpack(ARGV)
-local bound, margin, newcomers, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 14, 21)
-local kept, note, digest = unpack(ARGV, 22)
+local bound, margin, newcomers, beside, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 14, 22)
+local kept, note, digest = unpack(ARGV, 23)
 
 -- Whether a job has not failed. One that is late has: no worker does its work, or nobody says that it was done.
 local function goes_on_or_done(job)
@@ -62,17 +62,24 @@ outstanding = tonumber(outstanding or 0)
 local waiting = waiting_from(load, PRIORITIES[1])
 -- What goes before this one: all that workers have, and what waits with its priority or a higher one.
 local before = outstanding - waiting + waiting_from(load, priority)
-local finished, seconds = speed_at(PREFIX .. 'speed:' .. model)
-local ms_per_cost = finished > 0 and 1000 * seconds / finished -- false while nothing is known
+local ms_per_cost = alone_ms(model, 1) -- 0 while nothing is known
+local others = work_of_others(model)
+
+-- Milliseconds until `own` were for this model.
+local function shared_ms(own)
+  return own + beside_ms(own, others)
+end
 
 -- Milliseconds until there is room if nobody else comes, not above 0 where there is now.
 local function missing_ms(share)
   local over = waiting > 0 and waiting + cost - math.min(1, share * 2 ^ priority) * bound or 0
-  if not ms_per_cost then
+  if ms_per_cost == 0 then
     return over > 0 and tonumber(shortest) or 0
   end
-  local late = before > 0 and (before + cost) * ms_per_cost - share * left / margin or 0
-  return math.max(over * ms_per_cost, late)
+  local own = (before + cost) * ms_per_cost
+  local room = left / margin - beside * beside_ms(own, others)
+  local late = before > 0 and own - share * room or 0
+  return shared_ms(math.max(over * ms_per_cost, late))
 end
 
 -- The whole seconds to the time that is promised.
@@ -86,8 +93,8 @@ local function promise(earliest)
   end
   redis.call('ZADD', promises, now + wait_s * 1000, identity)
   redis.call('PEXPIRE', promises, farthest + promise_kept)
-  if ms_per_cost then
-    local behind = at + cost * ms_per_cost / pace
+  if ms_per_cost > 0 then
+    local behind = at + shared_ms(cost * ms_per_cost) / pace
     for _, other in ipairs(PRIORITIES) do
       if other <= tonumber(priority) then
         local later = tonumber(redis.call('HGET', load, next_promise_of(other)) or 0)
