@@ -49,6 +49,7 @@ def test_it_times_and_compares_with_fp32() -> None:
     assert all(30 < float(cells[11]) < 100 for cells in rows)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_keeps_what_it_had_eager_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(*_: object) -> Step:
         raise KeyboardInterrupt
