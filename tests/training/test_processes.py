@@ -84,6 +84,7 @@ def test_a_streamed_run_killed_amid_an_epoch_resumes_to_the_same_bits(tmp_path: 
         assert torch.equal(weights(tmp_path / "killed")[name], value), name
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_checkpoint_does_not_stop_the_run(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
     """Files may have 3,000 bytes, so that a checkpoint fails and the log does not, until the training is over."""
     shared = start(tmp_path, FILE_BYTES="3000")
