@@ -18,6 +18,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import DeduplicateInitializersPass
+from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
@@ -138,11 +140,13 @@ class Tracer:
         with quiet(), torch.no_grad():
             if self._program is None or self._make != make:
                 self._make, self._program = make, _trace(module, example)
-            # What is optimised with weights has them folded into it, and knows which are alike: this module's alone.
+            # What is folded with weights, and which of them are alike, is true of this module alone.
             graph = self._program.model.clone()
             written = ONNXProgram(graph, None)
             written.apply_weights(weights)
-            written.optimize()
+            fold_constants(graph)
+            remove_unused_nodes(graph)
+            DeduplicateInitializersPass()(graph)
             written.save(path, external_data=True)
 
 
