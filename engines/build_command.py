@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 LARGEST_BATCH = 65536
 _SIZES = ",".join(map(str, BATCH_SIZES))
 
-Asked = Callable[[], bool]
-"""Whether Ctrl-C was pressed."""
+Asked = Callable[[], int]
+"""The signal that asked to stop, SIGINT or SIGTERM; 0 as long as none did."""
+
+UNHANDLED: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 def sizes_option(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -98,36 +100,39 @@ def _line(built: Built) -> str:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Asked]:
-    """Ctrl-C, within the block, is only remembered, and ends the block where a build ends because of it.
+    """Ctrl-C and SIGTERM, within the block, are only remembered, and end it where a build ends because of them.
 
     TensorRT calls back into Python while it builds, and swallows what is raised there. Whoever has a handler of their
-    own, or ignores Ctrl-C, keeps to that.
+    own, or ignores the signal, keeps to that.
     """
-    pressed = False
+    came = 0
 
-    def press(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
+    def note(number: int, _: object) -> None:
+        nonlocal came
+        came = number
 
-    def asked() -> bool:
-        return pressed
+    def asked() -> int:
+        return came
 
-    former = signal.getsignal(signal.SIGINT)
-    ours = threading.current_thread() is threading.main_thread() and former is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, press)
+    main = threading.current_thread() is threading.main_thread()
+    ours = [number for number, none in UNHANDLED.items() if main and signal.getsignal(number) is none]
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield asked
     except EngineError:
         _stop_if(asked)
         raise
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, former)
+        for number in ours:
+            signal.signal(number, UNHANDLED[number])
 
 
 def _stop_if(asked: Asked) -> None:
-    if asked():
+    number = asked()
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + number)
+    if number:
         raise click.Abort()
 
 
@@ -147,7 +152,7 @@ def _finders(backend: str, precision: Precision, profile: Profile, plans: Path |
 
 
 def _progress(asked: Asked, graph: str) -> Progress:
-    """A line on a terminal that is written over; nothing where the output goes elsewhere. Until Ctrl-C is pressed."""
+    """A line on a terminal that is written over; nothing where the output goes elsewhere. Until it is to stop."""
     terminal = sys.stderr.isatty()
 
     def tell(phase: str, done: int, steps: int) -> bool:

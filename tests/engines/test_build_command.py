@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from engines import compile as compiling
 from engines.backends.base import EngineError
 from engines.backends.trt_library import Library
-from engines.build_command import build
+from engines.build_command import UNHANDLED, build
 from engines.bundle import Bundle
 from tests.engines.made_up_trt import MADE_UP
 
@@ -34,19 +34,21 @@ def call(bundle: Bundle, plans: Path, *options: str) -> Result:
 
 
 @pytest.fixture
-def building(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """A library whose builds ask whether to go on and swallow what is raised meanwhile; Ctrl-C comes with the second.
+def building(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """A library whose builds ask whether to go on and swallow what is raised meanwhile; a signal comes with the second.
 
     The graphs that are built, and a scratch folder of their own.
     """
     built: list[str] = []
+    number: signal.Signals = getattr(request, "param", signal.SIGINT)
+    default = UNHANDLED[number]
 
     def build_plan(*given: Any) -> bytes:
         *_, progress, name = given
         built.append(name)
         with suppress(KeyboardInterrupt):  # as the library's own callbacks do
             if len(built) == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         if not progress("compiling", 1, 2):
             raise EngineError(f"{name}: it was not built")
         return b"plan"
@@ -54,21 +56,25 @@ def building(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[s
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.setattr(compiling, "build_plan", build_plan)
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    former = signal.signal(number, default)
     yield built
-    signal.signal(signal.SIGINT, former)
+    signal.signal(number, former)
 
 
-def test_ctrl_c_ends_a_build(text_bundle: Bundle, tmp_path: Path, building: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("building", "code", "says"), [(signal.SIGINT, 1, "Aborted!\n"), (signal.SIGTERM, 143, "")], indirect=["building"]
+)
+def test_ctrl_c_and_sigterm_end_a_build(
+    text_bundle: Bundle, tmp_path: Path, building: list[str], code: int, says: str
+) -> None:
     """Plans that were built before it stay, and nothing else."""
     result = call(text_bundle, tmp_path / "plans")
-    assert result.exit_code == 1
-    assert result.stderr == "Aborted!\n"
+    assert (result.exit_code, result.stderr) == (code, says)
     assert building == list(text_bundle.graphs())[:2]
     assert [line.split()[0] for line in result.stdout.splitlines()] == building[:1]
     assert len(list((tmp_path / "plans").iterdir())) == 1
     assert not list((tmp_path / "scratch").iterdir())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert all(signal.getsignal(number) is default for number, default in UNHANDLED.items())
 
 
 def test_ctrl_c_is_left_to_whoever_handles_it(text_bundle: Bundle, tmp_path: Path, building: list[str]) -> None:
