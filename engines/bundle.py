@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,7 @@ SHIPPED = "emoji"
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _NO_WEIGHTS = ("README.md", "samples.png")
 _BUNDLES = Path(__file__).parent / "bundles"
+_LEFT_BEHIND_S = 24 * 3600.0
 
 
 class BundleError(Exception):
@@ -331,7 +334,17 @@ def write_bundle(
         _write_manifest(staged, description, sorted(files))
         load_bundle(staged)
         _put(staged, folder, Path(scratch) / "old")
+    _sweep(folder)
     return load_bundle(folder, verify=False)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers of that bundle left beside it a day ago or more."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-{'?' * 8}"):
+        with suppress(OSError):  # others may be removing it
+            ours = {entry.name for entry in left.iterdir()} <= {"new", "old"}
+            if ours and time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
+                shutil.rmtree(left)
 
 
 def _put(staged: Path, folder: Path, aside: Path) -> None:

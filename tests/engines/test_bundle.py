@@ -371,6 +371,22 @@ def test_a_failed_write_leaves_nothing(text_bundle: Bundle, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_what_killed_writers_left_goes_after_a_day(text_bundle: Bundle, tmp_path: Path) -> None:
+    old, fresh, another, others = (
+        tmp_path / f".{name}" for name in ("new-abcd1234", "new-abcd5678", "news-abcd1234", "new-8letters")
+    )
+    for left, part in ((old, "new"), (fresh, "new"), (another, "new"), (others, "photos")):
+        (left / part).mkdir(parents=True)
+        if left is not fresh:
+            os.utime(left, (0, 0))
+    write_bundle(
+        tmp_path / "new",
+        tiny_description(space="latent"),
+        {name: text_bundle.path / name for name in text_bundle.manifest.files},
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"new", fresh.name, another.name, others.name}
+
+
 def test_class_bundles_take_one_label() -> None:
     fields = tiny_description("class").model_dump()
     Description.model_validate(fields)
