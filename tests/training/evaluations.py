@@ -73,7 +73,7 @@ def make_captioned_run(
 ) -> Path:
     """The same for captions, with an autoencoder and few students; captions are encoded without a network."""
     monkeypatch.setattr(runs, "MiniLMPrompts", Prompts)
-    _write_squares(folder / "set", images)
+    write_squares(folder / "set", images)
     text = RECIPE.replace('"class"', '"text"').replace('source = "digits"', f'path = "{folder / "set"}"') + AUTOENCODER
     (folder / "tiny.toml").write_text(text)
     run = Run(Recipe.load(folder / "tiny.toml"), folder / "run", Accelerator(cpu=True))
@@ -118,7 +118,7 @@ class Prompts:
         raise ValueError("there is no network to export")
 
 
-def _write_squares(path: Path, count: int) -> None:
+def write_squares(path: Path, count: int) -> None:
     """Squares of two colours as an imagefolder."""
     (path / "train").mkdir(parents=True)
     lines = []

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run
+from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run, write_squares
 from training.distill import student_stage
 from training.errors import TrainingError
 from training.evaluation import candidates, judge
@@ -355,6 +355,12 @@ def test_text_and_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "20 generated images" in result.stdout
     assert "a red square" in result.stdout
     assert "autoencoder" in (folder / "run" / "evaluation" / "table.json").read_text()
+    write_squares(folder / "other", 30)
+    result = invoke(folder, *options, "--samples", "20", "--data", str(folder / "other"))
+    assert result.exit_code == 1
+    assert "was begun with other images" in result.stderr
+    result = invoke(folder, *options, "--samples", "20", "--images", str(folder / "other"))
+    assert result.exit_code == 0, result.output
 
 
 def test_a_stochastic_student_has_a_row_with_twice_the_calls(tmp_path: Path) -> None:

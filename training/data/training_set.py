@@ -179,8 +179,13 @@ def load_training_set(recipe: Recipe, split: str, cache: Path, prompts: PromptEn
         classes = (images if split == "train" else open_images(recipe.data, "train")).classes
         return _labelled(pixels, images.labels_in(classes), classes)
     texts = [images.texts(i) for i in range(len(images))]
-    fingerprint = hash_of({"pixels": hash_of_array(pixels), "texts": texts})
+    fingerprint = captioned_fingerprint(pixels, texts)
     return TrainingSet(to_tensor(pixels), Captions.encode(texts, prompts, cache), fingerprint)
+
+
+def captioned_fingerprint(pixels: NDArray[np.uint8], texts: Sequence[Sequence[str]]) -> str:
+    """A hash of images (N, H, W, 3) and of the captions of each."""
+    return hash_of({"pixels": hash_of_array(pixels), "texts": texts})
 
 
 def _labelled(pixels: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...]) -> TrainingSet:

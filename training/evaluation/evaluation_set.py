@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.data.digits import CLASSES, load_digits_images
 from training.data.entries import DataError
-from training.data.training_set import open_images
+from training.data.training_set import captioned_fingerprint, open_images
 from training.evaluation.features import Pixels
 from training.guidance import Condition, of_rows
 from training.prompts import encode_captions
@@ -58,7 +58,8 @@ def load_evaluation_set(run: Run, split: str, samples: int, seed: int, images: P
     The images of the training split are halved at random: conditions come from one half, the other is the
     reference. For another split the reference is the training split. So no image is on both sides, and the real
     images of the conditions are what a perfect model would make. `images` is an image set to compare with instead of
-    the recipe's own. Raises DataError for images that cannot be had.
+    the recipe's own. Raises DataError for images that cannot be had, and TrainingError for others of the recipe's own
+    than the run has learned from.
     """
     recipe = _compared(run, images)
     classes = run.data.classes if images is not None else ()
@@ -68,11 +69,15 @@ def load_evaluation_set(run: Run, split: str, samples: int, seed: int, images: P
     drawn = [own[int(random.random() * len(own))] for own in data.texts]
     if split == "train":
         half = len(order) // 2
-        chosen, reference = order[:half], data.images[order[half:]]
+        chosen, train = order[:half], data
+        reference = train.images[order[half:]]
         description = f"{split}, halved at random: one half gives the captions or classes, the other is the reference"
     else:
-        chosen, reference = order, _load_split(recipe, "train", classes).images
+        chosen, train = order, _load_split(recipe, "train", classes)
+        reference = train.images
         description = f"{split} gives the captions or classes, train is the reference"
+    if images is None and train.labels is None:  # Labels are numbered by the run's data, which see to it.
+        run.known("denoiser", captioned_fingerprint(train.images, train.texts))
     if not len(chosen):
         raise DataError(f"the split {split} has too few images to give any conditions")
     passes = -(-samples // len(chosen))
