@@ -60,8 +60,9 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
 
     An autoencoder that the recipe trains is trained first, unless it is there. Goes on where it was stopped. Raises
     StreamError for a place that holds other data, TeacherError for classes that the teacher does not know, and
-    TrainingError for a recipe whose images are tensors already, or are of no use to it as tensors, and where another
-    process is training in the folder that the autoencoder would be trained in.
+    TrainingError for classes that leave none to stand for none, for a recipe whose images are tensors already, or are
+    of no use to it as tensors, and where another process is training in the folder that the autoencoder would be
+    trained in.
     """
     if run.accelerator.num_processes > 1:
         raise TrainingError("images are precomputed by one process: start it without a launcher")
@@ -69,7 +70,7 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
         raise TrainingError("an inpainting network learns from images, each masked anew each time: precompute nothing")
     images = _images(run)
     if run.pipeline is not None and images.classes:
-        run.pipeline.labels(images.classes)  # raises for those that it does not know
+        run.null_beside(run.pipeline.labels(images.classes))  # raises for those that cannot be learned from
     if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
         with training_alone(run.folder):
             train_autoencoder(run)

@@ -306,13 +306,18 @@ class Run:
             return self.prompts.null
         if self.pipeline is None:
             return {"label": torch.tensor(len(self.data.classes))}
+        return self.null_beside(self.class_numbers)
+
+    def null_beside(self, numbers: Tensor) -> Condition:
+        """That of a checkpoint's class teacher. Raises TrainingError where it is one of the classes' `numbers` (K,)."""
         teacher, second = self.recipe.teacher, self.unconditional
+        assert self.pipeline is not None
         assert isinstance(teacher, CheckpointRecipe)
         if second is not None and not second.labels_count and teacher.null_class is None:
             return {}
         without = second or self.pipeline
         label = without.null_label(teacher.null_class)
-        if label in self.class_numbers:
+        if label in numbers:
             raise TrainingError(
                 f"{without.folder} has no class left that stands for none: name one as null_class, or a second "
                 "pipeline without classes as unconditional"
@@ -391,7 +396,11 @@ class Run:
             return hash_of_files(self.pipeline.files("vae"))
         if self.pipeline is not None and stage == "teacher":
             second = None if self.unconditional is None else self.unconditional.identity
-            return hash_of({"conditional": self.pipeline.identity, "unconditional": second})
+            predicts_by = {"conditional": self.pipeline.identity, "unconditional": second}
+            assert isinstance(self.recipe.teacher, CheckpointRecipe)
+            if (null_class := self.recipe.teacher.null_class) is not None:
+                predicts_by["null_class"] = str(null_class)
+            return hash_of(predicts_by)
         self.check_done(stage)
         folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
         return hash_of_files(sorted(folder.glob("*.safetensors")))

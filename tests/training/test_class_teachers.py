@@ -152,6 +152,9 @@ def test_classes_that_the_teacher_does_not_know_are_not_precomputed(images: Path
     run = make_run(tmp_path / "run", tmp_path / "others", 32, checkpoint=pipelines.dit(tmp_path / "dit"))
     with pytest.raises(TeacherError, match="the images have 2"):
         precompute(run, str(tmp_path / "shards"), per_shard=5)
+    unet = pipelines.class_unet(tmp_path / "unet", classes=3)
+    with pytest.raises(TrainingError, match="no class left that stands for none"):
+        precompute(make_run(tmp_path / "unet-run", images, 8, checkpoint=unet), str(tmp_path / "shards"), per_shard=5)
     assert not (tmp_path / "shards").exists()
 
 
@@ -270,6 +273,15 @@ def test_another_teacher_in_the_same_place_is_noticed(images: Path, tmp_path: Pa
     pipelines.class_unet(tmp_path / "unet", seed=5)
     with pytest.raises(TrainingError, match="another teacher"):
         distill(make_run(tmp_path / "run", images, 8, checkpoint=tmp_path / "unet"))
+
+
+def test_another_class_for_none_is_another_teacher(images: Path, tmp_path: Path) -> None:
+    checkpoint = pipelines.class_unet(tmp_path / "unet", classes=5)
+    weights = {
+        make_run(tmp_path / str(given), images, 8, checkpoint=checkpoint, **given).weights("teacher")
+        for given in ({}, {"null_class": 4}, {"null_class": 3})
+    }
+    assert len(weights) == 3
 
 
 def test_a_second_network_that_comes_later_or_is_another_is_noticed(images: Path, tmp_path: Path) -> None:
