@@ -228,6 +228,18 @@ def test_what_cannot_be_a_teacher_is_refused_with_the_reason(
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "values", [{"addition_embed_type": "text"}, {"encoder_hid_dim": 16, "encoder_hid_dim_type": "text_proj"}]
+)
+def test_a_class_network_that_takes_text_outside_of_its_blocks_is_refused(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    folder = pipelines.class_unet(tmp_path / "unet")
+    changed(folder, UNET, _class_name="UNet2DConditionModel", **values)
+    with pytest.raises(TeacherError, match="attends to a text that classes do not give"):
+        TeacherPipeline.open(str(folder))
+
+
 def test_a_flow_that_shifts_by_the_image_is_refused(tmp_path: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     folder = pipelines.stable_diffusion(tmp_path / "sd", scheduler=scheduler)

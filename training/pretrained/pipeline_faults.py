@@ -41,7 +41,9 @@ def network_faults(config: Mapping[str, Any], text: bool, part: str) -> list[tup
         config.get("mid_block_type") or "",
     ]
     if not text and config.get("_class_name") == "UNet2DConditionModel":
-        faults.append((any("CrossAttn" in block for block in blocks), "it attends to a text that classes do not give"))
+        takes_text = added == "text" or config.get("encoder_hid_dim") is not None
+        attends = any("CrossAttn" in block for block in blocks)
+        faults.append((attends or takes_text, "it attends to a text that classes do not give"))
     if text:
         fits = channels in (out, 2 * out + 1)
         faults += [
