@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from training.checkpoints import Checkpoints
+from training.checkpoints import LAST, PREVIOUS, Checkpoints
 from training.errors import TrainingError
 from training.guard import Guard
 from training.progress import Report
@@ -123,7 +123,13 @@ class State:
         state = self._read()
         if state is None:
             return
-        set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
+        try:
+            set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"{self.checkpoints.folder}: its checkpoint is of another network than the recipe's: remove "
+                f"{LAST} and {PREVIOUS} to begin the stage anew"
+            ) from error
         if state["optimizer"] is not None:
             set_optimizer_state_dict(self.wrapped, self._optimizer, state["optimizer"], options=_WHOLE)
         if self.average and state["average"] is not None:

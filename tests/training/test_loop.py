@@ -101,6 +101,14 @@ def test_an_average_that_is_asked_for_later_begins_there(tmp_path: Path) -> None
     assert not torch.equal(averaged["weight"], last["weight"])
 
 
+def test_a_checkpoint_of_another_network_is_not_gone_on_from(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, 3)
+    with pytest.raises(TrainingError, match=r"of another network.*remove checkpoint\.pt and checkpoint-previous\.pt"):
+        train(nn.Linear(3, 4), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
 def test_the_log_tells_each_update(tmp_path: Path) -> None:
     run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
