@@ -121,6 +121,12 @@ def to_disk(path: Path) -> None:
             os.close(number)
 
 
+def readable(folder: Path) -> None:
+    """Whoever may read a folder's config may read its weights, which safetensors writes for their owner alone."""
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed writers of whole files left in a folder, or in those within, a day ago or more."""
     with suppress(OSError):  # others may be removing what is there, and the next sweep comes

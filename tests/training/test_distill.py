@@ -301,6 +301,11 @@ def test_every_stage_leaves_a_log_and_a_picture(digits_run: Run) -> None:
         assert not (digits_run.folder / stage / "checkpoint.pt").exists()
 
 
+def test_weights_may_be_read_by_whoever_may_read_their_config(digits_run: Run) -> None:
+    for weights in digits_run.folder.rglob("*.safetensors"):
+        assert weights.stat().st_mode == (weights.parent / "config.json").stat().st_mode
+
+
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["full", "killed"])
 def test_a_stage_is_done_once_its_last_picture_is_drawn_or_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException

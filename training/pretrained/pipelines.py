@@ -23,7 +23,7 @@ from training.pretrained.pipeline_files import SHARD
 from training.pretrained.teachers import INDEX, TeacherPipeline
 from training.recipe import Recipe
 from training.sections import OwnPrediction, TeacherRecipe
-from training.store import link, to_disk, whole_file
+from training.store import link, readable, to_disk, whole_file
 from training.text import save_text_parts
 
 ABSENT = [None, None]
@@ -45,12 +45,14 @@ def save_stage(
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(network, NetworkDenoiser):
         save_network(network, partial)
+        readable(partial)
         save_pipeline(folder, network, pipeline, max_tokens)
         to_disk(folder)
         partial.rename(folder / part)
         to_disk(folder)
         return
     network.save_pretrained(partial)
+    readable(partial)
     to_disk(partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == AUTOENCODER_WEIGHTS):
         file.replace(folder / file.name)
