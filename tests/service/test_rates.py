@@ -90,6 +90,13 @@ async def test_a_key_has_its_rate_and_no_other_is_hindered(rates: Rates) -> None
 
 
 @pytest.mark.anyio
+async def test_a_rate_that_is_raised_counts_at_once(rates: Rates) -> None:
+    assert await rates.wait_s(ApiKey("ann", DIGEST, per_minute=0.1)) == 0.0
+    assert await rates.wait_s(ApiKey("ann", DIGEST, per_minute=0.1)) > 500
+    assert 0 < await rates.wait_s(ApiKey("ann", DIGEST, per_minute=60)) <= 1
+
+
+@pytest.mark.anyio
 async def test_who_asks_hundreds_of_times_at_once_has_no_more_than_the_rate(rates: Rates) -> None:
     key = ApiKey("ann", DIGEST, per_minute=3)
     waits = await asyncio.gather(*(rates.wait_s(key) for _ in range(500)))
@@ -138,6 +145,21 @@ async def test_a_bucket_in_redis_fills_as_time_goes_and_is_forgotten_when_it_is_
         full = float(client.get(keys.rate("ann")))  # type: ignore[arg-type]
         client.set(keys.rate("ann"), full - 25_000, px=60_000)
     assert [await rates.wait_s(key), await rates.wait_s(key)] == [0.0, 0.0]
+    await rates.close()
+
+
+@pytest.mark.anyio
+async def test_a_bucket_in_redis_is_at_most_empty_after_its_clock_went_back(
+    anyio_backend: str, redis_server: RedisServer
+) -> None:
+    rates, key = RedisRates(redis_server.url), ApiKey("ann", DIGEST, per_minute=1200)
+    assert await rates.wait_s(key) == 0.0
+    with redis_server.client() as client:
+        client.incrbyfloat(keys.rate("ann"), 3_600_000)
+    wait_s = await rates.wait_s(key)
+    assert 0 < wait_s <= 0.05
+    await asyncio.sleep(wait_s)
+    assert await rates.wait_s(key) == 0.0
     await rates.close()
 
 

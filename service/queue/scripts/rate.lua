@@ -3,12 +3,16 @@
 local LONGEST = 1e12 -- More than any key is used for, and still a number of ms that Redis takes.
 local size, interval = tonumber(ARGV[1]), tonumber(ARGV[2])
 local now = now_ms()
-local full = math.max(now, tonumber(redis.call('GET', KEYS[1]) or 0)) + interval
-local wait = full - now - size * interval
-if wait > 0 then
-  return math.ceil(math.min(wait, LONGEST))
+local stored = tonumber(redis.call('GET', KEYS[1]) or 0)
+-- Never emptier than empty, as it would be where the clock went back or the rate was raised.
+local full = math.max(now, math.min(stored, now + size * interval))
+local wait = full + interval - now - size * interval
+if wait <= 0 then
+  full = full + interval
 end
-begin_though_full()
-local keep = math.max(1, math.min(full - now, LONGEST))
-redis.call('SET', KEYS[1], string.format('%.17g', full), 'PX', string.format('%.0f', math.ceil(keep)))
-return 0
+if full ~= stored then
+  begin_though_full()
+  local keep = math.max(1, math.min(full - now, LONGEST))
+  redis.call('SET', KEYS[1], string.format('%.17g', full), 'PX', string.format('%.0f', math.ceil(keep)))
+end
+return math.ceil(math.max(0, math.min(wait, LONGEST)))
