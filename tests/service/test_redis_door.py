@@ -16,7 +16,8 @@ from service.queue import keys
 from service.queue.base import JobQueue, QueueFull
 from service.queue.memory import MemoryQueue
 from service.queue.redis import RedisQueue
-from tests.service.queues import opened
+from tests.service import queues
+from tests.service.queues import MODEL, opened
 from tests.service.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -82,6 +83,27 @@ def pass_time(client: redis.Redis, model: str, seconds: float) -> None:
     for name in ("since", "paused", "resumed"):
         if client.hexists(keys.load(model), name):
             client.hincrby(keys.load(model), name, -keys.milliseconds(seconds))
+
+
+async def test_what_was_promised_before_its_clock_went_back_binds_nobody(
+    anyio_backend: str, redis_server: RedisServer
+) -> None:
+    async def refused(name: str) -> float:
+        with pytest.raises(QueueFull) as full:
+            await queue.ask(queues.job(name, identity=name))
+        return full.value.retry_after_s
+
+    async with opened(redis_server.url) as queue:
+        queue.expect(MODEL, 2.0)
+        await queue.submit(queues.job("first", images=6))
+        begin_s = await refused("a")
+        assert await refused("b") > begin_s + 4
+        with redis_server.client() as client:
+            client.zincrby(keys.promises(MODEL), 3_600_000, "a")
+            for priority in Priority:
+                client.hincrbyfloat(keys.load(MODEL), f"next_promise:{priority:d}", 3_600_000)
+        assert await refused("a") == pytest.approx(begin_s, abs=2)
+        assert begin_s + 4 < await refused("c") < begin_s + 20
 
 
 @pytest.mark.parametrize("seed", range(3))

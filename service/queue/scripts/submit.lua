@@ -57,8 +57,13 @@ local function next_promise_of(other)
   return 'next_promise:' .. other
 end
 
-local outstanding, next_promise = unpack(redis.call('HMGET', load, 'outstanding', next_promise_of(priority)))
-outstanding = tonumber(outstanding or 0)
+-- That time, 0 where it is not known: one so far ahead is from before the clock went back.
+local function next_promise(other)
+  local at = tonumber(redis.call('HGET', load, next_promise_of(other)) or 0)
+  return at <= now + 2 * farthest and at or 0
+end
+
+local outstanding = tonumber(redis.call('HGET', load, 'outstanding') or 0)
 local waiting = waiting_from(load, PRIORITIES[1])
 -- What goes before this one: all that workers have, and what waits with its priority or a higher one.
 local before = outstanding - waiting + waiting_from(load, priority)
@@ -84,9 +89,10 @@ end
 
 -- The whole seconds to the time that is promised.
 local function promise(earliest)
-  local at = math.max(tonumber(next_promise or 0), earliest)
+  local at = math.max(next_promise(priority), earliest)
   local wait_s = math.ceil((at - now) / 1000)
   redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - promise_kept)
+  redis.call('ZREMRANGEBYSCORE', promises, '(' .. now + farthest, '+inf') -- The clock went back.
   redis.call('ZREM', promises, identity)
   if identity == '' or wait_s * 1000 > tonumber(farthest) or redis.call('ZCARD', promises) >= tonumber(most) then
     return math.min(wait_s, farthest / 1000)
@@ -97,8 +103,7 @@ local function promise(earliest)
     local behind = at + shared_ms(cost * ms_per_cost) / pace
     for _, other in ipairs(PRIORITIES) do
       if other <= tonumber(priority) then
-        local later = tonumber(redis.call('HGET', load, next_promise_of(other)) or 0)
-        redis.call('HSET', load, next_promise_of(other), math.max(later, behind))
+        redis.call('HSET', load, next_promise_of(other), math.max(next_promise(other), behind))
       end
     end
   end
@@ -107,7 +112,7 @@ end
 
 -- The door of service/queue/admission.py, kept where all that ask to be let in are seen.
 local due = tonumber(redis.call('ZSCORE', promises, identity) or nil)
-if due and due <= now - promise_kept then
+if due and (due <= now - promise_kept or due > now + farthest) then
   due = nil
 end
 local in_turn = due and due <= now
