@@ -171,6 +171,22 @@ async def test_times_cross_hosts_whose_clocks_differ(open_queue: OpenQueue, monk
     assert came.deadline - ahead_s == pytest.approx(sent.deadline, abs=1)
 
 
+async def test_the_line_is_by_age_though_the_entries_of_a_stream_cannot_go_back(
+    open_queue: OpenQueue, redis_server: RedisServer
+) -> None:
+    """As they are after Redis's clock went back."""
+    queue = open_queue()
+    await queue.submit(job("first"))
+    assert taken(queue) == ["first"]
+    with redis_server.client() as client:
+        stream, ahead = keys.jobs(MODEL, Priority.NORMAL), f"{keys.milliseconds(time.time() + 120)}-0"
+        client.xadd(stream, {"nothing": ""}, ahead)
+        client.xdel(stream, ahead)
+    for name, priority in (("normal", Priority.NORMAL), ("low", Priority.LOW)):
+        await queue.submit(job(name, priority=priority))
+    assert taken(queue) == ["normal", "low"]
+
+
 async def test_a_full_redis_takes_no_job_and_lets_go_of_those_it_has(
     open_queue: OpenQueue, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:

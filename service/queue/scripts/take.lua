@@ -107,7 +107,7 @@ local function head_behind(stream, last)
   local fields = by_name(entry[2])
   local deadline = tonumber(fields.deadline)
   local at_risk = deadline < now + backlog(stream)
-  local rank = at_risk and deadline or entry[1]:match('%d+') - ARGV[3 + stream]
+  local rank = at_risk and deadline or fields.submitted - ARGV[3 + stream]
   return {entry = entry, rows = tonumber(fields.rows), cost = fields.cost, at_risk = at_risk, rank = rank}
 end
 
