@@ -26,6 +26,9 @@ MODELS = f"{PREFIX}models"
 KEPT = f"{PREFIX}kept"
 """List: outcomes that are kept, the oldest first, as `when they expire in ms:bytes:id`."""
 
+KEPT_ENDS = f"{PREFIX}kept-ends"
+"""Sorted set: the entries of that list, by when they expire."""
+
 KEPT_BYTES = f"{PREFIX}kept-bytes"
 """Number: the bytes of those outcomes."""
 

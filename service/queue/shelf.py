@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ class Shelf:
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._over: OrderedDict[str, _Entry] = OrderedDict()
+        self._ends: list[tuple[float, str]] = []  # of these, by when they expire
         self._bytes = 0
         self._keys: dict[str, str] = {}
 
@@ -97,6 +99,7 @@ class Shelf:
         entry.state = state_after(outcome)
         entry.expires = self._clock() + entry.keep.seconds
         self._over[job_id] = entry
+        insort(self._ends, (entry.expires, job_id))
         self._bytes += entry.size
         self._drop_old()
         return True
@@ -123,17 +126,21 @@ class Shelf:
         )
 
     def _drop_old(self) -> None:
-        while self._over and self._has_too_much():
-            job_id, entry = self._over.popitem(last=False)
-            del self._entries[job_id]
-            self._bytes -= entry.size
-            if entry.keep.key is not None and self._keys.get(entry.keep.key) == job_id:
-                del self._keys[entry.keep.key]
+        while self._ends and self._ends[0][0] <= self._clock():
+            self._drop(self._ends[0][1])
+        while self._has_too_much():
+            self._drop(next(iter(self._over)))
+
+    def _drop(self, job_id: str) -> None:
+        entry = self._over.pop(job_id)
+        del self._ends[bisect_left(self._ends, (entry.expires, job_id))]
+        del self._entries[job_id]
+        self._bytes -= entry.size
+        if entry.keep.key is not None and self._keys.get(entry.keep.key) == job_id:
+            del self._keys[entry.keep.key]
 
     def _has_too_much(self) -> bool:
-        oldest, now = next(iter(self._over.values())), self._clock()
-        if oldest.expires <= now:
-            return True
-        ended = oldest.expires - oldest.keep.seconds
-        too_many = len(self._over) > self._bounds.outcomes or self._bytes > self._bounds.bytes
-        return too_many and len(self._over) > 1 and ended + FRESH_S <= now
+        if len(self._over) <= 1 or (len(self._over) <= self._bounds.outcomes and self._bytes <= self._bounds.bytes):
+            return False
+        oldest = next(iter(self._over.values()))
+        return oldest.expires - oldest.keep.seconds + FRESH_S <= self._clock()

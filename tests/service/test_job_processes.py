@@ -148,7 +148,7 @@ async def test_jobs_leave_nothing_in_redis_for_ever(
         await both.client.delete(f"/jobs/{cancelled}")
         with redis_server.client() as client:
             kept = {name: client.pttl(name) for name in client.scan_iter(f"{keys.PREFIX}*")}
-            assert {keys.KEPT.encode(), keys.KEPT_BYTES.encode()} <= kept.keys()
+            assert {name.encode() for name in (keys.KEPT, keys.KEPT_ENDS, keys.KEPT_BYTES)} <= kept.keys()
             results = {name: ttl for name, ttl in kept.items() if b":result:" in name or b":job:" in name}
             assert len(results) == 2 * 4
             assert all(0 < ttl <= 60_000 for ttl in results.values()), results

@@ -128,6 +128,15 @@ async def test_an_outcome_that_is_fresh_stays_for_who_waits_for_it(queue: JobQue
     assert [await known(queue, name) for name in "abcdefg"] == [False] * 4 + [True] * 3
 
 
+async def test_outcomes_that_are_kept_for_other_times_go_at_their_end_or_as_the_oldest(queue: JobQueue) -> None:
+    for name, seconds in (("a", 600.0), ("b", 600.0), ("short", 0.2)):
+        await finish(queue, name, keep=Keep(seconds))
+    await asyncio.sleep(FRESH_S)
+    for name in "cd":
+        await finish(queue, name, keep=Keep(10.0))
+    assert [await known(queue, name) for name in ("a", "b", "short", "c", "d")] == [False, True, False, True, True]
+
+
 async def test_of_outcomes_with_too_many_bytes_the_oldest_go_and_the_newest_stays(queue: JobQueue) -> None:
     await finish(queue, "a", bytes(400))
     await finish(queue, "b", bytes(100))

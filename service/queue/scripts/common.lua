@@ -162,27 +162,47 @@ local function drop_late(model, at_a_time)
   end
 end
 
--- Puts the outcome of a job beside those that are kept, and lets the oldest go where these are too many.
+-- Takes an outcome out of those that are kept, by its line in their list.
+local function let_go(line)
+  redis.call('ZREM', PREFIX .. 'kept-ends', line)
+  if redis.call('LREM', PREFIX .. 'kept', 1, line) == 1 then
+    local size, id = line:match('^%d+:(%d+):(.*)$')
+    redis.call('DECRBY', PREFIX .. 'kept-bytes', size)
+    redis.call('DEL', PREFIX .. 'job:' .. id, PREFIX .. 'result:' .. id)
+  end
+end
+
+-- Whether the outcome of a line is of this moment.
+local function is_fresh(line)
+  local expires, id = line:match('^(%d+):%d+:(.*)$')
+  local kept = redis.call('HGET', PREFIX .. 'job:' .. id, 'kept')
+  return kept and math.abs(now_ms() - (expires - kept)) < FRESH_MS
+end
+
+-- Puts the outcome of a job beside those that are kept, and lets go of those whose time is over, and of the oldest where
+-- these are too many.
 local function keep_outcome(id, state, outcome, kept, most, most_bytes)
-  local list, bytes = PREFIX .. 'kept', PREFIX .. 'kept-bytes'
+  local list, ends, bytes = PREFIX .. 'kept', PREFIX .. 'kept-ends', PREFIX .. 'kept-bytes'
   local now = now_ms()
   redis.call('HSET', PREFIX .. 'job:' .. id, 'state', state)
   redis.call('PEXPIRE', PREFIX .. 'job:' .. id, kept)
   redis.call('SET', PREFIX .. 'result:' .. id, outcome, 'PX', kept)
-  redis.call('RPUSH', list, string.format('%d:%d:%s', now + kept, #outcome, id))
+  local line = string.format('%d:%d:%s', now + kept, #outcome, id)
+  redis.call('RPUSH', list, line)
+  redis.call('ZADD', ends, now + kept, line)
   redis.call('INCRBY', bytes, #outcome)
+  for _, over in ipairs(redis.call('ZRANGEBYSCORE', ends, '-inf', now)) do
+    let_go(over)
+  end
   while redis.call('LLEN', list) > 1 do
-    local expires, size, oldest = redis.call('LINDEX', list, 0):match('^(%d+):(%d+):(.*)$')
+    local oldest = redis.call('LINDEX', list, 0)
     local fits = redis.call('LLEN', list) <= tonumber(most) and tonumber(redis.call('GET', bytes)) <= tonumber(most_bytes)
-    local fresh = expires - kept + FRESH_MS > now
-    if (fits or fresh) and tonumber(expires) > now then
+    if fits or is_fresh(oldest) then
       break
     end
-    redis.call('LPOP', list)
-    redis.call('DECRBY', bytes, size)
-    redis.call('DEL', PREFIX .. 'job:' .. oldest, PREFIX .. 'result:' .. oldest)
+    let_go(oldest)
   end
-  for _, key in ipairs({list, bytes}) do
+  for _, key in ipairs({list, ends, bytes}) do
     if redis.call('PTTL', key) < tonumber(kept) then
       redis.call('PEXPIRE', key, kept)
     end
