@@ -81,12 +81,7 @@ class Desk:
 
         Returns its id, or that of the job which has its key. Raises ApiError 422, 429, 500, 503 or 504.
         """
-        try:
-            await self._screen(job)
-        except ApiError:
-            if (holder := await self._holder(job, keep)) is not None:
-                return holder
-            raise
+        await self._screen(job)
         job = replace(job, submitted=time.monotonic(), trace=self._tracing.current())
         submitting = asyncio.ensure_future(self._queue.submit(job, keep))
         with self._refusals():
@@ -95,6 +90,13 @@ class Desk:
             except (ApiError, asyncio.CancelledError) as error:
                 self._in_the_background(self._withdraw(job, keep, submitting, _reason(error)))
                 raise
+
+    async def holder(self, keep: Keep, deadline: float) -> str | None:
+        """The job that its key names for the same request, if there is one and the queue says so in time."""
+        try:
+            return await self.first(asyncio.ensure_future(self._queue.holder(keep)), deadline, never)
+        except (ApiError, KeyConflict, QueueUnavailable):
+            return None
 
     async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """Raise ApiError 422, 429, 503 or 504 where the queue would not take the job now; its images may be missing."""
@@ -120,13 +122,6 @@ class Desk:
         finally:
             for future in waiting:
                 future.cancel()
-
-    async def _holder(self, job: Job, keep: Keep | None) -> str | None:
-        """The job that has its key, if there is one and the queue says so."""
-        try:
-            return await self._queue.ask(job, keep)
-        except (KeyConflict, QueueFull, QueueUnavailable):
-            return None
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -135,9 +135,9 @@ class JobQueue(Protocol):
     The API side (coroutines) submits, waits and cancels; the worker side (blocking calls from threads of its
     own) takes and settles. Taking may hand out a job again after its worker died, so settling is idempotent.
 
-    While the queue is away, ``submit``, ``ask``, ``status``, ``cancel`` and ``stats`` raise QueueUnavailable and
-    ``outcome`` goes on waiting. The worker side never fails then: there is nothing to take, and outcomes are handed
-    over later.
+    While the queue is away, ``submit``, ``ask``, ``holder``, ``status``, ``cancel`` and ``stats`` raise
+    QueueUnavailable and ``outcome`` goes on waiting. The worker side never fails then: there is nothing to take, and
+    outcomes are handed over later.
     """
 
     @property
@@ -158,12 +158,15 @@ class JobQueue(Protocol):
         """
         ...
 
-    async def ask(self, job: Job, keep: Keep | None = None) -> str | None:
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """Raise what `submit` would raise now, and let nothing in. Of the tasks only their number and cost count.
 
-        Returns the job that its key names, if it names one.
         Who is refused here need not be refused again by `submit`: the same time is promised.
         """
+        ...
+
+    async def holder(self, keep: Keep) -> str | None:
+        """The job that its key names, if it names one. Raises KeyConflict where that asks for another thing."""
         ...
 
     async def outcome(self, job_id: str) -> Outcome:

@@ -79,17 +79,21 @@ class MemoryQueue:
             self._changed.notify_all()
             return job.id
 
-    async def ask(self, job: Job, keep: Keep | None = None) -> str | None:
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """See JobQueue.ask."""
         with self._changed:
-            if keep is not None and (holder := self._shelf.holder(keep)) is not None:
-                return holder
+            if keep is not None and self._shelf.holder(keep) is not None:
+                return
             self._drop_late()
             now = self._clock()
             wait_s = self._doors[job.model].ask(job.identity, job.cost, job.deadline - now, now, job.priority)
             if wait_s is not None:
                 raise QueueFull(wait_s)
-            return None
+
+    async def holder(self, keep: Keep) -> str | None:
+        """See JobQueue.holder."""
+        with self._changed:
+            return self._shelf.holder(keep)
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""

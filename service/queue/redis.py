@@ -64,9 +64,13 @@ class RedisQueue:
         """See JobQueue.submit."""
         return await self._submissions.submit(job, keep)
 
-    async def ask(self, job: Job, keep: Keep | None = None) -> str | None:
+    async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """See JobQueue.ask."""
-        return await self._submissions.ask(job, keep)
+        await self._submissions.ask(job, keep)
+
+    async def holder(self, keep: Keep) -> str | None:
+        """See JobQueue.holder."""
+        return await self._submissions.holder(keep)
 
     async def outcome(self, job_id: str) -> Outcome:
         """See JobQueue.outcome."""

@@ -84,10 +84,16 @@ class Submissions:
             return job.id
         return await self._at_the_door(job, keep, pack_job(job))
 
-    async def ask(self, job: Job, keep: Keep | None) -> str | None:
+    async def ask(self, job: Job, keep: Keep | None) -> None:
         """See JobQueue.ask."""
-        found = await self._at_the_door(job, keep, Packed(b"", b""), asks=True)
-        return None if found == job.id else found
+        await self._at_the_door(job, keep, Packed(b"", b""), asks=True)
+
+    async def holder(self, keep: Keep) -> str | None:
+        """See JobQueue.holder."""
+        if keep.key is None:
+            return None
+        found = await self._run("holder", [keys.claim(keep.key)], [keep.digest])
+        return None if found is None else _named(found)
 
     async def _submit_and_wait(self, job: Job) -> None:
         """Have the job accepted, and its outcome from then on waited for."""
@@ -174,18 +180,15 @@ class Submissions:
             *self._door,
             *kept,
         ]
-        code, *answer = await self._run("submit", names, arguments)
-        if code == _ACCEPTED:
+        answer = await self._run("submit", names, arguments)
+        if answer[0] == _ACCEPTED:
             if not asks:  # Who asks writes nothing, and so has an answer from a Redis that takes no writes too.
                 self._note_back()
                 self._note_room()
             return job.id
-        if code == _SAME:
-            holder: bytes = answer[0]
-            return holder.decode()
-        if code == _CONFLICT:
-            raise KeyConflict
-        raise QueueFull(float(answer[0]))
+        if answer[0] == _REFUSED:
+            raise QueueFull(float(answer[1]))
+        return _named(answer)
 
     async def _listen(self) -> None:
         """Hand outcomes to those who wait, as replies tell of them, and now and then without a reply."""
@@ -255,9 +258,17 @@ class Submissions:
             await client.unlink(*names)
 
 
-_ACCEPTED, _SAME, _CONFLICT = 1, 2, 3
+_REFUSED, _ACCEPTED, _SAME, _CONFLICT = range(4)
 _STAGES: dict[bytes | None, Stage] = {b"queued": "queued", b"running": "running"}
 _GOES_ON = 1
+
+
+def _named(answer: Sequence[Any]) -> str:
+    """The job that a key names, as the scripts `submit` and `holder` say. Raises KeyConflict."""
+    if answer[0] == _CONFLICT:
+        raise KeyConflict
+    job_id: bytes = answer[1]
+    return job_id.decode()
 
 
 def _outcome(job_id: str, state: bytes | int) -> Outcome | None:

@@ -31,6 +31,8 @@ router = APIRouter(tags=["images"], route_class=Direct)
 _RESPOND_ASYNC = "respond-async"
 _REFUSED_LATE = frozenset({"model_unavailable", "shutting_down"})
 """Refusals that nobody counted before, as other requests have them as well."""
+_REFUSED_BY_QUEUE = frozenset({"idempotency_conflict", "queue_full", "queue_unavailable"})
+"""Refusals of a queue that has looked for the job which the key names."""
 
 ReadBody = Callable[[Request, Service], Awaitable[GenerateRequest]]
 Render = Callable[[str, Ticket, Finished, bool, float], Response]
@@ -103,32 +105,62 @@ async def _make(request: Request, service: Service, body: GenerateRequest, diale
     rendering = choose(", ".join(request.headers.getlist("accept")), body)
     deadline = deadline_of(body, service.settings, began)
     gone = partial(_disconnected, request)
-    async with service.leased(body.model, deadline, gone) as pipeline:
-        asynchronous = body.asynchronous
-        job, ticket, keep = await _taken_in(request, body, rendering.format, key, pipeline, deadline, gone)
-        del body
-        request.state.let_go_of_body()
-        if keep is None:
-            finished = await service.desk.complete(job, gone)
-            return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
-    job_id = await service.desk.accept(job, keep)
+    asynchronous = body.asynchronous
+    keep = await _keep(request, body, rendering.format, key, deadline)
+    fresh = None
+    try:
+        async with service.leased(body.model, deadline, gone) as pipeline:
+            job, ticket = await _taken_in(request, body, rendering.format, keep, pipeline, deadline, gone)
+            del body
+            request.state.let_go_of_body()
+            if keep is None:
+                finished = await service.desk.complete(job, gone)
+                return dialect.render(job.id, ticket, finished, rendering.raw, time.monotonic() - began)
+        keep = replace(keep, note=ticket.model_dump_json())
+        job_id = await service.desk.accept(job, keep)
+        if job_id == job.id:
+            fresh = Status("queued", 0, job.cost, job.deadline - time.monotonic(), keep.note)
+    except ApiError as refusal:
+        job_id = await _made_before(service, keep, refusal, deadline)
     if asynchronous:
-        return await _accepted(request, job, job_id, keep)
+        return await _accepted(request, job_id, fresh)
     status, finished = await service.desk.completed(job_id, deadline, gone)
     ticket = Ticket.model_validate_json(status.note)
     return dialect.render(job_id, ticket, finished, rendering.raw, time.monotonic() - began)
+
+
+async def _keep(
+    request: Request, body: GenerateRequest, output_format: ImageFormat, key: str | None, deadline: float
+) -> Keep | None:
+    """How what the body asks for is kept, if it is."""
+    if not body.asynchronous and key is None:
+        return None
+    service: Service = request.app.state.service
+    digest = partial(digest_of, request.url.path, body, output_format)
+    said = "" if key is None else await service.parsed(digest, deadline)
+    return Keep(service.settings.keep_results_s, key=key, digest=said)
+
+
+async def _made_before(service: Service, keep: Keep | None, refusal: ApiError, deadline: float) -> str:
+    """The job that the key names, of a request that would be refused now. Raises the refusal where there is none."""
+    if keep is None or keep.key is None or refusal.code in _REFUSED_BY_QUEUE:
+        raise refusal
+    job_id = await service.desk.holder(keep, deadline)
+    if job_id is None:
+        raise refusal
+    return job_id
 
 
 async def _taken_in(
     request: Request,
     body: GenerateRequest,
     output_format: ImageFormat,
-    key: str | None,
+    keep: Keep | None,
     pipeline: Pipeline,
     deadline: float,
     client_gone: ClientIsGone,
-) -> tuple[Job, Ticket, Keep | None]:
-    """The job that the body asks for, what its answer says beside the images, and how it is kept, if it is."""
+) -> tuple[Job, Ticket]:
+    """The job that the body asks for, and what its answer says beside the images."""
     service: Service = request.app.state.service
     draft = partial(_draft, request, body, output_format, pipeline)
     if isinstance(body, ImageRequest) and body.reuse:  # The text of a PNG may lie behind its pixels.
@@ -136,16 +168,11 @@ async def _taken_in(
     else:
         job = await service.parsed(draft, deadline) if _is_long(body) else draft()
     ticket = Ticket.of(job, pipeline.manifest)
-    keep = None
-    if body.asynchronous or key is not None:
-        digest = partial(digest_of, request.url.path, body, output_format)
-        said = "" if key is None else await service.parsed(digest, deadline)
-        keep = Keep(service.settings.keep_results_s, ticket.model_dump_json(), key, said)
     if isinstance(body, ImageRequest):
         await service.desk.ask(job, keep)  # Before the images are decoded, as that is dear.
         decode = partial(with_images, job, body, pipeline.manifest, service.settings)
         job = await service.decoded(decode, deadline, client_gone)
-    return job, ticket, keep
+    return job, ticket
 
 
 def _is_long(body: GenerateRequest) -> bool:
@@ -168,17 +195,16 @@ async def _read(model: type[GenerateRequest], request: Request, service: Service
     return check_fields(model, fields, typed)
 
 
-async def _accepted(request: Request, job: Job, job_id: str, keep: Keep) -> Response:
-    """202: where the job is, and how far."""
+async def _accepted(request: Request, job_id: str, fresh: Status | None) -> Response:
+    """202: where the job is, and how far, which is known of a fresh one."""
     service: Service = request.app.state.service
     headers = {"Location": f"/jobs/{job_id}"}
     if _prefers_async(request):
         headers["Preference-Applied"] = _RESPOND_ASYNC
     # A job of this moment is not asked about: without a queue to ask it would seem refused.
-    fresh = Status("queued", 0, job.cost, job.deadline - time.monotonic(), keep.note)
-    if job_id == job.id:
+    if fresh is not None:
         service.tracker.expect(job_id)
-    status = fresh if job_id == job.id else await service.tracker.status(job_id)
+    status = fresh or await service.tracker.status(job_id)
     return Response(job_document(job_id, status).model_dump_json(), 202, headers, media_type="application/json")
 
 

@@ -12,11 +12,13 @@ import pytest
 
 from engines.backends.base import EngineError
 from service.app import create_app
+from service.models.catalogue import Catalogue
 from service.security.api_keys import ApiKey, digest_of
 from service.settings import Settings
 from tests.service import checks
 from tests.service.helpers import Gate, Running, error, listening, pipeline_of, png, random_image, running, until
 from tests.service.redis_server import RedisServer
+from tests.service.several import replace as rolled_to
 
 pytestmark = pytest.mark.anyio
 
@@ -123,6 +125,37 @@ async def test_what_was_made_is_given_again_though_it_would_be_refused_now(
         assert (await post(app, "a")).json()["id"] == first.json()["id"]
         error(await post(app, "b"), 422, "content_refused")
         error(await post(app, "a", seed=9), 422, "content_refused")
+
+
+async def test_what_was_made_is_given_again_after_a_roll_to_a_revision_that_would_not_make_it(
+    any_queue: Settings, several: Settings, folder: Path
+) -> None:
+    asked = {
+        "a": ("/generate", {"model": "blue"}),
+        "b": ("/generate", {"model": Catalogue.of(several).find("blue").manifest.model}),
+        "c": ("/generate", {"model": "blue", "async": True}),
+        "d": ("/v1/images/generations", {"model": "blue"}),
+    }
+    async with running(several.model_copy(update={"queue": any_queue.queue})) as app:
+
+        async def send(name: str, key: str, **other: Any) -> httpx.Response:
+            path, fields = asked[name]
+            sent = {"prompt": "a cat", "steps": 1, **fields, **other}
+            return await app.client.post(path, json=sent, headers={"Idempotency-Key": key})
+
+        first = {name: await send(name, name) for name in asked}
+        await until(lambda: app.metric("fewstep_images_total") == 4)
+        rolled_to(folder, "blue", steps=(2, 4))
+        assert (await app.client.post("/models/blue/load")).status_code == 200
+        for name in asked:
+            again = await send(name, name)
+            assert again.status_code == first[name].status_code, again.text
+            for told in ("id", "revision", "images", "data"):
+                assert again.json().get(told) == first[name].json().get(told)
+            refused = "model_not_found" if name == "b" else "unsupported_steps"
+            assert (await send(name, "other")).json()["error"]["code"] == refused
+            assert (await send(name, name, prompt="a dog")).json()["error"]["code"] == refused
+        assert app.metric("fewstep_images_total") == 4
 
 
 async def test_a_key_is_one_callers(app: Running) -> None:

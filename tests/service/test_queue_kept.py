@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -172,8 +173,15 @@ async def test_a_key_gives_the_job_that_it_named_first(queue: JobQueue) -> None:
     keep = Keep(60.0, "note", "key", "digest")
     assert await queue.submit(job("a"), keep) == "a"
     assert await queue.submit(job("b"), keep) == "a"
-    with pytest.raises(KeyConflict):
-        await queue.submit(job("c"), Keep(60.0, "note", "key", "another digest"))
+    assert await queue.holder(keep) == "a"
+    assert await queue.holder(replace(keep, key="another key")) is None
+    assert await queue.holder(KEEP) is None
+    for refused in (
+        queue.submit(job("c"), replace(keep, digest="another")),
+        queue.holder(replace(keep, digest="other")),
+    ):
+        with pytest.raises(KeyConflict):
+            await refused
     assert await queue.submit(job("d"), Keep(60.0, "note", "another key", "digest")) == "d"
     assert taken(queue, 9) == ["a", "d"]
     queue.settle("a", FINISHED)

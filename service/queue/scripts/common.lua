@@ -162,6 +162,25 @@ local function drop_late(model, at_a_time)
   end
 end
 
+-- Whether a job has not failed. One that is late has: no worker does its work, or nobody says that it was done.
+local function goes_on_or_done(id)
+  local state, deadline = unpack(redis.call('HMGET', PREFIX .. 'job:' .. id, 'state', 'deadline'))
+  if state == 'queued' then
+    return now_ms() <= tonumber(deadline)
+  elseif state == 'running' then
+    return now_ms() <= deadline + LATE_MS
+  end
+  return state == 'done'
+end
+
+-- What a client's key names: {2, the job}, or {3} where that one has another digest; nil where it names none.
+local function named_by(claim, digest)
+  local id, other = unpack(redis.call('HMGET', claim, 'id', 'digest'))
+  if id and goes_on_or_done(id) then
+    return other == digest and {2, id} or {3}
+  end
+end
+
 -- Takes an outcome out of those that are kept, by its line in their list.
 local function let_go(line)
   redis.call('ZREM', PREFIX .. 'kept-ends', line)

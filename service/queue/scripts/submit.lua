@@ -11,22 +11,9 @@ local id, model, message, images, cost, rows, age, left, keep, replies, identity
 local bound, margin, newcomers, beside, pace, shortest, farthest, promise_kept, most = unpack(ARGV, 14, 22)
 local kept, note, digest = unpack(ARGV, 23)
 
--- Whether a job has not failed. One that is late has: no worker does its work, or nobody says that it was done.
-local function goes_on_or_done(job)
-  local state, deadline = unpack(redis.call('HMGET', PREFIX .. 'job:' .. job, 'state', 'deadline'))
-  if state == 'queued' then
-    return now_ms() <= tonumber(deadline)
-  elseif state == 'running' then
-    return now_ms() <= deadline + LATE_MS
-  end
-  return state == 'done'
-end
-
-if claim then
-  local holder, other = unpack(redis.call('HMGET', claim, 'id', 'digest'))
-  if holder and holder ~= id and goes_on_or_done(holder) then
-    return other == digest and {2, holder} or {3}
-  end
+local named = claim and named_by(claim, digest)
+if named and named[2] ~= id then
+  return named
 end
 if redis.call('EXISTS', record) == 1 then
   return {1} -- Accepted before; the answer was lost on its way.
