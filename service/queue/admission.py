@@ -42,18 +42,30 @@ MOST_PROMISES = 16384
 
 RATE_MEMORY_S = 10.0
 EXPECTATION_S = 1.0
+EXPECTED_COST = 100.0
 SURPRISE = 3.0
 SHORT_STALL_S = 1.0
 BUSY_S = 0.25
+
+
+def expectation(per_second: float) -> tuple[float, float]:
+    """What a warm-up's speed counts as: row-ticks, and in how many seconds. A high one counts for less time."""
+    cost = EXPECTED * per_second * EXPECTATION_S
+    excess = max(1.0, cost / EXPECTED_COST)
+    return cost / excess, EXPECTATION_S / excess
 
 
 class Throughput:
     """How fast work is finished, in row-ticks a second, forgetting over about ``memory_s`` seconds of work.
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
-    shows how long one takes and not how many could be made. Of that time a pause does not count, from when something
-    was finished until a worker began what is finished next: a bundle that loads, or a worker that starts anew, is no
-    new speed. Where another job was worked on meanwhile, its part of the pause counts when that one is finished.
+    shows how long one takes and not how many could be made. How much work that is goes by the speed itself, which may
+    be far too high. So time counts too in which a worker always had images to finish, where it shows a lower speed:
+    behind their ticks they are finished one by one, however many there are.
+
+    Of that time a pause does not count, from when something was finished until a worker began what is finished next: a
+    bundle that loads, or a worker that starts anew, is no new speed. Where another job was worked on meanwhile, its
+    part of the pause counts when that one is finished.
 
     A pause counts like work where it is shorter than ``SHORT_STALL_S``, or longer than the time since the last one that
     did not: so where pauses recur, about half of the time counts at least, and for the rest there is `MARGIN`. An
@@ -81,24 +93,34 @@ class Throughput:
     def expect(self, per_second: float) -> None:
         """Start from what a warm-up has shown, unless something was measured."""
         if self._seconds == 0:
-            self._cost, self._seconds = EXPECTED * per_second * EXPECTATION_S, EXPECTATION_S
-            self._alone_s = EXPECTATION_S
+            self._cost, self._seconds = expectation(per_second)
+            self._alone_s = self._seconds
 
     def begin(self, now: float) -> None:
         """There is work from now on."""
         self._since = now
 
-    def finished(self, cost: float, outstanding: float, worked_s: float, now: float, share: float = 1.0) -> None:
+    def finished(
+        self,
+        cost: float,
+        outstanding: float,
+        worked_s: float,
+        now: float,
+        share: float = 1.0,
+        finishing_s: float = 0.0,
+    ) -> None:
         """``cost`` of the ``outstanding`` work was finished, by a worker that was at it for ``worked_s``.
 
-        Since something was, the workers were at this work for a ``share`` of the time.
+        Since something was, the workers were at this work for a ``share`` of the time. Of ``worked_s`` the last
+        ``finishing_s`` are those behind its ticks.
         """
         if self._since is None:
             return
+        never_idle = finishing_s >= max(BUSY_S, now - self._since)
         alone_s = share * self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
         if (speed := self.alone_per_second) > 0:
-            if outstanding < BUSY_S * speed:
+            if outstanding < BUSY_S * speed and not (never_idle and cost < speed * alone_s):
                 return
             alone_s = min(alone_s, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
         elapsed = alone_s / share
@@ -197,10 +219,13 @@ class Door:
         self._waiting[priority] -= cost
         self._ended(cost)
 
-    def settled(self, cost: int, worked_s: float | None, now: float) -> None:
-        """``cost`` that a worker had is over, finished in ``worked_s``; None where it is not finished."""
+    def settled(self, cost: int, worked_s: float | None, now: float, finishing_s: float = 0.0) -> None:
+        """``cost`` that a worker had is over, finished in ``worked_s``; None where it is not finished.
+
+        Of these the last ``finishing_s`` are those behind its ticks.
+        """
         if worked_s is not None:
-            self.throughput.finished(cost, self.outstanding, worked_s, now, self._share())
+            self.throughput.finished(cost, self.outstanding, worked_s, now, self._share(), finishing_s)
         self._ended(cost)
 
     def _let_in(self, cost: int, now: float, priority: Priority) -> None:

@@ -116,6 +116,11 @@ def worked_s(outcome: Outcome) -> float | None:
     return outcome.timings.encode_s + outcome.timings.denoise_s + outcome.timings.decode_s
 
 
+def finishing_s(outcome: Outcome) -> float:
+    """How long that was behind its last tick: to be decoded, checked and encoded, and until then; 0 where it is not."""
+    return outcome.timings.decode_s if isinstance(outcome, Finished) else 0.0
+
+
 def rank(since: float, priority: int) -> float:
     """When a job came, or would have come with no priority, to be where it is in the line. In seconds."""
     return since - HEAD_START_S * priority

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from service.jobs import Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.admission import BUSY_S, EXPECTATION_S, EXPECTED, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE
-from service.queue.base import HEAD_START_S, PATIENCE_S, WATCHED_S, Bounds, state_after, worked_s
+from service.queue.admission import BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
+from service.queue.base import HEAD_START_S, PATIENCE_S, WATCHED_S, Bounds, finishing_s, state_after, worked_s
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
 from service.queue.wire import pack_outcome, request_of, unpack_job
@@ -261,8 +261,8 @@ class Leases:
         dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
         throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
-        busy: Arguments = [str(BUSY_S), milliseconds(worked_s(outcome) or 0.0)]
-        first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput, *busy])
+        worked: Arguments = [milliseconds(worked_s(outcome) or 0.0), milliseconds(finishing_s(outcome))]
+        first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput, str(BUSY_S), *worked])
         self._let_go(job_id)
         return bool(first)
 
@@ -315,12 +315,8 @@ class Leases:
         with self._changed:
             expected = list(self._expected.items())
         for model, per_second in expected:
-            arguments: Arguments = [
-                str(EXPECTED * per_second * EXPECTATION_S),
-                str(EXPECTATION_S),
-                milliseconds(SPEED_TTL_S),
-            ]
-            self._command("expect", [keys.speed(model)], arguments)
+            cost, seconds = expectation(per_second)
+            self._command("expect", [keys.speed(model)], [str(cost), str(seconds), milliseconds(SPEED_TTL_S)])
 
     def _sweep(self) -> None:
         with self._changed:

@@ -23,6 +23,7 @@ from service.queue.base import (
     QueueStats,
     Stage,
     Status,
+    finishing_s,
     rank,
     worked_s,
 )
@@ -170,7 +171,7 @@ class MemoryQueue:
         with self._changed:
             self._cancelled.discard(job_id)
             if (job := self._taken.pop(job_id, None)) is not None:
-                self._doors[job.model].settled(job.cost, worked_s(outcome), self._clock())
+                self._doors[job.model].settled(job.cost, worked_s(outcome), self._clock(), finishing_s(outcome))
             return self._end(job_id, outcome)
 
     def owes(self, model: str) -> bool:

@@ -140,6 +140,39 @@ def test_lone_requests_are_no_measure_of_what_many_could_have() -> None:
     assert all(door.knock("", 4, LIMIT_S, 1000.0) is None for _ in range(60))
 
 
+def test_images_that_are_finished_far_slower_than_their_ticks_are_measured() -> None:
+    """Ticks take nothing, and each image a tenth of a second behind them. A quarter more come than that allows."""
+    door, free_at, late, refused = Door(100_000), 0.0, 0, 0
+    door.throughput.expect(1e5)
+    line: deque[tuple[float, float]] = deque()
+    for now in (0.08 * k for k in range(1500)):
+        while line and line[0][1] <= now:
+            arrived, done_at = line.popleft()
+            door.settled(4, done_at - arrived, done_at, done_at - arrived)
+            late += done_at - arrived > LIMIT_S
+        if door.knock("", 4, LIMIT_S, now) is not None:
+            refused += 1
+            continue
+        door.took(4)
+        free_at = max(free_at, now) + 0.1
+        line.append((now, free_at))
+    assert late == 0
+    assert refused == pytest.approx(300, rel=0.2)
+    assert door.throughput.per_second == pytest.approx(40, rel=0.1)
+
+
+def test_a_pair_that_is_finished_one_behind_the_other_is_no_measure_of_ticks() -> None:
+    door = Door(1000)
+    door.throughput.expect(SPEED / EXPECTED)
+    for turn in range(1000):
+        for _ in range(2):
+            assert door.knock("", 4, LIMIT_S, turn) is None
+            door.took(4)
+        for behind_s in (0.3, 0.31):
+            door.settled(4, 0.5 + behind_s, turn + 0.5 + behind_s, behind_s)
+    assert door.throughput.per_second == SPEED
+
+
 def test_what_is_measured_while_there_is_enough_to_do_counts() -> None:
     door = Door(1000)
     door.throughput.expect(SPEED / EXPECTED)

@@ -106,13 +106,13 @@ async def test_what_was_promised_before_its_clock_went_back_binds_nobody(
         assert begin_s + 4 < await refused("c") < begin_s + 20
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "expected"), [(0, 20.0), (1, 20.0), (2, 20.0), (3, 1e6)])
 async def test_the_throughput_in_redis_is_the_one_in_memory(
-    anyio_backend: str, redis_server: RedisServer, seed: int
+    anyio_backend: str, redis_server: RedisServer, seed: int, expected: float
 ) -> None:
     """Jobs that are finished after a time, and were worked on for another one: some of it before others were.
 
-    Other models have work meanwhile, one of them less than this one.
+    Other models have work meanwhile, one of them less than this one. What is expected may be far too much.
     """
     rng, model, others = Random(seed), f"tiny@{seed:012}", {"many@000000000000": 60, "few@000000000000": 10}
     passed = 0.0
@@ -122,7 +122,7 @@ async def test_the_throughput_in_redis_is_the_one_in_memory(
             for job, queue in product(some_jobs(seed, name)[:count], (there, memory)):
                 await queue.submit(replace(job, submitted=time.monotonic(), deadline=time.monotonic() + 3600.0))
             for queue in (there, memory):
-                queue.expect(name, 20.0)
+                queue.expect(name, expected if name == model else 20.0)
         throughput = memory._doors[model].throughput
         with redis_server.client() as client:
             for job in there.take({model: 1000}, 0.0):
@@ -134,7 +134,8 @@ async def test_the_throughput_in_redis_is_the_one_in_memory(
                 for queue in (there, memory):
                     queue.settle(job.id, finished)
                 kept = {name: float(value) for name, value in client.hgetall(keys.speed(model)).items()}
-                speed, alone = (kept[b"finished"] / kept[name] for name in (b"seconds", b"alone"))
+                seconds = kept[b"seconds"]
+                speed, alone = (kept[b"finished"] / of for of in (seconds, kept.get(b"alone", seconds)))
                 assert speed == pytest.approx(throughput.per_second, rel=0.1)
                 assert alone == pytest.approx(throughput.alone_per_second, rel=0.1)
     assert alone > 1.5 * speed

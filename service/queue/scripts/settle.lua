@@ -3,10 +3,11 @@
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
 -- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
--- the seconds of work from which on it is measured, how many ms a worker was at the job
+-- the seconds of work from which on it is measured, how many ms a worker was at the job, and how many of them behind its
+-- last tick
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed, busy_s, worked = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s, worked, finishing = unpack(ARGV, 10)
 
 -- The milliseconds that count now, where something was finished `since`, and what is finished now `began`.
 local function elapsed_ms(since, began, now)
@@ -35,11 +36,12 @@ local function note_finished(model, cost)
   local own = alone_ms(model, outstanding)
   local share = own > 0 and own / (own + beside_ms(own, work_of_others(model))) or 1
   local now = now_ms()
+  local never_idle = tonumber(finishing) >= math.max(1000 * busy_s, now - since)
   local alone_s = share * elapsed_ms(tonumber(since), now - math.max(worked, 1000 * busy_s), now) / 1000
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
-    if own < 1000 * busy_s then
+    if own < 1000 * busy_s and not (never_idle and 1000 * alone_s > alone_ms(model, cost)) then
       return
     end
     alone_s = math.min(alone_s, math.max(stall_s, surprise * own / 1000))
