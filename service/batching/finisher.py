@@ -17,7 +17,7 @@ from engines.tasks import Floats, Pixels
 from service.batching.caps import Caps
 from service.batching.isolate import BROKEN, Isolator, failures
 from service.batching.work import Unit, Work, note_failed_batch, requests_of
-from service.jobs import Failed, Finished, Job, Outcome, ending
+from service.jobs import CANCELLED, EXPIRED, Failed, Finished, Job, Outcome, ending
 from service.models.registry import Lease
 from service.queue.base import JobQueue
 from service.safety import Safety
@@ -82,13 +82,13 @@ class Finisher:
 
     def _finish(self, units: Sequence[Unit], lease: Lease) -> None:
         try:
-            wanted = [unit for unit in units if not unit.work.over]
+            wanted = self._wanted(units)
             results = self._isolator.run(lease.pipeline.manifest.model, partial(_decode, lease.pipeline), wanted)
             for unit, pixels, failure in zip(wanted, results, failures(results), strict=True):
                 if failure is not None:
                     self.device_lost = self.device_lost or isinstance(pixels, DeviceLostError)
                     self._fail(unit.work, failure)
-                elif not isinstance(pixels, Exception) and not unit.work.over:
+                elif not isinstance(pixels, Exception) and self._wanted([unit]):
                     self._encode_alone(unit, pixels)
         except Exception as error:
             logger.error("finishing failed", extra={"requests": requests_of(units), **describe(error)})
@@ -97,6 +97,17 @@ class Finisher:
         finally:
             lease.release()
             self._slots.release()
+
+    def _wanted(self, units: Sequence[Unit]) -> list[Unit]:
+        """Those that are still to be finished. Settles jobs whose time is over, or that were given up."""
+        works = {unit.work.job.id: unit.work for unit in units if not unit.work.over}
+        now = self._clock()
+        for work in works.values():
+            if work.job.deadline <= now:
+                self._fail(work, EXPIRED)
+        for job_id in self._queue.cancelled([job_id for job_id, work in works.items() if not work.over]):
+            self._fail(works[job_id], CANCELLED)
+        return [unit for unit in units if not unit.work.over]
 
     def _preview(self, units: Sequence[Unit], latents: Sequence[Floats], lease: Lease) -> None:
         try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from engines.backends.base import EngineError
+from service.batching import finisher
 from service.queue import keys, submissions
 from service.queue.base import LATE_S
 from service.roles import open_queue
@@ -142,6 +146,30 @@ async def test_the_worker_counts_what_it_settles(bench: Bench) -> None:
     bench.steps(1)
     bench.worker.stop()
     assert outcomes(bench) == {"expired": 1, "invalid": 1, "done": 1, "stopped": MAX_ROWS}
+
+
+async def test_what_nobody_waits_for_any_more_is_not_finished(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first image is encoded the others wait behind it: one is given up, and the time of one passes."""
+    encoding, go, encode = threading.Event(), threading.Event(), finisher.encode_image
+
+    def slow(*arguments: Any, **others: Any) -> bytes:
+        encoding.set()
+        assert go.wait(60)
+        return encode(*arguments, **others)
+
+    monkeypatch.setattr(finisher, "encode_image", slow)
+    for name, seconds in (("first", 600.0), ("given up", 600.0), ("late", 60.0), ("behind", 600.0)):
+        await bench.submit(name, task(1, steps=1), seconds=seconds)
+    bench.steps(1)
+    await asyncio.to_thread(encoding.wait, 60)
+    await bench.queue.cancel("given up")
+    monkeypatch.setattr(bench.worker._finisher, "_clock", lambda: time.monotonic() + 60.0)
+    go.set()
+    assert (await bench.failed("late")).reason == "expired"
+    await bench.finished("behind")
+    await until(lambda: not bench.queue.owes(bench.model))
+    assert bench.count("fewstep_images_total") == 2
+    assert outcomes(bench) == {"done": 2, "expired": 1}
 
 
 @pytest.mark.parametrize(("waited_s", "bound"), [(20.0, 0.1), (20.0 * 15, 0.6)])
