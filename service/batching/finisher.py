@@ -73,8 +73,8 @@ class Finisher:
 
     def settle(self, job: Job, outcome: Outcome) -> None:
         """Hand over what became of a job, from any thread; counts it where nothing had before."""
-        if self._queue.settle(job.id, outcome):
-            self._metrics.jobs.labels(ending(outcome)).inc()
+        if (became := self._queue.settle(job.id, outcome)) is not None:
+            self._metrics.jobs.labels(ending(became)).inc()
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""

@@ -228,10 +228,12 @@ class JobQueue(Protocol):
         """Hand over a preview of a taken job."""
         ...
 
-    def settle(self, job_id: str, outcome: Outcome) -> bool:
-        """Hand over the outcome. The first call for a job counts and returns True, later ones do nothing.
+    def settle(self, job_id: str, outcome: Outcome) -> Outcome | None:
+        """Hand over the outcome. The first call for a job counts and returns it, later ones do nothing and return None.
 
-        False too while the queue is away: who made the queue is told when this outcome was handed over, and counted.
+        A kept job that has failed by LATE_S stays so: that is handed over instead, and returned.
+
+        None too while the queue is away: who made the queue is told when an outcome was handed over, and counts it.
         """
         ...
 

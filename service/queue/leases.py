@@ -16,7 +16,7 @@ from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
-from service.jobs import Failed, Job, Outcome, Priority
+from service.jobs import EXPIRED, Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
@@ -155,17 +155,18 @@ class Leases:
             keep = milliseconds(WATCHED_S)
             self._reach(partial(self._redis.run, "show", [keys.preview(job_id)], [preview, keep]), None)
 
-    def settle(self, job_id: str, outcome: Outcome) -> bool:
+    def settle(self, job_id: str, outcome: Outcome) -> Outcome | None:
         """See JobQueue.settle."""
         with self._changed:
             lease = self._held.get(job_id)
             if lease is None or job_id in self._unsent:
-                return False
-        first: bool | None = self._reach(partial(self._settle, lease, outcome), None)
-        if first is None:
+                return None
+        answer: int | None = self._reach(partial(self._settle, lease, outcome), None)
+        if answer is None:
             with self._changed:
                 self._unsent[job_id] = lease, outcome
-        return first is True
+            return None
+        return _what_became(answer, outcome)
 
     def owes(self, model: str) -> bool:
         """See JobQueue.owes."""
@@ -254,7 +255,8 @@ class Leases:
         if self._settle(lease, failure, failure.message):
             self._on_dead_letter()
 
-    def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> bool:
+    def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> int:
+        """What the script `settle` says."""
         job_id = lease.job_id
         names = [lease.stream, keys.load(lease.model), keys.record(job_id), keys.result(job_id), keys.DEAD]
         over: Arguments = [job_id, lease.entry, state_after(outcome), pack_outcome(outcome), milliseconds(RESULT_TTL_S)]
@@ -262,9 +264,10 @@ class Leases:
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
         throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
         worked: Arguments = [milliseconds(worked_s(outcome) or 0.0), milliseconds(finishing_s(outcome))]
-        first = self._redis.run("settle", names, [*over, *dead, *kept, *throughput, str(BUSY_S), *worked])
+        told = [*over, *dead, *kept, *throughput, str(BUSY_S), *worked, pack_outcome(EXPIRED)]
+        answer: int = self._redis.run("settle", names, told)
         self._let_go(job_id)
-        return bool(first)
+        return answer
 
     def _let_go(self, job_id: str) -> None:
         with self._changed:
@@ -300,8 +303,9 @@ class Leases:
         with self._changed:
             unsent = list(self._unsent.values())
         for lease, outcome in unsent:
-            if self._reach(partial(self._settle, lease, outcome), False):
-                self._on_late_outcome(outcome)
+            answer = self._reach(partial(self._settle, lease, outcome), 0)
+            if (became := _what_became(answer, outcome)) is not None:
+                self._on_late_outcome(became)
 
     def _renew(self) -> None:
         with self._changed:
@@ -348,3 +352,8 @@ class Leases:
             self._away_until = None
             self._reclaims_from = time.monotonic() + self._reclaim_after_s
         return result
+
+
+def _what_became(answer: int, outcome: Outcome) -> Outcome | None:
+    """What became of a job for which the script `settle` gave this answer."""
+    return {1: outcome, 2: EXPIRED}.get(answer)

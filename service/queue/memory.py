@@ -166,13 +166,14 @@ class MemoryQueue:
         with self._changed:
             self._shelf.show(job_id, preview)
 
-    def settle(self, job_id: str, outcome: Outcome) -> bool:
+    def settle(self, job_id: str, outcome: Outcome) -> Outcome | None:
         """See JobQueue.settle."""
         with self._changed:
             self._cancelled.discard(job_id)
             if (job := self._taken.pop(job_id, None)) is not None:
                 self._doors[job.model].settled(job.cost, worked_s(outcome), self._clock(), finishing_s(outcome))
-            return self._end(job_id, outcome)
+            became = EXPIRED if self._shelf.is_late(job_id) else outcome
+            return became if self._end(job_id, became) else None
 
     def owes(self, model: str) -> bool:
         """See JobQueue.owes."""

@@ -50,7 +50,7 @@ class RedisQueue:
         on_late_outcome: Callable[[Outcome], None] = _ignore,
         on_untaken: Callable[[], None] = _ignore,
     ) -> None:
-        """`on_late_outcome` is told of each that could not be handed over at once, when it was and is the job's.
+        """`on_late_outcome` is told of what became of each job whose outcome could not be handed over at once.
 
         `on_untaken` is told of each job that no worker took before its time, whichever process accepted it.
         """
@@ -112,7 +112,7 @@ class RedisQueue:
         """See JobQueue.show."""
         self._leases.show(job_id, preview)
 
-    def settle(self, job_id: str, outcome: Outcome) -> bool:
+    def settle(self, job_id: str, outcome: Outcome) -> Outcome | None:
         """See JobQueue.settle."""
         return self._leases.settle(job_id, outcome)
 

@@ -64,6 +64,11 @@ class Shelf:
             return self._clock() > entry.deadline + (LATE_S if entry.state == "running" else 0.0)
         return entry.state != "done"
 
+    def is_late(self, job_id: str) -> bool:
+        """Whether it is one of these, and whoever asks is told that it has failed by its deadline."""
+        entry = self._entries.get(job_id)
+        return entry is not None and self._clock() > entry.deadline + LATE_S
+
     def begin(self, job: Job, keep: Keep) -> None:
         """A job was accepted."""
         self._entries[job.id] = _Entry(keep, job.cost, job.deadline)

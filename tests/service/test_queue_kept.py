@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.jobs import Failed, Finished, Job, Output, Priority, Timings
+from service.jobs import EXPIRED, Failed, Finished, Job, Output, Priority, Timings
 from service.queue import memory
 from service.queue.base import (
     FARTHEST_POSITION,
@@ -72,6 +72,15 @@ async def test_a_failure_is_kept_too(queue: JobQueue) -> None:
     queue.settle("a", failure)
     status = await queue.status("a")
     assert (status.state, status.outcome) == ("failed", failure)
+
+
+async def test_what_has_failed_by_its_time_stays_failed(queue: JobQueue) -> None:
+    for name, left_s in (("late", -1 - LATE_S), ("just in time", 5 - LATE_S)):
+        await queue.submit(job(name, left_s=left_s), KEEP)
+        assert taken(queue) == [name]
+    assert queue.settle("late", FINISHED) == (await queue.status("late")).outcome == EXPIRED
+    assert queue.settle("just in time", FINISHED) == FINISHED
+    assert [(await queue.status(name)).state for name in ("late", "just in time")] == ["failed", "done"]
 
 
 async def test_jobs_that_are_not_kept_have_no_status(queue: JobQueue) -> None:

@@ -301,7 +301,7 @@ async def test_jobs_whose_answer_was_lost_are_given_again_at_once(
     await asyncio.sleep(0.01)
     assert taken(worker) == ["a", "c"]
     assert taken(worker) == []
-    assert [worker.settle(job_id, FINISHED) for job_id in ("held", "a", "c")] == [True] * 3
+    assert [worker.settle(job_id, FINISHED) for job_id in ("held", "a", "c")] == [FINISHED] * 3
     assert counts.redeliveries == 0
 
 

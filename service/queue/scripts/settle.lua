@@ -1,13 +1,14 @@
--- Hands over the outcome of a job, and takes it out of the queue. The first call for a job returns 1, later ones 0.
+-- Hands over the outcome of a job, and takes it out of the queue. The first call for a job returns 1, or 2 where whoever
+-- asked was told by its deadline that it has failed, so that it stays so; later ones return 0.
 -- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
 -- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
 -- the seconds of work from which on it is measured, how many ms a worker was at the job, and how many of them behind its
--- last tick
+-- last tick; then the outcome of a job that is late
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed, busy_s, worked, finishing = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s, worked, finishing, expired = unpack(ARGV, 10)
 
 -- The milliseconds that count now, where something was finished `since`, and what is finished now `began`.
 local function elapsed_ms(since, began, now)
@@ -53,8 +54,8 @@ local function note_finished(model, cost)
   redis.call('PEXPIRE', speed, keep_speed)
 end
 
-local state, model, priority, message, replies, kept, cost =
-  unpack(redis.call('HMGET', record, 'state', 'model', 'priority', 'message', 'replies', 'kept', 'cost'))
+local state, model, priority, message, replies, kept, cost, deadline = unpack(redis.call('HMGET', record, 'state',
+  'model', 'priority', 'message', 'replies', 'kept', 'cost', 'deadline'))
 forget(id) -- First, as it only frees: after that a full Redis allows what follows.
 if (state == 'running' or state == 'queued') and over == 'done' then
   note_finished(model, cost)
@@ -73,7 +74,10 @@ if reason ~= '' then
     'reason', reason)
   redis.call('PEXPIRE', dead, keep_dead)
 end
-if kept then
+if kept and now_ms() > deadline + LATE_MS then
+  keep_outcome(id, 'failed', expired, kept, most, most_bytes)
+  return 2
+elseif kept then
   keep_outcome(id, over, outcome, kept, most, most_bytes)
   return 1
 end
