@@ -41,7 +41,6 @@ def building(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     """
     built: list[str] = []
     number: signal.Signals = getattr(request, "param", signal.SIGINT)
-    default = UNHANDLED[number]
 
     def build_plan(*given: Any) -> bytes:
         *_, progress, name = given
@@ -56,9 +55,10 @@ def building(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.setattr(compiling, "build_plan", build_plan)
-    former = signal.signal(number, default)
+    former = {number: signal.signal(number, default) for number, default in UNHANDLED.items()}
     yield built
-    signal.signal(number, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
