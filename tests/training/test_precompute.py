@@ -35,6 +35,7 @@ from training.run import Run
 from training.sections import CheckpointRecipe, DataRecipe
 
 DEVICE = torch.device("cpu")
+SHORT = {"updates": 1, "batch_size": 2, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,24 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Run:
     short = {"start": 2, "rounds": [{"steps": 1, "updates": 2, "batch_size": 4, "learning_rate": 3e-3}]}
     made = recipe(checkpoint, root / "squares", stage2=short, export={"licence": "CC0-1.0", "steps": [1]})
     return Run(made, root / "run", Accelerator(cpu=True))
+
+
+def run_of_classes(folder: Path, data: dict[str, Any], **sections: Any) -> Run:
+    """A run that trains a teacher of classes."""
+    made = Recipe.model_validate(
+        {
+            "name": "classes",
+            "conditioning": "class",
+            "data": data,
+            "network": {"channels": [8], "norm_groups": 4},
+            "teacher": SHORT,
+            "stage1": SHORT,
+            "stage2": {"start": 2, "rounds": [{"steps": 1, **SHORT}]},
+            "export": {"licence": "CC0-1.0", "steps": [1]},
+            **sections,
+        }
+    )
+    return Run(made, folder, Accelerator(cpu=True))
 
 
 def streaming(run: Run, folder: Path, address: str) -> Run:
@@ -200,20 +219,8 @@ def test_shards_of_images_with_classes_become_tensors_that_are_streamed(
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     make_index(str(tmp_path / "images"))
-    short = {"updates": 1, "batch_size": 2, "learning_rate": 1e-3}
-    classes = Recipe.model_validate(
-        {
-            "name": "classes",
-            "conditioning": "class",
-            "data": {"source": "stream", "address": str(tmp_path / "images"), "size": 8, "classes": ["cat", "dog"]},
-            "network": {"channels": [8], "norm_groups": 4},
-            "teacher": short,
-            "stage1": short,
-            "stage2": {"start": 2, "rounds": [{"steps": 1, **short}]},
-            "export": {"licence": "CC0-1.0", "steps": [1]},
-        }
-    )
-    run = Run(classes, tmp_path / "run", Accelerator(cpu=True))
+    data = {"source": "stream", "address": str(tmp_path / "images"), "size": 8, "classes": ["cat", "dog"]}
+    run = run_of_classes(tmp_path / "run", data)
     with pytest.raises(TrainingError, match="`fewstep precompute` makes shards of those with classes"):
         _ = run.data
     if isinstance(labels, str):
@@ -231,21 +238,8 @@ def test_an_autoencoder_is_trained_while_no_other_process_trains_in_its_folder(t
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
-    short = {"updates": 1, "batch_size": 2, "learning_rate": 1e-3}
-    classes = Recipe.model_validate(
-        {
-            "name": "latents",
-            "conditioning": "class",
-            "data": {"path": str(tmp_path / "images"), "size": 8},
-            "autoencoder": {"channels": [8, 8], "norm_groups": 4, **short},
-            "network": {"channels": [8], "norm_groups": 4},
-            "teacher": short,
-            "stage1": short,
-            "stage2": {"start": 2, "rounds": [{"steps": 1, **short}]},
-            "export": {"licence": "CC0-1.0", "steps": [1]},
-        }
-    )
-    run = Run(classes, tmp_path / "run", Accelerator(cpu=True))
+    autoencoder = {"channels": [8, 8], "norm_groups": 4, **SHORT}
+    run = run_of_classes(tmp_path / "run", {"path": str(tmp_path / "images"), "size": 8}, autoencoder=autoencoder)
     with training_alone(run.folder), pytest.raises(TrainingError, match="another process is training in"):
         precompute(run, str(tmp_path / "shards"), per_shard=2)
     assert not (run.folder / "autoencoder").exists()
