@@ -82,6 +82,7 @@ class Leases:
         self._unsent: dict[str, tuple[Lease, Outcome]] = {}
         self._expected: dict[str, float] = {}
         self._away_until: float | None = None
+        self._noting = threading.Lock()  # Several threads find out at once: only one of them says so.
         self._reclaims_from = 0.0
         self._taking = threading.Lock()  # one at a time: what is given is held before it is asked for again
         self._closing = threading.Event()
@@ -179,7 +180,8 @@ class Leases:
         if self._beating.ident is None:
             return
         self._beating.join()
-        self._away_until = None
+        if self._away_until is not None:
+            self._away_until = time.monotonic()  # A last try, whatever the pause.
         self._send()
         self._sweep()
 
@@ -343,15 +345,26 @@ class Leases:
         try:
             result = call()
         except AWAY as error:
+            self._note_away(error)
+            return otherwise
+        if writes:
+            self._note_back()
+        return result
+
+    def _note_away(self, error: Exception) -> None:
+        with self._noting:
             if self._away_until is None:
                 logger.warning("the queue is away", extra={"error": type(error).__name__, "detail": str(error)})
             self._away_until = time.monotonic() + _AFTER_ERROR_S
-            return otherwise
-        if writes and self._away_until is not None:
-            logger.info("the queue is back")
-            self._away_until = None
-            self._reclaims_from = time.monotonic() + self._reclaim_after_s
-        return result
+
+    def _note_back(self) -> None:
+        if self._away_until is None:
+            return  # Nearly always: without the lock.
+        with self._noting:
+            if self._away_until is not None:
+                logger.info("the queue is back")
+                self._reclaims_from = time.monotonic() + self._reclaim_after_s  # First: no moment without patience.
+                self._away_until = None
 
 
 def _what_became(answer: int, outcome: Outcome) -> Outcome | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -161,8 +164,30 @@ async def test_who_has_nothing_to_say_does_not_take_the_server_for_back(
     async with opened("redis://127.0.0.1:1/0", reclaim_after_s=0.5) as queue:
         assert taken(queue) == []
         await asyncio.sleep(1.0)  # Beats that have nothing to renew.
-        assert caplog.messages.count("the queue is away") == 1
+    assert caplog.messages.count("the queue is away") == 1
     assert "the queue is back" not in caplog.messages
+
+
+async def test_threads_that_find_the_queue_away_at_once_say_so_once(
+    anyio_backend: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Barrier(8)
+    warning = leases.logger.warning
+
+    def find_out(queue: RedisQueue) -> None:
+        together.wait()
+        assert queue.owes("tiny")
+
+    def warn_slowly(*arguments: Any, **named: Any) -> None:
+        time.sleep(0.05)
+        warning(*arguments, **named)
+
+    monkeypatch.setattr(leases.logger, "warning", warn_slowly)
+    async with opened("redis://127.0.0.1:1/0") as queue:
+        with ThreadPoolExecutor(together.parties) as threads:
+            for found in [threads.submit(find_out, queue) for _ in range(together.parties)]:
+                found.result()
+    assert caplog.messages.count("the queue is away") == 1
 
 
 async def test_a_node_of_a_cluster_is_away(anyio_backend: str, redis_path: str, tmp_path: Path) -> None:
