@@ -82,6 +82,7 @@ class Leases:
         self._unsent: dict[str, tuple[Lease, Outcome]] = {}
         self._expected: dict[str, float] = {}
         self._away_until: float | None = None
+        self._failures = 0
         self._noting = threading.Lock()  # Several threads find out at once: only one of them says so.
         self._reclaims_from = 0.0
         self._taking = threading.Lock()  # one at a time: what is given is held before it is asked for again
@@ -342,26 +343,29 @@ class Leases:
         away_until = self._away_until  # Once, as several threads come here.
         if away_until is not None and time.monotonic() < away_until:
             return otherwise
+        failures = self._failures
         try:
             result = call()
         except AWAY as error:
             self._note_away(error)
             return otherwise
         if writes:
-            self._note_back()
+            self._note_back(failures)
         return result
 
     def _note_away(self, error: Exception) -> None:
         with self._noting:
             if self._away_until is None:
                 logger.warning("the queue is away", extra={"error": type(error).__name__, "detail": str(error)})
+            self._failures += 1
             self._away_until = time.monotonic() + _AFTER_ERROR_S
 
-    def _note_back(self) -> None:
+    def _note_back(self, failures: int) -> None:
+        """Note an answer to what was asked after so many failures: one that another thread saw since is newer."""
         if self._away_until is None:
             return  # Nearly always: without the lock.
         with self._noting:
-            if self._away_until is not None:
+            if self._away_until is not None and failures == self._failures:
                 logger.info("the queue is back")
                 self._reclaims_from = time.monotonic() + self._reclaim_after_s  # First: no moment without patience.
                 self._away_until = None

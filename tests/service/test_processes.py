@@ -229,8 +229,11 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_it_holds_and_leaves_t
     async with running(api_settings) as api:
         worker = Process("worker", bundle_path, redis_server, tick_s=0.2, max_batch=1)
         with processes(worker):
+            worker.send(signal.SIGSTOP)  # So that it finds all of them at once, and takes the two that it may hold.
             requests = [asyncio.create_task(api.post("/generate", prompt="a cat")) for _ in range(4)]
-            await until(lambda: worker.metric("fewstep_tick_rows_count") > 0)
+            await until(lambda: api.metric("fewstep_queue_depth") == 4)
+            worker.send(signal.SIGCONT)
+            await until(lambda: api.metric("fewstep_queue_depth") == 2)
             worker.send(signal.SIGTERM)
             assert await asyncio.to_thread(worker.wait) == 0
         done, waiting = [task for task in requests if task.done()], [task for task in requests if not task.done()]
