@@ -155,11 +155,10 @@ class ShardStream:
                 self._pool.submit(self._fetch, number)
 
     def _fetch(self, number: int) -> None:
-        try:
+        with self._lock:
+            wanted = number in self._coming
+        if wanted:
             self._good(number)
-        finally:
-            with self._lock:
-                self._coming.discard(number)
 
     def _shards_of(self, items: Tensor) -> NDArray[np.int64]:
         numbers = items.numpy()
@@ -190,6 +189,7 @@ class ShardStream:
         """The shard, read by the first thread that asks for it where it is not kept; None when it is lost."""
         shard = self.index.shards[number]
         with self._lock:
+            self._coming.discard(number)  # Whoever reads it first: a read ahead that comes later is of no use.
             if self._closing.is_set():
                 raise StreamError(f"the stream of {self.place.address} is closed")
             if shard.name in self._lost:

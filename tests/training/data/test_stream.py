@@ -201,6 +201,20 @@ def test_an_epoch_reads_every_shard_once(unsteady: type[UnsteadyFileSystem]) -> 
     assert reads(unsteady) == {f"{n:06d}.tar": 1 for n in range(10)}
 
 
+def test_what_is_read_ahead_too_late_is_not_read_again(unsteady: type[UnsteadyFileSystem]) -> None:
+    write(ADDRESS, 40)
+    go = threading.Event()
+    with ShardStream(ADDRESS) as stream:
+        order = ShardOrder(stream.counts, 3, seed=0)
+        stream._pool.submit(go.wait, 10)
+        for update in range(11):
+            stream.parts(order.at(update))
+            stream.prefetch(order.ahead(update))
+        go.set()
+        stream._pool.submit(lambda: None).result(10)
+    assert reads(unsteady) == {f"{n:06d}.tar": 1 for n in range(10)}
+
+
 def test_a_window_is_read_while_the_one_before_it_is_in_use(unsteady: type[UnsteadyFileSystem]) -> None:
     write(ADDRESS, 40)
     with ShardStream(ADDRESS) as stream:
