@@ -126,6 +126,8 @@ class State:
         try:
             set_model_state_dict(self.wrapped, state["network"], options=_WHOLE)
         except RuntimeError as error:
+            if type(error) is not RuntimeError:  # no memory, or a process that is gone: the checkpoint is good
+                raise
             raise TrainingError(
                 f"{self.checkpoints.folder}: its checkpoint is of another network than the recipe's: remove "
                 f"{LAST} and {PREVIOUS} to begin the stage anew"

@@ -7,8 +7,8 @@ local stored = tonumber(redis.call('GET', KEYS[1]) or 0)
 -- Never emptier than empty, as it would be where the clock went back or the rate was raised.
 local full = math.max(now, math.min(stored, now + size * interval))
 local wait = full + interval - now - size * interval
-if wait <= 0 then
-  full = full + interval
+if wait < 0.1 then -- What is left of a wait for a whole token is rounding: times have steps of 2^-12 ms.
+  wait, full = 0, full + interval
 end
 if full ~= stored then
   begin_though_full()

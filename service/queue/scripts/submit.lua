@@ -87,7 +87,8 @@ local function promise(earliest)
   redis.call('ZADD', promises, now + wait_s * 1000, identity)
   redis.call('PEXPIRE', promises, farthest + promise_kept)
   if ms_per_cost > 0 then
-    local behind = at + shared_ms(cost * ms_per_cost) / pace
+    -- No later than what `next_promise` takes for a time; so far ahead nobody is promised one anyway.
+    local behind = math.min(at + shared_ms(cost * ms_per_cost) / pace, now + 2 * farthest)
     for _, other in ipairs(PRIORITIES) do
       if other <= tonumber(priority) then
         redis.call('HSET', load, next_promise_of(other), math.max(next_promise(other), behind))
