@@ -133,6 +133,14 @@ async def test_no_rate_is_too_small_or_too_large(rates: Rates, per_minute: float
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("per_minute", [0.9, 0.7, 0.35, 0.3, 0.1, 0.011])
+async def test_a_new_key_has_a_request_however_its_rate_is_rounded(rates: Rates, per_minute: float) -> None:
+    key = ApiKey("ann", DIGEST, per_minute)
+    assert await rates.wait_s(key) == 0.0
+    assert await rates.wait_s(key) == pytest.approx(60 / per_minute, abs=2)
+
+
+@pytest.mark.anyio
 async def test_a_bucket_in_redis_fills_as_time_goes_and_is_forgotten_when_it_is_full(
     anyio_backend: str, redis_server: RedisServer
 ) -> None:

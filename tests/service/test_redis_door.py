@@ -106,6 +106,24 @@ async def test_what_was_promised_before_its_clock_went_back_binds_nobody(
         assert begin_s + 4 < await refused("c") < begin_s + 20
 
 
+async def test_one_promise_far_ahead_is_not_given_to_many(anyio_backend: str, redis_server: RedisServer) -> None:
+    """What follows on it lies farther ahead than anyone is told to wait, and is a time nevertheless."""
+    waits = []
+    async with opened(redis_server.url, max_cost=100_000) as there:
+        for queue in (there, MemoryQueue(100_000)):
+            queue.expect(MODEL, 1.0)
+            await queue.submit(queues.job("first", left_s=3600.0))
+            told = []
+            for name in "abcd":
+                with pytest.raises(QueueFull) as full:
+                    await queue.ask(queues.job(name, images=74, left_s=600.0, identity=name))
+                told.append(full.value.retry_after_s)
+            waits.append(told)
+    assert waits[0] == pytest.approx(waits[1], abs=2)
+    assert waits[1][0] < 590
+    assert waits[1][1:] == [600.0] * 3
+
+
 @pytest.mark.parametrize(("seed", "expected"), [(0, 20.0), (1, 20.0), (2, 20.0), (3, 1e6)])
 async def test_the_throughput_in_redis_is_the_one_in_memory(
     anyio_backend: str, redis_server: RedisServer, seed: int, expected: float

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_a_checkpoint_of_another_network_is_not_gone_on_from(tmp_path: Path) -> 
     with pytest.raises(TrainingError, match=r"of another network.*remove checkpoint\.pt and checkpoint-previous\.pt"):
         train(nn.Linear(3, 4), loss, RECIPE, tmp_path, accelerator=Accelerator(cpu=True), seed=3)
     assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_for_which_there_is_no_memory_is_not_called_another_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, 3)
+    monkeypatch.setattr("training.state.set_model_state_dict", Mock(side_effect=torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        run(tmp_path)
 
 
 def test_the_log_tells_each_update(tmp_path: Path) -> None:
