@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +24,8 @@ from training.loop import BatchOrder, save_picture, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.pictures import save_grid
-from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record_round
-from training.run import STUDENT, Run
+from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record
+from training.run import STAGE1, STUDENT, Run
 from training.sampler import sample
 from training.sections import EncoderRecipe, Optimisation, Round, Stage2Recipe, TeacherRecipe
 from training.state import Validation
@@ -38,6 +38,8 @@ VALIDATION_PARTS = 16
 
 Loaded = TypeVar("Loaded")
 Loss = Callable[[nn.Module, Batch, Draws], Tensor]
+Trials = Callable[[bool], Trial]
+"""The trial of samplers, or with True of encoders, whose data are read when it is first asked for."""
 
 
 def student_stage(steps: int) -> str:
@@ -71,30 +73,31 @@ def train_teacher(run: Run) -> bool:
 def distill(run: Run) -> bool:
     """Every stage that is not done: the teacher too. Whether there was one."""
     was_left = train_teacher(run)
-    if not run.is_done("stage1"):
-        _match_outputs(run)
+    trials: Trials = cache(partial(Trial.of, run))
+    if not run.is_done(STAGE1) or not has_row(run, STAGE1):
+        _match_outputs(run, trials(False))
         was_left = True
-    run.tidy("stage1")
-    was_left |= _run_rounds(run, run.recipe.stage2)
+    run.tidy(STAGE1)
+    was_left |= _run_rounds(run, run.recipe.stage2, trials)
     if run.recipe.encoder is not None:
-        was_left |= _run_rounds(run, run.recipe.encoder)
+        was_left |= _run_rounds(run, run.recipe.encoder, trials)
     return was_left
 
 
-def _run_rounds(run: Run, recipe: Stage2Recipe) -> bool:
+def _run_rounds(run: Run, recipe: Stage2Recipe, trials: Trials) -> bool:
     """Every round that is not done, or has no row in the table; whether there was one."""
     encoding = isinstance(recipe, EncoderRecipe)
     name = encoder_stage if encoding else student_stage
-    previous, trial = "stage1", None
+    previous, was_left = STAGE1, False
     for round_, teacher_steps in zip(recipe.rounds, recipe.teachers_steps(), strict=True):
         stage = name(round_.steps)
         course: Course = "encoding" if encoding else "stochastic" if round_.stochastic else "deterministic"
         if not run.is_done(stage) or not has_row(run, stage):
-            trial = trial or Trial.of(run, encoding=encoding)
-            _run_round(run, round_, previous, teacher_steps, stage, course, trial)
+            _run_round(run, round_, previous, teacher_steps, stage, course, trials(encoding))
+            was_left = True
         run.tidy(stage)
         previous = stage
-    return trial is not None
+    return was_left
 
 
 def train_autoencoder(run: Run) -> None:
@@ -152,17 +155,20 @@ def _train_teacher(run: Run) -> None:
     _train_denoiser(run, "teacher", network, loss, recipe, TEACHER_SAMPLE_STEPS, guided)
 
 
-def _match_outputs(run: Run) -> None:
-    _ = run.data  # data that do not fit are told before the networks are read
-    recipe, teacher = run.recipe.stage1, run.guided_teacher()
+def _match_outputs(run: Run, trial: Trial) -> None:
+    recipe, teacher, steps = run.recipe.stage1, run.guided_teacher(), run.recipe.stage2.start
 
     def loss(network: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         return output_matching_loss(
             network, teacher, run.schedule, batch, run.recipe.guidance, draws, recipe.weighting
         )  # fmt: skip
 
-    student = student_from(run.denoiser("teacher"), run.prediction)
-    _train_denoiser(run, "stage1", student, loss, recipe, run.recipe.stage2.start)
+    if run.is_done(STAGE1):  # and only its row is missing
+        student = run.denoiser(STAGE1)
+    else:
+        untrained = student_from(run.denoiser("teacher"), run.prediction)
+        student = _train_denoiser(run, STAGE1, untrained, loss, recipe, steps)
+    record(run, STAGE1, trial, student, steps, trial.from_teacher(teacher, steps, steps, stochastic=False))
 
 
 def _run_round(
@@ -184,7 +190,7 @@ def _run_round(
         # An encoder makes noise, of which there is nothing to see.
         sample_steps = None if course == "encoding" else recipe.steps
         student = _train_denoiser(run, stage, untrained, loss, recipe, sample_steps, distance=from_teacher)
-    record_round(run, stage, trial, student, recipe.steps, from_teacher)
+    record(run, stage, trial, student, recipe.steps, from_teacher)
 
 
 def _train_denoiser(

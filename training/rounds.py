@@ -1,4 +1,7 @@
-"""The table of rounds: how near each student is to its teacher, and to the guided teacher, at equal noise."""
+"""The table of rounds: how near each student is to its teacher, and to the guided teacher, at equal noise.
+
+Its first row is that of stage 1: what is lost there, no round brings back.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Trial:
     w: Tensor
 
     @classmethod
-    def of(cls, run: Run, *, encoding: bool) -> Trial:
+    def of(cls, run: Run, encoding: bool) -> Trial:
         """Conditions of the training split, of a stream from a few shards of it, w over the whole range."""
         draws = Draws(run.recipe.seed, 1, range(ROWS))
         batch = run.data.batch(draws.integers(len(run.data.excerpt(SHARDS))), draws, run.device)
@@ -116,10 +119,11 @@ def _two_steps(teacher: Denoiser, schedule: Schedule, steps: int) -> Denoiser:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One round: what was trained, and relative L2 distances at equal noise.
+    """One round, or stage 1 at the steps that the first round starts from: what was trained, and how near it came.
 
-    That to the teacher is taken by the sampler that the student is for, the others by the deterministic one. `kept` is
-    the update whose student was kept: the last of all `updates`, or with validations the best.
+    Distances are relative L2 at equal noise. That to the teacher is taken by the sampler that the student is for, the
+    others by the deterministic one. `kept` is the update whose student was kept: the last of all `updates`, or with
+    validations the best.
     """
 
     stage: str
@@ -134,12 +138,12 @@ class RoundRow:
     reference_steps: int
 
 
-def record_round(
+def record(
     run: Run, stage: str, trial: Trial, student: Denoiser, steps: int, from_teacher: Callable[[Denoiser], float]
 ) -> None:
-    """Add the row of a round that is done to the run's table of rounds. A round that is repeated replaces its row.
+    """Add the row of stage 1 or of a round, which is done, to the run's table. One that is repeated replaces its row.
 
-    `from_teacher` takes the student's distance from the round's teacher.
+    `from_teacher` takes the student's distance from its teacher.
     """
     if not run.accelerator.is_main_process:
         return
@@ -203,6 +207,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     steps = rows[0]["reference_steps"]
     return (
         f"Relative L2 distances at equal noise, condition and w, over {ROWS} rows with w over the whole range. Its "
-        "teacher is the one of the round before, and a stochastic student goes by its own sampler there; the guided "
-        f"teacher takes {steps} steps.\n\n" + "\n".join(lines) + "\n"
+        "teacher is the student of the round before, at first that of stage 1, and that one's the guided teacher at "
+        f"equal steps; a stochastic student goes by its own sampler there. The guided teacher takes {steps} steps.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )

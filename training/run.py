@@ -43,7 +43,7 @@ from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"
 NETWORK = "unet"
-STUDENT = "student-"
+STAGE1, STUDENT = "stage1", "student-"
 AUTOENCODER = "autoencoder"
 UNCHECKED = "its index does not say which autoencoder, encoder of prompts and classes made it: they are unchecked"
 LEFT_OUT_OF_RECORD = frozenset({"export", "scale"})

@@ -77,7 +77,7 @@ def check_student(run: Run) -> None:
     assert (run.folder / student_stage(2) / "samples.png").exists()
     assert not (run.folder / encoder_stage(2) / "samples.png").exists(), "noise is nothing to look at"
     rows = json.loads((run.folder / "rounds.json").read_text())
-    assert [row["stage"] for row in rows] == ["student-2", "student-1", "encoder-2"]
+    assert [row["stage"] for row in rows] == ["stage1", "student-2", "student-1", "encoder-2"]
 
 
 def name_classes(checkpoint: Path) -> Path:

@@ -141,7 +141,8 @@ def test_a_ladder_reaches_one_from_a_start_that_is_no_power_of_two(
     distill.distill(run)
     assert [count for count in batches_asked_of if count] == [3 * 3, 3 * 7]
     rows = json.loads((run.folder / "rounds.json").read_text())
-    assert [(row["steps"], row["reference_steps"]) for row in rows] == [(7, 21), (1, 21)]
+    assert [(row["steps"], row["reference_steps"]) for row in rows] == [(21, 21), (7, 21), (1, 21)]
+    assert rows[0]["to_its_teacher"] == rows[0]["to_guided_teacher"] > rows[0]["guided_ddim"] == 0
 
 
 def student_weights(folder: Path, more: str = "") -> Tensor:
@@ -406,6 +407,7 @@ def test_a_row_that_a_kill_left_out_of_the_table_is_made(tmp_path: Path) -> None
     run = Run(Recipe.load(tmp_path / "small.toml"), tmp_path / "run", Accelerator(cpu=True))
     distill.distill(run)
     table, weights = (run.folder / "rounds.json").read_text(), run.weights(student_stage(1))
+    assert [row["stage"] for row in json.loads(table)] == ["stage1", "student-1"]
     (run.folder / "rounds.json").unlink()
     (run.folder / student_stage(1) / "checkpoint.pt").write_bytes(b"left behind")
     distill.distill(run)

@@ -223,12 +223,15 @@ def test_inpainting(runs: Callable[[str], Run], name: str, kind: Any, steps: int
 
 
 @pytest.mark.parametrize("name", ["sd1", "inpainting", "sdxl"])
-def test_every_round_has_its_row(runs: Callable[[str], Run], name: str) -> None:
-    rows = json.loads((runs(name).folder / "rounds.json").read_text())
+def test_stage_1_and_every_round_have_their_rows(runs: Callable[[str], Run], name: str) -> None:
+    stage1, *rows = json.loads((runs(name).folder / "rounds.json").read_text())
+    assert stage1["stage"] == "stage1"
+    assert stage1["steps"] == runs(name).recipe.stage2.start
     assert [row["steps"] for row in rows] == list(STEPS)
-    for row in rows:
+    for row in (stage1, *rows):
         assert 0 < row["to_its_teacher"] < 10
-        assert row["updates"] == row["kept"] == 4
+        assert row["updates"] == row["kept"]
+    assert {row["updates"] for row in rows} == {4}
     assert "student-4" in (runs(name).folder / "rounds.md").read_text()
 
 
