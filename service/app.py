@@ -88,6 +88,8 @@ def create_app(
         openapi_url=None if settings.role == "worker" else "/openapi.json",
         docs_url=None,
         redoc_url=None,
+        # The framework's own spans have the queries and errors of requests in them; those of `tracing` do not.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         responses={403: FOREIGN, **OF_CONNECTIONS},
     )
     app.state.service = service

@@ -12,8 +12,10 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from pydantic import ValidationError
@@ -90,6 +92,22 @@ async def test_a_request_and_its_stages_are_one_tree_in_the_callers_trace(
     assert {f"{span.context.trace_id:032x}" for span in spans if span.context} == {TRACE}
     assert spans[0].resource.attributes["service.name"] == "fewstep"
     assert PROMPT not in "".join(span.to_json() for span in spans)
+
+
+async def test_the_frameworks_own_spans_are_off(
+    anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the process has a provider that is global: they would hold what the client sent."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    async with running(settings) as app:
+        assert (await app.client.post("/generate", json={"prompt": PROMPT})).status_code == 200
+    assert exporter.get_finished_spans() == ()
+    with provider.get_tracer("other").start_as_current_span("of other code"):
+        pass
+    assert len(exporter.get_finished_spans()) == 1
 
 
 async def test_the_stages_follow_one_another_within_the_request(anyio_backend: str, settings: Settings) -> None:
