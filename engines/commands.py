@@ -14,7 +14,7 @@ from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.compile import check_finite, checked_inputs
 from engines.images import ImageFormat, encode_image
-from engines.manifest import SAMPLERS, Sampler
+from engines.manifest import SAMPLERS, WEIGHT_BITS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
 from engines.plans import PRECISIONS, Precision
 from engines.provenance import describe_image
@@ -113,14 +113,15 @@ def _tell_backend(pipeline: Pipeline) -> None:
 def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
 
-    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have; each is run
-    once, on noise, with the last class and the last word, and the tokenizer is opened. Torch programs, which are code,
-    are held to their hashes only.
+    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have, and to how it
+    says that weights are stored, where the package onnx is installed. Each graph is run once, on noise, with the last
+    class and the last word, and the tokenizer is opened. Torch programs, which are code, are held to their hashes only.
     """
     try:
         path = find_bundle(bundle)
         manifest = read_manifest(path)
-        problems = find_problems(path, manifest) or _opening_problems(Bundle(path, manifest))
+        opened = Bundle(path, manifest)
+        problems = find_problems(path, manifest) or _opening_problems(opened) or _storage_problems(opened)
     except (BundleError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -148,6 +149,20 @@ def _opening_problems(bundle: Bundle) -> list[str]:
         except EngineError as error:
             problems.append(str(error))
     return problems
+
+
+def _storage_problems(bundle: Bundle) -> list[str]:
+    """Weights that are narrower or wider than the manifest says, by which a service reckons the memory of a bundle."""
+    try:
+        from engines.weights import storages
+    except ModuleNotFoundError:
+        return []
+    said = min(bundle.manifest.weights_dtype.split("+"), key=WEIGHT_BITS.__getitem__)
+    found = {name for graph in bundle.graphs().values() for name in storages(graph.path)}
+    narrowest = min(found, key=WEIGHT_BITS.__getitem__, default=said)
+    if WEIGHT_BITS[narrowest] == WEIGHT_BITS[said]:
+        return []
+    return [f"weights are said to be stored in {said} at the narrowest, and are in {narrowest}"]
 
 
 def _report(path: Path, manifest: Manifest) -> list[str]:

@@ -15,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.manifest import WEIGHT_BITS
+
 SMALL_BYTES = 1024
 """Weights below this stay in the graph: they may be shapes, which inference needs to see."""
 SHARD_BYTES = 1 << 30
@@ -32,6 +34,13 @@ def value_of(tensor: TensorProto, folder: Path) -> NDArray[Any]:
     if not math.prod(shape):
         return np.empty(shape, dtype)
     return np.memmap(folder / place["location"], dtype, "r", int(place.get("offset", 0)), shape)
+
+
+def storages(graph: Path) -> set[str]:
+    """The types in which a graph holds weights: those of its floating-point initializers, and of quantized ones."""
+    initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    types = {np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).name for tensor in initializers}
+    return types & WEIGHT_BITS.keys()
 
 
 def half_scales(largest: NDArray[np.float32], code: float) -> NDArray[np.float16]:

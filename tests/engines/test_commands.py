@@ -208,6 +208,22 @@ def test_inspect_names_a_graph_that_is_not_what_the_manifest_says(text_bundle: B
     assert "DIFFERS  step-2.onnx: its inputs are" in result.output
 
 
+def test_inspect_names_weights_that_are_not_stored_as_it_is_said(text_bundle: Bundle, tmp_path: Path) -> None:
+    """A service reckons by it what a bundle takes when it is loaded."""
+    files = {path.name: path for path in text_bundle.path.iterdir() if path.name != "manifest.json"}
+    told = text_bundle.manifest.model_copy(update={"weights_dtype": "fp32+int8"})
+    result = call(inspect, write_bundle(tmp_path / "other", told, files).path)
+    assert result.exit_code == 1
+    assert "weights are said to be stored in int8 at the narrowest, and are in float32" in result.output
+
+
+def test_inspect_needs_no_onnx(text_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "engines.weights", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = call(inspect, text_bundle.path)
+    assert result.exit_code == 0, result.output
+
+
 def test_inspect_names_a_graph_whose_values_are_not_finite(text_bundle: Bundle, tmp_path: Path) -> None:
     graph = onnx.load(text_bundle.path / "text.onnx")
     weight = next(w for w in graph.graph.initializer if w.data_type == onnx.TensorProto.FLOAT)
