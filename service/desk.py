@@ -48,6 +48,7 @@ class Desk:
         self._stopping = stopping
         self._screener = Helper("screener")
         self._background: set[asyncio.Task[None]] = set()
+        self._stopped: asyncio.Future[Any] | None = None
 
     def close(self) -> None:
         """End its thread."""
@@ -86,7 +87,7 @@ class Desk:
         submitting = asyncio.ensure_future(self._queue.submit(job, keep))
         with self._refusals():
             try:
-                return await self.first(asyncio.shield(submitting), job.deadline, never)
+                return await self.first(asyncio.shield(submitting), job.deadline)
             except (ApiError, asyncio.CancelledError) as error:
                 self._in_the_background(self._withdraw(job, keep, submitting, _reason(error)))
                 raise
@@ -94,33 +95,36 @@ class Desk:
     async def holder(self, keep: Keep, deadline: float) -> str | None:
         """The job that its key names for the same request, if there is one and the queue says so in time."""
         try:
-            return await self.first(asyncio.ensure_future(self._queue.holder(keep)), deadline, never)
+            return await self.first(asyncio.ensure_future(self._queue.holder(keep)), deadline)
         except (ApiError, KeyConflict, QueueUnavailable):
             return None
 
     async def ask(self, job: Job, keep: Keep | None = None) -> None:
         """Raise ApiError 422, 429, 503 or 504 where the queue would not take the job now; its images may be missing."""
         with self._refusals():
-            await self.first(asyncio.ensure_future(self._queue.ask(job, keep)), job.deadline, never)
+            await self.first(asyncio.ensure_future(self._queue.ask(job, keep)), job.deadline)
 
-    async def first(self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone) -> Result:
+    async def first(
+        self, wanted: asyncio.Future[Result], deadline: float, client_gone: ClientIsGone | None = None
+    ) -> Result:
         """What is wanted, unless before it the client goes, the service stops, or the deadline passes.
 
         Raises ClientGone, and ApiError 503 or 504.
         """
-        gone = asyncio.ensure_future(client_gone())
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        waiting: set[asyncio.Future[Any]] = {wanted, gone, stopping}
+        if self._stopped is None:
+            self._stopped = asyncio.ensure_future(self._stopping.wait())
+        gone = None if client_gone is None else asyncio.ensure_future(client_gone())
+        own: list[asyncio.Future[Any]] = [wanted] if gone is None else [wanted, gone]
         try:
             left_s = max(0.0, deadline - time.monotonic())
-            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*own, self._stopped], timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if wanted.done():
                 return _result(wanted)
-            if gone.done():
+            if gone is not None and gone.done():
                 raise ClientGone
-            raise from_failure(STOPPED if stopping.done() else EXPIRED)
+            raise from_failure(STOPPED if self._stopping.is_set() else EXPIRED)
         finally:
-            for future in waiting:
+            for future in own:
                 future.cancel()
 
     @contextlib.contextmanager
@@ -142,7 +146,7 @@ class Desk:
         if self._safety is None:
             return
         asked = self._screener.result_of(partial(self._safety.refuse_prompt, job))
-        if (refusal := await self.first(asked, job.deadline, never)) is not None:
+        if (refusal := await self.first(asked, job.deadline)) is not None:
             raise from_failure(refusal)
 
     def _lost(self) -> ApiError:
@@ -187,11 +191,6 @@ class Desk:
         self._metrics.jobs.labels(reason).inc()
         if reason == "cancelled":
             self._metrics.cancelled.labels(stage).inc()
-
-
-async def never() -> None:
-    """A client that does not go."""
-    await asyncio.Event().wait()
 
 
 def _result(done: asyncio.Future[Result]) -> Result:

@@ -19,7 +19,7 @@ from engines.provenance import package_version
 from service.batching.scheduler import Scheduler
 from service.batching.watchdog import Watchdog
 from service.batching.worker import Worker
-from service.desk import ClientIsGone, Desk, Result, never
+from service.desk import ClientIsGone, Desk, Result
 from service.errors import ApiError, from_failure, model_refusals, too_many_requests
 from service.jobs import EXPIRED
 from service.models.catalogue import Catalogue, LoadsEnded
@@ -190,7 +190,7 @@ class Service:
         finally:
             lease.release()
 
-    async def load(self, name: str | None, deadline: float, client_gone: ClientIsGone = never) -> None:
+    async def load(self, name: str | None, deadline: float, client_gone: ClientIsGone | None = None) -> None:
         """`Models.load`, awaited until the deadline. Raises as `leased`."""
         with model_refusals():
             loading = self.models.load(name)
@@ -200,7 +200,7 @@ class Service:
         """`Models.unload`, awaited until the deadline. Raises as `leased`."""
         with model_refusals():
             unloading = self.models.unload(name)
-        await self.desk.first(asyncio.wrap_future(unloading), deadline, never)
+        await self.desk.first(asyncio.wrap_future(unloading), deadline)
 
     def manifest(self, name: str | None) -> Manifest:
         """What the bundle of that name says of itself, loaded or not. Raises ApiError 404 or 503."""
@@ -224,7 +224,7 @@ class Service:
 
     async def parsed(self, call: Callable[[], Result], deadline: float) -> Result:
         """The same for a call that is short, and waits for no image to be decoded."""
-        return await self.desk.first(self._parser.result_of(call), deadline, never)
+        return await self.desk.first(self._parser.result_of(call), deadline)
 
     def _lease(self, name: str | None) -> Lease | None:
         with model_refusals():
