@@ -6,9 +6,10 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from operator import itemgetter
 from typing import ClassVar
 
 from service.jobs import CANCELLED, EXPIRED, Job, Outcome
@@ -24,15 +25,11 @@ from service.queue.base import (
     Stage,
     Status,
     finishing_s,
-    rank,
     worked_s,
 )
+from service.queue.line import Line, urgency
 from service.queue.shelf import Shelf
 from service.threads import uncancellable
-
-
-def _rank_of(job: Job) -> float:
-    return rank(job.submitted, job.priority)
 
 
 class MemoryQueue:
@@ -52,7 +49,7 @@ class MemoryQueue:
         self._on_untaken = on_untaken
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, Job] = OrderedDict()
-        self._positions: dict[str, dict[str, int]] = {}  # of each model, until its line changes
+        self._lines: defaultdict[str, Line] = defaultdict(Line)
         self._doors: defaultdict[str, Door] = defaultdict(lambda: Door(max_cost, self._doors.values()))
         self._outcomes: dict[str, Future[Outcome]] = {}
         self._cancelled: set[str] = set()
@@ -72,7 +69,7 @@ class MemoryQueue:
             if wait_s is not None:
                 raise QueueFull(wait_s)
             self._waiting[job.id] = job
-            self._positions.pop(job.model, None)
+            self._lines[job.model].add(job)
             if keep is None:
                 self._outcomes[job.id] = uncancellable()
             else:
@@ -133,11 +130,10 @@ class MemoryQueue:
         """See JobQueue.take. There is one worker: nothing is left to others."""
         with self._changed:
             if wait_s > 0:
-                self._changed.wait_for(lambda: self._next(rooms) is not None, wait_s)
-            taken = list(_fitting(self._in_line(rooms), rooms))
+                self._changed.wait_for(lambda: any(self._lines[model] for model in rooms), wait_s)
+            taken = self._first(rooms)
             for job in taken:
-                self._taken[job.id] = self._waiting.pop(job.id)
-                self._positions.pop(job.model, None)
+                self._taken[job.id] = self._leave(job.id)
                 self._shelf.taken(job.id)
                 self._doors[job.model].took(job.cost, job.priority)
             return taken
@@ -193,16 +189,20 @@ class MemoryQueue:
         """See JobQueue.close."""
 
     def _drop_late(self) -> None:
-        now = self._clock()
-        for job_id in [job.id for job in self._waiting.values() if job.deadline + LATE_S < now]:
-            self._withdraw(job_id)
-            if self._end(job_id, EXPIRED):
+        late = self._clock() - LATE_S
+        for job in [job for line in self._lines.values() for job in line.due_before(late)]:
+            self._withdraw(job.id)
+            if self._end(job.id, EXPIRED):
                 self._on_untaken()
 
     def _withdraw(self, job_id: str) -> None:
-        job = self._waiting.pop(job_id)
-        self._positions.pop(job.model, None)
+        job = self._leave(job_id)
         self._doors[job.model].withdrew(job.cost, job.priority)
+
+    def _leave(self, job_id: str) -> Job:
+        job = self._waiting.pop(job_id)
+        self._lines[job.model].remove(job)
+        return job
 
     def _end(self, job_id: str, outcome: Outcome) -> bool:
         """Hand the outcome over. True for the first of a job."""
@@ -218,40 +218,15 @@ class MemoryQueue:
         wanted = self._waiting.get(job_id)
         if wanted is None:
             return None
-        if wanted.model not in self._positions:
-            line = sorted((job for job in self._waiting.values() if job.model == wanted.model), key=_rank_of)
-            told = enumerate(line[: FARTHEST_POSITION + 1])
-            self._positions[wanted.model] = {job.id: position for position, job in told}
-        return self._positions[wanted.model].get(job_id)
+        position = self._lines[wanted.model].position(wanted)
+        return position if position <= FARTHEST_POSITION else None
 
-    def _in_line(self, models: Collection[str]) -> list[Job]:
-        """Those whose deadline is at risk by their deadlines, then the others by age and priority.
-
-        All of them were let in because all can be done by their deadlines: so none is overtaken until it is late.
-        """
-        if not self._waiting:
-            return []
-        now = self._clock()
-        done_by = {model: now + self._doors[model].backlog_s for model in models}
-
-        def urgency(job: Job) -> tuple[bool, float]:
-            at_risk = job.deadline < done_by[job.model]
-            return not at_risk, job.deadline if at_risk else _rank_of(job)
-
-        # The sort is stable: without priorities the order is that of submission.
-        return sorted((job for job in self._waiting.values() if job.model in models), key=urgency)
-
-    def _next(self, models: Collection[str]) -> Job | None:
-        return next((job for job in self._waiting.values() if job.model in models), None)
-
-
-def _fitting(line: Iterable[Job], rooms: Mapping[str, int]) -> Iterator[Job]:
-    """Of each model those first in the line: what fits in its room, or one. None overtakes another of its model."""
-    left = dict(rooms)
-    for job in line:
-        room, images = left.get(job.model, 0), len(job.tasks)
-        if room <= 0 or (room < rooms[job.model] and images > room):
-            left.pop(job.model, None)
-        else:
-            left[job.model] = room - images
-            yield job
+    def _first(self, rooms: Mapping[str, int]) -> list[Job]:
+        """Of each model those first in its line; of all that is taken the most urgent first."""
+        now, found = self._clock(), []
+        for model, room in rooms.items():
+            if line := self._lines[model]:
+                done_by = now + self._doors[model].backlog_s
+                found += [(urgency(job, done_by), job) for job in line.first(room, done_by)]
+        # The sort is stable: of those that are alike the first model's go first.
+        return [job for _, job in sorted(found, key=itemgetter(0))]

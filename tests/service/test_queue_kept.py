@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from service.jobs import EXPIRED, Failed, Finished, Job, Output, Priority, Timings
-from service.queue import memory
+from service.queue import line
 from service.queue.base import (
     FARTHEST_POSITION,
     FRESH_S,
@@ -292,13 +292,13 @@ async def test_the_line_is_looked_through_once_however_many_ask(
     names = [f"{k}" for k in range(500)]
     for name in names:
         await queue.submit(job(name, steps=1), KEEP)
-    rank = memory._rank_of
+    rank = line._rank_of
 
     def counted(job: Job) -> float:
         looks[job.id] += 1
         return rank(job)
 
-    monkeypatch.setattr(memory, "_rank_of", counted)
+    monkeypatch.setattr(line, "_rank_of", counted)
     for name in names:
         await queue.status(name)
     assert looks == dict.fromkeys(names, 1)
