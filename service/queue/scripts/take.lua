@@ -94,7 +94,7 @@ local function is_for_others(stream, entry)
   return now - entry[1]:match('%d+') < patience[model]
 end
 
--- The entry behind the last one that was given of a stream, with its place in the line of service/queue/memory.py:
+-- The entry behind the last one that was given of a stream, with its place in the line of service/queue/line.py:
 -- before all others by its deadline where that is at risk, else by age and priority.
 local function head_behind(stream, last)
   local entry = oldest_waiting(KEYS[stream], last)
