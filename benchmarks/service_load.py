@@ -13,11 +13,10 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import click
 import httpx
@@ -36,7 +35,8 @@ from service.runtime import State
 from service.settings import Settings
 
 TOLERANCE = 2
-TIMEOUT_MS = 120_000  # as all come at once, and none is to be refused
+WAITING = 192  # at saturation: full ticks of every student, each twice
+TIMEOUT_MS = 120_000  # as so many come at once, and none is to be refused
 LATENCY_STEPS = 4
 
 
@@ -140,25 +140,35 @@ class Sides:
 
         return run
 
-    def saturated(self, images: int) -> Callable[[], None]:
-        """The same from the service: all at once, so that it always has enough to do."""
-        tasks = self.requests.mixture(images)
+    def saturated(self, images: int) -> float:
+        """Seconds in which the service makes as many, of which `WAITING` others are there before, meanwhile and after.
+
+        Each of so many clients asks again as soon as it is answered.
+        """
+        tasks = self.requests.mixture(images + 2 * WAITING)
         self.requests.rng.shuffle(tasks)
-        bodies = [(endpoint(task), body(task, timeout_ms=TIMEOUT_MS)) for task in tasks]
+        bodies = iter([(endpoint(task), body(task, timeout_ms=TIMEOUT_MS)) for task in tasks])
+        made: list[float] = []
+
+        async def ask_again() -> None:
+            for path, text in bodies:
+                await self.served.made(path, text)
+                made.append(time.perf_counter())
 
         async def ask() -> None:
-            await asyncio.gather(*(self.served.made(path, text) for path, text in bodies))
+            await asyncio.gather(*(ask_again() for _ in range(WAITING)))
 
-        return partial(run_coroutine, ask)
+        asyncio.run(ask())
+        return made[WAITING + images - 1] - made[WAITING - 1]
 
 
 def saturation(sides: Sides, images: int, rounds: int) -> tuple[str, float]:
-    sides.saturated(images)()
+    sides.saturated(images)
     size, rate = sides.best_rate(images)
     alone, served = [], []
     for _ in range(rounds):
         alone.append(seconds_of(sides.bare(images, size)))
-        served.append(seconds_of(sides.saturated(images)))
+        served.append(sides.saturated(images))
     ratios = [a / b for a, b in zip(alone, served, strict=True)]
     text = (
         f"saturation, {rounds} rounds of {images} images in turn: "
@@ -202,10 +212,6 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def run_coroutine(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(make())
-
-
 @click.command()
 @click.option("--bundle", default=SHIPPED, show_default=True, callback=known_bundle)
 @click.option("--backend", default="ort", show_default=True)
@@ -213,7 +219,7 @@ def run_coroutine(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
 @click.option("--bare-threads", default=0, help="Of the bare pipeline; 0 (default): every core it may use.")
 @click.option("--bare-first", is_flag=True, help="Open the bare pipeline before the service, not after it.")
 @click.option("--requests", default=100, show_default=True, help="Of the mixed load.")
-@click.option("--images", default=96, show_default=True, help="Of a round at saturation.")
+@click.option("--images", default=384, show_default=True, help="Of a round at saturation.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--repeats", default=60, show_default=True, help="Of one at a time.")
 def main(

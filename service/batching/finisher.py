@@ -27,15 +27,40 @@ from service.telemetry.tracing import Tracing, Untraced
 
 logger = logging.getLogger(__name__)
 
-# Batches that may wait here. More would only be memory: ticks then wait for the slower decoder.
-_BACKLOG = 2
 _UNWRITTEN = Failed("engine", "an image was made, and could not be written as a file")
 _PREVIEW_PX = 128
 _PREVIEW_QUALITY = 70
 
 
+class Room:
+    """Room for ``most`` images, or for more at once where there are none. They leave it in another thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._images = 0
+        self._changed = threading.Condition()
+
+    def enter(self, images: int, wait: bool = True) -> bool:
+        """Whether there is room for them; waits until there is, if it may."""
+        with self._changed:
+            entered = self._changed.wait_for(lambda: self._fits(images), None if wait else 0.0)
+            self._images += images if entered else 0
+            return entered
+
+    def leave(self, images: int) -> None:
+        """They are finished."""
+        with self._changed:
+            self._images -= images
+            self._changed.notify()
+
+    def _fits(self, images: int) -> bool:
+        return self._images == 0 or self._images + images <= self._most
+
+
 class Finisher:
-    """Decodes, checks, encodes and settles. `submit` blocks while the backlog is full.
+    """Decodes, checks, encodes and settles. `submit` blocks while ``room`` images are not finished.
+
+    More of them would only be memory: ticks then wait for the slower decoder.
 
     ``device_lost`` turns true where decoding finds that the device runs nothing any more.
     """
@@ -44,6 +69,7 @@ class Finisher:
         self,
         queue: JobQueue,
         metrics: Metrics,
+        room: int,
         clock: Callable[[], float] = time.monotonic,
         safety: Safety | None = None,
         tracing: Tracing | None = None,
@@ -55,17 +81,17 @@ class Finisher:
         self._clock = clock
         self._isolator = Isolator[Unit](partial(note_failed_batch, metrics, "decode"), clock, Caps())
         self.device_lost = False
-        self._slots = threading.BoundedSemaphore(_BACKLOG)
+        self._room = Room(room)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
 
     def submit(self, units: Sequence[Unit]) -> None:
         """Take units of one tick, whose rows are done. Their pipeline stays open until they are finished."""
-        self._slots.acquire()
+        self._room.enter(len(units))
         self._executor.submit(self._finish, units, units[0].work.lease.again())
 
     def preview(self, units: Sequence[Unit]) -> None:
-        """Show how far the images of units of one tick are, unless finished ones wait."""
-        if not units or not self._slots.acquire(blocking=False):
+        """Show how far the images of units of one tick are, unless finished ones leave no room for that."""
+        if not units or not self._room.enter(len(units), wait=False):
             return
         # Now, as the next tick moves the rows.
         latents = [unit.row.estimate for unit in units if unit.row is not None]
@@ -96,7 +122,7 @@ class Finisher:
                 self._fail(unit.work, BROKEN)
         finally:
             lease.release()
-            self._slots.release()
+            self._room.leave(len(units))
 
     def _wanted(self, units: Sequence[Unit]) -> list[Unit]:
         """Those that are still to be finished. Settles jobs whose time is over, or that were given up."""
@@ -118,7 +144,7 @@ class Finisher:
             logger.warning("a preview failed", extra={"requests": requests_of(units), **describe(error)})
         finally:
             lease.release()
-            self._slots.release()
+            self._room.leave(len(units))
 
     def _may_be_shown(self, unit: Unit, pixels: Pixels) -> bool:
         if self._safety is None:

@@ -30,15 +30,17 @@ _IDLE_WAIT_S = 0.1
 _AFTER_ERROR_S = 0.5
 _ENCODING_WAIT_S = 0.05
 _LAST_TICK_S = 10.0
+# One that runs, and one that waits.
+_FULL_TICKS = 2
 
 
 class Worker:
     """Runs jobs until stopped, with continuous batching: waiting rows are admitted at every tick.
 
-    Of each bundle it holds two full ticks of images for every number of steps among them. So the next tick of each can
-    be full, no bundle waits behind the jobs of another, and what waits longer stays in the queue, where its cost bounds
-    admission and another worker could take it. Of a bundle that is not loaded yet it parks no more than that, and those
-    that are loaded do not wait for it.
+    Of each bundle it holds two full ticks of images for every number of steps that it had since it last held none. So
+    the next tick of each can be full, no bundle waits behind the jobs of another, and what waits longer stays in the
+    queue, where its cost bounds admission and another worker could take it. Of a bundle that is not loaded yet it parks
+    no more than that, and those that are loaded do not wait for it.
 
     ``steps`` counts its rounds, so it stands still while one does not end.
 
@@ -63,12 +65,13 @@ class Worker:
         self._metrics = metrics
         self._tracing = tracing or Untraced()
         self._clock = clock
-        self._finisher = Finisher(queue, metrics, clock, safety, tracing)
+        self._finisher = Finisher(queue, metrics, _FULL_TICKS * scheduler.max_rows, clock, safety, tracing)
         self._encoder = Encoder(partial(note_failed_batch, metrics, "encode"), clock)
         self._isolator = Isolator[Unit](partial(note_failed_batch, metrics, "denoise"), clock, scheduler.caps)
         self._device_lost = False
         self._held: dict[str, Work] = {}
         self._parked: dict[str, Parked] = {}
+        self._students: dict[str, set[int]] = {}  # of each bundle, by their steps, since it last held none
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -176,12 +179,12 @@ class Worker:
         """How many images of each bundle may be taken; none of one that a full tick waits for already."""
         most = self._scheduler.max_rows
         held = Counter(unit.work.job.model for unit in self._units())
-        groups = Counter(model for model, _ in {(unit.work.job.model, unit.task.steps) for unit in self._units()})
+        self._students = {model: students for model, students in self._students.items() if held[model]}
         parked: Counter[str] = Counter()
         for each in self._parked.values():
             parked[each.job.model] += len(each.job.tasks)
         rooms = {
-            model: 2 * most * max(1, groups[model]) - held[model] - parked[model]
+            model: _FULL_TICKS * most * max(1, len(self._students.get(model, ()))) - held[model] - parked[model]
             for model in self._models.takeable()
             if parked[model] < most
         }
@@ -193,6 +196,7 @@ class Worker:
         if (lease := self._models.take_on(job.model)) is not None:
             del self._parked[job.id]
             self._held[job.id] = Work(job, lease)
+            self._students.setdefault(job.model, set()).update(task.steps for task in job.tasks)
         elif job.deadline <= self._clock():
             self._refuse(job, EXPIRED)
         elif (failure := parked.failure(self._models)) is not None:

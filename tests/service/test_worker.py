@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engines.pipeline import Edit, Generate, Inpaint, Row, Task
+from service.batching.finisher import Room
 from service.jobs import Job, Output, Priority
 from tests.service.bench import MAX_ROWS, Bench, alone, task
 from tests.service.helpers import random_image, read_pixels, until
@@ -86,6 +87,62 @@ async def test_what_the_worker_holds_is_bounded(bench: Bench) -> None:
         await bench.submit(f"{k}", task(k))
     bench.steps(1)
     assert bench.queue.stats().depth == 20 - 2 * MAX_ROWS
+
+
+async def test_it_goes_on_holding_two_ticks_of_each_student_while_it_is_busy(bench: Bench) -> None:
+    """Also when it holds none of one of them for a while: else nothing would be encoded beside the ticks then."""
+    await bench.submit("one", task(0, steps=1))
+    for k in range(7 * MAX_ROWS):
+        await bench.submit(f"{k}", task(k))
+    for _ in range(4):
+        bench.steps(1)
+        await asyncio.sleep(0.05)  # In which those are encoded that were taken.
+    await bench.finished("one")
+    assert bench.queue.stats().depth == 7 * MAX_ROWS - 2 * 2 * MAX_ROWS
+
+    def all_are_done() -> bool:
+        bench.steps(1)
+        return bench.count("fewstep_images_total") == 7 * MAX_ROWS + 1
+
+    await until(all_are_done)
+    bench.steps(1)
+    for k in range(20):
+        await bench.submit(f"again {k}", task(k))
+    bench.steps(1)
+    assert bench.queue.stats().depth == 20 - 2 * MAX_ROWS
+
+
+async def test_small_ticks_do_not_wait_for_a_slow_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, finish = threading.Event(), bench.pipeline.finish
+
+    def slow_finish(rows: Sequence[Row]) -> Any:
+        assert go.wait(10), "the ticks waited for the decoder"
+        return finish(rows)
+
+    monkeypatch.setattr(bench.pipeline, "finish", slow_finish)
+    names = [f"{k}" for k in range(2 * MAX_ROWS)]
+    for name in names:
+        await bench.submit(name, task(1, steps=1))
+        bench.steps(1)
+    go.set()
+    for name in names:
+        assert (await bench.finished(name)).ticks == (1,)
+
+
+def test_what_is_not_finished_is_bounded_by_its_images() -> None:
+    room = Room(8)
+    assert room.enter(5, wait=False)
+    assert not room.enter(4, wait=False)
+    assert room.enter(3, wait=False)
+    entered = threading.Thread(target=room.enter, args=(20,))
+    entered.start()
+    room.leave(5)
+    entered.join(0.2)
+    assert entered.is_alive(), "more than there is room for goes in where there is nothing else"
+    room.leave(3)
+    entered.join(10)
+    assert not entered.is_alive()
+    assert not room.enter(1, wait=False)
 
 
 async def test_a_cancelled_job_leaves_at_the_next_tick(bench: Bench) -> None:
