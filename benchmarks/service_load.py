@@ -166,14 +166,22 @@ def saturation(sides: Sides, images: int, rounds: int) -> tuple[str, float]:
     sides.saturated(images)
     size, rate = sides.best_rate(images)
     alone, served = [], []
+    alone_cpu_s = served_cpu_s = 0.0
     for _ in range(rounds):
+        before = time.process_time()
         alone.append(seconds_of(sides.bare(images, size)))
+        between, theirs = time.process_time(), sides.served.cpu_s()
         served.append(sides.saturated(images))
+        alone_cpu_s += between - before
+        served_cpu_s += time.process_time() - between + sides.served.cpu_s() - theirs
     ratios = [a / b for a, b in zip(alone, served, strict=True)]
+    alone_ms = 1000 * alone_cpu_s / (rounds * images)
+    served_ms = 1000 * served_cpu_s / (rounds * (images + 2 * WAITING))
     text = (
         f"saturation, {rounds} rounds of {images} images in turn: "
         f"{statistics.median(alone) / statistics.median(served):.3f} of the bare pipeline's throughput at its best "
-        f"batch, {size} ({rate:.1f} images/s); pair by pair {min(ratios):.3f} to {max(ratios):.3f}"
+        f"batch, {size} ({rate:.1f} images/s); pair by pair {min(ratios):.3f} to {max(ratios):.3f}; an image takes "
+        f"{alone_ms:.1f} ms of processor time, {served_ms:.1f} with the service and its clients"
     )
     return text, rate
 
