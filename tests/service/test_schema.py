@@ -74,5 +74,5 @@ def _generated(draw: strategies.DrawFn, cases: strategies.SearchStrategy[schemat
 
 def _give_time(body: Any) -> None:
     """A request that leaves the service two milliseconds gets a 504, as it should, and is not a fault."""
-    if isinstance(body, dict) and isinstance(limit := body.get("timeout_ms"), int) and 0 < limit < PATIENCE_MS:
+    if isinstance(body, dict) and isinstance(limit := body.get("timeout_ms"), int | float) and 0 < limit < PATIENCE_MS:
         body["timeout_ms"] = PATIENCE_MS
