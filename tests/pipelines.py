@@ -79,14 +79,17 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet(in_channels: int = 4, **changes: Any) -> UNet2DConditionModel:
-    """Two levels with cross-attention."""
+    """Two levels with cross-attention. What an inpainting network sees of the mask weighs more than the latent."""
     settings: dict[str, Any] = {
         "sample_size": LATENT, "in_channels": in_channels, "out_channels": 4, "block_out_channels": (8, 16),
         "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": WIDTH, "attention_head_dim": 4,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
-    return UNet2DConditionModel(**(settings | changes))
+    made = UNet2DConditionModel(**(settings | changes))
+    with torch.no_grad():
+        made.conv_in.weight[:, 4:] *= 4
+    return made
 
 
 def stable_diffusion(
