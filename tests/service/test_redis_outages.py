@@ -116,7 +116,6 @@ async def test_a_server_that_takes_no_writes_is_away(
         assert caplog.messages.count("the queue is away") == caplog.messages.count("the queue is back") == 2
 
 
-@pytest.mark.slow
 async def test_a_server_that_hangs_is_away_too(anyio_backend: str, durable: RedisServer) -> None:
     async with opened(durable.url) as queue:
         await queue.submit(job("a"))

@@ -279,7 +279,6 @@ def test_a_bundle_edits_as_our_sampler_does(
     assert off(image, ours(z, start=2)) <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_bundle_shows_an_inpainting_network_the_mask(
     runs: Callable[[str], Run], bundles: Callable[[str], Pipeline], strength: float
