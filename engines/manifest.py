@@ -254,8 +254,14 @@ class Description(Model):
     @model_validator(mode="after")
     def _conditioning_fits(self) -> Self:
         specs = {spec.name: spec for spec in self.condition}
-        if len(specs) != len(self.condition) or any(spec.shape[:1] != (BATCH,) for spec in self.condition):
-            raise ValueError("condition arrays need different names and a first dimension 'batch'")
+        only_first = all(
+            spec.shape[:1] == (BATCH,) and all(isinstance(dim, int) for dim in spec.shape[1:])
+            for spec in self.condition
+        )
+        if len(specs) != len(self.condition) or not only_first:
+            raise ValueError(
+                "condition arrays need different names, a first dimension 'batch' and the others as numbers"
+            )
         if self.conditioning == "class":
             if self.text is not None or not self.classes or len(set(self.classes)) != len(self.classes):
                 raise ValueError("class bundles list their classes, each once, and have no text encoder")

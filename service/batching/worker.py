@@ -165,8 +165,8 @@ class Worker:
 
     def _admit(self, wait_s: float) -> None:
         wait_s = 0.0 if self._held else wait_s
-        rooms = {} if self._draining.is_set() else self._rooms()
-        if rooms:
+        rooms = self._rooms()  # Also where nothing more is taken: a bundle that is parked for may need another's room.
+        if rooms and not self._draining.is_set():
             refused = self._models.refused()
             for job in self._queue.take(rooms, wait_s, refused):
                 self._parked[job.id] = Parked(job, left=job.model in refused)

@@ -7,13 +7,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from engines.bundle import BundleError, load_bundle
 from engines.pipeline import Pipeline
 from service.models.catalogue import Catalogue, Entry, LoadsEnded, ModelError, unreadable
+from service.models.known import LOOK_EVERY_S, Known
 from service.models.loaded import Loaded, ModelState
 from service.models.memory import trim
 from service.models.refused import Refused
@@ -22,11 +23,10 @@ from service.threads import uncancellable
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 1.0
 # How long a pipeline that was just loaded is left to those who waited for it.
 _FIRST_USE_S = 1.0
 # What was submitted before its process saw that a revision is the last one arrives within this.
-_STRAGGLERS_S = 2 * _LOOK_EVERY_S
+_STRAGGLERS_S = 2 * LOOK_EVERY_S
 
 OpenPath = Callable[[Path], Pipeline]
 Changed = Callable[[Pipeline, bool], None]
@@ -100,9 +100,7 @@ class Models:
         self._loading: dict[str, Future[None]] = {}
         self._moved = threading.Condition()
         self._closed = False
-        self._known: dict[str, Entry] = {}
-        self._problems: Mapping[Path, str] = {}
-        self._look_again = -math.inf
+        self._known = Known(catalogue, self._refused, clock)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="closer")
 
@@ -147,7 +145,7 @@ class Models:
         What is being loaded is closed once it is there. Who asks for the name meanwhile, or later, gets it loaded anew.
         Raises UnknownModel where none has that name, and BundleError where the catalogue cannot tell.
         """
-        self._look(now=True)
+        self._known.read()
         gone: Future[None] = uncancellable()
 
         def close(_: object = None) -> None:
@@ -155,10 +153,7 @@ class Models:
                 found = [loaded for loaded in self._loaded if loaded.manifest.answers_to(name)]
                 for loaded in found:
                     self._retire(loaded)
-            if found:
-                found[-1].gone.add_done_callback(lambda _: gone.set_result(None))
-            else:
-                gone.set_result(None)
+            _after([loaded.gone for loaded in found], gone)
 
         with self._moved:
             loading = [future for key, future in self._loading.items() if name in (key, key.partition("@")[0])]
@@ -197,7 +192,7 @@ class Models:
         with self._moved:
             serving = {loaded.manifest.model for loaded in self._loaded if self._takes_on(loaded)}
             leaving = {loaded.manifest.model for loaded in self._loaded} - serving
-            return frozenset(self._known.keys() | serving) - leaving
+            return frozenset(self._known.entries.keys() | serving) - leaving
 
     def refused(self) -> frozenset[str]:
         """The keys of the bundles that did not load, as far as their files are known to be the same."""
@@ -229,22 +224,9 @@ class Models:
 
     def _look(self, *, now: bool = False) -> bool:
         """Learn which bundles there are, and follow new revisions; False, and nothing, where that was a moment ago."""
-        with self._moved:
-            if not now and self._clock() < self._look_again:
-                return False
-            self._look_again = self._clock() + _LOOK_EVERY_S
-        try:
-            entries, problems = self.catalogue.read()
-        except BundleError as error:
-            logger.warning("the bundles cannot be listed", extra=describe(error))
-        else:
-            for path, problem in problems.items() - self._problems.items():
-                logger.warning("a bundle cannot be read", extra={"folder": str(path), "detail": problem})
-            self._problems = problems
-            self._known = {entry.manifest.model: entry for entry in entries}
-            for entry in entries:
-                with contextlib.suppress(ModelError):  # It still does not load.
-                    self._refused.check(entry)
+        if not now and not self._known.is_due():
+            return False
+        self._known.read()
         self._follow()
         return True
 
@@ -252,11 +234,13 @@ class Models:
         """Begin to load the revisions that replaced those that are loaded."""
         with self._moved:
             replaced = [
-                loaded for loaded in self._loaded if not loaded.retiring and loaded.manifest.model not in self._known
+                loaded
+                for loaded in self._loaded
+                if not loaded.retiring and loaded.manifest.model not in self._known.entries
             ]
         for loaded in replaced:
             name = loaded.pipeline.manifest.name
-            newer = [entry for entry in self._known.values() if entry.manifest.answers_to(name)]
+            newer = [entry for entry in self._known.entries.values() if entry.manifest.answers_to(name)]
             if len(newer) == 1:
                 with contextlib.suppress(ModelError):  # It did not load; the log has it.
                     self._begin(newer[0])
@@ -290,7 +274,7 @@ class Models:
 
     def _may_go(self, loaded: Loaded) -> bool:
         """Whether nobody needs it whose job was accepted: it can be loaded again, or all of them are done."""
-        return loaded.drained or self._fronts or loaded.manifest.model in self._known
+        return loaded.drained or self._fronts or loaded.manifest.model in self._known.entries
 
     def _begin(self, entry: Entry) -> Future[None]:
         with self._moved:
@@ -309,7 +293,7 @@ class Models:
         try:
             self._check(entry)
             self._make_room(entry.memory_bytes)
-            pipeline = self._opener(entry.path)
+            pipeline = self._open(entry, fingerprint)
         except LoadsEnded as error:
             self._settle(entry, future, error)
             return
@@ -326,6 +310,16 @@ class Models:
         self._changed_hook(pipeline, True)  # Now, as an older one of its model that closes says nothing any more.
         logger.info("loaded", extra={"model": entry.manifest.model, **({} if self._fronts else _backend_of(pipeline))})
         self._settle(entry, future, None)
+
+    def _open(self, entry: Entry, fingerprint: Hashable) -> Pipeline:
+        """The pipeline of what room was made for: meanwhile its folder may have come to hold something else."""
+        if entry.fingerprint() == fingerprint:
+            pipeline = self._opener(entry.path)
+            if pipeline.manifest.model == entry.manifest.model:
+                return pipeline
+            pipeline.close()
+        told = f"{entry.manifest.model} was replaced while it was opened"
+        raise ModelError(told, told, passing=True)
 
     def _check(self, entry: Entry) -> None:
         """Raise for what needs no room, as it cannot be loaded, before others make room for it."""
@@ -409,6 +403,14 @@ class Models:
         if unused and not loaded.closing and not self._closed:
             loaded.closing = True
             self._closer.submit(self._drop, loaded)
+
+
+def _after(waits: Sequence[Future[None]], then: Future[None]) -> None:
+    """Have ``then`` done once all of these are."""
+    if waits:
+        waits[0].add_done_callback(lambda _: _after(waits[1:], then))
+    else:
+        then.set_result(None)
 
 
 def _done() -> Future[None]:

@@ -155,6 +155,7 @@ def rename(document: dict[str, Any], name: str) -> None:
         (lambda d: d["students"].append(d["students"][0]), "same number of steps"),
         (lambda d: d["students"][0].update(steps=3), "has a grid of 1"),
         (lambda d: d["condition"][0].update(shape=[1, 8, 6]), "first dimension 'batch'"),
+        (lambda d: d["condition"][0].update(shape=["batch", "tokens", 6]), "the others as numbers"),
         (lambda d: d["condition"][0].update(shape=["batch", 0, 6]), "must be positive"),
         (lambda d: d.update(programs={"step-3.onnx": "README.md"}), r"programs of no graph: step-3\.onnx"),
         (lambda d: d.update(programs={"tokenizer.json": "README.md"}), r"programs of no graph: tokenizer\.json"),

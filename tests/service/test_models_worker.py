@@ -74,7 +74,7 @@ async def test_a_bundle_that_does_not_load_here_is_left_to_other_workers_until_i
         assert "step-4.onnx" in outcome.message
         monkeypatch.setattr(leases, "PATIENCE_S", 60.0)
         (folder / "amber" / "step-4.onnx").write_bytes(whole)
-        models._look_again = -math.inf
+        models._known._again = -math.inf
         await bench.submit("made", key)
         await bench.finished("made")
         bench.worker.stop()
@@ -87,7 +87,7 @@ async def test_a_job_whose_bundle_is_replaced_before_it_is_loaded_may_be_tried_a
     assert key in bench.models.takeable()
     replace(folder, "amber")
     await bench.submit("a", key)
-    bench.models._look_again = math.inf  # As if all this were within a second.
+    bench.models._known._again = math.inf  # As if all this were within a second.
     outcome = await bench.outcome("a")
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.retryable) == ("engine", True)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from engines.pipeline import Pipeline
-from service.models.catalogue import Catalogue
+from service.jobs import Finished
+from service.models.catalogue import Catalogue, ModelError
 from service.models.opening import open_pipeline
 from service.models.registry import Models
 from service.queue.memory import MemoryQueue
 from service.roles import open_front
 from service.settings import Settings
-from tests.service.helpers import Running, error, pipeline_of, running
+from tests.service.helpers import Running, error, pipeline_of, running, wait_until
 from tests.service.several import SeveralBench, damage, generate, replace, room_for
 
 pytestmark = pytest.mark.anyio
@@ -196,3 +197,55 @@ async def test_a_front_serves_the_old_revision_where_the_new_one_is_damaged(
         lease.release()
     finally:
         models.close()
+
+
+async def test_a_worker_that_drains_makes_what_waits_for_the_room_of_the_old_revision(
+    tight: Replaced, folder: Path
+) -> None:
+    tight.models.load("amber").result(60)
+    key = replace(folder, "amber")
+    await tight.bench.submit("a", key)
+    await tight.until(lambda: bool(tight.bench.worker._parked))
+    tight.bench.worker.drain()
+    outcome = asyncio.ensure_future(tight.queue.outcome("a"))
+    await tight.until(outcome.done)
+    assert isinstance(await outcome, Finished)
+
+
+async def test_an_unload_is_over_once_every_revision_is_closed(roomy: Replaced, folder: Path) -> None:
+    roomy.models.load("amber").result(60)
+    held = roomy.models.lease("amber")
+    assert held is not None
+    key = replace(folder, "amber")
+    roomy.models.load("amber").result(60)
+    gone = roomy.models.unload("amber")
+    await roomy.until(lambda: key not in roomy.states())
+    assert not gone.done()
+    held.release()
+    await roomy.until(gone.done)
+    assert roomy.states() == {}
+
+
+async def test_an_unload_does_not_load_the_revision_that_came_meanwhile(several: Settings, folder: Path) -> None:
+    opened: list[Path] = []
+    replaced = Replaced(several, 2**30, lambda path: opened.append(path) or open_pipeline(several, path))  # type: ignore[func-returns-value]
+    replaced.models.load("amber").result(60)
+    replace(folder, "amber")
+    await replaced.until(replaced.models.unload("amber").done)
+    assert len(opened) == 1
+    replaced.close()
+
+
+async def test_what_is_replaced_while_it_waits_for_room_is_not_opened_in_the_room_of_what_it_was(
+    tight: Replaced, folder: Path
+) -> None:
+    tight.models.load("amber").result(60)
+    held = tight.models.lease("amber")
+    assert held is not None
+    waiting = tight.models.load("blue")
+    wait_until(lambda: any(tight.states().values()))
+    replace(folder, "blue", steps=(1, 2, 4, 8))
+    held.release()
+    with pytest.raises(ModelError, match="was replaced while it was opened"):
+        waiting.result(60)
+    tight.models.load("blue").result(60)
