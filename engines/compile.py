@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,7 @@ def build_bundle(
     library, cache = library or find_library(), cache or PlanCache()
     chip = _chip(library, target)
     for name, graph in bundle.graphs().items():
-        key = PlanKey(graph.sha256, library.name, chip, precision, profile)
+        key = PlanKey(graph.sha256, asked_of(graph), library.name, chip, precision, profile)
         try:
             plan = cache.load(key)
         except PlanError:
@@ -76,7 +77,7 @@ def build_bundle(
         with tempfile.TemporaryDirectory() as scratch:
             prepared, fidelity = prepare(graph, precision, Path(scratch))
             named = chip if library.is_rtx else None
-            plan = build_plan(library, prepared, profile, named, progress and progress(name), name)
+            plan = build_plan(library, prepared, graph.inputs, profile, named, progress and progress(name), name)
         path = cache.save(key, plan)
         yield Built(name, key, path, len(plan), perf_counter() - started, fidelity)
 
@@ -233,6 +234,15 @@ def checked_inputs(graph: GraphSpec) -> list[dict[str, Array]]:
     if "guidance" not in inputs:
         return [inputs]
     return [inputs | {"guidance": np.full(CHECKED_ROWS, w, np.float32)} for w in graph.guidance]
+
+
+def asked_of(graph: GraphSpec) -> str:
+    """What is asked of a graph, as plans are keyed by it: the shapes, dtypes and values of `checked_inputs`, hashed."""
+    digest = hashlib.sha256()
+    for inputs in checked_inputs(graph):
+        for name, array in sorted(inputs.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def typical_inputs(graph: GraphSpec, batch: int) -> dict[str, Array]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
-REWRITING = 4
+REWRITING = 5
 """Raised whenever graphs come to be cast or checked, or plans to be built, in another way: older plans are not used."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
 
@@ -78,17 +78,25 @@ class Profile:
 
 @dataclass(frozen=True)
 class PlanKey:
-    """All that a plan depends on: the graph's SHA-256, the library and its version, the chip, precision, profile.
+    """All that a plan depends on: the graph's SHA-256, what it is asked, the library, the chip, precision, profile.
 
-    ``rewriting`` is how graphs were cast to that precision.
+    ``asked`` stands for the shapes that it was built for and the inputs that it was checked on, ``library`` has the
+    version, and ``rewriting`` is how graphs were cast to that precision. Of a dynamic profile only the largest size
+    counts.
     """
 
     graph: str
+    asked: str
     library: str
     target: str
     precision: Precision
     profile: Profile
     rewriting: int = REWRITING
+
+    def __post_init__(self) -> None:
+        """Reduce a dynamic profile to what makes a difference."""
+        if self.profile.dynamic:
+            object.__setattr__(self, "profile", Profile(self.profile.batch_sizes[-1:], dynamic=True))
 
     @property
     def digest(self) -> str:
@@ -176,7 +184,9 @@ class PlanCache:
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path}: {error}") from error
         if record.get("key") != key.document:
-            raise PlanError(f"{path}: its record is of another graph, library, chip, precision, profile or casting")
+            raise PlanError(
+                f"{path}: its record is of another graph, use, library, chip, precision, profile or casting"
+            )
         if record.get("sha256") != hashlib.sha256(plan).hexdigest():
             raise PlanError(f"{path}: its SHA-256 does not match its record")
         return plan

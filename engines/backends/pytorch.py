@@ -42,7 +42,7 @@ from engines.backends.exported import (
 from engines.backends.faults import failure, kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
-from engines.compile import check_fidelity, checked_inputs, typical_inputs
+from engines.compile import asked_of, check_fidelity, checked_inputs, typical_inputs
 from engines.hashes import check_unchanged
 from engines.plans import PlanCache, PlanKey, Precision
 
@@ -56,7 +56,7 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
     """
     cache = PlanCache(options.plans)
     version = f"torch {torch.__version__}"
-    key = PlanKey(graph.program_sha256, version, target(device), options.precision, ANY_BATCH)
+    key = PlanKey(graph.program_sha256, asked_of(graph), version, target(device), options.precision, ANY_BATCH)
     if (found := cache.find(key)) is not None:
         package, _ = found
         try:

@@ -33,7 +33,7 @@ from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
 from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library, started
-from engines.compile import prepare
+from engines.compile import asked_of, prepare
 from engines.plans import PlanCache, PlanKey, Profile
 
 _DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}
@@ -54,7 +54,7 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     if library.is_rtx:
         check_target(library, cuda.target)
     cache = PlanCache(options.plans)
-    key = PlanKey(graph.sha256, library.name, cuda.target, options.precision, options.profile)
+    key = PlanKey(graph.sha256, asked_of(graph), library.name, cuda.target, options.precision, options.profile)
     if (found := cache.find(key)) is not None:
         plan, profile = found
         try:
@@ -68,7 +68,9 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
-            made = build_plan(library, prepared, options.profile, target, lambda *_: wanted(), graph.path.name)
+            made = build_plan(
+                library, prepared, graph.inputs, options.profile, target, lambda *_: wanted(), graph.path.name
+            )
         engine = _warm(TrtEngine(graph, made, library, cuda, options.profile), options.profile)
         cache.keep(key, made)
         return engine

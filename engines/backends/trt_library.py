@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engines.backends.base import EngineError
+from engines.backends.base import EngineError, TensorSpec
 from engines.plans import Profile
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -58,12 +58,15 @@ def find_library() -> Library:
 def build_plan(
     library: Library,
     graph: Path,
+    inputs: Sequence[TensorSpec],
     profile: Profile,
     target: str | None = None,
     progress: Progress | None = None,
     name: str | None = None,
 ) -> bytes:
     """Compile an ONNX graph, strongly typed, for a chip; None is the one that is there.
+
+    Its inputs get the shapes of their specs, also where the graph leaves more open than the batch.
 
     Raises EngineError for a chip that the library does not compile for, for a graph that does not parse or build, for
     a build that `progress` ends, and where the library does not start; errors call the graph by `name`, or by that of
@@ -84,7 +87,7 @@ def build_plan(
         config.set_flag(user_allocation)  # TensorRT-RTX's condition for launches to be captured
     _aim(library, config, target)
     for sizes in profile.ranges:
-        config.add_optimization_profile(_shapes(builder, network, sizes))
+        config.add_optimization_profile(_shapes(builder, inputs, sizes))
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     plan = builder.build_serialized_network(network, config)
@@ -109,13 +112,11 @@ def _aim(library: Library, config: Any, target: str | None) -> None:
     config.set_compute_capability(getattr(library.module.ComputeCapability, target.upper()), 0)
 
 
-def _shapes(builder: Any, network: Any, sizes: tuple[int, int, int]) -> Any:
-    """A profile in which every open dimension is the batch."""
+def _shapes(builder: Any, inputs: Sequence[TensorSpec], sizes: tuple[int, int, int]) -> Any:
+    """A profile for batches of these sizes: the least, the usual and the largest."""
     profile = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        dims = tuple(tensor.shape)
-        profile.set_shape(tensor.name, *(tuple(size if dim == -1 else dim for dim in dims) for size in sizes))
+    for spec in inputs:
+        profile.set_shape(spec.name, *(spec.sized(size) for size in sizes))
     return profile
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from engines.backends.base import Array, DeviceMemoryError, EngineError
+from engines.backends.base import Array, DeviceMemoryError, EngineError, TensorSpec
 from engines.backends.cuda import Captured
 from engines.backends.trt_library import Library, Progress
 from engines.plans import Profile
@@ -163,7 +163,15 @@ MADE_UP = SimpleNamespace(
 )
 
 
-def build_nothing(library: Library, graph: Path, profile: Profile, target: str, progress: Progress, name: str) -> bytes:
+def build_nothing(
+    library: Library,
+    graph: Path,
+    inputs: Sequence[TensorSpec],
+    profile: Profile,
+    target: str,
+    progress: Progress,
+    name: str,
+) -> bytes:
     """The graph as the plan, after one step."""
     if not progress("building", 1, 1):
         raise EngineError("the build was ended")

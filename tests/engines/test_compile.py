@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models
 
 from engines import compile as compiling
 from engines.backends.base import EngineError, GraphSpec, TensorSpec
-from engines.backends.trt_library import Library, build_plan, find_library
+from engines.backends.trt_library import Library, _shapes, build_plan, error_logger, find_library
 from engines.build_command import build
 from engines.bundle import Bundle, load_bundle, shipped_bundle
-from engines.compile import build_bundle, prepare, typical_inputs
+from engines.compile import asked_of, build_bundle, prepare, typical_inputs
 from engines.plans import PRECISIONS, PlanCache, PlanKey, Precision, Profile, batch_sizes_up_to
 from tests.bundles import WORDS
 
@@ -83,7 +83,9 @@ def test_the_step_graph_that_ships_builds(library: Library, tmp_path: Path) -> N
     graph = load_bundle(shipped_bundle()).graphs()["step-1.onnx"]
     prepared, _ = prepare(graph, "fp16", tmp_path)
     told: list[tuple[str, int, int]] = []
-    plan = build_plan(library, prepared, Profile((1, 8), dynamic=True), "sm89", lambda *step: told.append(step) or True)
+    plan = build_plan(
+        library, prepared, graph.inputs, Profile((1, 8), dynamic=True), "sm89", lambda *step: told.append(step) or True
+    )
     assert len(plan) > 1e6
     assert any(done == steps > 0 for _, done, steps in told)
 
@@ -102,6 +104,35 @@ def test_what_is_there_is_not_built_again(
     assert cache.load(victim.key) == b"anew"
 
 
+def test_what_a_dynamic_plan_covers_is_not_built_again(library: Library, text_bundle: Bundle, cache: PlanCache) -> None:
+    for sizes in ((1, 4), (4,)):
+        built = list(build_bundle(text_bundle, Profile(sizes, dynamic=True), "fp32", "sm89", cache, library=library))
+        assert all((each.seconds == 0) == (sizes == (4,)) for each in built)
+
+
+def test_a_plan_was_checked_for_what_is_asked_of_it(text_bundle: Bundle) -> None:
+    """The same graph in a bundle of another guidance range, or with other shapes."""
+    graph = text_bundle.graphs()["step-4.onnx"]
+    wider = replace(graph, guidance=(0.0, 1.0, 1000.0))
+    image, *others = graph.inputs
+    larger = replace(graph, inputs=(image.model_copy(update={"shape": ("batch", 3, 32, 32)}), *others))
+    assert len({asked_of(each) for each in (graph, wider, larger, replace(graph, classes=9))}) == 3
+    assert asked_of(graph) == asked_of(text_bundle.graphs()["step-4.onnx"])
+
+
+def test_a_plan_has_the_shapes_of_the_specs(library: Library, tmp_path: Path) -> None:
+    """Also where the graph leaves more open."""
+    graph = products(tmp_path, 1.0)
+    model = onnx.load(graph.path)
+    for dim in model.graph.input[0].type.tensor_type.shape.dim:
+        dim.dim_param = f"any_{dim.dim_value}"
+    onnx.save(model, graph.path)
+    profile = _shapes(library.module.Builder(error_logger(library.module)), graph.inputs, (1, 2, 3))
+    assert [tuple(shape) for shape in profile.get_shape("x")] == [(1, 4), (2, 4), (3, 4)]
+    prepared, _ = prepare(graph, "fp32", tmp_path)
+    assert build_plan(library, prepared, graph.inputs, PROFILE, "sm89")
+
+
 def test_a_build_ends_when_it_is_told_to(library: Library, text_bundle: Bundle) -> None:
     told: list[str] = []
 
@@ -111,7 +142,7 @@ def test_a_build_ends_when_it_is_told_to(library: Library, text_bundle: Bundle) 
 
     graph = text_bundle.graphs()["step-4.onnx"]
     with pytest.raises(EngineError, match=r"step-4\.onnx: .* cannot build it"):
-        build_plan(library, graph.path, Profile((1,)), "sm89", progress)
+        build_plan(library, graph.path, graph.inputs, Profile((1,)), "sm89", progress)
     assert told
 
 
@@ -146,7 +177,7 @@ def test_tensorrt_itself_builds_for_the_chip_that_is_there(
     full = Library(SimpleNamespace(__name__="tensorrt", __version__="11.0"))
     monkeypatch.setattr(compiling, "Cuda", Machine)
     asked = []
-    monkeypatch.setattr(compiling, "build_plan", lambda *args: asked.append(args[3]) or b"plan")
+    monkeypatch.setattr(compiling, "build_plan", lambda *args: asked.append(args[4]) or b"plan")
     for target in (None, "sm89"):
         assert next(build_bundle(text_bundle, PROFILE, "fp32", target, cache, library=full)).key.target == "sm89"
     assert asked == [None]
@@ -160,14 +191,14 @@ def test_a_corrupt_graph_is_an_error(library: Library, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"broken\.onnx: ONNX Runtime cannot load"):
         prepare(GraphSpec("decode", broken, (), ()), "fp32", tmp_path)
     with pytest.raises(EngineError, match=r"broken\.onnx: tensorrt-rtx .* cannot parse"):
-        build_plan(library, broken, PROFILE, "sm89")
+        build_plan(library, broken, (), PROFILE, "sm89")
 
 
 def test_a_graph_that_it_cannot_build_is_an_error(library: Library, tmp_path: Path) -> None:
     """int8 weights that are not unpacked: a graph that parses and does not build."""
     graph = load_bundle(shipped_bundle()).graphs()["decode.onnx"]
     with pytest.raises(EngineError, match=r"decode\.onnx: tensorrt-rtx .* cannot build it \(.*[Qq]uantized"):
-        build_plan(library, graph.path, PROFILE, "sm89")
+        build_plan(library, graph.path, graph.inputs, PROFILE, "sm89")
 
 
 def test_a_precision_that_loses_the_image_is_refused(tmp_path: Path) -> None:
@@ -264,9 +295,9 @@ def test_without_a_library_the_message_says_what_to_install(monkeypatch: pytest.
 def test_a_library_that_fails_names_the_graph_of_the_bundle(library: Library, text_bundle: Bundle) -> None:
     graph = text_bundle.graphs()["step-4.onnx"]
     with pytest.raises(EngineError, match=r"^text\.onnx: .* cannot build it"):
-        build_plan(library, graph.path, PROFILE, "sm89", lambda *_: False, "text.onnx")
+        build_plan(library, graph.path, graph.inputs, PROFILE, "sm89", lambda *_: False, "text.onnx")
     with pytest.raises(EngineError, match=r"^text\.onnx: .* cannot parse it"):
-        build_plan(library, text_bundle.path / "README.md", PROFILE, "sm89", None, "text.onnx")
+        build_plan(library, text_bundle.path / "README.md", graph.inputs, PROFILE, "sm89", None, "text.onnx")
 
 
 def test_a_folder_without_room_is_an_error_that_names_it(
@@ -308,7 +339,7 @@ def test_weights_of_8_bits_are_unpacked_whatever_their_zero_point(
     onnx.save(model, graph.path)
     prepared, _ = prepare(graph, "fp32", tmp_path)
     assert {node.op_type for node in onnx.load(prepared).graph.node} == {"MatMul"}
-    assert build_plan(library, prepared, PROFILE, "sm89")
+    assert build_plan(library, prepared, graph.inputs, PROFILE, "sm89")
 
 
 def test_a_tokenizer_without_tokens_is_an_error(text_bundle: Bundle, tmp_path: Path) -> None:
@@ -342,5 +373,7 @@ def test_the_command_says_who_finds_its_plans_and_they_do(
     for largest in (1, 8, 12, 16, 32):
         wanted = Profile(batch_sizes_up_to(largest))
         for graph in text_bundle.graphs().values():
-            found = PlanCache(tmp_path).find(PlanKey(graph.sha256, MADE_UP.name, "sm89", "fp32", wanted))
+            found = PlanCache(tmp_path).find(
+                PlanKey(graph.sha256, asked_of(graph), MADE_UP.name, "sm89", "fp32", wanted)
+            )
             assert (found is not None) == (largest in finding)

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from engines.plans import PlanCache, PlanError, PlanKey, Profile, batch_sizes_up_to, plans_folder
 
-KEY = PlanKey("a" * 64, "tensorrt 10.9", "sm89", "fp16", Profile((1, 4)))
+KEY = PlanKey("a" * 64, "c" * 64, "tensorrt 10.9", "sm89", "fp16", Profile((1, 4)))
 OTHERS: dict[str, Any] = {
     "graph": "b" * 64,
+    "asked": "d" * 64,
     "library": "tensorrt 11.0",
     "target": "sm86",
     "precision": "fp32",
@@ -51,7 +52,7 @@ def test_a_plan_of_another_key_is_not_found(cache: PlanCache, field: str) -> Non
 def test_a_plan_under_the_name_of_another_is_refused(cache: PlanCache, field: str) -> None:
     other = replace(KEY, **{field: OTHERS[field]})
     cache.save(KEY, b"plan").rename(cache.path(other))
-    with pytest.raises(PlanError, match="another graph, library, chip"):
+    with pytest.raises(PlanError, match="another graph, use, library, chip"):
         cache.load(other)
 
 

@@ -19,6 +19,7 @@ from engines.backends.exported import Tensors, compile_program, load_program, ru
 from engines.backends.pytorch import PytorchEngine  # noqa: E402
 from engines.backends.standin import StandIn  # noqa: E402
 from engines.bundle import Bundle  # noqa: E402
+from engines.compile import asked_of  # noqa: E402
 from engines.hashes import sha256_of  # noqa: E402
 from engines.pipeline import Generate, Inpaint, Pipeline  # noqa: E402
 from engines.plans import PlanCache, PlanKey, Precision, Profile  # noqa: E402
@@ -381,7 +382,12 @@ def test_a_package_that_does_not_fit_is_compiled_anew(
     options = replace(ONE, plans=tmp_path)
     open_twice(halving, options)
     key = PlanKey(
-        halving.program_sha256, f"torch {torch.__version__}", pytorch.target("cpu"), "fp32", pytorch.ANY_BATCH
+        halving.program_sha256,
+        asked_of(halving),
+        f"torch {torch.__version__}",
+        pytorch.target("cpu"),
+        "fp32",
+        pytorch.ANY_BATCH,
     )
     match fault:
         case "another graph":

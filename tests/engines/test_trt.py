@@ -27,6 +27,7 @@ from engines.backends.standin import StandIn
 from engines.backends.trt import TrtEngine
 from engines.backends.trt_library import Library, build_plan
 from engines.bundle import Bundle
+from engines.compile import asked_of
 from engines.pipeline import Generate, Pipeline
 from engines.plans import PlanCache, PlanError, PlanKey, Profile
 from tests.engines.made_up_trt import MADE_UP, MadeUpContext, MadeUpCuda, build_nothing
@@ -60,7 +61,7 @@ def test_a_library_that_does_not_start_is_an_error_of_one_line(text_bundle: Bund
     library = Library(SimpleNamespace(**vars(MADE_UP) | {"Runtime": no_gpu, "Builder": no_gpu}))
     graph = graph_of(text_bundle, "step")
     with pytest.raises(EngineError, match=r"tensorrt-rtx 1\.0 does not start: is there a GPU"):
-        build_plan(library, graph.path, PROFILE)
+        build_plan(library, graph.path, graph.inputs, PROFILE)
     with pytest.raises(EngineError, match="does not start"):
         TrtEngine(graph, b"", library, cuda, PROFILE)  # type: ignore[arg-type]
 
@@ -265,7 +266,7 @@ def test_onnx_runtime_answers_until_the_plan_is_there(text_bundle: Bundle, made_
 
 def test_a_damaged_plan_is_built_anew(text_bundle: Bundle, made_up: EngineOptions) -> None:
     graph = graph_of(text_bundle, "step")
-    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", PROFILE)
+    key = PlanKey(graph.sha256, asked_of(graph), Library(MADE_UP).name, "sm89", "fp32", PROFILE)
     path = PlanCache(made_up.plans).save(key, b"a plan")
     path.write_bytes(b"a pl")
     with open_engine("trt", graph, made_up) as engine:
@@ -279,7 +280,7 @@ def test_a_plan_that_does_not_load_is_built_anew(
     text_bundle: Bundle, made_up: EngineOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
     graph = graph_of(text_bundle, "step")
-    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", PROFILE)
+    key = PlanKey(graph.sha256, asked_of(graph), Library(MADE_UP).name, "sm89", "fp32", PROFILE)
     cache = PlanCache(made_up.plans)
     cache.save(key, b"of another version")
     with open_engine("trt", graph, made_up) as engine:
@@ -372,7 +373,7 @@ def test_a_plan_that_does_not_run_is_built_anew(
     text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = graph_of(text_bundle, "step")
-    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", PROFILE)
+    key = PlanKey(graph.sha256, asked_of(graph), Library(MADE_UP).name, "sm89", "fp32", PROFILE)
     PlanCache(made_up.plans).save(key, graph.path.read_bytes())
     execute, failures = MadeUpContext.execute_async_v3, [False]
     monkeypatch.setattr(
@@ -399,7 +400,7 @@ def test_a_plan_of_a_wider_profile_is_used_with_that_profile(
     text_bundle: Bundle, made_up: EngineOptions, reference: Engine, built: Profile
 ) -> None:
     graph = graph_of(text_bundle, "step")
-    key = PlanKey(graph.sha256, Library(MADE_UP).name, "sm89", "fp32", built)
+    key = PlanKey(graph.sha256, asked_of(graph), Library(MADE_UP).name, "sm89", "fp32", built)
     PlanCache(made_up.plans).save(key, graph.path.read_bytes())
     with open_engine("trt", graph, made_up) as engine:
         assert isinstance(engine, TrtEngine)

@@ -173,6 +173,7 @@ def library() -> Library:
 def test_it_builds(
     graph_of: Callable[[str], GraphSpec], library: Library, name: str, target: str, precision: Precision, tmp_path: Path
 ) -> None:
-    prepared, fidelity = prepare(graph_of(name), precision, tmp_path)
-    assert len(build_plan(library, prepared, PROFILE, target)) > 1e5
+    graph = graph_of(name)
+    prepared, fidelity = prepare(graph, precision, tmp_path)
+    assert len(build_plan(library, prepared, graph.inputs, PROFILE, target)) > 1e5
     print(f"{name}, {target}, {precision}: {fidelity}")
