@@ -84,11 +84,16 @@ def open_run(recipe: Path, out: Path | None, data: Path | None, pace: Pace = Pac
 
 
 def open_finished_run(recipe: Path, folder: Path | None, data: Path | None) -> runs.Run:
-    """The run in a folder that is there. Raises as `open_run` does, and TrainingError where no run was."""
+    """The run in a folder that is there. Raises as `open_run` does, and TrainingError where no run was.
+
+    Raises TrainingError too for another teacher from a checkpoint than the one that it was distilled from.
+    """
     place = folder or Path("runs") / Recipe.load(recipe).name
     if not (place / runs.RECORD).is_file():
         raise TrainingError(f"there is no run in {place}; train one, or name its folder with --run")
-    return open_run(recipe, place, data)
+    run = open_run(recipe, place, data)
+    run.know_checkpoint()  # It may be another by now.
+    return run
 
 
 def _on_a_run(command: Callable[[runs.Run], bool]) -> click.Command:

@@ -58,8 +58,7 @@ def train_teacher(run: Run) -> bool:
     A teacher that is there is noted as the run's.
     """
     was_left = False
-    if run.pipeline is not None:
-        run.known("teacher", run.weights("teacher"))
+    run.know_checkpoint()
     if run.recipe.autoencoder and not run.is_done("autoencoder"):
         train_autoencoder(run)
         was_left = True
@@ -111,6 +110,8 @@ def train_autoencoder(run: Run) -> None:
     run.known("denoiser", fingerprint)
     torch.manual_seed(run.recipe.seed)
     network = Reconstructor(build_autoencoder(recipe, run.recipe.data.size))
+    if run.recipe.scale.gradient_checkpointing:
+        network.autoencoder.enable_gradient_checkpointing()
     order = BatchOrder(len(images), recipe.batch_size, run.recipe.seed)
 
     def load(update: int, draws: Draws) -> Tensor:

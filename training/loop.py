@@ -128,8 +128,9 @@ def train(
             if state.guard.exhausted:
                 report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept(validation))
                 reason = state.guard.reason(folder, state.update, value, norm)
-                state.guard.pardon()
-                state.save()
+                if state.update < recipe.updates:  # Else the next start would take it for done.
+                    state.guard.pardon()
+                    state.save()
                 raise TrainingError(reason)
             if state.update == recipe.updates and state.guard.is_stuck:
                 raise TrainingError(state.guard.reason(folder, state.update, value, norm))

@@ -29,6 +29,7 @@ from training.distill import train_autoencoder
 from training.errors import TrainingError
 from training.lock import training_alone
 from training.pictures import from_uint8
+from training.prompts import tell_of_cut
 from training.run import Run
 from training.sections import DataRecipe
 from training.store import hash_of
@@ -43,6 +44,23 @@ class Some:
     images: Tensor
     texts: Sequence[Sequence[str]] = ()
     labels: NDArray[np.int64] | None = None
+
+
+class Lengths:
+    """How many captions there were, and how many of them lose their end."""
+
+    def __init__(self, run: Run) -> None:
+        self.count = self.cut = 0
+        self._prompts = run.prompts
+
+    def noted(self, parts: Iterator[Some]) -> Iterator[Some]:
+        """The same, once their captions are counted."""
+        for some in parts:
+            if self._prompts is not None:
+                captions = [caption for own in some.texts for caption in own]
+                self.count += len(captions)
+                self.cut += self._prompts.too_long(captions)
+            yield some
 
 
 @dataclass(frozen=True)
@@ -87,10 +105,12 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
         source["background"] = run.recipe.data.background
     with TensorShardWriter(address, per_shard, hash_of(source), made_with) as writer:
         first = writer.done
+        lengths = Lengths(run)
         with tqdm(total=images.count, initial=first, desc="precomputing", unit="image", disable=None) as bar:
-            for sample in _encoded(run, images.parts(first)):
+            for sample in _encoded(run, lengths.noted(images.parts(first))):
                 writer.write(sample)
                 bar.update()
+        tell_of_cut(lengths.cut, lengths.count)
         return writer.count
 
 
@@ -149,7 +169,8 @@ def _in_folder(run: Run, images: CaptionedImages) -> Images:
     for i in tqdm(range(len(images)), desc="hashing", unit="image", leave=False, disable=None):
         pixels.update(images.image(i).tobytes())
     texts = [images.texts(i) for i in range(len(images))]
-    fingerprint = hash_of({"pixels": pixels.hexdigest(), "texts": texts})
+    of_labels = {} if labels is None else {"labels": labels.tolist()}
+    fingerprint = hash_of({"pixels": pixels.hexdigest(), "texts": texts, **of_labels})
     return Images(len(images), fingerprint, read, images.classes if run.prompts is None else ())
 
 

@@ -110,5 +110,10 @@ def _write(encoder: PromptEncoder, captions: Sequence[str], folder: Path) -> Non
             tables[name][start : start + ROWS] = halves.numpy()
     for table in tables.values():
         table.flush()
-    if cut := encoder.too_long(captions):
-        tqdm.write(f"{cut} of {len(captions)} captions are too long for the text encoder: their ends are not seen")
+    tell_of_cut(encoder.too_long(captions), len(captions))
+
+
+def tell_of_cut(cut: int, count: int) -> None:
+    """Tell of captions, of so many, that lose their end, if there are any."""
+    if cut:
+        tqdm.write(f"{cut} of {count} captions are too long for the text encoder: their ends are not seen")

@@ -118,6 +118,11 @@ class Run:
                 f"data-{use}.json if you mean to go on"
             )
 
+    def know_checkpoint(self) -> None:
+        """Note the checkpoint that the teacher is, if it is one. Raises TrainingError for another than before."""
+        if self.pipeline is not None:
+            self.known("teacher", self.weights("teacher"))
+
     @property
     def device(self) -> torch.device:
         """Where networks are."""
@@ -343,11 +348,15 @@ class Run:
         return networks.decode_all(self.autoencoder(), z) if self.is_latent else z
 
     def denoiser(self, stage: str) -> NetworkDenoiser:
-        """The network of a stage as a frozen Denoiser. Raises TrainingError if the stage is not done."""
+        """The network of a stage as a frozen Denoiser. Raises TrainingError if it is not done, or cannot be read."""
         if stage == "teacher" and self.pipeline is not None:
             return self.pipeline.denoiser().to(self.device)
         self.check_done(stage)
-        denoiser = load_network(self.folder / stage / self.network_part, self.schedule, self.prediction)
+        folder = self.folder / stage / self.network_part
+        try:
+            denoiser = load_network(folder, self.schedule, self.prediction)
+        except (ValueError, KeyError) as error:
+            raise TrainingError(f"{folder}: the network of a stage that is done cannot be read ({error})") from error
         return denoiser.to(self.device).eval().requires_grad_(False)
 
     def guided_teacher(self) -> GuidedTeacher:
@@ -390,7 +399,7 @@ class Run:
     def weights(self, stage: str) -> str:
         """A hash of the weights of a stage; of a teacher from a checkpoint, of all that it predicts by.
 
-        Raises TrainingError if the stage is not done.
+        Raises TrainingError if the stage is not done, or its weights are gone.
         """
         if self.pipeline is not None and stage == "autoencoder":
             return hash_of_files(self.pipeline.files("vae"))
@@ -403,7 +412,9 @@ class Run:
             return hash_of(predicts_by)
         self.check_done(stage)
         folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
-        return hash_of_files(sorted(folder.glob("*.safetensors")))
+        if not (files := sorted(folder.glob("*.safetensors"))):
+            raise TrainingError(f"{folder}: the weights of a stage that is done are gone")
+        return hash_of_files(files)
 
     def finish(self, stage: str, network: NetworkDenoiser | AutoencoderKL) -> None:
         """Save a stage's network, whole or not at all; its checkpoints are of no more use.

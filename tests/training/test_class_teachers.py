@@ -18,6 +18,7 @@ from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Generate
 from tests import pipelines
+from training.commands import open_finished_run
 from training.data.place import StreamError
 from training.distill import distill, encoder_stage, student_stage, train_teacher
 from training.draws import Draws
@@ -31,6 +32,25 @@ from training.sampler import sample
 from training.sections import DataRecipe
 
 SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}
+RECIPE = """
+name = "classes"
+conditioning = "class"
+data = {{ path = "{images}", size = 8 }}
+teacher = {{ checkpoint = "{checkpoint}" }}
+stage1 = {{ updates = 2, batch_size = 4, learning_rate = 3e-3 }}
+export = {{ licence = "CC0-1.0", steps = [2, 1] }}
+
+[stage2]
+start = 4
+rounds = [
+    {{ steps = 2, updates = 2, batch_size = 4, learning_rate = 3e-3 }},
+    {{ steps = 1, updates = 2, batch_size = 4, learning_rate = 3e-3 }},
+]
+
+[encoder]
+start = 4
+rounds = [{{ steps = 2, updates = 2, batch_size = 4, learning_rate = 3e-3 }}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +290,14 @@ def test_what_does_not_fit_the_teacher_is_refused_before_its_network_is_read(
 def test_another_teacher_in_the_same_place_is_noticed(images: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet"))
     distill(run)
+    recipe = tmp_path / "classes.toml"
+    recipe.write_text(RECIPE.format(images=images, checkpoint=tmp_path / "unet"))
+    assert open_finished_run(recipe, run.folder, None).is_done(student_stage(1))
     pipelines.class_unet(tmp_path / "unet", seed=5)
     with pytest.raises(TrainingError, match="another teacher"):
         distill(make_run(tmp_path / "run", images, 8, checkpoint=tmp_path / "unet"))
+    with pytest.raises(TrainingError, match="another teacher"):
+        open_finished_run(recipe, run.folder, None)
 
 
 def test_another_class_for_none_is_another_teacher(images: Path, tmp_path: Path) -> None:

@@ -76,6 +76,20 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_may_be_read(
             assert "no trained" in invoke(*reads).output.splitlines()[-1], "what it would read"
 
 
+def test_what_is_damaged_of_a_stage_that_is_done_is_named(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert invoke("distill", recipe, "--out", folder).exit_code == 0
+    network = folder / "student-1" / NETWORK
+    (network / "config.json").write_text("{")
+    said = invoke("export", recipe, tmp_path / "bundle", "--run", folder)
+    assert said.exit_code == 1
+    assert f"Error: {network}: the network of a stage that is done cannot be read" in said.output
+    for weights in network.glob("*.safetensors"):
+        weights.unlink()
+    said = invoke("evaluate", recipe, "--run", folder, "--samples", "8", "--frechet-dims", "4")
+    assert f"Error: {network}: the weights of a stage that is done are gone" in said.output
+
+
 def test_a_run_that_has_nothing_left_to_do_says_so(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for command in ("train", "distill"):

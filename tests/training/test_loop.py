@@ -204,6 +204,15 @@ def test_a_stage_that_ends_with_skips_alone_is_not_kept(tmp_path: Path) -> None:
     train_with(dict.fromkeys(range(6, 11), math.nan), tmp_path / "nearly")
 
 
+def test_a_stage_whose_last_update_is_a_skip_too_many_is_not_kept(tmp_path: Path) -> None:
+    """However often it is started: what goes on is what was kept before."""
+    skips: dict[int, float | Killed] = dict.fromkeys(range(9, 12), math.nan)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="3 updates were skipped, the last one 12"):
+            train_with(skips, tmp_path, skip_limit=2)
+    train_with({}, tmp_path, skip_limit=2)
+
+
 @pytest.mark.parametrize("error", [DataError("too many shards are lost"), None], ids=["lost shards", "skips"])
 def test_what_was_trained_before_a_run_gives_up_is_kept(tmp_path: Path, error: Exception | None) -> None:
     def load(update: int, draws: Draws) -> float:

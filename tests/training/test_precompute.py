@@ -24,7 +24,7 @@ from training.data.place import StreamError
 from training.data.shard_index import make_index
 from training.data.shard_order import ShardOrder
 from training.data.shard_writer import PROGRESS
-from training.distill import distill, student_stage
+from training.distill import distill, student_stage, train_autoencoder
 from training.draws import Draws
 from training.errors import TrainingError
 from training.evaluation.evaluation_set import load_evaluation_set
@@ -248,6 +248,28 @@ def test_an_autoencoder_is_trained_while_no_other_process_trains_in_its_folder(t
         assert precompute(run, str(tmp_path / "shards"), per_shard=2) == 2
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_autoencoder_is_trained_with_gradient_checkpointing_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    for k in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / f"{k}.png")
+    calls: list[object] = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *given, **how: calls.append(given) or checkpoint(*given, **how)
+    )
+    run = run_of_classes(
+        tmp_path / "run",
+        {"path": str(tmp_path / "images"), "size": 8},
+        autoencoder={"channels": [8, 8], "norm_groups": 4, **SHORT},
+        scale={"gradient_checkpointing": asked},
+    )
+    train_autoencoder(run)
+    assert bool(calls) == asked
+
+
 def test_streamed_images_are_encoded_in_full_precision(in_memory: Run, tmp_path: Path) -> None:
     run = image_stream(in_memory, tmp_path)
     items = torch.arange(4)
@@ -297,6 +319,37 @@ def test_tensors_are_not_precomputed_again(in_memory: Run, tmp_path: Path) -> No
     run = streaming(in_memory, tmp_path / "run", str(tmp_path / "shards"))
     with pytest.raises(TrainingError, match="holds tensors already"):
         precompute(run, str(tmp_path / "again"), per_shard=3)
+
+
+def test_a_class_that_was_corrected_is_other_data(tmp_path: Path) -> None:
+    """Also where captions say nothing of it."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(3):
+        Image.new("RGB", (8, 8), (80 * k, 0, 0)).save(images / f"{k}.png")
+
+    def of_classes(*names: str) -> Run:
+        lines = [{"file_name": f"{k}.png", "text": "a picture", "class_name": name} for k, name in enumerate(names)]
+        (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return run_of_classes(tmp_path / "run", {"path": str(images), "size": 8})
+
+    for _ in range(2):
+        assert precompute(of_classes("cat", "dog", "cat"), str(tmp_path / "shards"), per_shard=2) == 3
+    with pytest.raises(StreamError):
+        precompute(of_classes("cat", "dog", "dog"), str(tmp_path / "shards"), per_shard=2)
+
+
+def test_it_tells_of_captions_that_are_too_long(
+    in_memory: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precompute(in_memory, str(tmp_path / "short"), per_shard=4)
+    assert "too long" not in capsys.readouterr().out
+    run = Run(in_memory.recipe, tmp_path / "run", Accelerator(cpu=True))
+    assert run.prompts is not None
+    too_long = run.prompts.too_long
+    run.prompts.too_long = lambda captions: too_long(captions) + 1  # type: ignore[method-assign]
+    precompute(run, str(tmp_path / "long"), per_shard=4)
+    assert "1 of 8 captions are too long for the text encoder" in capsys.readouterr().out
 
 
 def test_another_text_encoder_than_before_is_noticed(in_memory: Run, tmp_path: Path) -> None:
