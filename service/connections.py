@@ -115,6 +115,9 @@ class Connection(H11Protocol):
         """Called by uvicorn for what is not HTTP."""
         self._refuse(ApiError(400, "invalid_http", msg, headers=_CLOSE))
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called by uvicorn where a client offers to go on in another protocol, as it may: it is served in this one."""
+
     def _await_head(self) -> None:
         self._stop_waiting()
         self._patience = self.loop.call_later(self._timeout_s, self._end_patience)

@@ -197,9 +197,13 @@ def _with_settings(request: GenerateRequest, manifest: Manifest, settings: Setti
         request = request.model_copy(update={"method": found.method})
     reused = _REUSED_TO_ENCODE if _encodes(request) else _REUSED
     taken = {name: getattr(found, name) for name in reused if getattr(request, name) is None}
+    if found.method == "encode":
+        taken.pop("seed", None)  # No seed made it.
     if request.prompt is None and request.class_name is None:
         taken["prompt" if by_text else "class_name"] = found.prompt
-    if isinstance(request, EditRequest) and _encodes(request) and not (request.source_prompt or request.source_class):
+    if not isinstance(request, EditRequest) or not _encodes(request):
+        return request.model_copy(update=taken)
+    if request.source_prompt is None and request.source_class is None:
         taken["source_prompt" if by_text else "source_class"] = found.source_prompt
     return request.model_copy(update=taken)
 

@@ -118,7 +118,8 @@ class ImagesGenerateBody(Asked):
     def _as(self, model: type[GenerateRequest]) -> GenerateRequest:
         shared = (model.model_fields.keys() & type(self).model_fields.keys()) - {"n", "quality", "response_format"}
         fields = {model.model_fields[name].alias or name: getattr(self, name) for name in shared}
-        if self.class_name is not None and self.prompt == "":  # their client always sends one
+        is_elsewhere = self.class_name is not None or getattr(self, "reuse", False)
+        if is_elsewhere and self.prompt == "":  # their client always sends one
             fields["prompt"] = None
         if self.size not in (None, "auto"):
             fields["width"], fields["height"] = map(int, str(self.size).split("x"))

@@ -81,7 +81,8 @@ class Safety:
         if reason is None:
             return None
         self._metrics.refused.labels(stage).inc()
-        return Failed("invalid", f"the {stage} is refused: {reason[:_REASON_CHARS]}", "content_refused")
+        said = reason[:_REASON_CHARS].encode("utf-8", "replace").decode()  # Half a surrogate pair is no JSON.
+        return Failed("invalid", f"the {stage} is refused: {said}", "content_refused")
 
     def _answer(self, condition: str, image: Pixels | None) -> object:
         of_image = image is not None

@@ -131,8 +131,9 @@ class ImageRequest(GenerateRequest):
         bool,
         Field(
             description="Take steps, guidance_scale, sampler, seed, strength, an edit's method, and the prompt or "
-            "class, where they are absent, from what the image's file says of how it was made (see metadata; prompts "
-            "are in files of `full` only). Refused where it says nothing."
+            "class, for encode that of the source too, where they are absent, from what the image's file says of how "
+            "it was made (see metadata; prompts are in files of `full` only). Never the model. Refused where it says "
+            "nothing."
         ),
     ] = False
 

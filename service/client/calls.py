@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Generic, TypedDict
 from urllib.parse import quote, urlencode
 
@@ -130,7 +131,18 @@ def capabilities(model: str | None) -> Call[Capabilities]:
 def _images(path: str, options: Mapping[str, Any], **fields: Any) -> Call[Images]:
     renamed = {("class" if name == "class_name" else name): value for name, value in options.items()}
     given = {name: value for name, value in (fields | renamed).items() if value is not None}
-    return Call("POST", path, read_images, json.dumps(given, allow_nan=False).encode(), key=uuid.uuid4().hex)
+    return Call(
+        "POST", path, read_images, json.dumps(given, allow_nan=False, default=_number).encode(), key=uuid.uuid4().hex
+    )
+
+
+def _number(value: object) -> int | float:
+    """A number of another library, as NumPy's. Raises ValueError for what is none."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise ValueError(f"{value!r} cannot be sent")
 
 
 def _base64(picture: Picture) -> str:

@@ -32,6 +32,11 @@ Stamp = tuple[int, int, int]
 NAMES = "a name has letters, digits, dots, dashes and underscores, 64 at most"
 
 
+def is_name(name: str) -> bool:
+    """Whether a key may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
 class KeyFileError(ValueError):
     """The file of keys cannot be read. The message names the line, and quotes nothing of it."""
 
@@ -135,7 +140,7 @@ class KeyFile:
 def _parse(line: str, number: int) -> ApiKey:
     name, _, rest = line.partition(":")
     digest, *options = rest.split(":")
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise KeyFileError(f"line {number}: {NAMES}")
     if not _DIGEST.fullmatch(digest):
         raise KeyFileError(f"line {number}: after the name comes the SHA-256 of the key, 64 lower-case hex digits")

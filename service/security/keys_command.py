@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import click
 
-from service.security.api_keys import MIN_KEY_CHARS, NAMES, ApiKey, KeyFileError, digest_of, new_key, parse_keys
+from service.security.api_keys import (
+    MIN_KEY_CHARS,
+    NAMES,
+    ApiKey,
+    KeyFileError,
+    digest_of,
+    is_name,
+    new_key,
+    parse_keys,
+)
 
 _name = click.argument("name")
 _per_minute = click.option(
@@ -48,11 +57,11 @@ def hash_key(name: str, per_minute: float | None, admin: bool) -> None:
 
 
 def _line(name: str, key: str, per_minute: float | None, admin: bool) -> str:
+    if not is_name(name):
+        raise click.ClickException(NAMES)
     line = ApiKey(name, digest_of(key), per_minute, admin).line
     try:
-        found = parse_keys(line)
+        parse_keys(line)
     except KeyFileError as error:
         raise click.ClickException(str(error).removeprefix("line 1: ")) from error
-    if [key.name for key in found] != [name]:  # The file takes it for a comment, or without the blanks about it.
-        raise click.ClickException(NAMES)
     return line

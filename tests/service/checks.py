@@ -24,6 +24,11 @@ def refuse_images(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     return None if image is None else "no images"
 
 
+def refuse_images_badly(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
+    """Refuses every image, in text that no UTF-8 has."""
+    return None if image is None else "no \ud800 images"
+
+
 def refuse_everything(prompt: str, image: NDArray[np.uint8] | None) -> str | None:
     """Refuses every prompt and every image."""
     return "nothing is let through"

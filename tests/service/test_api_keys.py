@@ -143,7 +143,8 @@ def test_the_command_makes_the_line_of_a_key_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("arguments", "typed", "says"),
     [
-        (["new", "a b"], "", "name"),
+        (["new", "a b"], "", "a name has letters"),
+        (["new", "a:b"], "", "a name has letters"),
         (["new", "#ann"], "", "a name has letters"),
         (["hash", " ann"], "a key that nobody can guess\n", "a name has letters"),
         (["new", "ann", "--per-minute", "0"], "", "a minute"),

@@ -124,6 +124,15 @@ def test_inpaint(served: Served, ask: Ask) -> None:
     assert not np.array_equal(np.asarray(soft.images[0].picture), expected)
 
 
+def test_numbers_may_be_of_another_library(served: Served, ask: Ask) -> None:
+    made = ask(served.url, "generate", "a cat", steps=np.int64(2), seed=np.uint32(77), guidance_scale=np.float32(1.5))
+    expected = served.pipeline.run([Generate("a cat", 2, 0.5, 77)])[0]
+    assert np.array_equal(np.asarray(made.images[0].picture), expected)
+    for seed in (object(), b"7", np.array([7])):
+        with pytest.raises(ValueError, match="cannot be sent"):
+            ask(served.url, "generate", "a cat", seed=seed)
+
+
 def test_what_was_made_goes_in_again_with_its_settings(served: Served, ask: Ask, tmp_path: Path) -> None:
     made = ask(served.url, "generate", "a cat", steps=2, seed=77, metadata="full").images[0]
     assert isinstance(made, MadeImage)

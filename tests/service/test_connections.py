@@ -104,6 +104,15 @@ def test_half_a_head_is_told_that_it_is_late_and_silence_is_just_closed(settings
         wait_until(lambda: not server.server_state.connections)
 
 
+def test_who_offers_another_protocol_is_served_in_this_one_without_a_word(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    with bounded(create_app(settings)) as server, connect(port_of(server), offer) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+    assert not [record for record in caplog.records if "pgrade" in record.message or "WebSocket" in record.message]
+
+
 def test_bytes_that_come_one_by_one_gain_no_time(settings: Settings) -> None:
     with bounded(create_app(settings)) as server, connect(port_of(server)) as slow:
         sender = threading.Thread(target=drip, args=(slow,))

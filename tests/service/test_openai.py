@@ -159,6 +159,10 @@ def test_metadata_and_reuse(served: Served) -> None:
     edited = served.client.images.edit(image=made, prompt="a dog", extra_body={"reuse": True})
     assert edited.data is not None
     assert edited.data[0].seed == 5  # type: ignore[attr-defined]
+    again = served.client.images.edit(image=made, prompt="", extra_body={"reuse": True, "metadata": "full"})
+    reused = settings_of(bytes_of(again))
+    assert reused is not None
+    assert reused.prompt == "a cat"
 
 
 def test_a_request_with_a_key_runs_once(served: Served) -> None:

@@ -68,6 +68,16 @@ async def test_an_image_that_is_refused_is_not_sent_nor_its_company(anyio_backen
         assert app.metric("fewstep_images_total") == 0
 
 
+async def test_a_refusal_may_be_any_text(anyio_backend: str, settings: Settings) -> None:
+    async with running(checked(settings, "refuse_images_badly")) as app:
+        job = (await app.client.post("/generate", json={"prompt": "a cat", "async": True})).json()["id"]
+        async with asyncio.timeout(60):
+            while (answer := await app.client.get(f"/jobs/{job}")).json()["status"] in ("queued", "running"):
+                await asyncio.sleep(0.01)
+        assert answer.status_code == 200
+        assert "no ? images" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -126,8 +126,14 @@ async def test_what_was_made_by_encoding_is_made_so_again(styled: Running) -> No
         assert images[0]["b64_json"] == images[1]["b64_json"]
     lacking = await styled.post("/edit", image=said["settings"], prompt="a cat", reuse=True)
     error(lacking, 422, "missing_field", "source_prompt")
-    noised = await styled.post("/edit", image=said["settings"], prompt="a cat", reuse=True, method="sdedit")
-    assert noised.status_code == 200
+    empty = await styled.post("/edit", image=said["full"], source_prompt="", reuse=True)
+    error(empty, 422, "empty_prompt", "source_prompt")
+    seeds = set()
+    for _ in range(3):  # No seed made it, so there is none to take.
+        noised = await styled.post("/edit", image=said["settings"], prompt="a cat", reuse=True, method="sdedit")
+        assert noised.status_code == 200
+        seeds.add(noised.json()["images"][0]["seed"])
+    assert len(seeds) == 3
 
 
 async def test_an_encoded_edit_says_so_in_its_file(styled: Running) -> None:
