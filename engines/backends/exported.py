@@ -33,6 +33,7 @@ ANY_BATCH = Profile((1024,), dynamic=True)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _LARGEST = "largest_batch"
+_FOLDED, _OF_AUTOCAST = "_FOLDED_CONST", "program."
 _one_at_a_time = Lock()
 """torch.export keeps what it is doing in global variables, and packages are compiled in a thread of their own."""
 
@@ -139,7 +140,10 @@ def _check_signature(name: str, kind: str, found: set[str], specs: Sequence[Tens
 
 
 def compile_program(program: ExportedProgram, options: EngineOptions, device: Device) -> bytes:
-    """The AOTInductor package of a program: machine code and weights. Takes minutes for a large network."""
+    """The AOTInductor package of a program: machine code without its weights. Takes minutes for a large network.
+
+    A library that has been loaded stays in memory and on disk until the process ends: so weights are no part of it.
+    """
     package = io.BytesIO()
     with _quiet():
         from torch._inductor import aoti_compile_and_package
@@ -152,6 +156,7 @@ def compile_program(program: ExportedProgram, options: EngineOptions, device: De
             program = trace(runnable(program), examples)
         settings = {
             "aot_inductor.metadata": {_LARGEST: str(largest)},
+            "aot_inductor.package_constants_in_so": False,
             "aot_inductor.use_runtime_constant_folding": options.precision != "fp32",  # weights are cast once, at load
             "compile_threads": options.threads or usable_cores(),
             "cpp.dynamic_threads": True,
@@ -160,16 +165,27 @@ def compile_program(program: ExportedProgram, options: EngineOptions, device: De
     return package.getvalue()
 
 
-def load_package(name: str, package: bytes) -> tuple[Call, int]:
-    """A package, and the largest batch that it takes. Raises EngineError for one that does not load."""
+def load_package(name: str, package: bytes, program: ExportedProgram) -> tuple[Call, int]:
+    """A package with the weights of its program, and the largest batch that it takes.
+
+    Raises EngineError for one that does not load, or that is of another program.
+    """
     try:
         with _quiet():
             from torch._inductor import aoti_load_package
 
             loaded = aoti_load_package(io.BytesIO(package), run_single_threaded=True)  # runs take turns
+            loaded.load_constants(_constants(program, loaded.get_constant_fqns()), check_full_update=True)
         return loaded, int(loaded.get_metadata()[_LARGEST])
     except Exception as error:  # the library's errors share no base class
         raise EngineError(f"{name}: torch cannot load its package ({error})") from error
+
+
+def _constants(program: ExportedProgram, names: Sequence[str]) -> Tensors:
+    """The constants of a package of a program, by their names in it; it makes those that are folded by itself."""
+    known = {**program.state_dict, **program.constants}
+    wanted = (name for name in names if not name.startswith(_FOLDED))
+    return {name: known[name.removeprefix(_OF_AUTOCAST)] for name in wanted}
 
 
 def target(device: Device) -> str:

@@ -69,6 +69,7 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
         loaded = load_program(graph, device)
         check_unchanged([(graph.program, graph.program_sha256)])
         made = compile_program(loaded, options, device)
+        del loaded  # Each engine has its own.
         if not wanted():
             raise EngineError(f"{graph.path.name}: closed while it was compiled")
         with ExitStack() as closing:
@@ -96,7 +97,7 @@ class PytorchEngine(GraphEngine):
     def __init__(
         self, graph: GraphSpec, options: EngineOptions, device: Device = "cpu", package: bytes | None = None
     ) -> None:
-        """Load the program of ``graph``, or ``package``, on the threads of ``options``, 0 for one on every core.
+        """Load the program of ``graph``, or ``package`` with its weights, on so many threads, 0 for one on every core.
 
         Raises EngineError for what does not load, for a program that is not the graph's, and for one that comes out
         too far from fp32 in the precision of ``options``.
@@ -108,12 +109,12 @@ class PytorchEngine(GraphEngine):
         self._threads = options.threads or usable_cores()
         self._lock = Lock()
         self._call: Call | None
+        program = load_program(graph, device)
         if package is None:
-            program = load_program(graph, device)
             self._largest = largest_batch(program)
             self._call = self._lowered(program, options.precision)
         else:
-            self._call, self._largest = load_package(self._name, package)
+            self._call, self._largest = load_package(self._name, package, program)
         self._places: dict[int, _Place | _FixedPlace] = {}
 
     def _run(self, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:

@@ -43,6 +43,17 @@ class Halving(torch.nn.Module):
         return {"latent": inputs["image"] * 0.5}
 
 
+class Weighing(torch.nn.Module):
+    """What weighs more than its code."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(weights)
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return {"latent": inputs["image"] * self.weights.mean()}
+
+
 class Dividing(torch.nn.Module):
     """The same, told otherwise."""
 
@@ -308,6 +319,24 @@ def test_a_package_gives_what_the_program_gives(halving: GraphSpec, package: byt
         for batch in (1, 2, 7):
             inputs = random_inputs(program, batch)
             np.testing.assert_allclose(compiled.run(inputs)["latent"], program.run(inputs)["latent"], atol=1e-6)
+
+
+def test_weights_are_no_part_of_a_package(tmp_path: Path) -> None:
+    """They come from the program: what has them loaded could never be unloaded."""
+    weights_bytes = 4 * 3 * 512 * 512
+    graph = graph_with(Weighing(torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(0))), tmp_path)
+    package = compile_program(load_program(graph, "cpu"), ONE, "cpu")
+    assert len(package) < weights_bytes
+    with PytorchEngine(graph, ONE) as program, PytorchEngine(graph, ONE, "cpu", package) as compiled:
+        inputs = random_inputs(program, 3)
+        first = compiled.run(inputs)["latent"]
+        np.testing.assert_allclose(first, program.run(inputs)["latent"], rtol=1e-4, atol=1e-4)
+    (tmp_path / "other").mkdir()
+    other = graph_with(Weighing(torch.zeros(3, 512, 512)), tmp_path / "other")
+    with PytorchEngine(other, ONE, "cpu", package) as compiled:
+        assert not compiled.run(inputs)["latent"].any()
+    with pytest.raises(EngineError, match=r"encode\.onnx: torch cannot load its package"):
+        PytorchEngine(graph_with(Halving(), tmp_path), ONE, "cpu", package)
 
 
 def test_a_package_that_does_not_load_is_an_error(halving: GraphSpec) -> None:

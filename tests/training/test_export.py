@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fewstep
+from engines.backends import open_engine
+from engines.backends.base import EngineOptions
+from engines.backends.standin import StandIn, wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
+from engines.compile import typical_inputs
 from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
@@ -234,6 +238,15 @@ def test_programs_draw_what_the_graphs_draw(text_run: Run, tmp_path: Path) -> No
             made.append(pipeline.run(tasks))
     assert max(furthest(a, b) for a, b in zip(*made, strict=True)) <= FP32_TOLERANCE
     assert "| step-2.pt2 | fp32 |" in (text_bundle.path / "README.md").read_text()
+    text = text_bundle.graphs()["text.onnx"]
+    options = EngineOptions(plans=tmp_path / "plans")
+    with open_engine("pytorch", text, options) as program, open_engine("pytorch-aot", text, options) as compiled:
+        wait_until_built(compiled)
+        assert isinstance(compiled, StandIn)
+        assert compiled.state == "built"
+        inputs = typical_inputs(text, 3)
+        for name, expected in program.run(inputs).items():
+            np.testing.assert_allclose(compiled.run(inputs)[name], expected, atol=1e-4)
 
 
 def test_programs_are_written_when_asked_for(digits_bundle: Bundle, text_bundle: Bundle) -> None:
