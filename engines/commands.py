@@ -13,6 +13,7 @@ from engines.backends import AUTO, BACKENDS, KEEP_PLANS, open_engine
 from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
 from engines.compile import check_finite, checked_inputs
+from engines.files import write_whole
 from engines.images import ImageFormat, encode_image
 from engines.manifest import SAMPLERS, WEIGHT_BITS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
@@ -91,13 +92,16 @@ def generate(
     except (BundleError, EngineError) as error:
         raise click.ClickException(str(error)) from error
     paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
-    for path, task, image in zip(paths, tasks, images, strict=True):
-        try:
-            path.write_bytes(encode_image(image, image_format, text=describe_image(task, manifest)))
-        except OSError as error:
-            raise click.FileError(str(path), error.strerror) from error
-    for path, task in zip(paths, tasks, strict=True):  # Last: whoever reads this may stop reading.
-        click.echo(f"{path}  seed {task.seed}")
+    written = []
+    try:
+        for path, task, image in zip(paths, tasks, images, strict=True):
+            try:
+                write_whole(path.resolve(), encode_image(image, image_format, text=describe_image(task, manifest)))
+            except OSError as error:
+                raise click.FileError(str(path), f"{error.strerror}; its seed is {task.seed}") from error
+            written.append(f"{path}  seed {task.seed}")
+    finally:  # Last: whoever reads this may stop reading.
+        click.echo("\n".join(written), nl=bool(written))
 
 
 def _tell_backend(pipeline: Pipeline) -> None:

@@ -202,6 +202,8 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """The picture itself, decoded, and turned as its EXIF says."""
     image.load()
+    for name in ("xmp", XMP):  # Where EXIF is silent Pillow would go by this, and browsers do not.
+        image.info.pop(name, None)
     with suppress(Exception):  # damaged EXIF is no reason to refuse the picture
         ImageOps.exif_transpose(image, in_place=True)
     return image

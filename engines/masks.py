@@ -43,10 +43,15 @@ def blurred(mask: Mask, radius: float) -> Blend:
 
 
 def fit_blend(blend: Blend, size: tuple[int, int]) -> Blend:
-    """Resize a blend (H, W) to ``size`` (width, height); the same size is a copy."""
-    if (blend.shape[1], blend.shape[0]) == size:
+    """Resize a blend (H, W) to ``size`` (width, height); the same size is a copy.
+
+    A pixel of a smaller one is the mean of what lies under it and of nothing beside: it is 0 where all of that is.
+    """
+    height, width = blend.shape
+    if (width, height) == size:
         return blend.copy()
-    return np.array(Image.fromarray(blend).resize(size, Image.Resampling.BILINEAR))
+    shrinks = size[0] < width or size[1] < height
+    return np.array(Image.fromarray(blend).resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR))
 
 
 def joined(old: Pixels, new: Pixels, blend: Blend) -> Pixels:

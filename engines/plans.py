@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import re
-import secrets
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+from engines.files import write_whole
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -198,7 +199,7 @@ class PlanCache:
         make_folder(self.folder)
         self._remove_partial()
         try:
-            _replace(path, json.dumps(record).encode() + b"\n", plan)
+            write_whole(path, json.dumps(record).encode() + b"\n", plan)
         except OSError as error:
             raise self._unwritable(error) from error
         return path
@@ -237,15 +238,3 @@ def _read_record(file: BinaryIO) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("its record is not a JSON object")
     return record
-
-
-def _replace(path: Path, *parts: bytes) -> None:
-    """Write a file that appears whole or not at all, and that others may read if the umask lets them."""
-    partial = path.with_name(f".{secrets.token_hex(8)}")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(parts)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -95,7 +95,10 @@ def run(settings: Settings) -> int:
     # A terminal that is closed sends it; uvicorn handles the others.
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, server.handle_exit)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's, where it cannot have the address
+        return 1
     if server.lost:
         return LOST
     return 1 if server.failed else 0

@@ -111,6 +111,7 @@ function request(task) {
 /** Takes over what an image was made with, `said` in the API's words; says what could not be taken. */
 async function useSettings(said, loadImages = () => {}) {
   clearErrors();
+  if (byId("submit").disabled) return showError("Wait until the service is ready.");
   const missed = [];
   if (said.model !== models.chosen && models.has(said.model)) {
     models.choose(said.model);

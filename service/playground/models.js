@@ -1,6 +1,6 @@
 // Which model a request is for.
 
-import { models } from "./api.js";
+import { ApiError, models } from "./api.js";
 import { byId, element } from "./dom.js";
 
 export class Models extends EventTarget {
@@ -12,10 +12,12 @@ export class Models extends EventTarget {
   /** Asks the service which there are. One needs no choice; what was chosen before stays, if it is still there. */
   async offer() {
     const found = await models();
+    const main = found.find((one) => one.default);
+    if (!main) throw new ApiError("The default model cannot be read now.", { status: 503 });
     const before = this.chosen;
     const names = [...new Set(found.map(({ name }) => name))];
     byId("models").replaceChildren(...names.map((name) => element("option", { value: name, textContent: name })));
-    byId("models").value = names.includes(before) ? before : found.find((one) => one.default).name;
+    byId("models").value = names.includes(before) ? before : main.name;
     byId("field-model").hidden = names.length < 2;
   }
 

@@ -33,6 +33,7 @@ export class Progress {
     byId("progress").hidden = byId("preview").hidden = true;
     byId("preview").removeAttribute("src");
     byId("progress").removeAttribute("aria-valuenow");
+    byId("progress").style.removeProperty("--done");
     this.#say("");
   }
 

@@ -65,7 +65,7 @@ export class Ways extends EventTarget {
   use({ sampler, method, source_prompt: prompt, source_class: name }) {
     const missed = [];
     const take = (what, value, offered) => {
-      if (value in offered) choose(what, value);
+      if (Object.hasOwn(offered, value)) choose(what, value);
       else missed.push(`the ${what} ${value}`);
     };
     take("sampler", sampler ?? "deterministic", this.#samplers);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +112,22 @@ def test_generate_writes_all_images_before_it_names_them(text_bundle: Bundle, tm
         assert process.stdout is not None
         process.stdout.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"apple-{i}.png" for i in range(4)]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(text_bundle: Bundle, tmp_path: Path) -> None:
+    """And tells the seeds of what was made, as none was given. A limit of this process stands for that of a disk."""
+    for i in range(3):
+        (tmp_path / f"m-{i}.png").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        result = call(generate, text_bundle.path, "moon", "--n", 3, "--out", tmp_path / "m.png", "--backend", "fake")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1
+    assert re.search(r"m-0\.png.*: File too large; its seed is \d+", result.output)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_generate_without_a_seed_says_which_it_took(text_bundle: Bundle, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, JpegImagePlugin, PngImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from engines.images import (
+    XMP,
     ImageError,
     ImageLimits,
     decode_image,
@@ -271,6 +272,23 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     assert pixels.shape == blocks.shape
     np.testing.assert_allclose(pixels[3, 3], (255, 0, 0), atol=40)
     np.testing.assert_allclose(pixels[12, 28], (255, 255, 255), atol=40)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_that_is_not_of_exif_turns_nothing(format: str) -> None:
+    """As browsers have it, over whose picture a mask is drawn."""
+    packet = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    options: dict[str, Any] = {"xmp": packet.encode()}
+    if format == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(XMP, packet)
+        options = {"pnginfo": info}
+    data = save(Image.new("RGB", (32, 16)), format, **options)
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (16, 32)
+    assert decode_image(data).shape == (16, 32, 3)
 
 
 def test_damaged_exif_is_no_reason_to_refuse() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from engines.bundle import Bundle
+from engines.images import fit_mask
 from engines.masks import MAX_GROW_PX, blurred, fit_blend, grown, joined
 from engines.pipeline import Inpaint, Pipeline, TaskError
 from engines.tasks import Mask
@@ -107,6 +108,15 @@ def test_a_fitted_blend_of_one_value_stays_it(mask: Mask, width: int, height: in
         blend = np.full(mask.shape, value, dtype=np.uint8)
         assert (fit_blend(blend, (width, height)) == value).all()
     assert fit_blend(blurred(mask, 1.0), (width, height)).shape == (height, width)
+
+
+@given(masks, st.integers(1, 30), st.integers(1, 30))
+def test_a_smaller_blend_is_nothing_where_all_under_it_is(mask: Mask, width: int, height: int) -> None:
+    """So what is kept of an image that is made smaller stays exact as far from the mask as it is said to."""
+    blend = blurred(mask, 0.3)
+    size = min(width, blend.shape[1]), min(height, blend.shape[0])
+    touched = fit_mask(blend > 0, size)
+    assert not fit_blend(blend, size)[~touched].any()
 
 
 def test_a_pipeline_mixes_by_the_blend(text_bundle: Bundle) -> None:

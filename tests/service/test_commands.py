@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,16 @@ def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_service_imports_no_torch() -> None:
     program = "import sys, service.commands, service.server; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_address_that_is_taken_is_no_start(settings: Settings) -> None:
+    options = ["--bundle", settings.bundle, "--backend", "fake", "--log-level", "warning"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "fewstep", "serve", "--port", f"{taken.getsockname()[1]}", *options]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "address already in use" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_sigterm_drains(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
