@@ -195,7 +195,7 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     # A JPEG with further pictures behind it (MPO: depth or gain maps of phones) is its first picture.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise ImageError("animated", "the image has several frames, only still images are taken")
-    _scale_clear_colour(image)
+    scale_clear_colour(image)
     return upright(image)
 
 
@@ -262,7 +262,7 @@ def _check_segments(data: bytes) -> None:
             raise ImageError("undecodable", f"the image has more than {what}")
 
 
-def _scale_clear_colour(image: ImageFile.ImageFile) -> None:
+def scale_clear_colour(image: ImageFile.ImageFile) -> None:
     """State a PNG's transparent colour in 8 bits a sample, as its pixels will be; the file states it in its own depth.
 
     Of 16 bits Pillow keeps the upper half, so colours that differ in the lower half alone are one.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -81,7 +83,8 @@ def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path
     folder = cache / f"captions-{hash_of({'encoder': encoder.identity, 'captions': list(captions)})[:16]}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".captions-"))
+        partial = cache / f".captions.{secrets.token_hex(4)}.partial"
+        partial.mkdir()
         try:
             _write(encoder, captions, partial)
             to_disk(partial)
@@ -93,7 +96,15 @@ def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c")) for file in sorted(folder.glob("*.npy"))}
+    return {file.stem: torch.from_numpy(_mapped(file)) for file in sorted(folder.glob("*.npy"))}
+
+
+def _mapped(file: Path) -> NDArray[np.float16]:
+    try:
+        mapped: NDArray[np.float16] = np.load(file, mmap_mode="c")
+    except ValueError as error:
+        raise TrainingError(f"{file} cannot be read ({error}): remove {file.parent}, and it is made again") from error
+    return mapped
 
 
 def _write(encoder: PromptEncoder, captions: Sequence[str], folder: Path) -> None:
@@ -104,6 +115,7 @@ def _write(encoder: PromptEncoder, captions: Sequence[str], folder: Path) -> Non
             if name not in tables:
                 shape = (len(captions), *rows.shape[1:])
                 tables[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+                _take_room(folder / f"{name}.npy")
             halves = rows.half()
             if not halves.isfinite().all():
                 raise TrainingError(f"the text encoder's {name} of some caption is too large for 16 bits, or no number")
@@ -111,6 +123,16 @@ def _write(encoder: PromptEncoder, captions: Sequence[str], folder: Path) -> Non
     for table in tables.values():
         table.flush()
     tell_of_cut(encoder.too_long(captions), len(captions))
+
+
+def _take_room(file: Path) -> None:
+    """Have a file all of its blocks: on a full disk, writing to one that is mapped and lacks some ends the process."""
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, os.fstat(opened.fileno()).st_size)
+        except OSError as error:
+            error.filename = str(file)
+            raise
 
 
 def tell_of_cut(cut: int, count: int) -> None:

@@ -355,7 +355,7 @@ class Run:
         folder = self.folder / stage / self.network_part
         try:
             denoiser = load_network(folder, self.schedule, self.prediction)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, SafetensorError) as error:
             raise TrainingError(f"{folder}: the network of a stage that is done cannot be read ({error})") from error
         return denoiser.to(self.device).eval().requires_grad_(False)
 

@@ -128,11 +128,12 @@ def readable(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers of whole files left in a folder, or in those within, a day ago or more."""
+    """Remove what killed writers of whole files and folders left in a folder, or in those within, a day ago or more."""
     with suppress(OSError):  # others may be removing what is there, and the next sweep comes
         for partial in folder.rglob(f".*.{'[0-9a-f]' * 8}.partial"):
-            if time.time() - partial.stat().st_mtime > LEFT_BEHIND_S:
-                partial.unlink()
+            newest = max(part.stat().st_mtime for part in (partial, *partial.glob("*")))
+            if time.time() - newest > LEFT_BEHIND_S:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from training.distill import distill, encoder_stage, student_stage, train_teache
 from training.draws import Draws
 from training.errors import TrainingError
 from training.exporting.export import export, step_graph
+from training.networks import GUIDANCE_WEIGHTS
 from training.precompute import precompute
 from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.recipe import Recipe
@@ -292,7 +293,14 @@ def test_another_teacher_in_the_same_place_is_noticed(images: Path, tmp_path: Pa
     distill(run)
     recipe = tmp_path / "classes.toml"
     recipe.write_text(RECIPE.format(images=images, checkpoint=tmp_path / "unet"))
-    assert open_finished_run(recipe, run.folder, None).is_done(student_stage(1))
+    finished = open_finished_run(recipe, run.folder, None)
+    guidance = run.folder / student_stage(1) / run.network_part / GUIDANCE_WEIGHTS
+    whole = guidance.read_bytes()
+    guidance.write_bytes(whole[:50])
+    with pytest.raises(TrainingError, match="the network of a stage that is done cannot be read"):
+        finished.denoiser(student_stage(1))
+    guidance.write_bytes(whole)
+    finished.denoiser(student_stage(1))
     pipelines.class_unet(tmp_path / "unet", seed=5)
     with pytest.raises(TrainingError, match="another teacher"):
         distill(make_run(tmp_path / "run", images, 8, checkpoint=tmp_path / "unet"))

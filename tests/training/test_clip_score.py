@@ -51,6 +51,17 @@ def test_the_score_of_an_image_does_not_depend_on_its_company(folder: Path, monk
     assert scorer(images, prompts[::-1]) != pytest.approx(together, abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_are_computed_in_fp32_whatever_is_stored(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    shutil.copytree(folder, tmp_path / "half")
+    CLIPModel.from_pretrained(folder).to(dtype).save_pretrained(tmp_path / "half")
+    shutil.copytree(tmp_path / "half", tmp_path / "whole")
+    CLIPModel.from_pretrained(tmp_path / "half").float().save_pretrained(tmp_path / "whole")
+    images, prompts = pictures(6), ["a", "red", "cat", "sun", "moon", "tree"]
+    half, whole = (ClipScorer(tmp_path / name, CPU)(images, prompts) for name in ("half", "whole"))
+    np.testing.assert_array_equal(half, whole)
+
+
 def test_a_clip_that_lacks_weights_or_is_damaged_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "clip")
     weights = tmp_path / "clip" / "model.safetensors"

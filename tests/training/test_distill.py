@@ -392,8 +392,15 @@ def test_what_killed_writers_left_is_swept_by_the_next_run_in_the_folder_a_day_l
         path.touch()
         if path != new:
             os.utime(path, (0, 0))
+    captions, written = (folder / "cache" / f".captions.{k}123abcd.partial" for k in (0, 1))
+    for path in (captions, written):
+        path.mkdir(parents=True)
+        (path / "context.npy").touch()
+        if path == captions:
+            os.utime(path / "context.npy", (0, 0))
+        os.utime(path, (0, 0))
     Run(recipe, folder, Accelerator(cpu=True))
-    assert sorted(folder.rglob("*.partial")) == sorted((new, of_stage))
+    assert sorted(folder.rglob("*.partial")) == sorted((new, of_stage, written))
 
 
 def test_a_broken_record_is_named(digits_run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from click.testing import CliRunner
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -225,6 +225,18 @@ def test_text_bundle_edits_and_repaints(text_bundle: Bundle) -> None:
     assert edited.shape == (16, 16, 3)
     assert np.array_equal(inpainted[8:], square[8:])
     assert not np.array_equal(inpainted[:8], square[:8])
+
+
+def test_data_are_encoded_before_the_autoencoder_goes_to_the_cpu(
+    text_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the same one, and the data may be encoded on a GPU."""
+    moved: list[str] = []
+    encode_all = networks.encode_all
+    monkeypatch.setattr(networks, "encode_all", lambda *given: moved.append("encoded") or encode_all(*given))
+    monkeypatch.setattr(AutoencoderKL, "cpu", lambda own: moved.append("moved") or own)
+    export(Run(text_run.recipe, text_run.folder, Accelerator(cpu=True)), tmp_path / "squares", ("fp32",))
+    assert moved[:2] == ["encoded", "moved"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +52,41 @@ def test_captions_are_encoded_once_and_a_full_disk_leaves_nothing_behind(tmp_pat
     calls = encoder.calls
     encode_captions(encoder, captions, tmp_path)
     assert encoder.calls == calls
+
+
+def test_a_disk_that_has_no_room_for_the_arrays_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are written to: by then it would be the end of the process."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*context\.npy"):
+        encode_captions(Lengths(), ["a"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_have_their_blocks_and_are_for_whom_the_umask_lets_read_them(tmp_path: Path) -> None:
+    encoder = Lengths()
+    encoder.full = False
+    before = os.umask(0o022)
+    try:
+        encode_captions(encoder, ["a"] * 100_000, tmp_path)
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.glob("*/*.npy")
+    assert file.stat().st_blocks * 512 >= file.stat().st_size
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o755
+
+
+def test_an_array_that_is_damaged_is_named(tmp_path: Path) -> None:
+    encoder = Lengths()
+    encoder.full = False
+    encode_captions(encoder, ["a"] * 10_000, tmp_path)
+    (file,) = tmp_path.glob("*/*.npy")
+    os.truncate(file, 5000)
+    with pytest.raises(TrainingError, match=rf"{file} cannot be read .*: remove {file.parent}"):
+        encode_captions(encoder, ["a"] * 10_000, tmp_path)
 
 
 def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path) -> None:

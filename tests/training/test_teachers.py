@@ -418,6 +418,22 @@ def test_an_index_that_is_no_object_and_a_config_without_channels_are_refused(tm
         TeacherPipeline.open(str(folder))
 
 
+def test_another_null_prompt_is_another_teacher(tmp_path: Path) -> None:
+    folder = pipelines.stable_diffusion_xl(tmp_path / "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    found = []
+    for given in ({}, {"force_zeros_for_empty_prompt": True}, {"force_zeros_for_empty_prompt": False}):
+        index.pop("force_zeros_for_empty_prompt", None)
+        (folder / "model_index.json").write_text(json.dumps(index | given))
+        teacher = TeacherPipeline.open(str(folder))
+        prompts = teacher.prompts(torch.device("cpu"))
+        found.append((teacher.identity, prompts.identity, not prompts.null["pooled"].any()))
+    assert found[0] == found[1]
+    assert found[0][2]
+    assert not found[2][2]
+    assert all(a != b for a, b in zip(found[1], found[2], strict=True))
+
+
 def test_the_refiner_of_sdxl_is_refused(tmp_path: Path) -> None:
     folder = pipelines.stable_diffusion_xl(tmp_path / "sdxl")
     changed(folder, UNET, projection_class_embeddings_input_dim=pipelines.WIDTH + 5 * 8)

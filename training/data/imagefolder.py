@@ -28,7 +28,8 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
     Lines of metadata.jsonl come first, in their order. Then, sorted by path, the images that no line
     names: captioned by a .txt file of the same name, or, where there is no metadata.jsonl, by the folder they
     lie in (`dog/1.png`, the usual layout of a class-labelled set), which also becomes their `class_name`.
-    Hidden files and folders are passed over. Raises DataError for metadata in another form or place.
+    Hidden files and folders are passed over, and links to folders are followed. Raises DataError for metadata in
+    another form or place.
     """
     named: set[str] = set()
     listed = (folder / METADATA).is_file()
@@ -38,16 +39,28 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
         for number, line in enumerate((folder / METADATA).read_bytes().split(b"\n"), 1):
             if line.strip():
                 yield _listed(folder, f"{METADATA}:{number}", line, named)
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES + UNREAD_SUFFIXES):
+    for path in sorted(p for p in _files(folder) if p.suffix.lower() in IMAGE_SUFFIXES + UNREAD_SUFFIXES):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if not hidden and relative.as_posix() not in named and path.is_file():
             yield _unlisted(folder, path, relative.as_posix(), by_folder=not listed)
 
 
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files in a folder and in those within; a link to a folder that it lies in leads nowhere."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, above | {real})
+        else:
+            yield path
+
+
 def _refuse_other_metadata(folder: Path) -> None:
     """Raise DataError where captions are said in a form, or at a place, that is not read: folders would be captions."""
-    for path in sorted(folder.rglob("metadata.*")):
+    for path in sorted(p for p in _files(folder) if p.stem == METADATA.partition(".")[0]):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.suffix in (".csv", ".jsonl", ".parquet") and not hidden:

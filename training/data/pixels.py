@@ -10,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from engines.images import scale_clear_colour
+
 Colour = tuple[int, int, int]
 Fit = Literal["pad", "crop"]
+
+_PHOTOMETRIC, _ZERO_IS_WHITE = 262, 0
 
 
 def decode(data: bytes) -> Image.Image:
@@ -25,8 +29,11 @@ def decode(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as opened:
+                if opened.format == "PNG":
+                    scale_clear_colour(opened)
                 opened.load()
-                return _rgba(ImageOps.exif_transpose(opened))
+                image = ImageOps.exif_transpose(opened)
+                return _rgba(_positive(image) if _is_negative(opened) else image)
     except UnidentifiedImageError:
         raise ValueError("not an image in a known format") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -34,6 +41,15 @@ def decode(data: bytes) -> Image.Image:
     # Pillow's decoders report broken files with whatever they stumble over: SyntaxError, struct.error, IndexError ...
     except Exception as error:
         raise ValueError(f"broken image: {error}") from error
+
+
+def _is_negative(opened: Image.Image) -> bool:
+    """Whether it is 16-bit grey of a TIFF where 0 is white: with fewer bits Pillow turns it round by itself."""
+    return opened.mode.startswith("I;16") and getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == _ZERO_IS_WHITE
+
+
+def _positive(grey: Image.Image) -> Image.Image:
+    return Image.fromarray(65535 - np.asarray(grey))
 
 
 def _rgba(image: Image.Image) -> Image.Image:

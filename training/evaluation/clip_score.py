@@ -30,7 +30,7 @@ class ClipScorer:
             raise FeatureError(f"{folder} holds no CLIP model and processor: {reason}") from error
         if lacking := sorted(read["missing_keys"]):  # which have random values
             raise FeatureError(f"{folder} holds no whole CLIP model: its weights lack {lacking[0]}")
-        self.device, self._model = device, model.to(device).eval().requires_grad_(False)
+        self.device, self._model = device, model.float().to(device).eval().requires_grad_(False)
         self._tokens = model.config.text_config.max_position_embeddings
         # The processor and its tokenizer have a part in the score too.
         hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.is_file()}

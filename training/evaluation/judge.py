@@ -25,6 +25,7 @@ from training.store import Store, hash_of_array
 
 # To be raised when a change of the code changes the figures that it makes of the same images.
 VERSION = 2
+CLIP_VERSION = 3
 KID_SUBSETS = 100
 NEIGHBOURS = 5
 
@@ -118,7 +119,7 @@ class Judge:
 
     def _clip_figures(self, clip: ClipScorer, images: Pixels, images_hash: str) -> dict[str, Any]:
         words = self.data.words[: len(images)]
-        key = {"version": VERSION, "clip": clip.identity, "images": images_hash, "words": words}
+        key = {"version": CLIP_VERSION, "clip": clip.identity, "images": images_hash, "words": words}
         return self.store.figures("clip", key, lambda: {"clip_score": float(clip(images, words).mean())})
 
     def _features(self, extractor: FeatureExtractor, images: Pixels, images_hash: str) -> Features:

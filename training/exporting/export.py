@@ -68,6 +68,7 @@ def export(
     """
     check_free(out, replace)
     sources, table = sources_of(run), quality_table(run)
+    _ = run.data  # Encoded where the run computes, before the autoencoder that it shares goes to the CPU.
     text = None if run.prompts is None else checked_text_graph(run.prompts)
     with tempfile.TemporaryDirectory() as scratch:
         folder, tracer = Path(scratch), Tracer()

@@ -301,6 +301,8 @@ class TeacherPipeline:
 
         parts = [part for part in self.index if part.startswith(("text_encoder", "tokenizer"))]
         identity = hash_of_files([file for part in parts for file in self.files(part)])
+        if self._unlike_others:
+            identity = hash_of({"files": identity, **self._unlike_others})
         return PipelinePrompts(self.folder, identity, load)
 
     def _text_encoder(self, part: str) -> Any:
@@ -313,7 +315,14 @@ class TeacherPipeline:
     def identity(self) -> str:
         """Names all that its predictions depend on: network, scheduler, autoencoder, and which weights of them."""
         parts = [self.part, "scheduler", *(["vae"] if self.autoencoder_class is not None else [])]
-        return hash_of({"files": [hash_of_files(self.files(part)) for part in parts], "variant": self.variant})
+        files = [hash_of_files(self.files(part)) for part in parts]
+        return hash_of({"files": files, "variant": self.variant, **self._unlike_others})
+
+    @property
+    def _unlike_others(self) -> dict[str, bool]:
+        """What is said beside the parts of how the null condition is made, where that is not the usual way."""
+        name = "force_zeros_for_empty_prompt"
+        return {name: False} if self.is_xl and not self.index.get(name, True) else {}
 
     def check_pair(self, second: TeacherPipeline) -> None:
         """Raise TeacherError for a second pipeline whose network cannot predict beside this one's."""

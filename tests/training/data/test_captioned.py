@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,43 @@ def test_grey_levels_of_unknown_range_and_damaged_exif_are_skipped() -> None:
     Image.new("RGB", (4, 4)).save(file, "PNG", exif=b"II*\0\x08")
     with pytest.raises(ValueError, match="broken image"):
         decode(file.getvalue())
+
+
+@pytest.mark.parametrize("level", [0, 300, 65535])
+def test_sixteen_bits_of_a_tiff_whose_nought_is_white(level: int) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((2, 2), level, np.uint16)).save(file, "TIFF", tiffinfo={262: 0})
+    assert np.asarray(decode(file.getvalue()))[0, 0].tolist() == [(65535 - level) >> 8] * 3 + [255]
+
+
+def test_the_transparent_colour_is_of_the_depth_of_the_file() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(depth: int, colour: int, clear: bytes, row: bytes) -> bytes:
+        head = struct.pack(">IIBBBBB", 1, 1, depth, colour, 0, 0, 0)
+        parts = (b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+    for depth in (1, 2, 4):
+        top = (1 << depth) - 1
+        data = png(depth, 0, struct.pack(">H", top), bytes([top << (8 - depth)]))
+        assert np.asarray(decode(data))[0, 0].tolist() == [255, 255, 255, 0]
+    colour = struct.pack(">HHH", 0xFF00, 0x8000, 0x0001)
+    assert np.asarray(decode(png(16, 2, colour, colour)))[0, 0, 3] == 0
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    """Each of them, and none for ever."""
+    picture(tmp_path / "set/cat/1.png")
+    picture(tmp_path / "elsewhere/1.png")
+    for name in ("dog", "hound"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/cat/up").symlink_to(tmp_path / "set")
+    images = CaptionedImages.open(tmp_path / "set")
+    assert [images.texts(i) for i in range(len(images))] == [("cat",), ("dog",), ("hound",)]
+    assert not images.skipped
 
 
 def test_the_transparent_level_of_sixteen_bits_is_kept() -> None:
