@@ -24,7 +24,7 @@ from service.errors import ApiError, from_failure, model_refusals, too_many_requ
 from service.jobs import EXPIRED
 from service.models.catalogue import Catalogue, LoadsEnded
 from service.models.registry import Lease, Models
-from service.queue.base import JobQueue, QueueUnavailable
+from service.queue.base import JobQueue, QueueStats, QueueUnavailable
 from service.safety import open_safety
 from service.settings import Settings
 from service.telemetry.logs import describe
@@ -88,14 +88,15 @@ class Service:
             if settings.role == "api"
             else Worker(self.models, queue, scheduler, metrics, safety=self._safety, tracing=self._tracing)
         )
-        self._watchdog = Watchdog(settings.stall_s)
+        self._watchdogs = [Watchdog(settings.stall_s) for _ in range(3)]
         self._hangs = False
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
         self.tracker = Tracker(queue, metrics, self._stopping)
         self.desk = Desk(queue, metrics, self.tracker, self._safety, self._tracing, self._stopping)
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
-        self._decoder, self._parser = Helper("decoder"), Helper("parser")
+        self._decoder, self._parser, self._prober = Helper("decoder"), Helper("parser"), Helper("prober")
+        self._looking: asyncio.Future[QueueStats] | None = None
 
     @property
     def state(self) -> State:
@@ -112,7 +113,9 @@ class Service:
         """See whether the worker gets on; the server asks several times a second. One that hangs is lost."""
         if self._worker is None or self._state is not State.READY or self._hangs:
             return
-        if self._watchdog.barks(self._worker.steps, self.clock()):
+        now = self.clock()
+        looks = zip(self._watchdogs, self._worker.progress, strict=True)
+        if any(watchdog.barks(progress, now) for watchdog, progress in looks):
             self._hangs = True
             self.metrics.worker_up.set(0)
             logger.critical("the worker hangs", extra={"stall_s": self.settings.stall_s})
@@ -121,10 +124,17 @@ class Service:
         """The state, or that the queue cannot be reached by a service that is ready otherwise."""
         if self.state is State.READY:
             try:
-                await asyncio.to_thread(self._queue.stats)
+                await asyncio.shield(self._look())
             except QueueUnavailable:
                 return State.QUEUE_UNAVAILABLE
         return self.state
+
+    def _look(self) -> asyncio.Future[QueueStats]:
+        """One look at the queue at a time, for all who ask meanwhile: one that hangs takes seconds to be away."""
+        if self._looking is None or self._looking.done():
+            self._looking = self._prober.result_of(self._queue.stats)
+            self._looking.add_done_callback(lambda look: look.cancelled() or look.exception())  # All may have left.
+        return self._looking
 
     def start(self) -> None:
         """Load the default bundle in a thread, so that the service can say meanwhile that it lives."""
@@ -269,7 +279,7 @@ class Service:
 
     def _close(self) -> None:
         # Of what they are at nobody awaits the result any more, and it may hang.
-        for helper in (self._decoder, self._parser, self.desk):
+        for helper in (self._decoder, self._parser, self._prober, self.desk):
             helper.close()
         self.models.cancel_loads()
         if self._starter.ident is not None:

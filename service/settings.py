@@ -25,8 +25,10 @@ MOST_PROMPT_CHARS = 2250
 
 Role = Literal["all", "api", "worker"]
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# The bounds keep what is reckoned of them whole, also where Redis does: a thousand years, some petabytes.
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Milliseconds = Annotated[int, Field(ge=1, le=10**12)]
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 PREFIX = "FEWSTEP_"
@@ -58,7 +60,7 @@ class Settings(BaseSettings):
         Seconds, Field(description="time after which a worker that does not get on is taken to hang: it starts anew")
     ] = 300.0
     reclaim_after_s: Annotated[
-        float, Field(ge=1, allow_inf_nan=False, description="silence after which a worker's jobs go to another")
+        Seconds, Field(ge=1, description="silence after which a worker's jobs go to another")
     ] = 15.0
 
     max_body_bytes: Annotated[Count, Field(description="largest request body")] = 12 * MIB
@@ -83,13 +85,17 @@ class Settings(BaseSettings):
     )
     safety_timeout_s: Annotated[Seconds, Field(description="time that it has for an answer")] = 10.0
 
-    timeout_ms: Annotated[Count, Field(description="time limit of a request that names none")] = 30_000
-    max_timeout_ms: Annotated[Count, Field(description="longest time limit that a request may ask for")] = 120_000
+    timeout_ms: Annotated[Milliseconds, Field(description="time limit of a request that names none")] = 30_000
+    max_timeout_ms: Annotated[Milliseconds, Field(description="longest time limit that a request may ask for")] = (
+        120_000
+    )
     body_timeout_s: Annotated[
         Seconds, Field(description="time a client has to send its headers, then its body, and to read its answer")
     ] = 30.0
-    job_timeout_ms: Annotated[Count, Field(description="default and longest time limit of asynchronous jobs")] = 600_000
-    keep_results_s: Annotated[Seconds, Field(description="time that results of jobs are kept")] = 600.0
+    job_timeout_ms: Annotated[
+        Milliseconds, Field(description="default and longest time limit of asynchronous jobs")
+    ] = 600_000
+    keep_results_s: Annotated[Seconds, Field(ge=0.01, description="time that results of jobs are kept")] = 600.0
     max_results: Annotated[Count, Field(description="most results kept at once; the oldest go first")] = 1024
     max_result_bytes: Annotated[Count, Field(description="most bytes of their images")] = 256 * MIB
     drain_timeout_s: Annotated[Seconds, Field(description="time for requests in flight on SIGTERM")] = 30.0

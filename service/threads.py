@@ -29,12 +29,18 @@ class Helper:
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._given = self._done = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
     def is_alive(self) -> bool:
         """Whether its thread was begun and did not end yet."""
         return self._thread.is_alive()
+
+    @property
+    def progress(self) -> int | None:
+        """A number that stands still where the call that runs does not end; None where there is nothing to do."""
+        return self._done if self._given > self._done else None
 
     def result_of(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
         """The call's result, for the event loop that runs."""
@@ -59,14 +65,21 @@ class Helper:
                     future.set_exception(error)
             del future  # Which the traceback of its own exception would keep, with all that the call had.
 
+        self._given += 1
         self._calls.put(run)
         return result
 
-    def close(self) -> None:
-        """End the thread after what it is at and what waits for it, without waiting for that."""
+    def close(self, wait_s: float = 0.0) -> bool:
+        """End the thread after what it is at and what waits for it. Whether it ended: no call may take ``wait_s``."""
         self._calls.put(None)
+        done = None
+        while self._thread.is_alive() and done != self._done:
+            done = self._done
+            self._thread.join(wait_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
+            self._done += 1
             del call

@@ -5,14 +5,16 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from engines.pipeline import Pipeline, Row
 from service.batching.caps import Caps
 from service.batching.isolate import Isolator
 from service.batching.work import Unit
 from service.models.registry import Lease
+from service.threads import Helper
 
 OnFailure = Callable[[Exception, Sequence[Unit]], None]
 
@@ -36,7 +38,8 @@ class Encoder:
         self._clock = clock
         self._pending = 0
         self._done: queue.SimpleQueue[Encoded] = queue.SimpleQueue()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._helper = Helper("encoder")
+        self._submitted: list[Future[None]] = []
 
     @property
     def busy(self) -> bool:
@@ -52,7 +55,8 @@ class Encoder:
         self._pending += 1
         for unit in units:
             unit.encoding = True
-        self._executor.submit(self._run, units, units[0].work.lease.again())
+        self._submitted = [each for each in self._submitted if not each.done()]
+        self._submitted.append(self._helper.submit(partial(self._run, units, units[0].work.lease.again())))
 
     def collect(self, wait_s: float = 0.0) -> list[Encoded]:
         """What the thread has done since; waits so long for a first one."""
@@ -65,9 +69,16 @@ class Encoder:
             self._pending -= 1
         return found
 
-    def close(self) -> None:
-        """End the thread after what it is at; forget what waits."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+    @property
+    def progress(self) -> int | None:
+        """See Helper.progress."""
+        return self._helper.progress
+
+    def close(self, wait_s: float) -> bool:
+        """End the thread after what it is at; forget what waits. Whether it ended: see Helper.close."""
+        for each in self._submitted:
+            each.cancel()
+        return self._helper.close(wait_s)
 
     def _run(self, units: Sequence[Unit], lease: Lease) -> None:
         try:

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from engines.backends.base import DeviceLostError
@@ -24,6 +23,7 @@ from service.safety import Safety
 from service.telemetry.logs import describe
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracing, Untraced
+from service.threads import Helper
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,12 @@ class Finisher:
         self._isolator = Isolator[Unit](partial(note_failed_batch, metrics, "decode"), clock, Caps())
         self.device_lost = False
         self._room = Room(room)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="finisher")
+        self._helper = Helper("finisher")
 
     def submit(self, units: Sequence[Unit]) -> None:
         """Take units of one tick, whose rows are done. Their pipeline stays open until they are finished."""
         self._room.enter(len(units))
-        self._executor.submit(self._finish, units, units[0].work.lease.again())
+        self._helper.submit(partial(self._finish, units, units[0].work.lease.again()))
 
     def preview(self, units: Sequence[Unit]) -> None:
         """Show how far the images of units of one tick are, unless finished ones leave no room for that."""
@@ -95,16 +95,21 @@ class Finisher:
             return
         # Now, as the next tick moves the rows.
         latents = [unit.row.estimate for unit in units if unit.row is not None]
-        self._executor.submit(self._preview, units, latents, units[0].work.lease.again())
+        self._helper.submit(partial(self._preview, units, latents, units[0].work.lease.again()))
 
     def settle(self, job: Job, outcome: Outcome) -> None:
         """Hand over what became of a job, from any thread; counts it where nothing had before."""
         if (became := self._queue.settle(job.id, outcome)) is not None:
             self._metrics.jobs.labels(ending(became)).inc()
 
-    def close(self) -> None:
-        """Finish what was submitted and end the thread."""
-        self._executor.shutdown(wait=True)
+    @property
+    def progress(self) -> int | None:
+        """See Helper.progress."""
+        return self._helper.progress
+
+    def close(self, wait_s: float) -> bool:
+        """Finish what was submitted and end the thread. Whether it ended: see Helper.close."""
+        return self._helper.close(wait_s)
 
     def _finish(self, units: Sequence[Unit], lease: Lease) -> None:
         try:

@@ -12,13 +12,16 @@ class Watchdog:
     def __init__(self, limit_s: float) -> None:
         """A worker that has not got on for ``limit_s`` hangs."""
         self._limit_s = limit_s
-        self._seen = -1
+        self._seen: int | None = None
         self._last = 0.0
         self._silent_s = 0.0
 
-    def barks(self, progress: int, now: float) -> bool:
-        """Whether ``progress``, any number that changes when the worker gets on, has been the same for too long."""
-        if progress != self._seen:
+    def barks(self, progress: int | None, now: float) -> bool:
+        """Whether ``progress``, any number that changes when the worker gets on, has been the same for too long.
+
+        None is that of one that has nothing to do.
+        """
+        if progress is None or progress != self._seen:
             self._seen, self._silent_s = progress, 0.0
         else:
             self._silent_s += min(now - self._last, _LONGEST_GAP_S)

@@ -30,6 +30,7 @@ _IDLE_WAIT_S = 0.1
 _AFTER_ERROR_S = 0.5
 _ENCODING_WAIT_S = 0.05
 _LAST_TICK_S = 10.0
+_LAST_BATCH_S = 30.0
 # One that runs, and one that waits.
 _FULL_TICKS = 2
 
@@ -41,8 +42,6 @@ class Worker:
     the next tick of each can be full, no bundle waits behind the jobs of another, and what waits longer stays in the
     queue, where its cost bounds admission and another worker could take it. Of a bundle that is not loaded yet it parks
     no more than that, and those that are loaded do not wait for it.
-
-    ``steps`` counts its rounds, so it stands still while one does not end.
 
     Where the device is lost the thread ends: the service then fails, and its process with it. What it holds and has not
     settled is for a process that comes after it.
@@ -93,16 +92,22 @@ class Worker:
     def stop(self) -> bool:
         """End the thread after the tick that runs. What it holds is for others, or fails where there are none.
 
-        Returns whether it ended: where a tick takes too long it is left behind, with the engines that it uses.
+        Returns whether it ended: what takes too long, a tick or the work beside it, is left behind with the engines
+        that it uses.
         """
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join(_LAST_TICK_S)
         if ended := not self._thread.is_alive():
-            self._encoder.close()
-            self._finisher.close()
+            closed = [part.close(_LAST_BATCH_S) for part in (self._encoder, self._finisher)]
+            ended = all(closed)
         self._give_back()
         return ended
+
+    @property
+    def progress(self) -> tuple[int | None, ...]:
+        """How far its loop, its encoder and its finisher are: a number that stands still where one hangs, or None."""
+        return self.steps, self._encoder.progress, self._finisher.progress
 
     def _give_back(self) -> None:
         if self._queue.durable:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from service.jobs import EXPIRED, Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
-from service.queue.base import HEAD_START_S, PATIENCE_S, WATCHED_S, Bounds, finishing_s, state_after, worked_s
+from service.queue.base import HEAD_START_S, LATE_S, PATIENCE_S, WATCHED_S, Bounds, finishing_s, state_after, worked_s
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
 from service.queue.wire import pack_outcome, request_of, unpack_job
@@ -44,7 +45,10 @@ _UNREADABLE = Failed("engine", "the workers cannot read the request")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A job that this process was given: its entry in a stream of its model, at which try, if it is kept."""
+    """A job that this process was given: its entry in a stream of its model, at which try, if it is kept.
+
+    ``deadline`` is on this process's clock, once the job was read.
+    """
 
     job_id: str
     model: str
@@ -52,6 +56,7 @@ class Lease:
     entry: bytes
     tries: int
     kept: bool
+    deadline: float = math.inf
 
 
 class Leases:
@@ -220,12 +225,14 @@ class Leases:
         for stream, entry, job_id, message, submitted, deadline, tries, kept in given:
             model, _ = lines[stream - 1]
             lease = Lease(job_id.decode(), model, streams[stream - 1], entry, tries, bool(kept))
-            job = self._read(lease, message, offset_s + int(submitted) / 1000, offset_s + int(deadline) / 1000)
+            job = self._read(lease, message, offset_s, submitted, deadline)
             if job is not None:
                 taken.append(job)
         return dict(zip(streams, seen, strict=False))
 
-    def _read(self, lease: Lease, message: bytes, submitted: float, deadline: float) -> Job | None:
+    def _read(
+        self, lease: Lease, message: bytes, offset_s: float, submitted: bytes | int, deadline: bytes | int
+    ) -> Job | None:
         """The job of a lease, held from now on; None where it was given up, or is held: Redis had lost that."""
         with self._changed:
             if lease.job_id in self._held:
@@ -234,7 +241,8 @@ class Leases:
             self._give_up(lease, _TOO_MANY_TRIES, request_of(message))
             return None
         try:
-            job = unpack_job(message, lambda: self._images(lease), submitted, deadline)
+            begins, ends = (offset_s + int(time) / 1000 for time in (submitted, deadline))
+            job = unpack_job(message, lambda: self._images(lease), begins, ends)
         except AWAY:
             raise
         except Exception as error:  # whatever it is: a job neither held nor given up comes again at once, for ever
@@ -242,7 +250,7 @@ class Leases:
             self._give_up(lease, _UNREADABLE, request_of(message))
             return None
         with self._changed:
-            self._held[lease.job_id] = lease
+            self._held[lease.job_id] = replace(lease, deadline=job.deadline)
         if lease.tries > 1:
             logger.warning("a job is tried again", extra={"requests": [job.request_id], "tries": lease.tries})
             self._on_redelivery()
@@ -291,7 +299,7 @@ class Leases:
     def _beat(self) -> None:
         beat_s = min(self._reclaim_after_s / _BEATS_PER_SILENCE, _LONGEST_BEAT_S)
         for beat in itertools.count():
-            duties = [self._send, self._renew] if beat > 0 else [self._sweep]
+            duties = [self._renew, self._send] if beat > 0 else [self._sweep]
             if beat % _BEATS_PER_REMINDER == 0:
                 duties.append(self._remind)
             for duty in duties:
@@ -303,10 +311,19 @@ class Leases:
                 return
 
     def _send(self) -> None:
+        """Hand over what could not be, up to the first that cannot again: that is tried last the next time.
+
+        One that Redis never takes, as it is too large for it or for the link, has expired with its job.
+        """
         with self._changed:
-            unsent = list(self._unsent.values())
-        for lease, outcome in unsent:
-            answer = self._reach(partial(self._settle, lease, outcome), 0)
+            unsent = list(self._unsent.items())
+        for job_id, (lease, made) in unsent:
+            outcome = EXPIRED if time.monotonic() > lease.deadline + LATE_S else made
+            answer = self._reach(partial(self._settle, lease, outcome), None)
+            if answer is None:
+                with self._changed:
+                    self._unsent[job_id] = self._unsent.pop(job_id)
+                return
             if (became := _what_became(answer, outcome)) is not None:
                 self._on_late_outcome(became)
 

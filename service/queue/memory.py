@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from operator import itemgetter
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 from service.jobs import CANCELLED, EXPIRED, Job, Outcome
 from service.queue.admission import Door
@@ -55,6 +56,7 @@ class MemoryQueue:
         self._cancelled: set[str] = set()
         self._taken: dict[str, Job] = {}
         self._shelf = Shelf(bounds, clock)
+        self._ends: WeakKeyDictionary[Future[Outcome], asyncio.Future[Outcome]] = WeakKeyDictionary()
 
     async def submit(self, job: Job, keep: Keep | None = None) -> str:
         """See JobQueue.submit."""
@@ -111,7 +113,9 @@ class MemoryQueue:
         """See JobQueue.ended."""
         with self._changed:
             over = self._shelf.ended(job_id)
-        await asyncio.wait({asyncio.wrap_future(over)}, timeout=wait_s)
+            # One for all who ask and ask again: nothing takes back what it adds to the job's own.
+            end = self._ends.get(over) or self._ends.setdefault(over, asyncio.wrap_future(over))
+        await asyncio.wait({end}, timeout=wait_s)
 
     async def cancel(self, job_id: str) -> Stage | None:
         """See JobQueue.cancel."""

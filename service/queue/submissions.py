@@ -192,16 +192,14 @@ class Submissions:
 
     async def _listen(self) -> None:
         """Hand outcomes to those who wait, as replies tell of them, and now and then without a reply."""
-        last = b"0-0"
         polled = time.monotonic()
         while True:
             try:
-                replies = await self._read(last)
+                replies = await self._read()
                 if self._away:
                     await self._unlink(keys.NOTHING)  # A Redis that is read may still take no writes.
                     self._note_back()
                 if replies:
-                    last = replies[-1][0]
                     await self._collect(reply[b"id"].decode() for _, reply in replies)
                     async with self._redis.turn() as client:
                         await client.xdel(self._replies, *(entry for entry, _ in replies))
@@ -232,9 +230,10 @@ class Submissions:
             logger.info("the queue is back")
         self._away = False
 
-    async def _read(self, last: bytes) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    async def _read(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """From the beginning: what was heard of is deleted, and ids start anew with a Redis that lost the stream."""
         client = await self._redis.client()
-        found: Any = await client.xread({self._replies: last}, block=milliseconds(_POLL_S))
+        found: Any = await client.xread({self._replies: "0-0"}, block=milliseconds(_POLL_S))
         return found[0][1] if found else []
 
     async def _collect(self, job_ids: Iterable[str]) -> None:

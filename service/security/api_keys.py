@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ _PREFIX = "fs_"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ADMIN = "admin"
+_LEAST_RATE, _LARGEST_RATE = 1e-6, 1e9
 
 Stamp = tuple[int, int, int]
 
@@ -156,8 +156,10 @@ def _rate(text: str, number: int) -> float:
         rate = float(text)
     except ValueError:
         rate = 0.0
-    if not (math.isfinite(rate) and rate > 0):
-        raise KeyFileError(f"line {number}: the requests a minute are a number above 0")
+    if not _LEAST_RATE <= rate <= _LARGEST_RATE:
+        raise KeyFileError(
+            f"line {number}: the requests a minute are a number from {_LEAST_RATE:g} to {_LARGEST_RATE:g}"
+        )
     return rate
 
 

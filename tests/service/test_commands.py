@@ -40,6 +40,10 @@ def test_help_lists_the_options() -> None:
         (["--timeout-ms", "999999"], {}, "Error: timeout_ms must not exceed max_timeout_ms"),
         (["--models", "nowhere"], {}, "Error: models: there is no such folder"),
         (["--plans", "plans"], {}, "ort keeps no plans; trt,"),
+        ([], {"FEWSTEP_KEEP_RESULTS_S": "0.0004"}, "keep_results_s"),
+        ([], {"FEWSTEP_KEEP_RESULTS_S": "1e14"}, "keep_results_s"),
+        ([], {"FEWSTEP_JOB_TIMEOUT_MS": "100000000000000000"}, "job_timeout_ms"),
+        ([], {"FEWSTEP_RECLAIM_AFTER_S": "1e16"}, "reclaim_after_s"),
     ],
 )
 def test_wrong_settings_end_at_once(options: list[str], environment: dict[str, str], says: str) -> None:

@@ -25,10 +25,11 @@ from starlette.types import Message
 from engines.bundle import BundleError
 from engines.pipeline import Pipeline
 from service.app import create_app
+from service.batching import worker as batching_worker
 from service.errors import ApiError
 from service.models.catalogue import ModelError
 from service.models.opening import open_pipeline
-from service.queue.base import Job, Keep
+from service.queue.base import Job, Keep, QueueStats, QueueUnavailable
 from service.runtime import State
 from service.settings import Settings
 from service.telemetry.logs import Formatter
@@ -493,3 +494,73 @@ def test_a_real_process_ends_with_an_error_when_its_bundle_does_not_load(tmp_pat
             assert process.wait(60) == 1
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "finish"])
+async def test_what_hangs_beside_the_ticks_is_a_lost_worker_and_does_not_hold_up_the_end(
+    anyio_backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setattr(batching_worker, "_LAST_BATCH_S", 0.2)
+    begun, go_on = threading.Event(), threading.Event()
+    async with running(settings.model_copy(update={"stall_s": 2.0})) as app:
+        whole, tick = getattr(app.pipeline, stage), app.pipeline.tick
+
+        def hangs(*given: Any) -> Any:
+            assert go_on.wait(60)
+            return whole(*given)
+
+        def slow(rows: Any) -> None:
+            begun.set()
+            time.sleep(0.3)
+            tick(rows)
+
+        monkeypatch.setattr(app.pipeline, "tick", slow)
+        first = asyncio.create_task(app.post("/generate", prompt="a cat", steps=4))
+        await until(begun.is_set)
+        monkeypatch.setattr(app.pipeline, stage, hangs)
+        second = asyncio.create_task(app.post("/generate", prompt="a dog", steps=1))
+
+        def lost() -> bool:
+            app.service.watch()
+            return app.service.worker_lost
+
+        await until(lost)
+        stopping = asyncio.create_task(app.service.stop())
+        async with asyncio.timeout(15):
+            await stopping
+        go_on.set()
+        await asyncio.gather(first, second)
+
+
+async def test_what_has_nothing_to_do_does_not_hang(anyio_backend: str, settings: Settings) -> None:
+    async with running(settings.model_copy(update={"stall_s": 0.3})) as app:
+        assert (await app.post("/generate", prompt="a cat", steps=1)).status_code == 200
+        until_then = time.monotonic() + 1.0
+        while time.monotonic() < until_then:
+            app.service.watch()
+            await asyncio.sleep(0.02)
+        assert not app.service.worker_lost
+
+
+async def test_a_queue_that_does_not_answer_is_looked_at_once_at_a_time(
+    app: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    go_on = threading.Event()
+
+    def hangs() -> QueueStats:
+        looks.append(1)
+        assert go_on.wait(60)
+        raise QueueUnavailable
+
+    monkeypatch.setattr(app.service._queue, "stats", hangs)
+    probes = [asyncio.create_task(app.client.get("/readyz")) for _ in range(20)]
+    await until(lambda: len(looks) == 1)
+    await asyncio.sleep(0.1)
+    probes[0].cancel()
+    go_on.set()
+    answers = await asyncio.gather(*probes[1:])
+    assert {answer.status_code for answer in answers} == {503}
+    assert len(looks) == 1
+    monkeypatch.undo()
+    assert (await app.client.get("/readyz")).status_code == 200

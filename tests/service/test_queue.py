@@ -17,6 +17,7 @@ from service.queue.base import (
     QueueFull,
     QueueStats,
 )
+from service.queue.memory import MemoryQueue
 from tests.service.helpers import random_image, wait_until
 from tests.service.queues import FINISHED, KEEP, MODEL, job, taken
 
@@ -68,6 +69,20 @@ async def test_an_outcome_waits_for_the_one_who_comes_late_and_is_given_once(que
     assert await queue.outcome("a") == FINISHED
     with pytest.raises(KeyError):
         await queue.outcome("a")
+
+
+async def test_who_asks_again_and_again_whether_a_job_is_over_leaves_nothing_behind() -> None:
+    queue = MemoryQueue(100)
+    await queue.submit(job("a"), KEEP)
+    for _ in range(50):
+        await queue.ended("a", 0.0)
+    over = queue._shelf.ended("a")
+    assert len(over._done_callbacks) == 1
+    assert taken(queue) == ["a"]
+    waits = asyncio.create_task(queue.ended("a", 60.0))
+    await asyncio.sleep(0)
+    queue.settle("a", FINISHED)
+    await asyncio.wait_for(waits, 10)
 
 
 async def test_the_first_settlement_counts(queue: JobQueue) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from engines.pipeline import Edit
-from service.jobs import Failed, Priority
+from service.jobs import EXPIRED, Failed, Priority
 from service.queue import keys, leases
 from service.queue.base import Keep
 from service.queue.clients import _script
@@ -52,6 +54,75 @@ def forgotten(server: RedisServer) -> Iterator[None]:
         client.flushall()
         for name, (value, ttl) in before.items():
             client.restore(name, max(0, ttl), value)
+
+
+async def test_an_outcome_that_redis_never_takes_costs_no_other_job_its_lease(
+    anyio_backend: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its own job has expired, when its time is over."""
+    monkeypatch.setattr(leases, "LATE_S", 0.2)
+    with redis_server.client() as client:
+        before = client.config_get("proto-max-bulk-len")
+        client.config_set("proto-max-bulk-len", "1mb")
+        try:
+            async with opened(redis_server.url, 1.0) as queue, opened(redis_server.url, 1.0) as other:
+                await queue.submit(job("large", left_s=4.0), KEEP)
+                await queue.submit(job("small"))
+                assert sorted(taken(queue)) == ["large", "small"]
+                assert queue.settle("large", replace(FINISHED, images=(bytes(2 << 20),))) is None
+                until = time.monotonic() + 3.5
+                while time.monotonic() < until:
+                    assert taken(other, wait_s=0.2) == []
+                async with asyncio.timeout(30):
+                    while queue._leases._unsent:
+                        await asyncio.sleep(0.1)
+                assert (await queue.status("large")).outcome == EXPIRED
+                assert queue.settle("small", FINISHED)
+        finally:
+            client.config_set("proto-max-bulk-len", before["proto-max-bulk-len"])
+
+
+async def test_replies_are_heard_where_ids_begin_anew(api: RedisQueue, redis_server: RedisServer) -> None:
+    """As where Redis lost the stream, and its clock goes after that of before."""
+    replies = api._submissions._replies
+    with redis_server.client() as client:
+        await api.submit(job("before"))
+        assert taken(api) == ["before"]
+        client.xadd(replies, {"id": "before"}, id=f"{int(time.time() + 3600) * 1000}-0")
+        async with asyncio.timeout(30):
+            while client.xlen(replies):
+                await asyncio.sleep(0.05)
+        client.delete(replies)
+        monotonic = time.monotonic()
+        for name in "abcd":
+            await api.submit(job(name))
+            assert taken(api) == [name]
+            assert api.settle(name, FINISHED)
+            assert await soon(api, name) == FINISHED
+        assert time.monotonic() - monotonic < 2.0, "each would take a second until they are looked for unasked"
+        async with asyncio.timeout(30):
+            while client.xlen(replies):
+                await asyncio.sleep(0.05)
+
+
+async def test_times_that_cannot_be_read_are_a_dead_letter(
+    api: RedisQueue, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = api._threads.run
+
+    def odd(name: str, *given: Any) -> Any:
+        answer = run(name, *given)
+        if name == "take":
+            for each in answer[1]:
+                each[5] = b"1.0e+17"
+        return answer
+
+    monkeypatch.setattr(api._threads, "run", odd)
+    await api.submit(job("odd"))
+    assert taken(api) == []
+    outcome = await soon(api, "odd")
+    assert isinstance(outcome, Failed)
+    assert "cannot read" in outcome.message
 
 
 async def test_what_was_given_in_an_answer_that_got_lost_is_given_again_at_once(
