@@ -96,7 +96,9 @@ def encode_captions(encoder: PromptEncoder, captions: Sequence[str], cache: Path
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return {file.stem: torch.from_numpy(_mapped(file)) for file in sorted(folder.glob("*.npy"))}
+    if lost := [name for name in encoder.null if not (folder / f"{name}.npy").exists()]:
+        raise TrainingError(f"{folder} has lost its {', '.join(lost)}: remove it, and it is made again")
+    return {name: torch.from_numpy(_mapped(folder / f"{name}.npy")) for name in encoder.null}
 
 
 def _mapped(file: Path) -> NDArray[np.float16]:

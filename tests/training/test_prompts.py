@@ -89,6 +89,16 @@ def test_an_array_that_is_damaged_is_named(tmp_path: Path) -> None:
         encode_captions(encoder, ["a"] * 10_000, tmp_path)
 
 
+def test_an_array_that_is_gone_is_named(tmp_path: Path) -> None:
+    encoder = Lengths()
+    encoder.full = False
+    encode_captions(encoder, ["a"], tmp_path)
+    (file,) = tmp_path.glob("*/*.npy")
+    file.unlink()
+    with pytest.raises(TrainingError, match=rf"{file.parent} has lost its context: remove it"):
+        encode_captions(encoder, ["a"], tmp_path)
+
+
 def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path) -> None:
     encoder = Lengths()
     encoder.full = False
