@@ -262,18 +262,26 @@ def _check_segments(data: bytes) -> None:
             raise ImageError("undecodable", f"the image has more than {what}")
 
 
-def scale_clear_colour(image: ImageFile.ImageFile) -> None:
+def scale_clear_colour(image: Image.Image) -> None:
     """State a PNG's transparent colour in 8 bits a sample, as its pixels will be; the file states it in its own depth.
 
-    Of 16 bits Pillow keeps the upper half, so colours that differ in the lower half alone are one.
+    That depth is known only until the pixels are decoded. Of 16 bits Pillow keeps the upper half, so colours that
+    differ in the lower half alone are one.
     """
+    if (clear := clear_colour(image)) is not None:
+        image.info["transparency"] = clear
+
+
+def clear_colour(image: Image.Image) -> Any:
+    """The same colour in 8 bits, or as Pillow has it; None where there is none."""
     clear = image.info.get("transparency")
-    stored = image.tile[0].args if image.tile else None
+    stored = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
     if stored == "RGB;16B" and isinstance(clear, tuple):
-        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
-    elif stored in _GREY_BITS and isinstance(clear, int):
+        return tuple(sample >> 8 for sample in clear)
+    if stored in _GREY_BITS and isinstance(clear, int):
         top = (1 << _GREY_BITS[stored]) - 1
-        image.info["transparency"] = (clear & top) * 255 // top
+        return (clear & top) * 255 // top
+    return clear
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 
 from engines.provenance import package_version
 from service import errors
-from service.middleware import BodyLimit, RequestContext
+from service.middleware import BodyLimit, Linger, RequestContext
 from service.queue.base import JobQueue
 from service.roles import open_queue, open_rates, opener_of
 from service.routes import images, jobs, models, openai, status
@@ -107,6 +107,7 @@ def create_app(
         app.add_middleware(Preflights)
     app.add_middleware(Foreign, origins=settings.cors_origins, local=local, metrics=metrics)
     tracing.watch(app)
+    app.add_middleware(Linger, max_bytes=settings.max_body_bytes)
     routers = _routers(settings)
     routes = [*app.routes, *(route for router, _ in routers for route in router.routes)]
     app.add_middleware(RequestContext, metrics=metrics, routes=routes)

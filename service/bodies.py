@@ -80,7 +80,7 @@ def _check_numbers(checked: BaseModel, fields: Fields) -> None:
 def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object with every name once and only finite numbers. Raises ApiError."""
     try:
-        document = json.loads(body, object_pairs_hook=_unique, parse_constant=_not_json)
+        document = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_not_json)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", "the body is not valid JSON") from error
     if not isinstance(document, dict):

@@ -148,20 +148,21 @@ class BodyLimit:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         too_large = declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > self.max_bytes)
-        received, whole, closes = 0, False, False
+        received = 0
 
         async def counted() -> Message:
-            nonlocal received, whole
+            nonlocal received
             if too_large:
                 raise self._too_large()
             message = await receive()
-            whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             received += size
             self.total += size
             if received > self.max_bytes:
+                let_go()
                 raise self._too_large()
-            if self.total > self.max_total_bytes:
+            if size and self.total > self.max_total_bytes:
+                let_go()
                 self.metrics.rejected.labels("too_many_bytes").inc()
                 raise too_many_bytes()
             return message
@@ -171,25 +172,53 @@ class BodyLimit:
             self.total -= received
             received = 0
 
-        async def lingering(message: Message) -> None:
-            """Hold back the end of an answer that closes the connection until the client has sent its body.
+        scope.setdefault("state", {})["let_go_of_body"] = let_go
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            let_go()
 
-            Its first bytes would be overtaken by a reset where it still sends (RFC 9112, section 9.6).
-            """
+    def _too_large(self) -> ApiError:
+        self.metrics.rejected.labels("body_too_large").inc()
+        return ApiError(413, "body_too_large", f"the body may have at most {self.max_bytes} bytes")
+
+
+class Linger:
+    """Holds back the end of an answer after which the connection closes until the client has sent its body.
+
+    The first bytes of an early one would be overtaken by a reset where it still sends (RFC 9112, section 9.6).
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        closes = scope["http_version"] == "1.0" or _closes(headers)
+        whole = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+
+        async def watched() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = not message.get("more_body", False)
+            return message
+
+        async def lingering(message: Message) -> None:
             nonlocal closes
             if message["type"] == "http.response.start":
-                closes = Headers(raw=message["headers"]).get("connection") == "close" and "expect" not in headers
+                closes = (closes or _closes(Headers(raw=message["headers"]))) and "expect" not in headers
             elif closes and not whole and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 await self._discard(receive)
                 message = {"type": "http.response.body"}
             await send(message)
 
-        scope.setdefault("state", {})["let_go_of_body"] = let_go
-        try:
-            await self.app(scope, counted, lingering)
-        finally:
-            let_go()
+        await self.app(scope, watched, lingering)
 
     async def _discard(self, receive: Receive) -> None:
         """Read the rest of a body, for a while and not without end."""
@@ -202,9 +231,10 @@ class BodyLimit:
                         break
                     left -= len(message.get("body", b""))
 
-    def _too_large(self) -> ApiError:
-        self.metrics.rejected.labels("body_too_large").inc()
-        return ApiError(413, "body_too_large", f"the body may have at most {self.max_bytes} bytes")
+
+def _closes(headers: Headers) -> bool:
+    """Whether one side says that the connection ends with this answer."""
+    return "close" in {option.strip().lower() for option in headers.get("connection", "").split(",")}
 
 
 def _request_id(offered: str | None) -> str:

@@ -92,7 +92,7 @@ class Service:
         self._hangs = False
         self._starter = threading.Thread(target=self._begin, name="starter", daemon=True)
         self._stopping = asyncio.Event()
-        self.tracker = Tracker(queue, metrics, self._stopping)
+        self.tracker = Tracker(queue, metrics, self._stopping, settings.drain_timeout_s)
         self.desk = Desk(queue, metrics, self.tracker, self._safety, self._tracing, self._stopping)
         # One thread: decoding an image takes tens of bytes a pixel, and each thread keeps memory of its own.
         self._decoder, self._parser, self._prober = Helper("decoder"), Helper("parser"), Helper("prober")

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from engines.bundle import SHIPPED
 from engines.plans import Precision
 from service.queue.addresses import check_address
+from service.queue.base import FRESH_S
 from service.security.api_keys import read_keys
 from service.security.cross_origin import read_origins
 from service.telemetry.collector import check_collector, standard_collector
@@ -95,7 +96,7 @@ class Settings(BaseSettings):
     job_timeout_ms: Annotated[
         Milliseconds, Field(description="default and longest time limit of asynchronous jobs")
     ] = 600_000
-    keep_results_s: Annotated[Seconds, Field(ge=0.01, description="time that results of jobs are kept")] = 600.0
+    keep_results_s: Annotated[Seconds, Field(ge=FRESH_S, description="time that results of jobs are kept")] = 600.0
     max_results: Annotated[Count, Field(description="most results kept at once; the oldest go first")] = 1024
     max_result_bytes: Annotated[Count, Field(description="most bytes of their images")] = 256 * MIB
     drain_timeout_s: Annotated[Seconds, Field(description="time for requests in flight on SIGTERM")] = 30.0

@@ -19,22 +19,26 @@ HEARTBEAT_S = 15.0
 # A job that moves is asked about often, one that waits seldom.
 _POLLS_S = (0.005, 0.25)
 _SLOWER = 1.5
-_PATIENCE_S = 5.0
 
 
 class Tracker:
-    """Tells of jobs whose outcome the queue keeps, whichever process accepted them."""
+    """Tells of jobs whose outcome the queue keeps, whichever process accepted them.
+
+    Who asks for a job now and then is taken to come again for ``patience_s`` seconds after each time.
+    """
 
     def __init__(
         self,
         queue: JobQueue,
         metrics: Metrics,
         stopping: asyncio.Event,
+        patience_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue = queue
         self._metrics = metrics
         self._stopping = stopping
+        self._patience_s = patience_s
         self._clock = clock
         self.following = 0
         self._awaited: dict[str, float] = {}
@@ -47,15 +51,15 @@ class Tracker:
 
     @property
     def awaited(self) -> bool:
-        """Whether somebody asked lately for a job, or was given one, and was not told of its end yet."""
+        """Whether somebody who asked for a job, or was given one, may come again to be told of its end."""
         self._let_go()
         return bool(self._awaited)
 
     def _let_go(self) -> None:
-        """Forget those who were not heard of for a while."""
+        """Forget those who do not come again."""
         while self._awaited:
             job_id, heard = next(iter(self._awaited.items()))
-            if heard + _PATIENCE_S > self._clock():
+            if heard + self._patience_s > self._clock():
                 return
             del self._awaited[job_id]
 

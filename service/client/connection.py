@@ -67,7 +67,7 @@ class Connection:
         if self.api_key is None:
             return {}
         # In Authorization these, a proxy's perhaps, would take the place of the key.
-        if http.auth is not None or httpx.URL(self.url).userinfo:
+        if http.auth is not None or "authorization" in http.headers or httpx.URL(self.url).userinfo:
             return {"X-Api-Key": self.api_key}
         # The better header: httpx takes it away where a redirect leads to another origin.
         return {"Authorization": f"Bearer {self.api_key}"}

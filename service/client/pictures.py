@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from engines.images import upright
+from engines.images import clear_colour, upright
 from service.client.answers import MadeImage
 
 Picture = PIL.Image.Image | MadeImage | bytes | str | os.PathLike[str]
-"""An image or a mask: decoded, as it came from this client, the bytes of a file, or the path of one."""
+"""An image or a mask: decoded, as it came from this client, the bytes of a file, or the path of one.
+
+Pillow forgets the depth of a PNG once its pixels are used: after that, a transparent colour that the file stated in 2,
+4 or 3 x 16 bits is another. Its bytes or its path are safe.
+"""
 
 _MODES_OF_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 # Pillow has no conversion of the one, and clips the other, whose range is anybody's.
@@ -33,8 +37,11 @@ def file_bytes(picture: Picture) -> bytes:
 
 
 def _png(picture: PIL.Image.Image) -> bytes:
+    clear, copied = clear_colour(picture), picture.copy()  # In this order, as the copy has it decoded.
+    if clear is not None:
+        copied.info["transparency"] = clear
     # The file that is written does not say which way is up, so the pixels must.
-    picture = _in_mode_of_png(upright(picture.copy()))
+    picture = _in_mode_of_png(upright(copied))
     file = io.BytesIO()
     picture.save(file, "png")
     return file.getvalue()

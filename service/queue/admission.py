@@ -46,6 +46,7 @@ EXPECTED_COST = 100.0
 SURPRISE = 3.0
 SHORT_STALL_S = 1.0
 BUSY_S = 0.25
+BUSY_COST = 512.0
 
 
 def expectation(per_second: float) -> tuple[float, float]:
@@ -60,8 +61,9 @@ class Throughput:
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
     shows how long one takes and not how many could be made. How much work that is goes by the speed itself, which may
-    be far too high. So time counts too in which a worker always had images to finish, where it shows a lower speed:
-    behind their ticks they are finished one by one, however many there are.
+    be far too high. So ``BUSY_COST``, which fills ticks of every size, is always enough, and until something was
+    measured four times what is finished. And time counts too in which a worker always had images to finish, where it
+    shows a lower speed: behind their ticks they are finished one by one, however many there are.
 
     Of that time a pause does not count, from when something was finished until a worker began what is finished next: a
     bundle that loads, or a worker that starts anew, is no new speed. Where another job was worked on meanwhile, its
@@ -77,6 +79,7 @@ class Throughput:
         self._cost = 0.0
         self._seconds = 0.0
         self._alone_s = 0.0
+        self._measured = False
         self._since: float | None = None
         self._pause = (-math.inf, -math.inf)
 
@@ -91,7 +94,7 @@ class Throughput:
         return self._cost / self._alone_s if self._alone_s > 0 else 0.0
 
     def expect(self, per_second: float) -> None:
-        """Start from what a warm-up has shown, unless something was measured."""
+        """Start from what the first warm-up has shown, unless something was measured."""
         if self._seconds == 0:
             self._cost, self._seconds = expectation(per_second)
             self._alone_s = self._seconds
@@ -120,7 +123,8 @@ class Throughput:
         alone_s = share * self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
         if (speed := self.alone_per_second) > 0:
-            if outstanding < BUSY_S * speed and not (never_idle and cost < speed * alone_s):
+            enough = min(BUSY_S * speed, BUSY_COST if self._measured else 4 * cost)
+            if outstanding < enough and not (never_idle and cost < speed * alone_s):
                 return
             alone_s = min(alone_s, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
         elapsed = alone_s / share
@@ -128,6 +132,7 @@ class Throughput:
         self._cost = self._cost * kept + cost
         self._seconds = self._seconds * kept + elapsed
         self._alone_s = self._alone_s * kept + alone_s
+        self._measured = True
 
     def end(self) -> None:
         """There is no more work."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from service.jobs import EXPIRED, Failed, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.admission import BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
+from service.queue.admission import BUSY_COST, BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
 from service.queue.base import HEAD_START_S, LATE_S, PATIENCE_S, WATCHED_S, Bounds, finishing_s, state_after, worked_s
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
@@ -275,7 +275,7 @@ class Leases:
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
         throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
         worked: Arguments = [milliseconds(worked_s(outcome) or 0.0), milliseconds(finishing_s(outcome))]
-        told = [*over, *dead, *kept, *throughput, str(BUSY_S), *worked, pack_outcome(EXPIRED)]
+        told = [*over, *dead, *kept, *throughput, str(BUSY_S), str(BUSY_COST), *worked, pack_outcome(EXPIRED)]
         answer: int = self._redis.run("settle", names, told)
         self._let_go(job_id)
         return answer

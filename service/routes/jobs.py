@@ -16,7 +16,7 @@ from service.jobs import Finished
 from service.negotiation import choose_kept
 from service.queue.base import JobState, Status
 from service.routes.examples import DONE
-from service.routes.openapi import error, example, success, success_or_image
+from service.routes.openapi import QUEUE_UNAVAILABLE, error, example, success, success_or_image
 from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service
 from service.schemas import JobResponse
@@ -30,7 +30,10 @@ JobId = Annotated[str, Path(description="As the answer to the request gave it.")
 _NOT_FOUND = example(
     404, "No such job, or its result is kept no longer", "job_not_found", "no job '5f0c5a2e'", "job_id"
 )
-_ERRORS: dict[int | str, dict[str, Any]] = {404: _NOT_FOUND, 503: error(503)}
+_TOO_MANY = example(
+    429, "Too many follow jobs; see Retry-After", "too_many_requests", "too many requests at once", None
+)
+_ERRORS: dict[int | str, dict[str, Any]] = {404: _NOT_FOUND, 503: QUEUE_UNAVAILABLE}
 _FOUND = success_or_image(DONE, "How far it is, and its images when it is done")
 _CANCELLED = success(DONE, "What became of it")
 _EVENTS: dict[str, Any] = {
@@ -78,7 +81,7 @@ async def cancel_job(request: Request, job_id: JobId) -> Response:
     summary="Follow a job",
     response_class=StreamingResponse,
     response_model=None,
-    responses={200: _EVENTS, 429: error(429), **_ERRORS},
+    responses={200: _EVENTS, 429: _TOO_MANY, **_ERRORS},
 )
 async def job_events(request: Request, job_id: JobId, preview: Preview = False) -> StreamingResponse:
     """Ends by itself when the job is over, after an event that carries its images or its error.

@@ -26,7 +26,7 @@ from service.openai import (
 )
 from service.routes.examples import OPENAI_IMAGES, OPENAI_MODEL, OPENAI_MODELS
 from service.routes.images import Dialect, make_images
-from service.routes.openapi import documented, error, success
+from service.routes.openapi import TIMING_HEADERS, documented, error, success
 from service.routes.strict import OPTIONS, REFUSED, no_body
 from service.runtime import Service
 from service.schemas import GenerateRequest
@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v1", tags=["openai"], dependencies=OPTIONS)
 _NO_BODY = [Depends(no_body)]
 
 _LIST = "image[]"
-_ANSWER = success(OPENAI_IMAGES, "The images")
+_ANSWER = {**success(OPENAI_IMAGES, "The images"), "headers": TIMING_HEADERS}
 _ALL: dict[int | str, dict[str, Any]] = {200: success(OPENAI_MODELS, "Each of them"), **REFUSED, 503: error(503)}
 _ONE: dict[int | str, dict[str, Any]] = {
     200: success(OPENAI_MODEL, "A model"),

@@ -51,10 +51,26 @@ _ACCESS: dict[int, tuple[str, str, str, str | None]] = {
 _IMAGE_CONTENT: dict[str, Any] = {
     f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
 }
-_IMAGE_HEADERS: dict[str, Any] = {
-    "X-Seed": {"schema": {"type": "integer"}, "description": "The seed, of a raw image."},
+TIMING_HEADERS: dict[str, Any] = {
     "Server-Timing": {"schema": {"type": "string"}, "description": "Milliseconds in each stage."},
 }
+"""Of answers with images that were just made."""
+
+_IMAGE_HEADERS: dict[str, Any] = {
+    "X-Seed": {"schema": {"type": "integer"}, "description": "The seed, of a raw image."},
+    **TIMING_HEADERS,
+}
+_EVERY_HEADERS: dict[str, Any] = {
+    "X-Request-ID": {
+        "schema": {"type": "string"},
+        "description": "The request's own where it is plain, else a new one.",
+    },
+}
+_ERROR_HEADERS: dict[str, Any] = {
+    "X-Should-Retry": {"schema": {"type": "string", "enum": ["true", "false"]}, "description": "As `retryable` says."},
+}
+_RETRY_HEADERS: dict[str, Any] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+_CHALLENGE_HEADERS: dict[str, Any] = {"WWW-Authenticate": {"schema": {"type": "string"}}}
 
 _PREFER: dict[str, Any] = {
     "name": "Prefer",
@@ -74,7 +90,7 @@ _KEY: dict[str, Any] = {
 
 
 class DocumentedApp(FastAPI):
-    """An app whose OpenAPI document has its examples whole: FastAPI leaves out whatever is null in them."""
+    """An app whose OpenAPI document has its examples whole, of which FastAPI leaves out nulls, and all headers."""
 
     def openapi(self) -> dict[str, Any]:
         """The document."""
@@ -82,7 +98,8 @@ class DocumentedApp(FastAPI):
         schemas = document["components"]["schemas"]
         for operations in document["paths"].values():
             for operation in operations.values():
-                for answer in operation["responses"].values():
+                for status, answer in operation["responses"].items():
+                    answer["headers"] = answer.get("headers", {}) | _headers(int(status))
                     media = answer.get("content", {}).get("application/json", {})
                     if "example" in media:
                         media["example"] = _whole(media["example"], media["schema"], schemas)
@@ -99,7 +116,7 @@ def guarded(by_keys: bool) -> dict[str, Any]:
     bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-Api-Key", auto_error=False)
     return {
         "dependencies": [Security(bearer), Security(header)],
-        "responses": {status: error(status) for status in (401, 429)},
+        "responses": {401: error(401), 429: _RATE_LIMITED},
     }
 
 
@@ -135,9 +152,29 @@ def example(status: int, text: str, code: str, message: str, param: str | None) 
         "description": text,
         "content": {"application/json": {"example": body}},
     }
-    if status in (429, 503):
-        answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
     return answer
+
+
+def _headers(status: int) -> dict[str, Any]:
+    """The headers that every answer of this status has."""
+    headers = _EVERY_HEADERS
+    if status >= 400:
+        headers = headers | _ERROR_HEADERS
+    if status == 401:
+        headers = headers | _CHALLENGE_HEADERS
+    return headers | _RETRY_HEADERS if status in (429, 503) else headers
+
+
+QUEUE_UNAVAILABLE = example(
+    503,
+    "The queue cannot be reached; see Retry-After",
+    "queue_unavailable",
+    "the queue cannot be reached, or is full",
+    None,
+)
+_RATE_LIMITED = example(
+    429, "The key asked too often; see Retry-After", "rate_limited", "this key may make 60 requests a minute", None
+)
 
 
 FOREIGN = example(

@@ -16,13 +16,16 @@ from service.routes.examples import ALIVE, CAPABILITIES, LOADING, READY
 from service.routes.openapi import error, success
 from service.routes.strict import OPTIONS_ALONE, REFUSED
 from service.runtime import Service, State
-from service.schemas import Capabilities, Health
+from service.schemas import Capabilities, ErrorResponse, Health
 
 router = APIRouter(tags=["status"])
 scraped = APIRouter(tags=["status"])
 about = APIRouter(tags=["status"], dependencies=OPTIONS_ALONE, responses=REFUSED)
 
-_READY: dict[int | str, dict[str, Any]] = {200: success(READY, "Ready"), 503: success(LOADING, "Not ready")}
+_READY: dict[int | str, dict[str, Any]] = {
+    200: success(READY, "Ready"),
+    503: {**success(LOADING, "Not ready"), "model": Health | ErrorResponse},
+}
 _ABOUT: dict[int | str, dict[str, Any]] = {
     200: success(CAPABILITIES, "The capabilities"),
     404: error(404),

@@ -161,6 +161,31 @@ def test_images_that_are_finished_far_slower_than_their_ticks_are_measured() -> 
     assert door.throughput.per_second == pytest.approx(40, rel=0.1)
 
 
+@pytest.mark.parametrize("slow_from", [0, 200])
+def test_a_speed_that_is_far_too_high_is_unlearnt(slow_from: int) -> None:
+    """More jobs come than the worker can do, with a limit that leaves little waiting; at first, or later, it is slow."""
+    door, now = Door(100_000), 0.0
+    door.throughput.expect(1e6)
+    late: list[bool] = []
+    line: deque[float] = deque()
+    for turn in range(400):
+        each_s = 0.8 if turn >= slow_from else 0.001
+        while line and line[0] + LIMIT_S < now:
+            line.popleft()
+            door.withdrew(32)
+        for _ in range(4):
+            if door.knock("", 32, LIMIT_S, now) is None:
+                line.append(now)
+        if line:
+            began = line.popleft()
+            door.took(32)
+            now += each_s
+            door.settled(32, each_s, now)
+            late.append(now - began > LIMIT_S)
+    assert not any(late[-100:])
+    assert door.throughput.per_second == pytest.approx(40, rel=0.5)
+
+
 def test_a_pair_that_is_finished_one_behind_the_other_is_no_measure_of_ticks() -> None:
     door = Door(1000)
     door.throughput.expect(SPEED / EXPECTED)

@@ -216,6 +216,7 @@ def text_part(value: bytes, *headers: bytes) -> bytes:
         (b"{", JSON, 400, "invalid_json", None),
         (b'{"prompt": "a cat"} x', JSON, 400, "invalid_json", None),
         (b'{"prompt": "\xff"}', JSON, 400, "invalid_json", None),
+        ('{"prompt": "a cat"}'.encode("utf-16"), JSON, 400, "invalid_json", None),
         (b"[" * 100_00, JSON, 400, "invalid_json", None),
         (b'{"prompt": "a cat", "guidance_scale": NaN}', JSON, 400, "invalid_json", None),
         (b'{"prompt": "a cat", "guidance_scale": -Infinity}', JSON, 400, "invalid_json", None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -48,6 +49,9 @@ def test_our_client_sends_its_key(url: str) -> None:
         assert client.generate("a cat", steps=1).images
     with Client(url.replace("http://", "http://user:password@"), api_key=GOOD) as client:
         assert client.generate("a cat", steps=1).images
+    with httpx.Client(headers={"Authorization": "Basic proxy"}) as http, Client(url, api_key=GOOD, http=http) as client:
+        assert client.generate("a cat", steps=1).images
+        assert http.headers["authorization"] == "Basic proxy"
     for key in (None, "another"):
         with Client(url, api_key=key) as client, pytest.raises(ServiceError) as caught:
             client.generate("a cat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from engines.images import decode_image
 from service.client.pictures import file_bytes
+from tests.pngs import small_png
 from tests.service.helpers import random_image
 
 UPRIGHT_LEFT = 6
@@ -60,6 +62,21 @@ def test_other_modes_are_sent_as_pillow_has_them(mode: str) -> None:
 def test_a_mode_that_cannot_be_sent_is_named(mode: str) -> None:
     with pytest.raises(ValueError, match=rf"mode '{mode}' cannot be sent"):
         file_bytes(Image.new(mode, (4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "samples", "clear"),
+    [
+        (2, [0, 1, 2, 3], (1,)),
+        (4, [0, 7, 15, 0], (7,)),
+        (16, [[0x1234, 0, 0xFFFF], [0xFFFF, 0, 0]], (0x1234, 0, 0xFFFF)),
+    ],
+)
+def test_a_transparent_colour_is_what_its_file_says(bits: int, samples: Any, clear: tuple[int, ...]) -> None:
+    stored = np.array([samples], np.uint8 if bits < 16 else ">u2")
+    file = small_png(stored, bits, 2 if len(clear) == 3 else 0, struct.pack(f">{len(clear)}H", *clear))
+    picture = Image.open(io.BytesIO(file))
+    assert np.array_equal(decode_image(file_bytes(picture)), decode_image(file))
 
 
 @pytest.mark.parametrize("value", [-1, 65536])

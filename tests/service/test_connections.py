@@ -312,8 +312,8 @@ def alive(port: int) -> bool:
 HUGE = 4 * 2**20
 
 
-def post_head(length: int, *headers: str) -> bytes:
-    lines = ["POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]
+def post_head(length: int, *headers: str, version: str = "1.1") -> bytes:
+    lines = [f"POST /generate HTTP/{version}", "Host: localhost", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, f"Content-Length: {length}", "\r\n"]).encode()
 
 
@@ -325,6 +325,23 @@ def test_who_sends_all_of_a_body_that_is_refused_still_reads_why(settings: Setti
                 client.sendall(b" " * HUGE)
                 status, found = refusal(read(client))
                 assert (status, found["code"], found["retryable"]) == (413, "body_too_large", False)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [post_head(HUGE, "Connection: close"), post_head(HUGE, "Connection: TE, Close"), post_head(HUGE, version="1.0")],
+)
+def test_who_wants_the_connection_closed_still_reads_an_early_refusal(
+    head: bytes, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").touch()
+    closed = settings.model_copy(update={"api_keys_file": tmp_path / "keys"})
+    with bounded(create_app(closed), timeout_s=60) as server:
+        for _ in range(3):
+            with connect(port_of(server), head) as client:
+                client.sendall(b" " * HUGE)
+                status, found = refusal(read(client))
+                assert (status, found["code"]) == (401, "unauthorized")
 
 
 @pytest.mark.parametrize("length", [HUGE, 100 * HUGE])

@@ -227,13 +227,13 @@ async def test_draining_waits_for_who_asks_what_became_of_a_job(
     await until(app.service.drained)
 
 
-async def test_draining_does_not_wait_for_ever_for_who_asks_no_more(
-    app: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.tracker._PATIENCE_S", 0.3)
-    await app.client.post("/generate", json={"prompt": "a cat"}, headers={"Prefer": "respond-async"})
-    app.service.drain()
-    await until(app.service.drained)
+async def test_draining_waits_as_long_as_it_may_for_who_asks_no_more(settings: Settings) -> None:
+    async with running(settings.model_copy(update={"drain_timeout_s": 0.5})) as app:
+        await app.client.post("/generate", json={"prompt": "a cat"}, headers={"Prefer": "respond-async"})
+        app.service.drain()
+        await until(lambda: app.metric("fewstep_images_total") == 1)
+        assert not app.service.drained()
+        await until(app.service.drained)
 
 
 async def until_over(app: Running, place: str) -> None:
@@ -307,9 +307,9 @@ async def test_a_request_that_the_server_cancels_gets_a_503(app: Running, gate: 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "app": app.app}
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/generate", "query_string": b""}
     headers = [(b"content-type", b"application/json")]
-    request = asyncio.create_task(app.app({**scope, "headers": headers}, receive, send))
+    request = asyncio.create_task(app.app({**scope, "app": app.app, "headers": headers}, receive, send))
     await until(gate.reached.is_set if body else lambda: app.service.inflight == 1)
     request.cancel()
     await asyncio.wait([request])

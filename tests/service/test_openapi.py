@@ -45,6 +45,19 @@ def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
     assert set(document["paths"]) == {*MODELS, *status, *models, *jobs, *openai}
 
 
+def test_every_header_is_told_of(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "keys").touch()
+    document = create_app(settings.model_copy(update={"api_keys_file": tmp_path / "keys"})).openapi()
+    for path, operations in document["paths"].items():
+        for status, answer in next(iter(operations.values()))["responses"].items():
+            told = answer["headers"].keys()
+            assert "X-Request-ID" in told
+            assert ("X-Should-Retry" in told) == (status >= "400"), (path, status)
+            assert ("Retry-After" in told) == (status in ("429", "503")), (path, status)
+            assert ("WWW-Authenticate" in told) == (status == "401"), (path, status)
+            assert ("Server-Timing" in told) == (status == "200" and path in {*MODELS, "/jobs/{job_id}"}), path
+
+
 def test_every_tag_is_told_of(document: dict[str, Any]) -> None:
     used = {tag for path in document["paths"].values() for operation in path.values() for tag in operation["tags"]}
     assert {tag["name"] for tag in document["tags"]} == used

@@ -4,11 +4,11 @@
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
 -- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
--- the seconds of work from which on it is measured, how many ms a worker was at the job, and how many of them behind its
+-- the seconds of work from which on it is measured, and the row-ticks that are always enough, how many ms a worker was at the job, and how many of them behind its
 -- last tick; then the outcome of a job that is late
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed, busy_s, worked, finishing, expired = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s, busy_cost, worked, finishing, expired = unpack(ARGV, 10)
 
 -- The milliseconds that count now, where something was finished `since`, and what is finished now `began`.
 local function elapsed_ms(since, began, now)
@@ -33,7 +33,8 @@ local function note_finished(model, cost)
   end
   local speed = PREFIX .. 'speed:' .. model
   local finished, seconds = speed_at(speed)
-  local alone = redis.call('HGET', speed, 'alone') or seconds
+  local measured = redis.call('HGET', speed, 'alone')
+  local alone = measured or seconds
   local own = alone_ms(model, outstanding)
   local share = own > 0 and own / (own + beside_ms(own, work_of_others(model))) or 1
   local now = now_ms()
@@ -42,7 +43,8 @@ local function note_finished(model, cost)
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
-    if own < 1000 * busy_s and not (never_idle and 1000 * alone_s > alone_ms(model, cost)) then
+    local enough = math.min(1000 * busy_s, alone_ms(model, measured and busy_cost or 4 * cost))
+    if own < enough and not (never_idle and 1000 * alone_s > alone_ms(model, cost)) then
       return
     end
     alone_s = math.min(alone_s, math.max(stall_s, surprise * own / 1000))
