@@ -66,6 +66,10 @@ class Speed:
         """Images that come out in a second."""
         return self.batch / self.seconds
 
+    def share_of(self, peak: float | None) -> float | None:
+        """The share of so many operations a second; None where that is not known."""
+        return self.operations / self.seconds / peak if peak else None
+
 
 @dataclass(frozen=True)
 class Parity:

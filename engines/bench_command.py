@@ -124,13 +124,19 @@ class _Comparison:
         return {
             "bundle": f"{self.manifest.name}@{self.manifest.revision}",
             "machine": self.machine,
-            "speeds": [asdict(speed) for speed in self.speeds],
+            "steps": self.steps,
+            "speeds": [self._record(speed) for speed in self.speeds],
+            "reference": asdict(self.reference),
             "parities": [_finite(asdict(parity)) for parity in self.parities],
             "peaks": {str(one): peak for one, peak in self.peaks.items()},
             "without_peak": {str(one): why for one, why in self.without_peak.items()},
             "memory": {str(one): grown for one, grown in self.memory.items()},
             "left_out": {str(one): why for one, why in self.left_out.items()},
         }
+
+    def _record(self, speed: Speed) -> dict[str, Any]:
+        share = speed.share_of(self.peaks[speed.contender])
+        return {**asdict(speed), "images_per_second": speed.images_per_second, "share_of_peak": share}
 
     def text(self) -> str:
         """For people: Markdown."""
@@ -217,7 +223,7 @@ def _speed_table(speeds: Sequence[Speed], peaks: dict[Contender, float | None], 
     ]
     for speed in sorted(speeds, key=lambda speed: (speed.batch, speeds.index(speed))):
         peak = peaks[speed.contender]
-        share = f"{speed.operations / speed.seconds / peak:.0%} of {peak / 1e9:.0f} GFLOP/s" if peak else "-"
+        share = f"{speed.share_of(peak):.0%} of {peak / 1e9:.0f} GFLOP/s" if peak else "-"
         lines.append(
             f"| `{speed.contender}` | {speed.batch} | {speed.seconds:.4g} | {speed.images_per_second:.4g} "
             f"| {base[speed.batch] / speed.seconds:.2f} | {speed.operations / speed.batch / 1e9:.3g} | {share} |"

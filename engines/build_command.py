@@ -17,7 +17,7 @@ import click
 from engines.backends.base import BATCH_SIZES, EngineError
 from engines.backends.trt_library import Progress
 from engines.bundle import BundleError, find_bundle, load_bundle
-from engines.plans import PRECISIONS, PlanCache, PlanError, Precision, Profile, batch_sizes_up_to
+from engines.plans import MOST_ROWS, PRECISIONS, PlanCache, PlanError, Precision, Profile, batch_sizes_up_to
 
 if TYPE_CHECKING:
     from engines.compile import Built
@@ -45,7 +45,11 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
 @click.command()
 @click.argument("bundle")
 @click.option("--backend", type=click.Choice(["trt"]), default="trt", show_default=True)
-@click.option("--target", help="The chip, such as sm89.  [default: the one that is there]")
+@click.option(
+    "--target",
+    callback=lambda *given: given[-1] and given[-1].lower(),
+    help="The chip, such as sm89.  [default: the one that is there]",
+)
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option(
     "--batch-sizes",
@@ -139,9 +143,13 @@ def _stop_if(asked: Asked) -> None:
 def _finders(backend: str, precision: Precision, profile: Profile, plans: Path | None) -> list[str]:
     """Which options of `serve` and `generate` find plans of a profile, in lines for people."""
     options = f"--backend {backend} --precision {precision}" + (f" --plans {shlex.quote(str(plans))}" if plans else "")
-    found = [n for n in range(1, profile.batch_sizes[-1] + 1) if profile.covers(Profile(batch_sizes_up_to(n)))]
+    found = [
+        n
+        for n in range(1, min(profile.batch_sizes[-1], MOST_ROWS) + 1)
+        if profile.covers(Profile(batch_sizes_up_to(n)))
+    ]
     if not found:
-        largest = profile.batch_sizes[-1]
+        largest = min(profile.batch_sizes[-1], MOST_ROWS)
         sizes = ",".join(map(str, batch_sizes_up_to(largest)))
         return [f"`fewstep serve` finds none: --max-batch {largest} needs --batch-sizes {sizes}, or --dynamic."]
     others = ", ".join(map(str, found[:-1])) if not profile.dynamic else f"every one from 1 to {found[-1]}"

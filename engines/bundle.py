@@ -93,14 +93,14 @@ class Bundle:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
         return self.path / name
 
-    def _weights(self) -> list[str]:
+    def weights(self) -> list[str]:
         """The files that may be weights. Of which graph is known to the graphs only, so all count for every one."""
         known = set(self.manifest.named_files())
         return sorted(name for name in self.manifest.files if name not in known and name not in _NO_WEIGHTS)
 
     def _digest(self, graph: str) -> str:
         """The SHA-256 of a graph; where the bundle has files that may be weights, of the names and hashes of all."""
-        files, weights = self.manifest.files, self._weights()
+        files, weights = self.manifest.files, self.weights()
         if not weights:
             return files[graph].sha256
         listed = "\n".join(f"{files[name].sha256} {name}" for name in (graph, *weights))
@@ -119,7 +119,7 @@ class Bundle:
         manifest = self.manifest
         graphs: dict[str, GraphSpec] = {}
         tokenizers = () if manifest.text is None else manifest.text.tokenizers
-        weights = self._weights()
+        weights = self.weights()
 
         def add(
             role: Role, name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], **of_steps: Any

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from engines.backends import AUTO, BACKENDS, KEEP_PLANS, open_engine
-from engines.backends.base import MAX_THREADS, EngineError, EngineOptions
-from engines.bundle import Bundle, BundleError, Manifest, find_bundle, find_problems, read_manifest
-from engines.compile import check_finite, checked_inputs
+from engines.backends import AUTO, BACKENDS, KEEP_PLANS
+from engines.backends.base import MAX_THREADS, EngineError
+from engines.bundle import Bundle, BundleError, Manifest, find_bundle, read_manifest
 from engines.files import write_whole
 from engines.images import ImageFormat, encode_image
-from engines.manifest import SAMPLERS, WEIGHT_BITS, Sampler
-from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError, open_tokenizer
+from engines.inspection import differences
+from engines.manifest import SAMPLERS, Sampler
+from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
 from engines.plans import PRECISIONS, Precision
 from engines.provenance import describe_image
 
@@ -117,15 +117,15 @@ def _tell_backend(pipeline: Pipeline) -> None:
 def inspect(bundle: str, as_json: bool) -> None:
     """Show what is in BUNDLE (a folder, or "shipped") and verify it. Exit status 1 if anything differs.
 
-    Files are held to their hashes, and graphs to the inputs and outputs that the manifest says they have, and to how it
-    says that weights are stored, where the package onnx is installed. Each graph is run once, on noise, with the last
-    class and the last word, and the tokenizer is opened. Torch programs, which are code, are held to their hashes only.
+    Files are held to their hashes, and those that are whole are opened: the tokenizer, and graphs, which are held to
+    the inputs and outputs that the manifest says they have and run on noise, with the last class and the last word, in
+    company and alone. Where the package onnx is installed, weights are held to how the manifest says they are stored,
+    and their files to what graphs read. Torch programs, which are code, are held to their hashes only.
     """
     try:
         path = find_bundle(bundle)
         manifest = read_manifest(path)
-        opened = Bundle(path, manifest)
-        problems = find_problems(path, manifest) or _opening_problems(opened) or _storage_problems(opened)
+        problems = differences(Bundle(path, manifest))
     except (BundleError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
@@ -137,36 +137,6 @@ def inspect(bundle: str, as_json: bool) -> None:
             click.echo("".join(letter if letter.isprintable() else "\ufffd" for letter in line))
     if problems:
         raise SystemExit(1)
-
-
-def _opening_problems(bundle: Bundle) -> list[str]:
-    """What is wrong with the graphs, run once, and the tokenizer of a bundle whose files are whole."""
-    problems = []
-    try:
-        open_tokenizer(bundle)
-    except BundleError as error:
-        problems.append(str(error))
-    for graph in bundle.graphs().values():
-        try:
-            with open_engine("ort", graph, EngineOptions()) as engine:
-                check_finite(graph.path.name, list(engine.run(checked_inputs(graph)[-1]).values()))
-        except EngineError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _storage_problems(bundle: Bundle) -> list[str]:
-    """Weights that are narrower or wider than the manifest says, by which a service reckons the memory of a bundle."""
-    try:
-        from engines.weights import storages
-    except ModuleNotFoundError:
-        return []
-    said = min(bundle.manifest.weights_dtype.split("+"), key=WEIGHT_BITS.__getitem__)
-    found = {name for graph in bundle.graphs().values() for name in storages(graph.path)}
-    narrowest = min(found, key=WEIGHT_BITS.__getitem__, default=said)
-    if WEIGHT_BITS[narrowest] == WEIGHT_BITS[said]:
-        return []
-    return [f"weights are said to be stored in {said} at the narrowest, and are in {narrowest}"]
 
 
 def _report(path: Path, manifest: Manifest) -> list[str]:

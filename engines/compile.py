@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 import onnxruntime as ort
 
-from engines.backends.base import Array, EngineError, GraphSpec
+from engines.backends.base import Array, Engine, EngineError, GraphSpec
 from engines.backends.cores import usable_cores
 from engines.backends.cuda import Cuda
 from engines.backends.faults import failure
@@ -61,7 +61,8 @@ def build_bundle(
     `progress(graph)` is told of the build of that graph. Raises EngineError for a graph that does not build, or that
     falls below `FLOOR_DB` in that precision, and PlanError where plans cannot be kept.
     """
-    library, cache = library or find_library(), cache or PlanCache()
+    library = library or find_library(lambda found: _chip(found, target))
+    cache = cache or PlanCache()
     chip = _chip(library, target)
     for name, graph in bundle.graphs().items():
         key = PlanKey(graph.sha256, asked_of(graph), library.name, chip, precision, profile)
@@ -192,13 +193,31 @@ def check_fidelity(name: str, precision: Precision, lowered: Sequence[Array], wh
     Raises EngineError below `FLOOR_DB`, and where those in fp32 are not finite.
     """
     check_finite(name, whole)
-    fidelity = min(_fidelity_db(a, b) for a, b in zip(lowered, whole, strict=True))
+    fidelity = min(fidelity_db(a, b) for a, b in zip(lowered, whole, strict=True))
     if not fidelity >= FLOOR_DB:
         raise EngineError(f"{name}: in {precision} it is at {fidelity:.1f} dB to fp32, below {FLOOR_DB:g} dB")
     return fidelity
 
 
-def _fidelity_db(actual: Array, expected: Array) -> float:
+def check_engine(engine: Engine, reference: Engine, graph: GraphSpec, precision: Precision, rows: int) -> None:
+    """Hold an engine on a graph in a precision to one in fp32, so many rows at a time.
+
+    Raises EngineError as `check_fidelity` does, and as either engine.
+    """
+    for inputs in (typical_inputs(graph, 1), *checked_inputs(graph)):
+        check_fidelity(graph.path.name, precision, _run_by(rows, engine, inputs), _run_by(rows, reference, inputs))
+
+
+def _run_by(rows: int, engine: Engine, inputs: Mapping[str, Array]) -> list[Array]:
+    batch = len(next(iter(inputs.values())))
+    parts = [
+        engine.run({name: array[start : start + rows] for name, array in inputs.items()})
+        for start in range(0, batch, rows)
+    ]
+    return [np.concatenate([part[name] for part in parts]) for name in parts[0]]
+
+
+def fidelity_db(actual: Array, expected: Array) -> float:
     """The peak signal-to-noise ratio, the peak being the range of what is expected; -inf where values are not finite.
 
     It is the worse of that of all values and that of all but their outermost hundredths: in the range of a few outliers

@@ -19,6 +19,8 @@ from engines.files import write_whole
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
+MOST_ROWS = 256
+"""In one tick of a service."""
 REWRITING = 5
 """Raised whenever graphs come to be cast or checked, or plans to be built, in another way: older plans are not used."""
 DIRECTORY_VARIABLE = "FEWSTEP_PLANS"
@@ -192,10 +194,22 @@ class PlanCache:
             raise PlanError(f"{path}: its SHA-256 does not match its record")
         return plan
 
-    def save(self, key: PlanKey, plan: bytes) -> Path:
-        """Keep a plan; an older one of the same key is replaced. Raises PlanError where it cannot be written."""
+    def is_checked(self, key: PlanKey) -> bool:
+        """Whether the plan of a key, where there is one, was seen to give what the graph gives."""
+        try:
+            with self.path(key).open("rb") as file:
+                return _read_record(file).get("checked") is True
+        except (OSError, ValueError, RecursionError):
+            return False
+
+    def save(self, key: PlanKey, plan: bytes, checked: bool = False) -> Path:
+        """Keep a plan; an older one of the same key is replaced. Raises PlanError where it cannot be written.
+
+        ``checked`` says that it ran, and gave what the graph gives.
+        """
         path = self.path(key)
-        record = {"key": key.document, "sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan)}
+        sha256 = hashlib.sha256(plan).hexdigest()
+        record = {"key": key.document, "sha256": sha256, "size_bytes": len(plan), "checked": checked}
         make_folder(self.folder)
         self._remove_partial()
         try:
@@ -214,9 +228,9 @@ class PlanCache:
             raise self._unwritable(error) from error
 
     def keep(self, key: PlanKey, plan: bytes) -> None:
-        """Save a plan that is in use already: one that cannot be written is built again at the next start."""
+        """Save a plan that was checked and is in use: one that cannot be written is built again at the next start."""
         try:
-            self.save(key, plan)
+            self.save(key, plan, checked=True)
         except PlanError as error:
             _log.warning("a plan cannot be kept, and is built again at every start: %s", error)
 

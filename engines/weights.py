@@ -43,6 +43,13 @@ def storages(graph: Path) -> set[str]:
     return types & WEIGHT_BITS.keys()
 
 
+def locations(graph: Path) -> set[str]:
+    """The files beside a graph that it reads weights from."""
+    initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    outside = (tensor for tensor in initializers if tensor.data_location == TensorProto.EXTERNAL)
+    return {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"}
+
+
 def half_scales(largest: NDArray[np.float32], code: float) -> NDArray[np.float16]:
     """Scales in fp16 for weights of at most `largest` each, so that no code is beyond `code`.
 

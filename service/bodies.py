@@ -50,6 +50,7 @@ async def read_fields(request: Request, service: Service, files: frozenset[str] 
             # Not `request.body()`, which keeps it for as long as there is the request.
             body = b"".join([chunk async for chunk in request.stream()])
     except TimeoutError:
+        service.metrics.rejected.labels("body_timeout").inc()
         raise ApiError(408, "body_timeout", "the body did not arrive in time") from None
     if len(body) > SMALL_BODY_BYTES:
         # Until the body is parsed, the longest time limit holds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,9 @@ ClientIsGone = Callable[[], Awaitable[None]]
 
 class ClientGone(Exception):
     """The client closed its connection before it had its answer."""
+
+
+_MOST_TOLD_LOST = 1024
 
 
 class Desk:
@@ -49,6 +53,7 @@ class Desk:
         self._screener = Helper("screener")
         self._background: set[asyncio.Task[None]] = set()
         self._stopped: asyncio.Future[Any] | None = None
+        self._told_lost: deque[str] = deque(maxlen=_MOST_TOLD_LOST)
 
     def close(self) -> None:
         """End its thread."""
@@ -65,14 +70,14 @@ class Desk:
         outcome = await self._wait(job, client_gone)
         if isinstance(outcome, Finished):
             return outcome
-        raise self._lost() if outcome == LOST else from_failure(outcome)
+        raise self._lost(job.id) if outcome == LOST else from_failure(outcome)
 
     async def completed(self, job_id: str, deadline: float, client_gone: ClientIsGone) -> tuple[Status, Finished]:
         """Wait for the images of a job that is kept, which goes on when its client is gone. Raises as `complete`."""
         try:
             status = await self.first(asyncio.ensure_future(self._tracker.over(job_id)), deadline, client_gone)
         except KeyError:
-            raise self._lost() from None
+            raise self._lost(job_id) from None
         if isinstance(status.outcome, Finished):
             return status, status.outcome
         raise from_failure(status.outcome or STOPPED)
@@ -149,9 +154,11 @@ class Desk:
         if (refusal := await self.first(asked, job.deadline)) is not None:
             raise from_failure(refusal)
 
-    def _lost(self) -> ApiError:
-        """What is told of a job that the queue lost, which nobody else can count."""
-        self._metrics.jobs.labels(LOST.reason).inc()
+    def _lost(self, job_id: str) -> ApiError:
+        """What is told of a job that the queue lost, which nobody else can count; several may follow one."""
+        if job_id not in self._told_lost:
+            self._told_lost.append(job_id)
+            self._metrics.jobs.labels(LOST.reason).inc()
         return from_failure(LOST)
 
     async def _wait(self, job: Job, client_gone: ClientIsGone) -> Outcome:

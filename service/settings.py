@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.bundle import SHIPPED
-from engines.plans import Precision
+from engines.plans import MOST_ROWS, Precision
 from service.queue.addresses import check_address
 from service.queue.base import FRESH_S
 from service.security.api_keys import read_keys
@@ -53,7 +53,7 @@ class Settings(BaseSettings):
         int,
         Field(ge=0, description="threads of an engine; 0: all cores but one; of two, both for a lone image"),
     ] = 0
-    max_batch: Annotated[int, Field(ge=1, le=256, description="most rows in one tick")] = 16
+    max_batch: Annotated[int, Field(ge=1, le=MOST_ROWS, description="most rows in one tick")] = 16
 
     role: Annotated[Role, Field(description="what this process does; api and worker meet in a Redis queue")] = "all"
     queue: Annotated[str, Field(repr=False, description="where jobs wait: memory, or the URL of a Redis")] = MEMORY

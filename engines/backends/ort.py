@@ -182,7 +182,8 @@ def _cure() -> str:
 def load_session(path: Path, options: ort.SessionOptions, providers: Sequence[Any] = (CPU,)) -> ort.InferenceSession:
     """A session on a graph. Raises EngineError, of the kind of the failure, where it does not load."""
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        # Its own fallback would hide the reason, and print on stdout.
+        return ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:
         raise failure(f"{path.name}: ONNX Runtime cannot load it", error) from error
 

@@ -42,7 +42,7 @@ from engines.backends.exported import (
 from engines.backends.faults import failure, kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
-from engines.compile import asked_of, check_fidelity, checked_inputs, typical_inputs
+from engines.compile import asked_of, check_engine, check_fidelity, checked_inputs
 from engines.hashes import check_unchanged
 from engines.plans import PlanCache, PlanKey, Precision
 
@@ -75,9 +75,7 @@ def open_compiled(graph: GraphSpec, options: EngineOptions, device: Device) -> E
         with ExitStack() as closing:
             engine = closing.enter_context(PytorchEngine(graph, options, device, made))
             with PytorchEngine(graph, options, device) as program:
-                for inputs in (typical_inputs(graph, 1), *checked_inputs(graph)):
-                    found = [list(either.run(inputs).values()) for either in (engine, program)]
-                    check_fidelity(graph.path.name, options.precision, *found)
+                check_engine(engine, program, graph, options.precision, options.profile.batch_sizes[-1])
             engine.warmup(options.profile.batch_sizes)
             cache.keep(key, made)
             closing.pop_all()

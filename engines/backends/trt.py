@@ -33,7 +33,7 @@ from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
 from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library, started
-from engines.compile import asked_of, prepare
+from engines.compile import asked_of, check_engine, prepare
 from engines.plans import PlanCache, PlanKey, Profile
 
 _DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}
@@ -48,34 +48,60 @@ _log = logging.getLogger(__name__)
 def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     """Open the plan of ``graph``; where none loads, ONNX Runtime answers until it is built.
 
-    Raises EngineError without TensorRT or a CUDA device, and for a device that the library does not compile for.
+    So it does until a plan that was built ahead, or just now, was seen to give what ONNX Runtime gives. Raises
+    EngineError without TensorRT or a CUDA device, and for a device that the library does not compile for.
     """
     library, cuda = find_library(), Cuda()
     if library.is_rtx:
         check_target(library, cuda.target)
     cache = PlanCache(options.plans)
     key = PlanKey(graph.sha256, asked_of(graph), library.name, cuda.target, options.precision, options.profile)
-    if (found := cache.find(key)) is not None:
-        plan, profile = found
-        try:
-            return _warm(TrtEngine(graph, plan, library, cuda, profile), options.profile)
-        except DeviceLostError:
-            raise
-        except EngineError as error:
-            _log.warning("a plan does not load or run, and is built anew: %s", error)
+
+    def load(plan: bytes, profile: Profile) -> TrtEngine:
+        return TrtEngine(graph, plan, library, cuda, profile)
+
+    def warm(plan: bytes, profile: Profile) -> Engine:
+        return _warm(load(plan, profile), options.profile)
+
+    kept = cache.find(key)
+    is_checked = kept is not None and cache.is_checked(replace(key, profile=kept[1]))
+    if kept is not None and is_checked and (engine := _if_it_runs(warm, *kept)) is not None:
+        return engine
+    stand_in = _stand_in(graph, replace(options, precision="fp32"))
+
+    def checked(plan: bytes, profile: Profile) -> Engine:
+        with ExitStack() as closing:
+            engine = closing.enter_context(load(plan, profile))
+            check_engine(engine, stand_in, graph, options.precision, profile.batch_sizes[-1])
+            _warm(engine, options.profile)
+            closing.pop_all()
+        cache.keep(replace(key, profile=profile), plan)
+        return engine
 
     def build(wanted: Wanted) -> Engine:
+        ahead = None if is_checked else cache.find(key)
+        if ahead is not None and (engine := _if_it_runs(checked, *ahead)) is not None:
+            return engine
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
             made = build_plan(
                 library, prepared, graph.inputs, options.profile, target, lambda *_: wanted(), graph.path.name
             )
-        engine = _warm(TrtEngine(graph, made, library, cuda, options.profile), options.profile)
-        cache.keep(key, made)
-        return engine
+        return checked(made, options.profile)
 
-    return StandIn(_stand_in(graph, replace(options, precision="fp32")), build, graph.path.name)
+    return StandIn(stand_in, build, graph.path.name)
+
+
+def _if_it_runs(opened: Callable[[bytes, Profile], Engine], plan: bytes, profile: Profile) -> Engine | None:
+    """The engine of a plan that was there; None for one that does not load or run, or gives something else."""
+    try:
+        return opened(plan, profile)
+    except DeviceLostError:
+        raise
+    except EngineError as error:
+        _log.warning("a plan does not load or run as it should, and is built anew: %s", error)
+        return None
 
 
 def _warm(engine: TrtEngine, profile: Profile) -> TrtEngine:

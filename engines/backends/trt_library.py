@@ -43,16 +43,24 @@ class Library:
         return tuple(sorted((name.lower() for name in names if name.startswith("SM")), key=lambda name: int(name[2:])))
 
 
-def find_library() -> Library:
-    """The first of `MODULES` that is installed. Raises EngineError naming what to install, or what does not load."""
+def find_library(check: Callable[[Library], object] = lambda library: None) -> Library:
+    """The first of `MODULES` that is installed and loads, and for which `check` raises no EngineError.
+
+    Raises EngineError naming what to install, or the reason of each that there is.
+    """
+    reasons = []
     for name in MODULES:
         try:
-            return Library(import_module(name))
+            library = Library(import_module(name))
+            check(library)
         except (ImportError, OSError) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == name:
-                continue
-            raise EngineError(f"{name} is installed but its libraries do not load: {error}") from error
-    raise EngineError(f"neither TensorRT nor TensorRT-RTX is installed: {INSTALL}")
+            if not (isinstance(error, ModuleNotFoundError) and error.name == name):
+                reasons.append(f"{name} is installed but its libraries do not load: {error}")
+        except EngineError as error:
+            reasons.append(str(error))
+        else:
+            return library
+    raise EngineError("; ".join(reasons) or f"neither TensorRT nor TensorRT-RTX is installed: {INSTALL}")
 
 
 def build_plan(

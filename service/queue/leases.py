@@ -84,7 +84,7 @@ class Leases:
         self._models: set[str] = set()
         self._changed = threading.Condition()
         self._held: dict[str, Lease] = {}
-        self._unsent: dict[str, tuple[Lease, Outcome]] = {}
+        self._unsent: dict[str, tuple[Lease, Outcome, str]] = {}
         self._expected: dict[str, float] = {}
         self._away_until: float | None = None
         self._failures = 0
@@ -171,7 +171,7 @@ class Leases:
         answer: int | None = self._reach(partial(self._settle, lease, outcome), None)
         if answer is None:
             with self._changed:
-                self._unsent[job_id] = lease, outcome
+                self._unsent[job_id] = lease, outcome, ""
             return None
         return _what_became(answer, outcome)
 
@@ -263,7 +263,13 @@ class Leases:
     def _give_up(self, lease: Lease, failure: Failed, requests: list[str]) -> None:
         fields = {"job": lease.job_id, "requests": requests, "tries": lease.tries, "reason": failure.message}
         logger.error("a job is given up", extra=fields)
-        if self._settle(lease, failure, failure.message):
+        try:
+            settled = self._settle(lease, failure, failure.message)
+        except AWAY:
+            with self._changed:
+                self._unsent[lease.job_id] = lease, failure, failure.message
+            raise
+        if settled:
             self._on_dead_letter()
 
     def _settle(self, lease: Lease, outcome: Outcome, dead_because: str = "") -> int:
@@ -275,7 +281,17 @@ class Leases:
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
         throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
         worked: Arguments = [milliseconds(worked_s(outcome) or 0.0), milliseconds(finishing_s(outcome))]
-        told = [*over, *dead, *kept, *throughput, str(BUSY_S), str(BUSY_COST), *worked, pack_outcome(EXPIRED)]
+        told = [
+            *over,
+            *dead,
+            *kept,
+            *throughput,
+            str(BUSY_S),
+            str(BUSY_COST),
+            *worked,
+            pack_outcome(EXPIRED),
+            self._consumer,
+        ]
         answer: int = self._redis.run("settle", names, told)
         self._let_go(job_id)
         return answer
@@ -317,14 +333,18 @@ class Leases:
         """
         with self._changed:
             unsent = list(self._unsent.items())
-        for job_id, (lease, made) in unsent:
+        for job_id, (lease, made, dead_because) in unsent:
             outcome = EXPIRED if time.monotonic() > lease.deadline + LATE_S else made
-            answer = self._reach(partial(self._settle, lease, outcome), None)
+            answer = self._reach(partial(self._settle, lease, outcome, dead_because), None)
             if answer is None:
                 with self._changed:
                     self._unsent[job_id] = self._unsent.pop(job_id)
                 return
-            if (became := _what_became(answer, outcome)) is not None:
+            if (became := _what_became(answer, outcome)) is None:
+                continue
+            if dead_because:
+                self._on_dead_letter()
+            else:
                 self._on_late_outcome(became)
 
     def _renew(self) -> None:

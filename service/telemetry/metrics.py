@@ -14,11 +14,13 @@ from prometheus_client.registry import Collector
 from service.models.loaded import ModelState
 from service.queue.base import QueueStats, QueueUnavailable
 from service.telemetry.gpus import ReadGpus
+from service.threads import Helper
 
 PREFIX = "fewstep"
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _PARTS = tuple(tenths / 10 for tenths in range(1, 11))
+_LOOK_S = 4.0
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -32,6 +34,7 @@ class Metrics:
         self.jobs = self._counter("jobs", "Jobs that are over", "outcome")
         self.images = self._counter("images", "Images made")
         self.rejected = self._counter("rejected", "Requests turned away unserved", "reason")
+        self.rejected.labels("too_many_connections")  # An alert looks for its first increase.
         self.refused = self._counter("content_refused", "Prompts and images refused by the safety check", "stage")
         self.cancelled = self._counter("cancelled", "Jobs given up by their client", "stage")
         self.batch_failures = self._counter("batch_failures", "Batches that failed", "cause")
@@ -86,13 +89,18 @@ class Metrics:
 
 
 class _QueueCollector(Collector):
+    """What waits, where the queue says so in time: a cluster that hangs would take longer than a scrape may."""
+
     def __init__(self, stats: Callable[[], QueueStats]) -> None:
         self._stats = stats
+        self._helper = Helper("scraper")
 
     def collect(self) -> Iterable[Metric]:
+        asked = self._helper.submit(self._stats)
         try:
-            stats = self._stats()
-        except QueueUnavailable:
+            stats = asked.result(_LOOK_S)
+        except (QueueUnavailable, TimeoutError):
+            asked.cancel()
             return  # What waits is not known: no sample is better than a wrong one.
         yield GaugeMetricFamily(f"{PREFIX}_queue_depth", "Jobs that wait", value=stats.depth)
         yield GaugeMetricFamily(f"{PREFIX}_queue_cost", "Row-ticks that wait", value=stats.cost)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError,
 from engines.backends.fake import FakeEngine
 from engines.backends.ort import CPU, OrtCudaEngine, OrtEngine, OrtTensorrtEngine
 from engines.backends.resident import Resident
+from engines.backends.trt_library import Library
 from engines.bundle import Bundle
 from engines.pipeline import Generate, Inpaint, Pipeline
 from engines.rows import TickInputs, step_inputs
@@ -162,6 +164,23 @@ def test_a_tensorrt_without_its_libraries_is_not_called_absent(
     monkeypatch.setattr(trt_library, "import_module", load)
     with pytest.raises(EngineError, match=f"tensorrt is installed but its libraries do not load: {error}"):
         trt_library.find_library()
+
+
+def test_a_library_that_does_not_do_is_passed_over_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name == "tensorrt":
+            raise ImportError("libnvinfer.so.10: cannot open shared object file")
+        return SimpleNamespace(__name__=name, __version__="1.0")
+
+    def check(library: Library) -> None:
+        if not library.is_rtx:
+            raise EngineError("no chip to build for was found")
+
+    monkeypatch.setattr(trt_library, "import_module", load)
+    assert trt_library.find_library(check).name == "tensorrt-rtx 1.0"
+    monkeypatch.setattr(trt_library, "MODULES", ("tensorrt", "plain"))
+    with pytest.raises(EngineError, match=r"^tensorrt is installed but .* shared object file; no chip to build for"):
+        trt_library.find_library(check)
 
 
 @pytest.mark.parametrize("backend", ["ort-cuda", "ort-tensorrt"])

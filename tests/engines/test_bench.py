@@ -194,6 +194,11 @@ def test_the_command_prints_tables(text_bundle: Bundle) -> None:
     document = strict_json(call(text_bundle.path, *options, "--json").output)
     assert [parity["image_psnr_db"] for parity in document["parities"]] == [None]
     assert [speed["batch"] for speed in document["speeds"]] == [1, 2]
+    assert document["reference"] == {"backend": "ort", "precision": "fp32"}
+    for speed in document["speeds"]:
+        assert speed["images_per_second"] == speed["batch"] / speed["seconds"]
+        share = speed["operations"] / speed["seconds"] / document["peaks"]["ort"]
+        assert speed["share_of_peak"] == pytest.approx(share)
     assert document["peaks"]["ort"] > 1e8
 
 

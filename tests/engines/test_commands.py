@@ -217,6 +217,47 @@ def test_inspect_names_what_differs_and_exits_with_1(bundle_copy: Path, options:
     assert "extra.bin: not listed" in result.output
 
 
+def test_inspect_names_differences_of_every_kind_at_once(text_bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    told = text_bundle.manifest.model_copy(update={"weights_dtype": "int8"})
+    spare = {"step-8.onnx": files["step-4.onnx"], "tokenizer.json": files["README.md"]}
+    other = write_bundle(tmp_path / "other", told, files | spare)
+    (other.path / "README.md").write_text("another")
+    shown = call(inspect, other.path)
+    assert shown.exit_code == 1
+    for expected in ("README.md: ", "tokenizer.json: not a tokenizer", "step-8.onnx: the manifest says nothing of it"):
+        assert f"DIFFERS  {expected}" in shown.output
+    assert "DIFFERS  weights are said to be stored in int8" in shown.output
+
+
+def test_inspect_names_a_graph_whose_rows_see_each_other(text_bundle: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(text_bundle.path / "step-2.onnx")
+    (out,) = model.graph.output
+    name, mean = out.name, onnx.helper.make_node("ReduceMean", ["own"], ["mean"], keepdims=1)
+    for node in model.graph.node:
+        node.output[:] = ["own" if output == name else output for output in node.output]
+    model.graph.node.extend([mean, onnx.helper.make_node("Add", ["own", "mean"], [name])])
+    onnx.save(model, tmp_path / "step-2.onnx")
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": tmp_path / "step-2.onnx"})
+    shown = call(inspect, other.path)
+    assert shown.exit_code == 1
+    assert "DIFFERS  step-2.onnx: its rows are others in company than alone" in shown.output
+
+
+def test_inspect_prints_nothing_but_its_document_of_a_graph_that_does_not_load(
+    text_bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = (text_bundle.path / "step-2.onnx").read_bytes()
+    operator = onnx.load_from_string(data).graph.node[0].op_type.encode()
+    (tmp_path / "step-2.onnx").write_bytes(data.replace(operator, operator[:-1] + b"\xff"))
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": tmp_path / "step-2.onnx"})
+    shown = call(inspect, other.path, "--json")
+    assert "step-2.onnx: ONNX Runtime cannot load it" in json.loads(shown.stdout)["problems"][0]
+    assert capfd.readouterr().out == ""
+
+
 def test_inspect_names_a_graph_that_is_not_what_the_manifest_says(text_bundle: Bundle, tmp_path: Path) -> None:
     files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
     other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": files["text.onnx"]})

@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_kept_in_is_told_before_anything_is_built(
     text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
-    monkeypatch.setattr(compiling, "find_library", lambda: MADE_UP)
+    monkeypatch.setattr(compiling, "find_library", lambda check: MADE_UP)
     monkeypatch.setattr(compiling, "build_plan", lambda *_: built.append("a plan") or b"plan")
     (tmp_path / "file").touch()
     arguments = [str(text_bundle.path), "--target", "sm89", "--plans", str(tmp_path / "file" / "plans")]
@@ -363,7 +363,7 @@ def test_a_tokenizer_without_tokens_is_an_error(text_bundle: Bundle, tmp_path: P
 def test_the_command_says_who_finds_its_plans_and_they_do(
     text_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, said: str, finding: set[int]
 ) -> None:
-    monkeypatch.setattr(compiling, "find_library", lambda: MADE_UP)
+    monkeypatch.setattr(compiling, "find_library", lambda check: MADE_UP)
     monkeypatch.setattr(compiling, "build_plan", lambda *_: b"plan")
     arguments = [str(text_bundle.path), "--target", "sm89", "--plans", str(tmp_path), *options.split()]
     result = CliRunner().invoke(build, arguments)

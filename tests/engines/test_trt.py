@@ -287,7 +287,7 @@ def test_a_plan_that_does_not_load_is_built_anew(
         assert isinstance(engine, StandIn)
         assert engine.wait(60)
         assert isinstance(engine.current, TrtEngine)
-    assert "does not load or run, and is built anew" in caplog.text
+    assert "does not load or run as it should, and is built anew" in caplog.text
     assert "built by version 9" in caplog.text
     assert cache.load(key) != b"of another version"
 
@@ -385,6 +385,44 @@ def test_a_plan_that_does_not_run_is_built_anew(
         assert isinstance(engine.current, TrtEngine)
 
 
+def other_graph(text_bundle: Bundle) -> bytes:
+    """The plan of another student: what it takes and gives has the names and shapes of this one's."""
+    step, other, *_ = (graph for name, graph in text_bundle.graphs().items() if name.startswith("step"))
+    assert step.inputs == other.inputs
+    return other.path.read_bytes()
+
+
+def test_a_plan_that_gives_something_else_never_takes_over(
+    text_bundle: Bundle, made_up: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt, "build_plan", lambda *_: other_graph(text_bundle))
+    with open_engine("trt", graph_of(text_bundle, "step"), made_up) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert "dB to fp32, below 30 dB" in str(engine.failure)
+        assert not isinstance(engine.current, TrtEngine)
+    assert made_up.plans is not None
+    assert not list(made_up.plans.glob("*.plan"))
+
+
+@pytest.mark.parametrize("largest", [1, 4])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_plan_that_was_built_ahead_is_checked_once(
+    text_bundle: Bundle, made_up: EngineOptions, right: bool, largest: int
+) -> None:
+    graph, options = graph_of(text_bundle, "step"), replace(made_up, profile=Profile((1, largest)))
+    key = PlanKey(graph.sha256, asked_of(graph), Library(MADE_UP).name, "sm89", "fp32", options.profile)
+    ahead = graph.path.read_bytes() if right else other_graph(text_bundle)
+    PlanCache(made_up.plans).save(key, ahead)
+    with open_engine("trt", graph, options) as engine:
+        assert isinstance(engine, StandIn)
+        assert engine.wait(60)
+        assert isinstance(engine.current, TrtEngine)
+    assert (PlanCache(made_up.plans).load(key) == ahead) == right
+    with open_engine("trt", graph, options) as engine:
+        assert isinstance(engine, TrtEngine)
+
+
 def test_a_plan_that_cannot_be_kept_is_used_all_the_same(text_bundle: Bundle, made_up: EngineOptions) -> None:
     assert made_up.plans is not None
     plans = made_up.plans / "plans"
@@ -401,7 +439,7 @@ def test_a_plan_of_a_wider_profile_is_used_with_that_profile(
 ) -> None:
     graph = graph_of(text_bundle, "step")
     key = PlanKey(graph.sha256, asked_of(graph), Library(MADE_UP).name, "sm89", "fp32", built)
-    PlanCache(made_up.plans).save(key, graph.path.read_bytes())
+    PlanCache(made_up.plans).keep(key, graph.path.read_bytes())
     with open_engine("trt", graph, made_up) as engine:
         assert isinstance(engine, TrtEngine)
         for batch in (1, 3):

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from engines.pipeline import Generate
-from service.jobs import Failed, Finished, Job, Outcome, Output, Priority, Timings
+from service.jobs import Failed, Finished, Job, Output, Priority, Timings
 from service.queue.base import Bounds, JobQueue, Keep
 from service.queue.redis import RedisQueue
 
@@ -54,7 +54,7 @@ async def soon(queue: JobQueue, job_id: str) -> Finished | Failed:
 
 @asynccontextmanager
 async def opened(
-    url: str, reclaim_after_s: float = 60.0, max_cost: int = ROOM, **told: Callable[[Outcome], None]
+    url: str, reclaim_after_s: float = 60.0, max_cost: int = ROOM, **told: Callable[..., None]
 ) -> AsyncIterator[RedisQueue]:
     """The queue at an address, closed whatever happens."""
     queue = RedisQueue(url, max_cost, bounds=BOUNDS, reclaim_after_s=reclaim_after_s, **told)

@@ -163,7 +163,7 @@ def test_images_that_are_finished_far_slower_than_their_ticks_are_measured() -> 
 
 @pytest.mark.parametrize("slow_from", [0, 200])
 def test_a_speed_that_is_far_too_high_is_unlearnt(slow_from: int) -> None:
-    """More jobs come than the worker can do, with a limit that leaves little waiting; at first, or later, it is slow."""
+    """More jobs come than the worker can do within their limit; it is slow from the first, or later."""
     door, now = Door(100_000), 0.0
     door.throughput.expect(1e6)
     late: list[bool] = []

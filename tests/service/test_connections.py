@@ -194,7 +194,7 @@ def test_what_is_no_http_is_refused_in_the_one_shape(settings: Settings) -> None
         with connect(port_of(server), b"\x16\x03\x01\r\n\r\n") as connection:
             status, found = refusal(read(connection))
         assert (status, found["code"]) == (400, "invalid_http")
-        assert rejected(port_of(server)) == {"invalid_http": 1}
+        assert rejected(port_of(server)).items() >= {"invalid_http": 1}.items()
 
 
 def test_one_connection_too_many_is_turned_away(settings: Settings) -> None:

@@ -196,6 +196,7 @@ async def test_too_many_bytes_at_once_are_turned_away(anyio_backend: str, settin
         refused = await app.client.post("/generate", content=padded, headers=headers)
         error(refused, 429, "too_many_bytes")
         assert app.metric("fewstep_rejected_total", reason="too_many_bytes") == 1
+        assert (await app.client.post("/generate", content=padded[:1000], headers=headers)).status_code == 200
         go.set()
         assert (await first).status_code == 200
         assert (await app.client.post("/generate", content=padded, headers=headers)).status_code == 200
@@ -380,12 +381,15 @@ def test_a_client_that_leaves_takes_its_rows_along(settings: Settings, monkeypat
 
 
 def test_a_body_that_does_not_come_is_a_408(settings: Settings) -> None:
-    with listening(create_app(settings.model_copy(update={"body_timeout_s": 0.1}))) as port:
+    app = create_app(settings.model_copy(update={"body_timeout_s": 0.1}))
+    with listening(app) as port:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(request_bytes({"prompt": "a cat"})[:-5])
             answer = b"".join(iter(lambda: client.recv(65536), b""))
         assert b" 408 " in answer.split(b"\r\n")[0]
         assert b"body_timeout" in answer
+        value = app.state.service.metrics.registry.get_sample_value
+        assert value("fewstep_rejected_total", {"reason": "body_timeout"}) == 1
 
 
 @pytest.mark.parametrize("form", ["json", "text"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,22 @@ def test_a_queue_that_is_away_leaves_its_gauges_out_and_no_scrape_fails() -> Non
     metrics.watch_queue(away)
     assert metrics.registry.get_sample_value("fewstep_queue_depth") is None
     assert metrics.registry.get_sample_value("fewstep_images_total") == 0
+
+
+def test_a_queue_that_gives_no_answer_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.telemetry.metrics._LOOK_S", 0.1)
+    go, metrics = threading.Event(), Metrics()
+
+    def hang() -> QueueStats:
+        assert go.wait(60)
+        return QueueStats(1, 4, 0.5)
+
+    metrics.watch_queue(hang)  # As clients of a cluster do for ten seconds.
+    for _ in range(3):
+        assert metrics.registry.get_sample_value("fewstep_queue_depth") is None
+    go.set()
+    while metrics.registry.get_sample_value("fewstep_queue_depth") != 1:
+        time.sleep(0.01)
 
 
 def test_apps_do_not_share_counts() -> None:

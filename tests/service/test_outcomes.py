@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,6 +133,25 @@ async def test_jobs_that_a_redis_lost_are_counted_by_who_waits_for_them(
         gate.opened.set()
         assert (await app.post("/generate", prompt="a cat")).status_code == 200
         await until(lambda: outcomes(app) == {"engine": 2, "done": 1})
+
+
+async def test_a_lost_job_that_several_follow_is_one(
+    anyio_backend: str, settings: Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "_POLL_S", 0.05)
+    async with running(settings.model_copy(update={"queue": redis_server.url})) as app:
+        gate, headers = Gate(app.pipeline, monkeypatch), {"Idempotency-Key": "a"}
+        ask = partial(app.client.post, "/generate", json={"prompt": "a cat"}, headers=headers)
+        asked = [asyncio.create_task(ask()) for _ in range(3)]
+        await until(lambda: app.service.inflight == 3)
+        with redis_server.client() as client:
+            await until(lambda: bool(client.keys(keys.record("*"))))
+            await asyncio.sleep(0.3)
+            client.flushall()
+        for each in asked:
+            error(await each, 500, "generation_failed")
+        gate.opened.set()
+        assert outcomes(app) == {"engine": 1}
 
 
 async def test_the_worker_counts_what_it_settles(bench: Bench) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from engines.pipeline import Edit
-from service.jobs import EXPIRED, Failed, Priority
+from service.jobs import EXPIRED, Failed, Outcome, Priority
 from service.queue import keys, leases
 from service.queue.base import Keep
 from service.queue.clients import _script
+from service.queue.leases import Lease
 from service.queue.redis import RedisQueue
 from tests.service.cutting import Door, cutting_door
 from tests.service.helpers import random_image
@@ -152,6 +153,44 @@ async def test_jobs_whose_images_cannot_be_had_now_are_given_again_at_once(
     assert taken(worker) == ["b", "c"]
     assert taken(worker) == []
     assert all(worker.settle(name, FINISHED) for name in "abc")
+
+
+@pytest.mark.parametrize("keep", [None, KEEP])
+@pytest.mark.parametrize("times", [1, 2])
+async def test_an_outcome_whose_receipt_got_lost_counts_once(
+    api: RedisQueue, redis_server: RedisServer, door: Door, keep: Keep | None, times: int
+) -> None:
+    """Once redis-py asks again by itself, and once more when Redis is left alone for a moment."""
+    late: list[Outcome] = []
+    async with opened(f"redis://127.0.0.1:{door.port}/0", on_late_outcome=late.append) as worker:
+        await api.submit(job("a"), keep)
+        assert taken(worker) == ["a"]
+        door.lose(worker._threads.client.register_script(_script("settle")).sha.encode(), times)
+        told = worker.settle("a", FINISHED)
+        async with asyncio.timeout(30):
+            while worker._leases._unsent:
+                await asyncio.sleep(0.05)
+        assert ([told] if told else late) == [FINISHED]
+        assert len(door.lost) == times
+    async with opened(redis_server.url) as other:
+        other._leases._held["a"] = Lease("a", MODEL, keys.jobs(MODEL, Priority.NORMAL), b"1-1", 1, keep is not None)
+        assert not other.settle("a", FINISHED)
+
+
+async def test_a_dead_letter_whose_receipt_got_lost_is_counted(
+    api: RedisQueue, redis_server: RedisServer, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead: list[None] = []
+    monkeypatch.setattr(leases, "unpack_job", lambda *given: 1 / 0)
+    async with opened(f"redis://127.0.0.1:{door.port}/0", on_dead_letter=lambda: dead.append(None)) as worker:
+        await api.submit(job("a"))
+        door.lose(worker._threads.client.register_script(_script("settle")).sha.encode(), 2)
+        assert taken(worker) == []
+        async with asyncio.timeout(30):
+            while not dead:
+                await asyncio.sleep(0.05)
+    with redis_server.client() as client:
+        assert (len(dead), client.xlen(keys.DEAD)) == (1, 1)
 
 
 @pytest.mark.parametrize("keep", [None, KEEP])

@@ -274,7 +274,9 @@ async def test_a_collector_that_is_away_holds_up_nothing(anyio_backend: str, set
         assert (await app.post("/generate", prompt="a cat", steps=1)).status_code == 200
 
 
-@pytest.mark.parametrize("endpoint", ["", "collector:4318", "grpc://user:secret@collector", "http://"])
+@pytest.mark.parametrize(
+    "endpoint", ["", "collector:4318", "grpc://user:secret@collector", "http://", "http://collector?t=secret"]
+)
 def test_what_is_no_collector_is_refused_and_not_quoted(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="collector") as caught:
         Settings(tracing=endpoint)

@@ -1,14 +1,15 @@
 -- Hands over the outcome of a job, and takes it out of the queue. The first call for a job returns 1, or 2 where whoever
--- asked was told by its deadline that it has failed, so that it stays so; later ones return 0.
+-- asked was told by its deadline that it has failed, so that it stays so; later ones return 0, but to the same consumer,
+-- which was not told, the same again.
 -- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
 -- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
 -- the seconds of work from which on it is measured, and the row-ticks that are always enough, how many ms a worker was at the job, and how many of them behind its
--- last tick; then the outcome of a job that is late
+-- last tick; then the outcome of a job that is late, and the consumer
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed, busy_s, busy_cost, worked, finishing, expired = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s, busy_cost, worked, finishing, expired, consumer = unpack(ARGV, 10)
 
 -- The milliseconds that count now, where something was finished `since`, and what is finished now `began`.
 local function elapsed_ms(since, began, now)
@@ -56,6 +57,14 @@ local function note_finished(model, cost)
   redis.call('PEXPIRE', speed, keep_speed)
 end
 
+local settled = PREFIX .. 'settled:' .. id
+
+-- Returns the answer, and notes it for who asks again because it was lost on its way.
+local function answered(answer)
+  redis.call('SET', settled, answer .. consumer, 'PX', keep)
+  return answer
+end
+
 local state, model, priority, message, replies, kept, cost, deadline = unpack(redis.call('HMGET', record, 'state',
   'model', 'priority', 'message', 'replies', 'kept', 'cost', 'deadline'))
 forget(id) -- First, as it only frees: after that a full Redis allows what follows.
@@ -68,7 +77,8 @@ if state == 'queued' then -- Redis came back without the take: the outcome is as
     redis.call('HINCRBY', load, waiting_of(priority), -cost)
   end
 elseif state ~= 'running' then
-  return 0 -- Settled by another worker, or cancelled.
+  local said = redis.call('GET', settled)
+  return said and said:sub(2) == consumer and tonumber(said:sub(1, 1)) or 0 -- By another worker, or cancelled.
 end
 if reason ~= '' then
   local oldest_kept = string.format('%d', now_ms() - keep_dead)
@@ -78,12 +88,12 @@ if reason ~= '' then
 end
 if kept and now_ms() > deadline + LATE_MS then
   keep_outcome(id, 'failed', expired, kept, most, most_bytes)
-  return 2
+  return answered(2)
 elseif kept then
   keep_outcome(id, over, outcome, kept, most, most_bytes)
-  return 1
+  return answered(1)
 end
 redis.call('SET', result, outcome, 'PX', keep)
 redis.call('XADD', replies, '*', 'id', id)
 redis.call('PEXPIRE', replies, keep)
-return 1
+return answered(1)
