@@ -40,9 +40,7 @@ def check_collector(endpoint: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("tracing is the URL of a collector, such as http://localhost:4318")
     if parts.query:  # which libraries quote in their messages
-        raise ValueError(
-            "the collector's URL takes no query: what is secret has its place in OTEL_EXPORTER_OTLP_HEADERS"
-        )
+        raise ValueError("the collector's URL takes no query: a token belongs in OTEL_EXPORTER_OTLP_HEADERS")
     try:
         there = all(find_spec(package) for package in _PACKAGES)
     except ModuleNotFoundError:
