@@ -50,6 +50,11 @@ class Guard:
         """Whether the last few updates were all skipped: what is trained has no use for more of them."""
         return all(list(self._skips)[-FEW:])
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether every update was skipped."""
+        return self.skipped > 0 and not self._losses
+
     def reason(self, folder: Path, update: int, loss: float, norm: float) -> str:
         """Why the stage in `folder` cannot go on from its last update, skipped for this loss or gradient norm."""
         if not self._losses:  # no learning rate has had a part in it

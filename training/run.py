@@ -38,6 +38,7 @@ from training.progress import Pace
 from training.prompts import PromptEncoder
 from training.recipe import Recipe
 from training.sections import CheckpointRecipe, OwnPrediction, ScheduleName, TeacherRecipe
+from training.state import check_average
 from training.store import hash_of, hash_of_files, sweep, whole_file
 from training.text import MiniLMPrompts
 
@@ -77,6 +78,7 @@ class Run:
                 raise TrainingError(f"{ladder.start} steps cannot be taken on {self.schedule.timesteps} timesteps")
         for stage in self.recipe.stages:
             shares(stage.batch_size, self.accelerator)
+            check_average(stage, self.accelerator)
         if self.recipe.scale.capture and self.accelerator.num_processes > 1:
             raise TrainingError("scale.capture is for one process")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,17 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=lerp)
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process has all weights."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def check_average(recipe: Optimisation, accelerator: Accelerator) -> None:
+    """Raise TrainingError where a stage wants an average of weights of which no process has all."""
+    if recipe.ema and is_sharded(accelerator):
+        raise TrainingError("an average (ema) cannot be kept of weights that are sharded: set ema to 0")
+
+
 @dataclass
 class State:
     """What is trained, and all that a checkpoint holds."""
@@ -73,8 +84,7 @@ class State:
 
     def __post_init__(self) -> None:
         recipe, accelerator = self.recipe, self.accelerator
-        if recipe.ema and self.is_sharded:
-            raise TrainingError("an average (ema) cannot be kept of weights that are sharded: set ema to 0")
+        check_average(recipe, accelerator)
         # What is sharded cannot be put together again in place.
         self.whole = copy.deepcopy(self.network).cpu() if self.is_sharded else None
         self.average = averaged(self.network, recipe.ema) if recipe.ema else None
@@ -87,7 +97,7 @@ class State:
     @property
     def is_sharded(self) -> bool:
         """Whether no process has all weights."""
-        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+        return is_sharded(self.accelerator)
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
@@ -134,6 +144,8 @@ class State:
             ) from error
         if state["optimizer"] is not None:
             set_optimizer_state_dict(self.wrapped, self._optimizer, state["optimizer"], options=_WHOLE)
+            for group in self._optimizer.param_groups:  # which come with the checkpoint, as the recipe was then
+                group["weight_decay"] = self.recipe.weight_decay
         if self.average and state["average"] is not None:
             self.average.load_state_dict(state["average"])
         elif self.average:  # it was asked for since: it begins here

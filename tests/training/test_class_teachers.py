@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 
 from engines.bundle import Bundle
@@ -26,6 +27,7 @@ from training.errors import TrainingError
 from training.exporting.export import export, step_graph
 from training.networks import GUIDANCE_WEIGHTS
 from training.precompute import precompute
+from training.pretrained.pipelines import student_card
 from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.recipe import Recipe
 from training.run import Run
@@ -342,6 +344,25 @@ def test_a_ladder_longer_than_the_schedule_is_refused(images: Path, tmp_path: Pa
     longer = recipe.stage2.model_copy(update={"start": 2048})
     with pytest.raises(TrainingError, match="2048 steps cannot be taken on 1000 timesteps"):
         Run(recipe.model_copy(update={"stage2": longer}), tmp_path / "longer", Accelerator(cpu=True))
+
+
+def test_an_average_that_sharded_weights_cannot_have_is_refused_before_anything_is_trained(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet")).recipe
+    *first, last = recipe.stage2.rounds
+    stage2 = recipe.stage2.model_copy(update={"rounds": (*first, last.model_copy(update={"ema": 0.9}))})
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(TrainingError, match="set ema to 0"):
+        Run(recipe.model_copy(update={"stage2": stage2}), tmp_path / "sharded", Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("licence", ["CC-BY-4.0", "Other: see LICENSE", "#none", "[x", "no"])
+def test_the_students_card_says_its_licence_in_yaml(images: Path, tmp_path: Path, licence: str) -> None:
+    recipe = make_run(tmp_path / "run", images, 8, checkpoint=pipelines.class_unet(tmp_path / "unet")).recipe
+    named = recipe.model_copy(update={"export": recipe.export.model_copy(update={"licence": licence})})
+    front = student_card(named, 2, 1000, has_pipeline=False).split("---\n")[1]
+    assert yaml.safe_load(front)["license"] == licence.lower()
 
 
 def test_the_students_card_names_no_pipeline_where_there_is_none(images: Path, tmp_path: Path) -> None:

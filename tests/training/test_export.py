@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from click.testing import CliRunner
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -287,6 +288,12 @@ def test_a_card_does_not_call_a_checkpoint_trained_from_scratch(digits_run: Run,
     assert "teacher someone/model" in card
     assert "from scratch" not in card
     assert "what its data shows" not in card
+
+
+def test_a_card_says_its_licence_in_yaml(digits_run: Run, digits_bundle: Bundle) -> None:
+    told = digits_bundle.manifest.model_copy(update={"licence": "Other: see LICENSE"})
+    card = model_card(told, [], digits_run.recipe.export, pictured=False, teacher=None)
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "Other: see LICENSE"
 
 
 @pytest.mark.parametrize("has_checker", [True, False])

@@ -198,6 +198,38 @@ def test_what_is_never_finite_is_not_laid_to_the_learning_rate(tmp_path: Path, l
         assert "learning_rate" not in str(refused.value)
 
 
+def test_a_stage_that_settles_and_was_never_trained_is_not_done(tmp_path: Path) -> None:
+    """However often it is started."""
+    nothing = Validation(lambda network: 1.0, every=1, patience=3)
+    recipe = RECIPE.model_copy(update={"skip_limit": 10})
+
+    def never(module: nn.Module, update: int, draws: Draws) -> Tensor:
+        return loss(module, update, draws) * math.nan
+
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="not finite from the first update on"):
+            train(
+                network(),
+                never,
+                recipe,
+                tmp_path,
+                accelerator=Accelerator(cpu=True),
+                seed=3,
+                pace=EVERY_UPDATE,
+                validation=nothing,
+            )
+
+
+@pytest.mark.parametrize("field", ["weight_decay", "learning_rate"])
+def test_what_the_recipe_says_when_it_goes_on_counts(tmp_path: Path, field: str) -> None:
+    def resumed(folder: str, changed: float) -> Tensor:
+        with pytest.raises(Killed):
+            run(tmp_path / folder, 6)
+        return run(tmp_path / folder, recipe=RECIPE.model_copy(update={field: changed})).state_dict()["weight"]
+
+    assert not torch.equal(resumed("little", 1e-3), resumed("much", 1.0))
+
+
 def test_a_stage_that_ends_with_skips_alone_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="ends with updates that were all skipped, the last with a loss of nan"):
         train_with(dict.fromkeys(range(6, 12), math.nan), tmp_path / "all")

@@ -28,6 +28,8 @@ from training.data.shard_contents import (
 from training.store import hash_of
 
 INDEX = "index.json"
+PROGRESS = "progress.json"
+"""The index of what `fewstep precompute` has written so far."""
 FORMAT_VERSION = 1
 Positive = Annotated[int, Field(gt=0, strict=True)]
 
@@ -117,6 +119,8 @@ class ShardIndex(BaseModel):
         try:
             return cls.model_validate_json(patiently(partial(place.read, name), file, pauses))
         except FileNotFoundError:
+            if place.size(PROGRESS) is not None:
+                raise StreamError(unfinished(place.address)) from None
             raise StreamError(f"{file} is missing: `fewstep data index {place.address}` makes it") from None
         except ValidationError as error:
             raise StreamError(f"{file} is not an index of shards: {problem_of(error.errors()[0])}") from None
@@ -124,12 +128,17 @@ class ShardIndex(BaseModel):
             raise StreamError(f"{file} cannot be read: {one_line(error)}") from error
 
 
+def unfinished(address: str) -> str:
+    """What is said of shards that are not whole yet."""
+    return f"{address} was not precomputed to its end: the same `fewstep precompute` goes on with it"
+
+
 def make_index(address: str, pauses: Sequence[float] = PAUSES_S) -> ShardIndex:
     """Reads every shard at an address once, and writes the index of all beside them, in the order of their names.
 
     An index of the same shards stays as it is, with what it says of their origin. Raises StreamError, with the name,
     for a shard that is empty, broken or unlike the first, a sample that comes twice or whose parts are unlike those of
-    the others, and for an index.json there that is none.
+    the others, for an index.json there that is none, and for shards that are still being precomputed.
     """
     place = Place(address)
     names = place.names(".tar")
@@ -138,6 +147,8 @@ def make_index(address: str, pauses: Sequence[float] = PAUSES_S) -> ShardIndex:
         lie = [split for split in splits if Place(split).names(".tar")]
         raise StreamError(f"{address} holds no .tar shard" + (f"; index one of {', '.join(lie)}" if lie else ""))
     before = None
+    if place.size(INDEX) is None and place.size(PROGRESS) is not None:
+        raise StreamError(unfinished(address))
     if place.size(INDEX) is not None:
         before = ShardIndex.read(place, pauses=pauses)  # nothing else is overwritten
     scan = _Scan()

@@ -11,11 +11,8 @@ from numpy.typing import NDArray
 
 from training.data.place import Place, StreamError
 from training.data.shard_contents import Arrays, ArraySpec, described, require_finite, specs_of
-from training.data.shard_index import INDEX, IndexedShard, MadeWith, ShardIndex
+from training.data.shard_index import INDEX, PROGRESS, IndexedShard, MadeWith, ShardIndex
 from training.data.shards import add_file
-
-# The index as far as the shards go, while they are being written.
-PROGRESS = "progress.json"
 
 
 class TensorShardWriter:
@@ -108,6 +105,9 @@ class TensorShardWriter:
                 raise StreamError(f"{self.place.address} holds shards that were not begun here; choose another place")
             return
         index = ShardIndex.read(self.place, indices[0])
+        if indices == [INDEX, PROGRESS] and not index.source:  # of shards that somebody else indexed meanwhile
+            indices = [PROGRESS]
+            index = ShardIndex.read(self.place, PROGRESS)
         same = index.source == self.source and index.made_with in (None, self.made_with)
         if not same or any(count != self.per_shard for count in index.counts[:-1]):
             raise StreamError(

@@ -58,6 +58,7 @@ def model_card(
         picture=f"\n![samples]({PICTURE})\n" if pictured else "",
         name=description.name,
         licence=description.licence,
+        license=json.dumps(description.licence),
         space=description.space,
         conditioning=description.conditioning,
         size=" x ".join(str(side) for side in reversed(description.image_shape[1:])),

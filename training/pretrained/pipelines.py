@@ -110,7 +110,7 @@ def student_card(recipe: Recipe, steps: int, timesteps: int, has_pipeline: bool)
         f"with {scale}."
     )
     return f"""---
-license: {recipe.export.licence.lower()}
+license: {json.dumps(recipe.export.licence.lower())}
 library_name: diffusers
 ---
 # {recipe.export.title or recipe.name}: a student of {steps} step{"s" if steps > 1 else ""}

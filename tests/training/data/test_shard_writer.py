@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from webdataset import tariterators
 
-from training.data.place import StreamError
-from training.data.shard_index import MadeWith, ShardIndex, make_index
-from training.data.shard_writer import PROGRESS, TensorShardWriter
+from training.data.place import Place, StreamError
+from training.data.shard_index import PROGRESS, MadeWith, ShardIndex, make_index
+from training.data.shard_writer import TensorShardWriter
 
 
 def sample(i: int, captions: int = 2) -> dict[str, NDArray[Any]]:
@@ -195,3 +195,27 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(StreamError, match=r"^[^\n]*file/sub/\S+ cannot be [^\n]*$"):
         write(str(tmp_path / "file/sub"), 1)
+
+
+def test_what_was_not_precomputed_to_its_end_is_neither_indexed_nor_streamed(tmp_path: Path) -> None:
+    address = str(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        write(address, 8, stop=7)
+    said = "not precomputed to its end: the same `fewstep precompute` goes on"
+    with pytest.raises(StreamError, match=said):
+        make_index(address)
+    with pytest.raises(StreamError, match=said):
+        ShardIndex.read(Place(address))
+
+
+def test_shards_that_somebody_indexed_meanwhile_are_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(str(tmp_path / "stopped"), 8, source="a", stop=7)
+    progress = tmp_path / "stopped" / PROGRESS
+    kept = progress.read_bytes()
+    progress.unlink()
+    make_index(str(tmp_path / "stopped"))
+    progress.write_bytes(kept)
+    assert write(str(tmp_path / "stopped"), 8, source="a") == 6
+    write(str(tmp_path / "straight"), 8, source="a")
+    assert content(tmp_path / "stopped") == content(tmp_path / "straight")
