@@ -67,6 +67,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         began = time.monotonic()
+        scope["path"] = _path_of(scope["path"])
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
         scope.setdefault("state", {}).update(request_id=request_id, began=began)
         status = 0
@@ -235,6 +236,14 @@ class Linger:
 def _closes(headers: Headers) -> bool:
     """Whether one side says that the connection ends with this answer."""
     return "close" in {option.strip().lower() for option in headers.get("connection", "").split(",")}
+
+
+def _path_of(target: str) -> str:
+    """The path of a target that may be a whole URL, as proxies are asked (RFC 9112, section 3.2.2)."""
+    if not target.lower().startswith(("http://", "https://")):
+        return target
+    _, _, _, *path = target.split("/", 3)
+    return "/" + "".join(path)
 
 
 def _request_id(offered: str | None) -> str:

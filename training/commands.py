@@ -162,7 +162,11 @@ def distill(run: runs.Run) -> bool:
     help="How weights are stored; auto takes the smallest that stays within tolerance.",
 )
 @click.option("--replace", is_flag=True, help="Replace a bundle that is there.")
-@click.option("--programs", is_flag=True, help="Write every graph as a torch program too, for the backends of PyTorch.")
+@click.option(
+    "--programs",
+    is_flag=True,
+    help="Write every graph as a torch program too, for the backends of PyTorch. Needs memory for its weights twice.",
+)
 def export(
     recipe: Path,
     bundle: Path,

@@ -113,6 +113,13 @@ def test_who_offers_another_protocol_is_served_in_this_one_without_a_word(
     assert not [record for record in caplog.records if "pgrade" in record.message or "WebSocket" in record.message]
 
 
+@pytest.mark.parametrize("target", ["http://localhost/livez", "HTTP://localhost:80/livez?a=b", "http://[/livez"])
+def test_a_whole_url_is_a_target_too(settings: Settings, target: str) -> None:
+    ask = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with bounded(create_app(settings)) as server, connect(port_of(server), ask) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_bytes_that_come_one_by_one_gain_no_time(settings: Settings) -> None:
     with bounded(create_app(settings)) as server, connect(port_of(server)) as slow:
         sender = threading.Thread(target=drip, args=(slow,))
