@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from training.data.entries import IMAGE_SUFFIXES, DataError, Entry, Record, Skipped
 from training.data.folder import METADATA
-from training.data.imagefolder import read_imagefolder
+from training.data.imagefolder import read_imagefolder, refuse_metadata_above
 from training.data.pixels import Colour, Fit, composite, decode, fit_square
 from training.data.shards import read_shards, shard_paths
 
@@ -75,7 +75,7 @@ class CaptionedImages:
             else:
                 entries.append(found)
         if groups is not None:
-            entries = _of_groups(entries, groups, folder)
+            entries = _of_groups(entries, groups, folder, splits_of(Path(path)).values())
         return cls._decoded(entries, skipped, size, background, fit, folder)
 
     @classmethod
@@ -138,8 +138,14 @@ class CaptionedImages:
 
 
 def read_entries(folder: Path) -> Iterable[Entry | Skipped]:
-    """Entries of one split's folder, whichever of the formats it has."""
-    return read_shards(folder) if shard_paths(folder) else read_imagefolder(folder)
+    """Entries of one split's folder, whichever of the formats it has. Raises DataError where it has both."""
+    if shards := shard_paths(folder):
+        if (folder / METADATA).is_file():
+            raise DataError(
+                f"{folder} has both {METADATA} and shards, such as {shards[0].name}: leave one of them there"
+            )
+        return read_shards(folder)
+    return read_imagefolder(folder)
 
 
 def splits_of(path: Path) -> dict[str, Path]:
@@ -153,17 +159,19 @@ def splits_of(path: Path) -> dict[str, Path]:
         raise DataError(f"{path} is not a folder")
     if _is_split(path):
         return {"train": path}
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     names = {folder: _split_name(folder.name) for folder in folders}
     splits = {names[folder]: folder for folder in folders if _is_split(folder)}
     usual = {names[folder]: folder for folder in folders if names[folder] in SPLITS}
-    found = [folder for folder in folders if _is_split(folder) or names[folder] in SPLITS]
-    if twice := [folder for folder in found if {**usual, **splits}[names[folder]] != folder]:
+    likely = [folder for folder in folders if _is_split(folder) or names[folder] in SPLITS]
+    if twice := [folder for folder in likely if {**usual, **splits}[names[folder]] != folder]:
         raise DataError(f"{path} has two folders for the split {names[twice[0]]!r}")
-    others = [folder for folder in folders if folder not in found]
+    others = [folder for folder in folders if folder not in likely]
     if any(map(_is_class, others)):
         usual = {name: folder for name, folder in usual.items() if not _is_class(folder)}
-    return dict(sorted({**splits, **usual}.items())) or {"train": path}
+    if found := dict(sorted({**splits, **usual}.items())):
+        refuse_metadata_above(found.values(), path)
+    return found or {"train": path}
 
 
 def split_folder(path: Path, split: str) -> Path:
@@ -186,8 +194,6 @@ def _is_split(folder: Path) -> bool:
 
 def _is_class(folder: Path) -> bool:
     """Whether images lie in a folder itself, without captions beside them."""
-    if folder.name.startswith("."):
-        return False
     files = [file for file in folder.iterdir() if file.is_file()]
     suffixes = {file.suffix.lower() for file in files}
     return bool(suffixes & set(IMAGE_SUFFIXES)) and ".txt" not in suffixes
@@ -198,14 +204,25 @@ def _fitted(entry: Entry, size: int, background: Colour, fit: Fit) -> NDArray[np
     return composite(np.asarray(image, np.uint8), background)
 
 
-def _of_groups(entries: Sequence[Entry], wanted: Collection[str], folder: Path) -> list[Entry]:
-    def groups(entry: Entry) -> set[str]:
-        return {str(entry.record.fields[field]) for field in ("group", "subgroup") if field in entry.record.fields}
+def _of_groups(
+    entries: Sequence[Entry], wanted: Collection[str], folder: Path, splits: Collection[Path]
+) -> list[Entry]:
+    """The entries of a split that are in the groups. Raises DataError for one that no split has, and where none is."""
+    present = _groups(entries)
+    unknown = set(wanted) - present
+    for split in splits:
+        if unknown and split != folder:
+            unknown -= _groups(found for found in read_entries(split) if isinstance(found, Entry))
+    kept = [entry for entry in entries if _groups([entry]) & set(wanted)]
+    if unknown or not kept:
+        missing = ", ".join(sorted(unknown or wanted))
+        raise DataError(f"{folder} has no group {missing}; it has {', '.join(sorted(present)) or 'none'}")
+    return kept
 
-    present = {group for entry in entries for group in groups(entry)}
-    if unknown := sorted(set(wanted) - present):
-        raise DataError(f"{folder} has no group {', '.join(unknown)}; it has {', '.join(sorted(present)) or 'none'}")
-    return [entry for entry in entries if groups(entry) & set(wanted)]
+
+def _groups(entries: Iterable[Entry]) -> set[str]:
+    named = [entry.record.fields.get(field) for entry in entries for field in ("group", "subgroup")]
+    return {str(name) for name in named if name is not None}
 
 
 def _examples(skipped: Sequence[Skipped]) -> str:

@@ -23,7 +23,8 @@ class Skipped(NamedTuple):
 
     def __str__(self) -> str:
         """One line that any terminal can show, whatever bytes the file's name has."""
-        return f"{self.file}: {self.reason}".encode("utf-8", "backslashreplace").decode()
+        text = f"{self.file}: {self.reason}".encode("utf-8", "backslashreplace").decode()
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def fields_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     named = ("file_name", "text", "texts")
     fields = {name: value for name, value in metadata.items() if value is not None and name not in named}
     for name in ("class_name", "group"):
-        value = fields.get(name, "")
-        if not isinstance(value, str | int | float):
+        value = fields.get(name, name)
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise ValueError(f"its {name} is neither a string nor a number")
         if not is_text(str(value)):
             raise ValueError(f"its {name} has half a surrogate pair")
+        if not str(value).strip():
+            raise ValueError(f"its {name} is empty")
     return fields
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises OutputExistsError when `out` exists and is not empty, unless it is a set and to be overwritten.
     """
-    out = out.absolute()
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise OutputExistsError(f"{out} exists; choose another folder or pass --overwrite")
@@ -61,8 +62,18 @@ def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _is_set(folder: Path) -> bool:
-    """Whether a folder is what this package writes."""
-    return (folder / "dataset.json").is_file() or any(folder.glob(f"*/{'[0-9]' * 6}.tar"))
+    """Whether a folder is what this package writes: a set of images, or splits of shards and nothing else."""
+    return (folder / "dataset.json").is_file() or all(map(_is_split_of_shards, folder.iterdir()))
+
+
+def _is_split_of_shards(folder: Path) -> bool:
+    """Whether a folder holds shards of images, and the index of these if anything else."""
+    if not folder.is_dir():
+        return False
+    others = {path.name for path in folder.iterdir() if not re.fullmatch(r"[0-9]{6}\.tar", path.name)}
+    if others - {"index.json"}:
+        return False
+    return not others or '"tensors"' not in (folder / "index.json").read_text()
 
 
 class SplitWriter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,10 +28,10 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
     Lines of metadata.jsonl come first, in their order. Then, sorted by path, the images that no line
     names: captioned by a .txt file of the same name, or, where there is no metadata.jsonl, by the folder they
     lie in (`dog/1.png`, the usual layout of a class-labelled set), which also becomes their `class_name`.
-    Hidden files and folders are passed over, and links to folders are followed. Raises DataError for metadata in
-    another form or place.
+    Hidden files and folders are passed over, and links are followed. Raises DataError for metadata in another form or
+    place.
     """
-    named: set[str] = set()
+    named = dict[str, bool]()  # by line, and whether one was good
     listed = (folder / METADATA).is_file()
     if not listed:
         _refuse_other_metadata(folder)
@@ -42,7 +42,7 @@ def read_imagefolder(folder: Path) -> Iterator[Entry | Skipped]:
     for path in sorted(p for p in _files(folder) if p.suffix.lower() in IMAGE_SUFFIXES + UNREAD_SUFFIXES):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if not hidden and relative.as_posix() not in named and path.is_file():
+        if not hidden and relative.as_posix() not in named:
             yield _unlisted(folder, path, relative.as_posix(), by_folder=not listed)
 
 
@@ -60,19 +60,28 @@ def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]
 
 def _refuse_other_metadata(folder: Path) -> None:
     """Raise DataError where captions are said in a form, or at a place, that is not read: folders would be captions."""
-    for path in sorted(p for p in _files(folder) if p.stem == METADATA.partition(".")[0]):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.suffix in (".csv", ".jsonl", ".parquet") and not hidden:
+    for path in sorted(filter(_is_metadata, _files(folder))):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             raise DataError(f"{path} is not read: put what it says into {folder / METADATA}, a JSON object a line")
 
 
-def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | Skipped:
+def refuse_metadata_above(splits: Collection[Path], root: Path) -> None:
+    """Raise DataError where captions of splits without any of their own lie beside these."""
+    for path in sorted(filter(_is_metadata, root.iterdir())):
+        if bare := [split for split in splits if not (split / METADATA).is_file()]:
+            raise DataError(f"{path} is not read: put what it says into {bare[0] / METADATA}, a JSON object a line")
+
+
+def _is_metadata(path: Path) -> bool:
+    return path.stem == METADATA.partition(".")[0] and path.suffix in (".csv", ".jsonl", ".parquet")
+
+
+def _listed(folder: Path, place: str, line: bytes, named: dict[str, bool]) -> Entry | Skipped:
     try:
         metadata = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Skipped(place, f"not UTF-8: {error.reason} at byte {error.start}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Skipped(place, f"not JSON: {error}")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("file_name"), str):
         return Skipped(place, 'no "file_name"')
@@ -80,43 +89,45 @@ def _listed(folder: Path, place: str, line: bytes, named: set[str]) -> Entry | S
     where = f"{name} ({place})"
     try:
         path = inside(folder, name)
-        if name in named:
+        if named.get(name):
             raise ValueError("duplicate file_name")
-        named.add(name)
+        named[name] = False
         texts = captions_of(metadata)
         if not path.is_file():
             return Skipped(where, "the file is missing")
-        return _entry(path, name, texts, fields_of(metadata))
+        entry = _entry(path, name, texts, fields_of(metadata))
+        named[name] = True
+        return entry
     except (OSError, ValueError) as error:
         return Skipped(where, str(error))
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`. Raises ValueError when it would lie outside."""
+    """The path of `name` in `folder`. Raises ValueError when it would lie outside, but by a link of its owner's."""
     relative = PurePosixPath(name)
     if not is_text(name):
         raise ValueError("file_name has half a surrogate pair")
     if "\x00" in name or name in ("", ".") or relative.is_absolute() or ".." in relative.parts or "\\" in name:
         raise ValueError("file_name must be a relative path inside the folder")
-    path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError("file_name leads outside the folder")
-    return path
+    return folder / relative
 
 
 def _unlisted(folder: Path, path: Path, name: str, by_folder: bool) -> Entry | Skipped:
     if not is_text(name):
         return Skipped(ascii(name), "its name is not UTF-8")
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
+    if not path.is_file():
+        return Skipped(name, "a link to nothing")
+    beside = next((file for suffix in (".txt", ".TXT") if (file := path.with_suffix(suffix)).is_file()), None)
+    if beside is not None:
         try:
             return _entry(path, name, caption_lines(beside.read_bytes()), {})
         except (OSError, ValueError) as error:
             return Skipped(beside.relative_to(folder).as_posix(), str(error))
     if by_folder and path.parent != folder:
         label = path.parent.name
-        return _entry(path, name, (label.replace("_", " ").replace("-", " "),), {"class_name": label})
-    return Skipped(name, f"no caption: not in {METADATA}, and no {beside.name} beside it")
+        words = " ".join(label.replace("_", " ").replace("-", " ").split())
+        return _entry(path, name, (words or label,), {"class_name": label})
+    return Skipped(name, f"no caption: not in {METADATA}, and no {path.with_suffix('.txt').name} beside it")
 
 
 def _entry(path: Path, name: str, texts: tuple[str, ...], fields: dict[str, Any]) -> Entry:

@@ -73,7 +73,7 @@ class InpaintingSet:
 
 
 def random_masks(draws: Draws, side: int) -> Tensor:
-    """Masks (B, 1, side, side), 1 to repaint: the whole image at times, else a rectangle of at least a fifth a side."""
+    """Masks (B, 1, side, side), 1 to repaint: at times the whole image, else a rectangle of at least about a fifth."""
     whole = draws.uniform() < WHOLE_SHARE
     places = torch.arange(side, dtype=torch.float64) + 0.5
     inside = []

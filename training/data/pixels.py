@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from engines.images import scale_clear_colour
+from engines.images import scale_clear_colour, upright
 
 Colour = tuple[int, int, int]
 Fit = Literal["pad", "crop"]
@@ -27,12 +27,12 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of damaged EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as opened:
                 if opened.format == "PNG":
                     scale_clear_colour(opened)
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
+                image = upright(opened)
                 return _rgba(_positive(image) if _is_negative(opened) else image)
     except UnidentifiedImageError:
         raise ValueError("not an image in a known format") from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from training.data.entries import DataError
@@ -54,8 +55,12 @@ class Place:
                 found = self._files.ls(self._root, detail=True)
             except FileNotFoundError:
                 return []
-        names = (entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "file")
+            files = [entry["name"] for entry in found if entry["type"] == "file" or self._leads_to_file(entry)]
+        names = (file.rpartition("/")[2] for file in files)
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+
+    def _leads_to_file(self, entry: Mapping[str, Any]) -> bool:
+        return bool(entry.get("islink") and self._files.isfile(entry["name"]))
 
     def size(self, name: str) -> int | None:
         """The bytes that a file has, or None where there is none. Raises StreamError."""
@@ -71,7 +76,11 @@ class Place:
         with _failing(f"{self.address}/{name} cannot be written"):
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(partial, data)
-            self._files.mv(partial, f"{self._root}/{name}")
+            if isinstance(self._files, LocalFileSystem):
+                self._files.mv(partial, f"{self._root}/{name}")
+            else:  # whose `mv` takes * and [ in addresses for patterns
+                self._files.cp_file(partial, f"{self._root}/{name}")
+                self._files.rm_file(partial)
 
     def remove(self, name: str) -> None:
         """Removes a file where there is one. Raises StreamError."""

@@ -25,8 +25,8 @@ Part = Callable[[], bytes]
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Shards of a folder, sorted by name."""
-    return sorted(folder.glob("*.tar"))
+    """Shards of a folder, sorted by name; hidden files are passed over."""
+    return sorted(path for path in folder.glob("[!.]*.tar") if path.is_file())
 
 
 def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
@@ -121,7 +121,7 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
             texts = captions_of(metadata)
     except UnicodeDecodeError as error:
         return Skipped(name, f"the metadata is not UTF-8: {error.reason}")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         return Skipped(name, f"the metadata is not JSON: {error}")
     except (OSError, ValueError) as error:
         return Skipped(name, str(error))

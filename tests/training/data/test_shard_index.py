@@ -235,3 +235,23 @@ def test_an_address_that_cannot_be_opened_is_told_in_one_line(address: str, monk
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: {address} cannot be opened: ")
     assert result.output.count("\n") == 1
+
+
+def test_links_to_shards_are_shards(tmp_path: Path) -> None:
+    """As in the cache of a hub."""
+    for folder in ("blobs", "set"):
+        (tmp_path / folder).mkdir()
+    for k, content in enumerate((FIRST, SECOND)):
+        shard(tmp_path / "blobs" / f"{k}", content)
+        (tmp_path / "set" / f"{k:06d}.tar").symlink_to(tmp_path / "blobs" / f"{k}")
+    (tmp_path / "set" / "000002.tar").symlink_to(tmp_path / "blobs" / "gone")
+    assert make_index(str(tmp_path / "set")).counts == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["s[1]", "s*"])
+def test_an_address_has_no_patterns(name: str) -> None:
+    place = Place(f"memory://{name}")
+    place.write("a.json", b"{}")
+    place.write("a.json", b"[]")
+    assert (place.read("a.json"), place.names(".json")) == (b"[]", ["a.json"])
+    place.remove("a.json")

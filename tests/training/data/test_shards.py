@@ -267,3 +267,27 @@ def test_only_a_set_is_overwritten(tmp_path: Path, source: Path) -> None:
     with pytest.raises(OutputExistsError, match="is not an image set"):
         write_shards(source, tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "dear.jpg").exists()
+
+
+def test_what_lies_beside_shards_of_tensors_is_not_overwritten(tmp_path: Path, source: Path) -> None:
+    shard(tmp_path / "data" / "latents" / "000000.tar", {"a.x.npy": b"x"})
+    (tmp_path / "data" / "photos").mkdir()
+    (tmp_path / "data" / "photos" / "dear.jpg").write_bytes(b"x")
+    with pytest.raises(OutputExistsError, match="is not an image set"):
+        write_shards(source, tmp_path / "data", overwrite=True)
+    assert (tmp_path / "data" / "photos" / "dear.jpg").exists()
+    (tmp_path / "data" / "photos" / "dear.jpg").unlink()
+    (tmp_path / "data" / "photos").rmdir()
+    (tmp_path / "data" / "latents" / "index.json").write_text('{"kind": "tensors"}')
+    with pytest.raises(OutputExistsError, match="is not an image set"):
+        write_shards(source, tmp_path / "data", overwrite=True)
+
+
+def test_a_link_is_written_through(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    for _ in range(2):
+        write_shards(source, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert len(CaptionedImages.open(tmp_path / "large")) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "large", "link"}
