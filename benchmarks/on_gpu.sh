@@ -85,7 +85,7 @@ run() {
   local backend
   for backend in "${BACKENDS[@]}"; do
     # shellcheck disable=SC2086
-    part "bench-$backend" 120 "$python" -m fewstep bench "$bundle" --no-memory --backend "ort,$backend" \
+    part "bench-$backend" 120 "$python" -m fewstep bench "$bundle" --no-memory --backend "pytorch,ort,$backend" \
       ${BENCH_OPTIONS:-}
   done
   part compiled 240 "$python" -m benchmarks.programs "$bundle" --device cuda --precision fp32 --compile

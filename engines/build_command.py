@@ -50,7 +50,13 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
     callback=lambda *given: given[-1] and given[-1].lower(),
     help="The chip, such as sm89.  [default: the one that is there]",
 )
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(list(PRECISIONS)),
+    default="fp32",
+    show_default=True,
+    help="What graphs are cast to.",
+)
 @click.option(
     "--batch-sizes",
     callback=sizes_option,
@@ -80,16 +86,17 @@ def build(
     """
     from engines.compile import build_bundle
 
-    profile = Profile(batch_sizes, dynamic)
+    profile, library = Profile(batch_sizes, dynamic), ""
     try:
         opened = load_bundle(find_bundle(bundle))
         with _asked_to_stop() as asked:
             for built in build_bundle(opened, profile, precision, target, PlanCache(plans), partial(_progress, asked)):
+                library = built.key.library
                 click.echo(_line(built))
                 _stop_if(asked)
     except (BundleError, EngineError, PlanError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo("\n".join(_finders(backend, precision, profile, plans)))
+    click.echo("\n".join(_finders(backend, library, precision, profile, plans)))
 
 
 def _line(built: Built) -> str:
@@ -140,7 +147,7 @@ def _stop_if(asked: Asked) -> None:
         raise click.Abort()
 
 
-def _finders(backend: str, precision: Precision, profile: Profile, plans: Path | None) -> list[str]:
+def _finders(backend: str, library: str, precision: Precision, profile: Profile, plans: Path | None) -> list[str]:
     """Which options of `serve` and `generate` find plans of a profile, in lines for people."""
     options = f"--backend {backend} --precision {precision}" + (f" --plans {shlex.quote(str(plans))}" if plans else "")
     found = [
@@ -153,7 +160,10 @@ def _finders(backend: str, precision: Precision, profile: Profile, plans: Path |
         sizes = ",".join(map(str, batch_sizes_up_to(largest)))
         return [f"`fewstep serve` finds none: --max-batch {largest} needs --batch-sizes {sizes}, or --dynamic."]
     others = ", ".join(map(str, found[:-1])) if not profile.dynamic else f"every one from 1 to {found[-1]}"
-    lines = ["Found by:", f"  fewstep serve {options} --max-batch {found[-1]}" + (f"  (or {others})" if others else "")]
+    lines = [
+        f"Found, with {library}, by:",
+        f"  fewstep serve {options} --max-batch {found[-1]}" + (f"  (or {others})" if others else ""),
+    ]
     if profile.covers(Profile(BATCH_SIZES)):
         lines.append(f"  fewstep generate {options}")
     return lines

@@ -48,7 +48,13 @@ def _image_format(out: Path) -> ImageFormat:
     show_default=True,
     help="One that compiles is waited for; auto answers with what is there.",
 )
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(list(PRECISIONS)),
+    default="fp32",
+    show_default=True,
+    help="What the backend computes in; `ort` knows fp32 only.",
+)
 @click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=click.IntRange(0, MAX_THREADS), default=0, help="0 (default): every core it may use.")
 def generate(

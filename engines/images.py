@@ -268,20 +268,13 @@ def scale_clear_colour(image: Image.Image) -> None:
     That depth is known only until the pixels are decoded. Of 16 bits Pillow keeps the upper half, so colours that
     differ in the lower half alone are one.
     """
-    if (clear := clear_colour(image)) is not None:
-        image.info["transparency"] = clear
-
-
-def clear_colour(image: Image.Image) -> Any:
-    """The same colour in 8 bits, or as Pillow has it; None where there is none."""
     clear = image.info.get("transparency")
     stored = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
-    if stored == "RGB;16B" and isinstance(clear, tuple):
-        return tuple(sample >> 8 for sample in clear)
-    if stored in _GREY_BITS and isinstance(clear, int):
+    if isinstance(clear, tuple) and stored == "RGB;16B":
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+    elif isinstance(clear, int) and stored in _GREY_BITS:
         top = (1 << _GREY_BITS[stored]) - 1
-        return (clear & top) * 255 // top
-    return clear
+        image.info["transparency"] = (clear & top) * 255 // top
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Pixels:

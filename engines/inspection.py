@@ -65,16 +65,20 @@ def _of_weights(bundle: Bundle, graphs: Sequence[GraphSpec]) -> list[str]:
     By both a service reckons the memory of a bundle.
     """
     try:
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
         from engines.weights import locations, storages
     except ModuleNotFoundError:
         return []
-    read = {name for graph in graphs for name in locations(graph.path)}
+    try:
+        read = {name for graph in graphs for name in locations(graph.path)}
+        stored = {name for graph in graphs for name in storages(graph.path)}
+    except DecodeError:  # which opening the graph has told of
+        return []
     unread = [name for name in bundle.weights() if ".onnx" in name and name not in read]
-    said = min(bundle.manifest.weights_dtype.split("+"), key=WEIGHT_BITS.__getitem__)
-    narrowest = min(
-        {name for graph in graphs for name in storages(graph.path)}, key=WEIGHT_BITS.__getitem__, default=said
-    )
     problems = [f"{name}: the manifest says nothing of it, and no graph reads it" for name in unread]
+    said = min(bundle.manifest.weights_dtype.split("+"), key=WEIGHT_BITS.__getitem__)
+    narrowest = min(stored, key=WEIGHT_BITS.__getitem__, default=said)
     if WEIGHT_BITS[narrowest] != WEIGHT_BITS[said]:
         problems.append(f"weights are said to be stored in {said} at the narrowest, and are in {narrowest}")
     return problems

@@ -99,9 +99,9 @@ class Pipeline:
     ) -> Self:
         """Load and verify the bundle at ``path`` and open its graphs on ``backend``, "auto" for the best that works.
 
-        ``precision`` and ``plans`` (the folder of compiled plans) are for backends that compile; ``lone_threads`` are
-        those of `EngineOptions`. Raises BundleError for a bad bundle and EngineError for a graph that does not open or
-        differs from what the manifest says, and for a bundle that is replaced meanwhile.
+        ``precision`` is for backends that have more than fp32, ``plans`` (the folder of compiled plans) for those that
+        compile; ``lone_threads`` are those of `EngineOptions`. Raises BundleError for a bad bundle and EngineError for
+        a graph that does not open or differs from what the manifest says, and for a bundle that is replaced meanwhile.
         """
         options = EngineOptions(threads, precision, Profile(tuple(batch_sizes)), plans, lone_threads)
         with ExitStack() as closing:

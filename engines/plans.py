@@ -234,6 +234,13 @@ class PlanCache:
         except PlanError as error:
             _log.warning("a plan cannot be kept, and is built again at every start: %s", error)
 
+    def mark_checked(self, key: PlanKey, plan: bytes) -> None:
+        """Do so with one that was there: where nothing can be written it is checked again at the next start."""
+        try:
+            self.save(key, plan, checked=True)
+        except PlanError as error:
+            _log.warning("a plan cannot be marked as checked, and is checked at every start: %s", error)
+
     def _unwritable(self, error: OSError) -> PlanError:
         return PlanError(f"plans cannot be kept in {self.folder}: {error.strerror}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def locations(graph: Path) -> set[str]:
     """The files beside a graph that it reads weights from."""
     initializers = onnx.load(graph, load_external_data=False).graph.initializer
     outside = (tensor for tensor in initializers if tensor.data_location == TensorProto.EXTERNAL)
-    return {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"}
+    return {normpath(entry.value) for tensor in outside for entry in tensor.external_data if entry.key == "location"}
 
 
 def half_scales(largest: NDArray[np.float32], code: float) -> NDArray[np.float16]:

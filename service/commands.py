@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 @click.option("--role", type=click.Choice(["all", "api", "worker"]), help="What this process does.")
 @click.option("--queue", help="Where jobs wait: memory, or the URL of a Redis.")
 @click.option("--backend", type=click.Choice([AUTO, *BACKENDS]), help="What runs the graphs.")
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Precision of compiled plans.")
+@click.option(
+    "--precision", type=click.Choice(list(PRECISIONS)), help="What the backend computes in; `ort` knows fp32 only."
+)
 @click.option("--plans", type=click.Path(file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=int, help="Threads of an engine; 0, the default, leaves a core to HTTP and images.")
 @click.option("--max-batch", type=int, help="Most images in one call of the step engine.")

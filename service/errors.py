@@ -44,7 +44,7 @@ _PROBLEM_CODES = {
     "unsupported_option": "unsupported_option",
 }
 _METHODS = ("GET", "HEAD", "POST", "DELETE")
-_SHOULD_RETRY = "X-Should-Retry"  # which the client library of OpenAI heeds
+SHOULD_RETRY = "X-Should-Retry"  # which the client library of OpenAI heeds
 _LISTED_PROBLEMS = 5
 _QUOTED_CHARS = 100
 _QUEUE_RETRY_S = 2.0
@@ -97,7 +97,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The answer."""
-        headers = {_SHOULD_RETRY: str(self.retryable).lower(), **self.headers}
+        headers = {SHOULD_RETRY: str(self.retryable).lower(), **self.headers}
         return Response(self.text().encode(), self.status, headers, media_type="application/json")
 
 

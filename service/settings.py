@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     models: Annotated[Path | None, Field(description="folder of more bundles, loaded when they are asked for")] = None
     max_model_bytes: Annotated[Count, Field(description="most memory of loaded bundles' weights, in fp32")] = 8192 * MIB
     backend: Annotated[str, Field(description="what runs the graphs: a name in engines.backends, or auto")] = "ort"
-    precision: Annotated[Precision, Field(description="precision of compiled plans")] = "fp32"
+    precision: Annotated[Precision, Field(description="what the backend computes in")] = "fp32"
     plans: Annotated[Path | None, Field(description="where compiled plans are kept; None is the user's cache")] = None
     threads: Annotated[
         int,

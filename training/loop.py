@@ -137,9 +137,9 @@ def train(
             last = state.update == recipe.updates
             if validation and (last or state.update % validation.every == 0):
                 state.validate(validation)
-                if state.settled(validation) and state.guard.is_untrained:
-                    raise TrainingError(state.guard.reason(folder, state.update, value, norm))
             report.tell(state.update, value, norm, rate, state.guard.skipped, state.kept(validation))
+            if state.settled(validation) and state.guard.is_untrained:
+                raise TrainingError(state.guard.reason(folder, state.update, value, norm))
             shown = sample and accelerator.is_main_process and not state.is_sharded
             if shown and sample and state.update % pace.sample_every == 0:
                 save_picture(sample, state.result, folder / f"samples-{state.update:07d}.png")

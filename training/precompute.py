@@ -214,7 +214,7 @@ def command(recipe: Path, address: str, out: Path | None, data: Path | None, per
 
     An autoencoder that the recipe trains is trained first, unless the run's folder has it. What was stopped goes on
     where it was. At the end the [data] section is printed with which another recipe streams the shards. That recipe
-    has no [autoencoder], and a run folder of its own: another name, or --out.
+    has no [autoencoder] and, unless it streamed before too, a run folder of its own: another name, or --out.
     """
     run = open_run(recipe, out, data)
     count = precompute(run, address, per_shard)

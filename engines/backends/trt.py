@@ -67,7 +67,9 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     is_checked = kept is not None and cache.is_checked(replace(key, profile=kept[1]))
     if kept is not None and is_checked and (engine := _if_it_runs(warm, *kept)) is not None:
         return engine
-    stand_in = _stand_in(graph, replace(options, precision="fp32"))
+    plain = replace(options, precision="fp32")
+    # What was built ahead may fit on the device only alone.
+    stand_in = _stand_in(graph, plain) if kept is None or is_checked else OrtEngine(graph, plain)
 
     def checked(plan: bytes, profile: Profile) -> Engine:
         with ExitStack() as closing:
@@ -75,12 +77,13 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
             check_engine(engine, stand_in, graph, options.precision, profile.batch_sizes[-1])
             _warm(engine, options.profile)
             closing.pop_all()
-        cache.keep(replace(key, profile=profile), plan)
         return engine
 
     def build(wanted: Wanted) -> Engine:
         ahead = None if is_checked else cache.find(key)
-        if ahead is not None and (engine := _if_it_runs(checked, *ahead)) is not None:
+        if ahead is not None and (engine := _if_it_runs(checked, *ahead, wanted)) is not None:
+            plan, profile = ahead
+            cache.mark_checked(replace(key, profile=profile), plan)
             return engine
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
@@ -88,18 +91,27 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
             made = build_plan(
                 library, prepared, graph.inputs, options.profile, target, lambda *_: wanted(), graph.path.name
             )
-        return checked(made, options.profile)
+        engine = checked(made, options.profile)
+        cache.keep(key, made)
+        return engine
 
     return StandIn(stand_in, build, graph.path.name)
 
 
-def _if_it_runs(opened: Callable[[bytes, Profile], Engine], plan: bytes, profile: Profile) -> Engine | None:
-    """The engine of a plan that was there; None for one that does not load or run, or gives something else."""
+def _if_it_runs(
+    opened: Callable[[bytes, Profile], Engine], plan: bytes, profile: Profile, wanted: Wanted | None = None
+) -> Engine | None:
+    """The engine of a plan that was there; None for one that does not load or run, or gives something else.
+
+    While one is made in the background, as long as it is ``wanted``, a device without memory is no fault of the plan.
+    """
     try:
         return opened(plan, profile)
     except DeviceLostError:
         raise
     except EngineError as error:
+        if wanted is not None and (isinstance(error, DeviceMemoryError) or not wanted()):
+            raise
         _log.warning("a plan does not load or run as it should, and is built anew: %s", error)
         return None
 

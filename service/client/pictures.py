@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from engines.images import clear_colour, upright
+from engines.images import scale_clear_colour, upright
 from service.client.answers import MadeImage
 
 Picture = PIL.Image.Image | MadeImage | bytes | str | os.PathLike[str]
@@ -37,11 +37,9 @@ def file_bytes(picture: Picture) -> bytes:
 
 
 def _png(picture: PIL.Image.Image) -> bytes:
-    clear, copied = clear_colour(picture), picture.copy()  # In this order, as the copy has it decoded.
-    if clear is not None:
-        copied.info["transparency"] = clear
+    scale_clear_colour(picture)  # Before the copy, which has it decoded.
     # The file that is written does not say which way is up, so the pixels must.
-    picture = _in_mode_of_png(upright(copied))
+    picture = _in_mode_of_png(upright(picture.copy()))
     file = io.BytesIO()
     picture.save(file, "png")
     return file.getvalue()

@@ -61,9 +61,10 @@ class Throughput:
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
     shows how long one takes and not how many could be made. How much work that is goes by the speed itself, which may
-    be far too high. So ``BUSY_COST``, which fills ticks of every size, is always enough, and until something was
-    measured four times what is finished. And time counts too in which a worker always had images to finish, where it
-    shows a lower speed: behind their ticks they are finished one by one, however many there are.
+    be far too high. So where a job itself took that long, ``BUSY_COST``, which fills ticks of every size, is enough,
+    and until something was measured four times what is finished. And time counts too in which a worker always had
+    images to finish, where it shows a lower speed: behind their ticks they are finished one by one, however many there
+    are.
 
     Of that time a pause does not count, from when something was finished until a worker began what is finished next: a
     bundle that loads, or a worker that starts anew, is no new speed. Where another job was worked on meanwhile, its
@@ -123,7 +124,9 @@ class Throughput:
         alone_s = share * self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
         if (speed := self.alone_per_second) > 0:
-            enough = min(BUSY_S * speed, BUSY_COST if self._measured else 4 * cost)
+            enough = BUSY_S * speed
+            if worked_s >= BUSY_S:
+                enough = min(enough, BUSY_COST if self._measured else 4 * cost)
             if outstanding < enough and not (never_idle and cost < speed * alone_s):
                 return
             alone_s = min(alone_s, max(SHORT_STALL_S, SURPRISE * outstanding / speed))

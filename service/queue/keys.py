@@ -1,4 +1,4 @@
-"""The names of what the queue keeps in Redis. The Lua scripts make up the same names.
+"""The names of what the queue keeps in Redis. The Lua scripts make up the same names, and `settled:` with a job's id.
 
 Everything but speeds and dead letters lasts only a little longer than the jobs it is for, or than their outcomes are
 kept.

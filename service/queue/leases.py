@@ -173,7 +173,7 @@ class Leases:
             with self._changed:
                 self._unsent[job_id] = lease, outcome, ""
             return None
-        return _what_became(answer, outcome)
+        return _what_became(answer, outcome, outcome)
 
     def owes(self, model: str) -> bool:
         """See JobQueue.owes."""
@@ -235,7 +235,7 @@ class Leases:
     ) -> Job | None:
         """The job of a lease, held from now on; None where it was given up, or is held: Redis had lost that."""
         with self._changed:
-            if lease.job_id in self._held:
+            if lease.job_id in self._held or lease.job_id in self._unsent:
                 return None
         if lease.tries > MAX_TRIES:
             self._give_up(lease, _TOO_MANY_TRIES, request_of(message))
@@ -340,7 +340,7 @@ class Leases:
                 with self._changed:
                     self._unsent[job_id] = self._unsent.pop(job_id)
                 return
-            if (became := _what_became(answer, outcome)) is None:
+            if (became := _what_became(answer, outcome, made)) is None:
                 continue
             if dead_because:
                 self._on_dead_letter()
@@ -408,6 +408,6 @@ class Leases:
                 self._away_until = None
 
 
-def _what_became(answer: int, outcome: Outcome) -> Outcome | None:
-    """What became of a job for which the script `settle` gave this answer."""
-    return {1: outcome, 2: EXPIRED}.get(answer)
+def _what_became(answer: int, outcome: Outcome, before: Outcome) -> Outcome | None:
+    """What became of a job for which the script `settle` gave this answer; ``before`` was tried first."""
+    return {1: outcome, 2: EXPIRED, 11: before, 12: EXPIRED}.get(answer)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from service.capabilities import describe
+from service.errors import SHOULD_RETRY
 from service.routes.examples import ALIVE, CAPABILITIES, LOADING, READY
 from service.routes.openapi import error, success
 from service.routes.strict import OPTIONS_ALONE, REFUSED
@@ -51,7 +52,7 @@ async def readyz(request: Request, response: Response) -> Health:
     state = await service.health()
     if state is not State.READY:
         response.status_code = 503
-        response.headers["Retry-After"] = "2"
+        response.headers.update({"Retry-After": "2", SHOULD_RETRY: "true"})
     return Health(status=state.value)
 
 

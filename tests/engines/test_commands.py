@@ -245,6 +245,30 @@ def test_inspect_names_a_graph_whose_rows_see_each_other(text_bundle: Bundle, tm
     assert "DIFFERS  step-2.onnx: its rows are others in company than alone" in shown.output
 
 
+def test_inspect_names_a_graph_that_is_none(text_bundle: Bundle, tmp_path: Path) -> None:
+    whole = (text_bundle.path / "step-2.onnx").read_bytes()
+    (tmp_path / "step-2.onnx").write_bytes(whole[: len(whole) // 2])
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": tmp_path / "step-2.onnx"})
+    shown = call(inspect, other.path)
+    assert shown.exit_code == 1
+    assert "DIFFERS  step-2.onnx: ONNX Runtime cannot load it" in shown.output
+
+
+def test_inspect_finds_weights_by_any_spelling_of_where_they_lie(text_bundle: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(text_bundle.path / "step-2.onnx")
+    onnx.save(model, tmp_path / "step-2.onnx", save_as_external_data=True, location="step-2.onnx.data")
+    spelled = onnx.load(tmp_path / "step-2.onnx", load_external_data=False)
+    for tensor in spelled.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = f"./{entry.value}" if entry.key == "location" else entry.value
+    onnx.save(spelled, tmp_path / "step-2.onnx")
+    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
+    files |= {name: tmp_path / name for name in ("step-2.onnx", "step-2.onnx.data")}
+    shown = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    assert shown.exit_code == 0, shown.output
+
+
 def test_inspect_prints_nothing_but_its_document_of_a_graph_that_does_not_load(
     text_bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -161,6 +161,35 @@ def test_images_that_are_finished_far_slower_than_their_ticks_are_measured() -> 
     assert door.throughput.per_second == pytest.approx(40, rel=0.1)
 
 
+@pytest.mark.parametrize("lone_bursts", [0, 3])
+def test_a_fast_device_with_a_short_limit_keeps_its_speed(lone_bursts: int) -> None:
+    """Ticks take 5 ms and 20 us a row, of 256 rows; a whole batch is settled job by job."""
+    door, now, served = Door(100_000), 0.0, 0
+    door.throughput.expect(256 / 0.01012)
+    for _ in range(lone_bursts):
+        for _ in range(5):
+            assert door.knock("", 4, 0.5, now) is None
+            door.took(4)
+        for _ in range(5):
+            door.settled(4, 0.02, now + 0.02)
+        now += 1.0
+    line, offered, start = deque[float](), 0.0, now
+    while now < start + 10:
+        for _ in range(int((now - start) * 8000 - offered)):
+            offered += 1
+            if door.knock("", 4, 0.5, now) is None:
+                line.append(now)
+        batch = [line.popleft() for _ in range(min(len(line), 256))]
+        for _ in batch:
+            door.took(4)
+        worked_s = 4 * (0.005 + 20e-6 * len(batch))
+        now += worked_s
+        for _ in batch:
+            door.settled(4, worked_s, now)
+        served += len(batch)
+    assert served / 10 > 5500
+
+
 @pytest.mark.parametrize("slow_from", [0, 200])
 def test_a_speed_that_is_far_too_high_is_unlearnt(slow_from: int) -> None:
     """More jobs come than the worker can do within their limit; it is slow from the first, or later."""

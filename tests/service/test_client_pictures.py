@@ -76,7 +76,8 @@ def test_a_transparent_colour_is_what_its_file_says(bits: int, samples: Any, cle
     stored = np.array([samples], np.uint8 if bits < 16 else ">u2")
     file = small_png(stored, bits, 2 if len(clear) == 3 else 0, struct.pack(f">{len(clear)}H", *clear))
     picture = Image.open(io.BytesIO(file))
-    assert np.array_equal(decode_image(file_bytes(picture)), decode_image(file))
+    for _ in range(2):
+        assert np.array_equal(decode_image(file_bytes(picture)), decode_image(file))
 
 
 @pytest.mark.parametrize("value", [-1, 65536])

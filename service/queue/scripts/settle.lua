@@ -1,6 +1,6 @@
 -- Hands over the outcome of a job, and takes it out of the queue. The first call for a job returns 1, or 2 where whoever
 -- asked was told by its deadline that it has failed, so that it stays so; later ones return 0, but to the same consumer,
--- which was not told, the same again.
+-- which was not told, ten more than the first.
 -- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
@@ -44,7 +44,10 @@ local function note_finished(model, cost)
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
-    local enough = math.min(1000 * busy_s, alone_ms(model, measured and busy_cost or 4 * cost))
+    local enough = 1000 * busy_s
+    if tonumber(worked) >= enough then
+      enough = math.min(enough, alone_ms(model, measured and busy_cost or 4 * cost))
+    end
     if own < enough and not (never_idle and 1000 * alone_s > alone_ms(model, cost)) then
       return
     end
@@ -78,7 +81,7 @@ if state == 'queued' then -- Redis came back without the take: the outcome is as
   end
 elseif state ~= 'running' then
   local said = redis.call('GET', settled)
-  return said and said:sub(2) == consumer and tonumber(said:sub(1, 1)) or 0 -- By another worker, or cancelled.
+  return said and said:sub(2) == consumer and 10 + said:sub(1, 1) or 0 -- By another worker, or cancelled.
 end
 if reason ~= '' then
   local oldest_kept = string.format('%d', now_ms() - keep_dead)
