@@ -12,12 +12,12 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 from engines.files import write_whole
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """Of the arithmetic; int8 and fp8 are fp16 with the weights of products in 8 bits."""
 MOST_ROWS = 256
 """In one tick of a service."""

@@ -177,7 +177,7 @@ def from_failure(failure: Failed) -> ApiError:
     }[failure.reason]
     # What its client has given up is not to be tried again.
     retryable = {"engine": failure.retryable, "cancelled": False}.get(failure.reason)
-    retry_after_s = 1.0 if failure.reason == "stopped" else None
+    retry_after_s = _BUSY_RETRY_S if failure.reason == "stopped" else None
     return ApiError(
         status,
         code,

@@ -134,7 +134,7 @@ def _tasks(request: GenerateRequest, pipeline: Pipeline, settings: Settings) -> 
         _steps(request, manifest),
         _guidance(request, manifest),
         _first_seed(request),
-        sampler=request.sampler or "deterministic",
+        sampler=request.sampler or SAMPLERS[0],
     )
     names = {"condition": param, "source": _SOURCES[param], "guidance": "guidance_scale"}
     try:

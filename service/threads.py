@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from queue import SimpleQueue
@@ -18,6 +18,21 @@ def uncancellable() -> Future[Result]:
     future: Future[Result] = Future()
     future.set_running_or_notify_cancel()
     return future
+
+
+def finished() -> Future[None]:
+    """A future of what is done already."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def finish_after(waits: Sequence[Future[None]], then: Future[None]) -> None:
+    """Have ``then`` done once all of these are."""
+    if waits:
+        waits[0].add_done_callback(lambda _: finish_after(waits[1:], then))
+    else:
+        then.set_result(None)
 
 
 class Helper:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -33,20 +33,18 @@ class Tracker:
         metrics: Metrics,
         stopping: asyncio.Event,
         patience_s: float,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue = queue
         self._metrics = metrics
         self._stopping = stopping
         self._patience_s = patience_s
-        self._clock = clock
         self.following = 0
         self._awaited: dict[str, float] = {}
 
     def expect(self, job_id: str) -> None:
         """Note that somebody will ask what became of a job."""
         self._awaited.pop(job_id, None)
-        self._awaited[job_id] = self._clock()
+        self._awaited[job_id] = time.monotonic()
         self._let_go()
 
     @property
@@ -59,7 +57,7 @@ class Tracker:
         """Forget those who do not come again."""
         while self._awaited:
             job_id, heard = next(iter(self._awaited.items()))
-            if heard + self._patience_s > self._clock():
+            if heard + self._patience_s > time.monotonic():
                 return
             del self._awaited[job_id]
 
@@ -110,16 +108,16 @@ class Tracker:
         """
         last: Status | None = None
         shortest, longest = _POLLS_S
-        wait_s, told = shortest, self._clock()
+        wait_s, told = shortest, time.monotonic()
         while True:
             stopping = self._stopping.is_set()
             status = await self._look_if_there(job_id, preview)
             if status is not None and (last is None or _differ(status, last)):
                 yield status
-                last, wait_s, told = status, shortest, self._clock()
-            elif self._clock() - told >= HEARTBEAT_S:
+                last, wait_s, told = status, shortest, time.monotonic()
+            elif time.monotonic() - told >= HEARTBEAT_S:
                 yield None
-                told = self._clock()
+                told = time.monotonic()
             if last is not None and last.outcome is not None:
                 self._awaited.pop(job_id, None)
                 return

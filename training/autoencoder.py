@@ -16,6 +16,7 @@ from training.sections import AutoencoderRecipe, halved
 from training.store import hash_of_files, whole_file
 
 AUTOENCODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCALE_ROWS = 64
 FILES = ("config.json", AUTOENCODER_WEIGHTS)  # the one that makes it whole is the last
 
 
@@ -43,9 +44,11 @@ def reconstruction_loss(network: nn.Module, images: Tensor, recipe: AutoencoderR
 
 
 @torch.inference_mode()
-def measure_scale(autoencoder: AutoencoderKL, images: Tensor, device: torch.device, rows: int = 64) -> float:
+def measure_scale(autoencoder: AutoencoderKL, images: Tensor, device: torch.device) -> float:
     """1 / the standard deviation of the latents of `images` (N, 3, H, W): latents times it have unit variance."""
-    parts = [autoencoder.encode(part.to(device), return_dict=False)[0].mode().cpu() for part in images.split(rows)]
+    parts = [
+        autoencoder.encode(part.to(device), return_dict=False)[0].mode().cpu() for part in images.split(SCALE_ROWS)
+    ]
     return float(1.0 / torch.cat(parts).std())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training.autoencoder import Reconstructor, measure_scale, reconstruction_loss
 from training.data.training_set import load_pixels, load_training_set
 from training.diffusion import Grid
-from training.draws import Draws, generator_at, stage_seed
+from training.draws import IMAGES_STREAM, Draws, generator_at, stage_seed
 from training.guidance import Condition, Denoiser, GuidedTeacher
 from training.loop import BatchOrder, save_picture, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
@@ -133,7 +133,9 @@ def train_autoencoder(run: Run) -> None:
         validation=_validation(run, "autoencoder", recipe, loss, some),
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).autoencoder  # fmt: skip
-    measured = images[torch.randperm(len(images), generator=generator_at(run.recipe.seed, 0, 4))[:SCALE_IMAGES]]
+    measured = images[
+        torch.randperm(len(images), generator=generator_at(run.recipe.seed, 0, IMAGES_STREAM))[:SCALE_IMAGES]
+    ]
     model.register_to_config(scaling_factor=measure_scale(model, measured, run.device))
     run.finish("autoencoder", model)
 

@@ -10,7 +10,23 @@ import torch
 from torch import Generator, Tensor
 
 BLOCK_ROWS = 64
+
+# The streams of `generator_at`. Two have one number where what they give never meets: a permutation and a noise, or
+# places of another kind. Their numbers stay as they are, as runs are repeated by them.
+ORDER_STREAM = 1
+"""The order of items, or of shards, in each epoch; by the seed of a stage."""
+IMAGES_STREAM = 4
+"""The images by which an autoencoder's scale is measured; by the seed of the run."""
 DRAWS_STREAM = 5
+"""What each row of an update draws; by the seed of a stage, at an update and a block of rows."""
+ITEMS_STREAM = 5
+"""The order of items in each window of shards; by the seed of a stage, at a window."""
+VALIDATION_STREAM = 6
+"""The noise by which rounds are compared; by the seed of the run."""
+NOISE_STREAM = 4
+"""The noise that each image of an evaluation begins with; by the seed of the evaluation, at an image."""
+ADDED_NOISE_STREAM = 7
+"""The noise that the stochastic sampler adds in an evaluation; by its seed, at a batch."""
 
 
 def stage_seed(seed: int, stage: str) -> int:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from training.capture import capture_network
 from training.checkpoints import Checkpoints
 from training.data.entries import DataError
-from training.draws import Draws, generator_at
+from training.draws import ORDER_STREAM, Draws, generator_at
 from training.errors import Stopped, TrainingError
 from training.guard import signals
 from training.networks import compile_network
@@ -62,7 +62,7 @@ class BatchOrder:
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
             self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = torch.randperm(self.items, generator=generator_at(self.seed, epoch, 1))
+            self._epochs[epoch] = torch.randperm(self.items, generator=generator_at(self.seed, epoch, ORDER_STREAM))
         return self._epochs[epoch]
 
 

@@ -33,8 +33,11 @@ class GaussianMixture:
     def on_a_circle(cls, dimensions: int, components: int = 8, classes: int = 4) -> GaussianMixture:
         """Means on a circle of radius sqrt(2) in the first two dimensions; neighbours share a class.
 
-        Components differ in width, so that no class is a copy of another.
+        Components differ in width, so that no class is a copy of another. Raises ValueError for less than two
+        dimensions, and for more classes than components.
         """
+        if dimensions < 2 or not 1 <= classes <= components:
+            raise ValueError(f"{components} components of {classes} classes do not lie on a circle in {dimensions}-D")
         angles = 2 * math.pi * torch.arange(components, dtype=torch.float64) / components
         means = torch.zeros(components, dimensions, dtype=torch.float64)
         means[:, 0], means[:, 1] = math.sqrt(2) * angles.cos(), math.sqrt(2) * angles.sin()

@@ -24,8 +24,8 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1)
 
 
-def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
-    """Write images (N, 3, H, W) as one PNG, `columns` in a row, each enlarged `scale` times."""
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Write images (N, 3, H, W) as one PNG, `columns` in a row, each enlarged twice."""
     pixels = to_uint8(images)
     count, height, width, channels = pixels.shape
     rows = -(-count // columns)
@@ -33,6 +33,6 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
     sheet[:count] = pixels
     sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = Image.fromarray(sheet.reshape(rows * height, columns * width, channels))
-    enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    enlarged = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
     with whole_file(path) as partial:
         enlarged.save(partial, "PNG")

@@ -88,7 +88,7 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
         raise TrainingError("an inpainting network learns from images, each masked anew each time: precompute nothing")
     images = _images(run)
     if run.pipeline is not None and images.classes:
-        run.null_beside(run.pipeline.labels(images.classes))  # raises for those that cannot be learned from
+        run.null_beside(run.pipeline.classes.numbers(images.classes))  # raises for those that cannot be learned from
     if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
         with training_alone(run.folder):
             train_autoencoder(run)

@@ -37,7 +37,7 @@ class Report:
 
     def __init__(self, folder: Path, recipe: Optimisation, update: int, pace: Pace, *, main: bool) -> None:
         """Go on after `update`, the last one that is done. `main` says whether this process writes."""
-        self.recipe, self.pace, self.main = recipe, pace, main
+        self.pace, self.main = pace, main
         self._log = _Log(folder / "log.jsonl", recipe.batch_size, update) if main else None
         self._bar = tqdm(
             total=recipe.updates, initial=update, desc=folder.name, unit="update", dynamic_ncols=True,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.diffusion import Schedule
-from training.draws import Draws, generator_at
+from training.draws import VALIDATION_STREAM, Draws, generator_at
 from training.errors import TrainingError
 from training.guidance import Condition, Denoiser
 from training.losses import Batch, stochastic_step, target_along
@@ -26,7 +26,6 @@ from training.store import whole_file
 ROWS = 32
 ROWS_AT_ONCE = 16
 SHARDS = 4
-NOISE_STREAM = 6  # of the generators of `generator_at`
 LEAST_REFERENCE_STEPS = 64
 TABLE, FIGURES = "rounds.md", "rounds.json"
 
@@ -62,7 +61,7 @@ class Trial:
     def noisy_result(self, denoiser: Denoiser, steps: int) -> Tensor:
         """Clean data (B, *) from the noise by the stochastic sampler, for a student of so many steps."""
         grid, parts = self.run.schedule.grid(2 * steps), []
-        fresh = fresh_from(generator_at(self.run.recipe.seed, 1, NOISE_STREAM))
+        fresh = fresh_from(generator_at(self.run.recipe.seed, 1, VALIDATION_STREAM))
         for rows, condition in self._parts():
             with self.run.accelerator.autocast():
                 parts.append(sample_stochastic(denoiser, grid, self.noise[rows], condition, self.w[rows], fresh))

@@ -6,9 +6,8 @@ Every stage has a subfolder with its log, its samples and, when it is finished, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,14 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from training import networks
 from training.autoencoder import AUTOENCODER_WEIGHTS, latent_shape, take_autoencoder
 from training.capture import capture_network
 from training.checkpoints import Checkpoints
-from training.data.inpainting import InpaintingSet, all_masked
+from training.data.inpainting import all_masked
 from training.data.shard_index import MadeWith
-from training.data.streamed import StreamedImages, StreamedTensors, open_stream, require_fit
-from training.data.training_set import Data, load_training_set
+from training.data.training_set import Data
 from training.diffusion import Schedule
 from training.errors import TrainingError
 from training.guidance import Condition, GuidedTeacher
@@ -37,6 +34,7 @@ from training.pretrained.teachers import TeacherPipeline
 from training.progress import Pace
 from training.prompts import PromptEncoder
 from training.recipe import Recipe
+from training.run_data import training_data
 from training.sections import CheckpointRecipe, OwnPrediction, ScheduleName, TeacherRecipe
 from training.state import check_average
 from training.store import hash_of, hash_of_files, sweep, whole_file
@@ -46,7 +44,6 @@ RECORD = "recipe.json"
 NETWORK = "unet"
 STAGE1, STUDENT = "stage1", "student-"
 AUTOENCODER = "autoencoder"
-UNCHECKED = "its index does not say which autoencoder, encoder of prompts and classes made it: they are unchecked"
 LEFT_OUT_OF_RECORD = frozenset({"export", "scale"})
 """What does not touch what was trained: what is exported, under which words, and how it fits its machines."""
 
@@ -151,7 +148,7 @@ class Run:
             raise TrainingError(f"{pipeline.folder} is conditioned on {kind}, the recipe on {self.recipe.conditioning}")
         pipeline.check_side(self.recipe.data.size)
         if not pipeline.is_text and teacher.unconditional is None:
-            pipeline.null_label(teacher.null_class)
+            pipeline.classes.null(teacher.null_class)
         return pipeline
 
     @cached_property
@@ -204,58 +201,7 @@ class Run:
     @cached_property
     def data(self) -> Data:
         """The training split, in the space that the denoiser works in. Raises TrainingError if it does not fit."""
-        shape, prompts = self.shape, self.prompts
-        if self.recipe.data.source == "stream":
-            data = self._streamed()
-            self.known("denoiser", data.fingerprint)
-            return data
-        with self.accelerator.main_process_first():
-            images = load_training_set(self.recipe, "train", self.cache, prompts)
-        self.known("denoiser", images.fingerprint)
-        if self.pipeline is not None and isinstance(images.condition, Tensor):
-            images = replace(images, condition=self._numbers(images.classes)[images.condition])
-        if not self.is_latent:
-            if images.shape != shape:
-                raise TrainingError(f"the images are {images.shape}, the teacher makes {shape}")
-            return images
-        autoencoder = self.autoencoder()
-        latents = replace(images, x=networks.encode_all(autoencoder, images.x, self.device), constants=self.constants)
-        return self._masked(latents, images.x.__getitem__)
-
-    def _masked(self, latents: Data, images: Callable[[Tensor], Tensor]) -> Data:
-        """The same data, with a mask in each row for an inpainting network. `images` gives those of items (B,)."""
-        if self.pipeline is None or not self.pipeline.is_inpainting:
-            return latents
-        return InpaintingSet(latents, images, self.recipe.data.size, self.autoencoder())
-
-    def _streamed(self) -> Data:
-        recipe = self.recipe.data
-        stream = open_stream(recipe)
-        if stream.index.kind == "images":
-            if self.prompts is None:
-                raise TrainingError(
-                    f"{recipe.address}: images are streamed with captions only; `fewstep precompute` makes shards of "
-                    "those with classes, which are streamed"
-                )
-            encode = partial(networks.encode, self.autoencoder()) if self.is_latent else lambda images: images
-            streamed = StreamedImages(stream, self.prompts, encode, self.shape, self.constants)
-            return self._masked(streamed, streamed.images)
-        if "background" in recipe.model_fields_set:
-            raise TrainingError(
-                f"{recipe.address} holds tensors, whose background is that of when they were precomputed: leave out "
-                "data.background"
-            )
-        if self.pipeline is not None and self.pipeline.is_inpainting:
-            raise TrainingError(
-                f"{recipe.address}: an inpainting network learns from images, each masked anew each time; these are "
-                "latents"
-            )
-        condition = {"label": torch.tensor(0)} if self.prompts is None else self.prompts.null
-        require_fit(stream, self.shape, condition, self.made_with(recipe.classes))
-        if stream.index.made_with is None and self.accelerator.is_main_process:
-            tqdm.write(f"{recipe.address}: {UNCHECKED}")
-        numbers = self._numbers(recipe.classes) if recipe.classes else None
-        return StreamedTensors(stream, recipe.classes, numbers, self.constants)
+        return training_data(self)
 
     def made_with(self, classes: tuple[str, ...]) -> MadeWith:
         """What makes x and its condition of images. Raises TrainingError if the autoencoder is not trained yet."""
@@ -269,13 +215,13 @@ class Run:
     @property
     def class_numbers(self) -> Tensor:
         """The teacher's number (K,) of each of the K classes of the data."""
-        return self._numbers(self.data.classes)
+        return self.numbers_of(self.data.classes)
 
-    def _numbers(self, classes: tuple[str, ...]) -> Tensor:
+    def numbers_of(self, classes: tuple[str, ...]) -> Tensor:
         """The teacher's numbers (K,) of K classes. Raises TrainingError for others than before."""
         if self.pipeline is None:
             return torch.arange(len(classes))
-        numbers = self.pipeline.labels(classes)
+        numbers = self.pipeline.classes.numbers(classes)
         self.known("classes", hash_of({"numbers": numbers.tolist()}))
         return numbers
 
@@ -320,10 +266,10 @@ class Run:
         teacher, second = self.recipe.teacher, self.unconditional
         assert self.pipeline is not None
         assert isinstance(teacher, CheckpointRecipe)
-        if second is not None and not second.labels_count and teacher.null_class is None:
+        if second is not None and not second.classes.count and teacher.null_class is None:
             return {}
         without = second or self.pipeline
-        label = without.null_label(teacher.null_class)
+        label = without.classes.null(teacher.null_class)
         if label in numbers:
             raise TrainingError(
                 f"{without.folder} has no class left that stands for none: name one as null_class, or a second "

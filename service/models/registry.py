@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from service.models.loaded import Loaded, ModelState
 from service.models.memory import trim
 from service.models.refused import Refused
 from service.telemetry.logs import describe
-from service.threads import uncancellable
+from service.threads import finish_after, finished, uncancellable
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Models:
                 found = [loaded for loaded in self._loaded if loaded.manifest.answers_to(name)]
                 for loaded in found:
                     self._retire(loaded)
-            _after([loaded.gone for loaded in found], gone)
+            finish_after([loaded.gone for loaded in found], gone)
 
         with self._moved:
             loading = [future for key, future in self._loading.items() if name in (key, key.partition("@")[0])]
@@ -281,7 +281,7 @@ class Models:
             if self._closed:
                 raise LoadsEnded()
             if any(loaded.manifest.model == entry.manifest.model and not loaded.retiring for loaded in self._loaded):
-                return _done()
+                return finished()
             if entry.manifest.model not in self._loading:
                 self._refused.check(entry)
                 self._loading[entry.manifest.model] = uncancellable()
@@ -403,20 +403,6 @@ class Models:
         if unused and not loaded.closing and not self._closed:
             loaded.closing = True
             self._closer.submit(self._drop, loaded)
-
-
-def _after(waits: Sequence[Future[None]], then: Future[None]) -> None:
-    """Have ``then`` done once all of these are."""
-    if waits:
-        waits[0].add_done_callback(lambda _: _after(waits[1:], then))
-    else:
-        then.set_result(None)
-
-
-def _done() -> Future[None]:
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future
 
 
 def _backend_of(pipeline: Pipeline) -> dict[str, object]:

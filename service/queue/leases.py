@@ -39,6 +39,12 @@ _LONGEST_BEAT_S = 1.0
 _BEATS_PER_REMINDER = 10
 _AFTER_ERROR_S = 0.5
 
+_THROUGHPUT: Arguments = [
+    *(str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)),
+    *(str(BUSY_S), str(BUSY_COST)),
+]
+"""What `settle` reckons speeds with, as service/queue/admission.py does."""
+
 _TOO_MANY_TRIES = Failed("engine", f"the request was tried {MAX_TRIES} times, and its worker died each time")
 _UNREADABLE = Failed("engine", "the workers cannot read the request")
 
@@ -279,19 +285,8 @@ class Leases:
         over: Arguments = [job_id, lease.entry, state_after(outcome), pack_outcome(outcome), milliseconds(RESULT_TTL_S)]
         dead: Arguments = [dead_because, milliseconds(_DEAD_LETTER_TTL_S)]
         kept: Arguments = [self._bounds.outcomes, self._bounds.bytes]
-        throughput: Arguments = [str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)]
         worked: Arguments = [milliseconds(worked_s(outcome) or 0.0), milliseconds(finishing_s(outcome))]
-        told = [
-            *over,
-            *dead,
-            *kept,
-            *throughput,
-            str(BUSY_S),
-            str(BUSY_COST),
-            *worked,
-            pack_outcome(EXPIRED),
-            self._consumer,
-        ]
+        told = [*over, *dead, *kept, *_THROUGHPUT, *worked, pack_outcome(EXPIRED), self._consumer]
         answer: int = self._redis.run("settle", names, told)
         self._let_go(job_id)
         return answer

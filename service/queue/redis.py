@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import ClassVar
 
@@ -13,8 +12,6 @@ from service.queue.base import DEFAULT_BOUNDS, Bounds, Keep, QueueStats, QueueUn
 from service.queue.clients import AWAY, CoroutinesRedis, ThreadsRedis
 from service.queue.leases import Leases
 from service.queue.submissions import Submissions
-
-logger = logging.getLogger(__name__)
 
 
 def _ignore(*_: object) -> None:

@@ -257,7 +257,7 @@ class Submissions:
             await client.unlink(*names)
 
 
-_REFUSED, _ACCEPTED, _SAME, _CONFLICT = range(4)
+_REFUSED, _ACCEPTED, _CONFLICT = 0, 1, 3
 _STAGES: dict[bytes | None, Stage] = {b"queued": "queued", b"running": "running"}
 _GOES_ON = 1
 

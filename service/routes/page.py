@@ -26,9 +26,9 @@ _HEADERS = {
 }
 
 
-def page_router(folder: Path = _FOLDER) -> APIRouter:
+def page_router() -> APIRouter:
     """Routes for ``index.html`` at / and for the other files at /playground/<name>, read once."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in _TYPES}
+    files = {path.name: path.read_bytes() for path in _FOLDER.iterdir() if path.suffix in _TYPES}
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])

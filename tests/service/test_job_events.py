@@ -173,8 +173,8 @@ async def test_who_leaves_before_the_first_event_gives_up_a_place(app: Running, 
     async def send(message: Message) -> None:
         raise AssertionError(message)
 
-    scope = {"type": "http", "method": "GET", "path": f"/jobs/{job_id}/events", "query_string": b"", "headers": []}
-    await app.app({**scope, "app": app.app}, gone, send)
+    scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": f"/jobs/{job_id}/events"}
+    await app.app({**scope, "query_string": b"", "headers": [], "app": app.app}, gone, send)
     assert app.service.tracker.following == 0
     error(await app.client.get("/jobs/nowhere/events"), 404, "job_not_found", "job_id")
     assert app.service.tracker.following == 0

@@ -209,8 +209,7 @@ async def test_a_service_that_drains_does_what_it_accepted_and_still_tells(app: 
 async def test_a_draining_service_whose_queue_dies_with_it_empties_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker, "_PATIENCE_S", 0.5)
-    async with running(settings.model_copy(update={"max_batch": 1})) as app:
+    async with running(settings.model_copy(update={"max_batch": 1, "drain_timeout_s": 0.5})) as app:
         gate = Gate(app.pipeline, monkeypatch)
         jobs = [await ask(app) for _ in range(4)]
         await until(gate.reached.is_set)

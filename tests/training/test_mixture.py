@@ -96,3 +96,9 @@ def test_the_ode_is_solved_and_guided_ddim_converges_to_it(dimensions: int) -> N
     ]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
     assert errors[2] < 0.01
+
+
+@pytest.mark.parametrize("given", [(1, 8, 4), (2, 4, 8), (2, 4, 0)])
+def test_what_does_not_lie_on_a_circle_is_refused(given: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="on a circle"):
+        GaussianMixture.on_a_circle(*given)

@@ -108,7 +108,7 @@ def test_two_networks_with_the_weights_of_one_give_the_same_student_losses(tmp_p
     """One network with a null class, and the same network as a second pipeline."""
     one = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "one")))
     two = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "two")))
-    network, null = one.denoiser(), {"label": torch.tensor(one.null_label(None))}
+    network, null = one.denoiser(), {"label": torch.tensor(one.classes.null(None))}
     x, condition = rows(one)
     batch = Batch(x, condition)
     student = student_from(network).eval()
@@ -265,36 +265,36 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 
 def test_classes_are_found_by_name_or_by_order(folders: dict[str, Path], tmp_path: Path) -> None:
     teacher = TeacherPipeline.open(str(folders["dit"]))
-    assert teacher.null_label(None) == pipelines.CLASSES
-    assert teacher.labels(["ant", "cat", "dog"]).tolist() == [0, 1, 2]
-    assert teacher.labels(["0", "2"]).tolist() == [0, 2]
+    assert teacher.classes.null(None) == pipelines.CLASSES
+    assert teacher.classes.numbers(["ant", "cat", "dog"]).tolist() == [0, 1, 2]
+    assert teacher.classes.numbers(["0", "2"]).tolist() == [0, 2]
     with pytest.raises(TeacherError, match="has 4 classes, the images have 2: name the classes"):
-        teacher.labels(["cat", "dog"])
+        teacher.classes.numbers(["cat", "dog"])
     with pytest.raises(TeacherError, match="no class '4'"):
-        teacher.labels(["0", "4"])
+        teacher.classes.numbers(["0", "4"])
     with pytest.raises(TeacherError, match="9 is none of them"):
-        teacher.null_label(9)
+        teacher.classes.null(9)
     named = pipelines.dit(tmp_path / "named")
     changed(named, "model_index.json", id2label={"0": "tench, Tinca", "1": "crane, bird", "2": "crane"})
     teacher = TeacherPipeline.open(str(named))
-    assert teacher.labels(["crane, bird", "Tinca", "2"]).tolist() == [1, 0, 2]
+    assert teacher.classes.numbers(["crane, bird", "Tinca", "2"]).tolist() == [1, 0, 2]
     with pytest.raises(TeacherError, match="'crane' may be any of the classes 1, 2"):
-        teacher.labels(["crane"])
+        teacher.classes.numbers(["crane"])
     with pytest.raises(TeacherError, match="no class 'cat'"):
-        teacher.labels(["cat"])
+        teacher.classes.numbers(["cat"])
 
 
 def test_classes_that_are_named_by_numbers_are_not_taken_in_the_order_of_words(tmp_path: Path) -> None:
     teacher = TeacherPipeline.open(str(pipelines.class_unet(tmp_path / "unet", classes=13)))
     names = sorted(str(number) for number in range(12))
-    assert teacher.labels(names).tolist() == [int(name) for name in names]
+    assert teacher.classes.numbers(names).tolist() == [int(name) for name in names]
 
 
 def test_the_order_of_classes_is_not_taken_where_some_are_numbers(folders: dict[str, Path]) -> None:
     teacher = TeacherPipeline.open(str(folders["class-unet"]))
-    assert teacher.labels(["2", "0", "1"]).tolist() == [2, 0, 1]
+    assert teacher.classes.numbers(["2", "0", "1"]).tolist() == [2, 0, 1]
     with pytest.raises(TeacherError, match="class '1' is a number of the teacher's, and 'cat' is none"):
-        teacher.labels(["1", "2", "cat"])
+        teacher.classes.numbers(["1", "2", "cat"])
 
 
 def test_an_autoencoder_that_is_not_the_networks_is_refused(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_an_eps_on_a_cosine_schedule_is_a_teacher_whose_guided_v_is_bounded(tmp_
     folder = pipelines.class_unet(tmp_path / "unet")
     changed(folder, SCHEDULER, beta_schedule="squaredcos_cap_v2")
     teacher = TeacherPipeline.open(str(folder))
-    network, null = teacher.denoiser(), {"label": torch.tensor(teacher.null_label(None))}
+    network, null = teacher.denoiser(), {"label": torch.tensor(teacher.classes.null(None))}
     z, condition = rows(teacher)
     guided, w = GuidedTeacher(network, network, null), torch.full((3,), 4.0)
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Captioned image sets: building them, reading them, checking them. Knows nothing of models."""
+"""Captioned image sets: building them, reading them, checking them, and batches of them as training takes them."""

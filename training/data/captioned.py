@@ -29,7 +29,6 @@ class CaptionedImages:
     Attributes:
         records: name, captions and other metadata of each image, in a fixed order.
         skipped: what was left out, and why.
-        size: side of the square images in pixels.
     """
 
     def __init__(
@@ -37,11 +36,9 @@ class CaptionedImages:
         records: Sequence[Record],
         skipped: Sequence[Skipped],
         read: Callable[[int], NDArray[np.uint8]],
-        size: int,
     ) -> None:
         self.records = tuple(records)
         self.skipped = tuple(skipped)
-        self.size = size
         self._read = read
 
     @classmethod
@@ -97,7 +94,7 @@ class CaptionedImages:
         if not good:
             raise DataError(f"{folder} holds no usable captioned image{_examples(skipped)}")
         read = pixels.__getitem__ if keep_all else lambda i: _fitted(good[i], size, background, fit)
-        return cls([entry.record for entry in good], skipped, read, size)
+        return cls([entry.record for entry in good], skipped, read)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -38,10 +38,8 @@ class SplitReport:
             self.smallest = size
         if self.largest is None or area > self.largest[0] * self.largest[1]:
             self.largest = size
-        for name in ("class_name", "group"):
-            if name in entry.record.fields:
-                self.groups[str(entry.record.fields[name])] += 1
-                return
+        if entry.record.class_name is not None:
+            self.groups[entry.record.class_name] += 1
 
 
 def check(path: Path) -> list[SplitReport]:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,8 @@ Parts = Mapping[str, memoryview]
 
 DATA = "x"
 NAME = re.compile("[a-z][a-z0-9_]*")
-DTYPES = ("float16", "float32", "int32", "int64", "uint8")
+Dtype = Literal["float16", "float32", "int32", "int64", "uint8"]
+DTYPES = get_args(Dtype)
 HEADER_BYTES = 10_000  # the most that numpy takes
 
 
@@ -40,7 +41,7 @@ class ArraySpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shape: tuple[int, ...]
-    dtype: Literal["float16", "float32", "int32", "int64", "uint8"]
+    dtype: Dtype
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape)) or 'scalar'} {self.dtype}"

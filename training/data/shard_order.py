@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from training.data.entries import DataError
-from training.draws import generator_at
+from training.draws import ITEMS_STREAM, ORDER_STREAM, generator_at
 
-Key = TypeVar("Key", bound=Hashable)
-SHARDS_STREAM, ITEMS_STREAM = 1, 5  # of the generators of `generator_at`
-KEPT_WINDOWS = 2  # in which a batch may lie
+KEPT = 2  # the epochs, and the windows, in which a batch may lie
 
 
 class ShardOrder:
@@ -35,8 +32,8 @@ class ShardOrder:
         self._ends = [int(end) for end in self._counts.cumsum(0)]
         self._starts = [0, *self._ends[:-1]]
         self._windows = -(-len(counts) // window)
-        self._epochs: OrderedDict[int, tuple[tuple[Tensor, ...], Tensor]] = OrderedDict()
-        self._permuted: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._epoch = lru_cache(KEPT)(self._windows_of)
+        self._items = lru_cache(KEPT)(self._permuted)
 
     def at(self, update: int) -> Tensor:
         """The item numbers int64 (batch_size,) of an update: O(batch_size) once its windows are permuted."""
@@ -44,10 +41,10 @@ class ShardOrder:
         pieces = []
         while position < end:
             epoch, within = divmod(position, self.items)
-            _, ends = _kept(self._epochs, epoch, self._epoch, 2)
+            _, ends = self._epoch(epoch)
             window = int(torch.searchsorted(ends, within, right=True))
             left = int(ends[window]) - within
-            items = _kept(self._permuted, (epoch, window), self._permute, KEPT_WINDOWS)
+            items = self._items(epoch, window)
             pieces.append(items[len(items) - left :][: end - position])
             position += len(pieces[-1])
         return torch.cat(pieces)
@@ -58,32 +55,21 @@ class ShardOrder:
         Whoever reads these, with a window of shards in use, has the time of a whole window to do so.
         """
         epoch, within = divmod(update * self.batch_size, self.items)
-        _, ends = _kept(self._epochs, epoch, self._epoch, 2)
+        _, ends = self._epoch(epoch)
         more, window = divmod(int(torch.searchsorted(ends, within, right=True)) + 1, self._windows)
-        windows, _ = _kept(self._epochs, epoch + more, self._epoch, 2)
+        windows, _ = self._epoch(epoch + more)
         return torch.tensor([self._starts[shard] for shard in windows[window].tolist()])
 
-    def _epoch(self, epoch: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _windows_of(self, epoch: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The shards of each window of an epoch, and the positions (windows,) at which the windows end."""
-        shards = torch.randperm(len(self._counts), generator=generator_at(self.seed, epoch, SHARDS_STREAM))
+        shards = torch.randperm(len(self._counts), generator=generator_at(self.seed, epoch, ORDER_STREAM))
         windows = shards.split(self.window)
         return windows, torch.stack([self._counts[some].sum() for some in windows]).cumsum(0)
 
-    def _permute(self, key: tuple[int, int]) -> Tensor:
+    def _permuted(self, epoch: int, window: int) -> Tensor:
         """The items of a window of an epoch, in their order."""
-        epoch, window = key
-        windows, _ = _kept(self._epochs, epoch, self._epoch, 2)
+        windows, _ = self._epoch(epoch)
         shards = windows[window].tolist()
         items = torch.cat([torch.arange(self._starts[shard], self._ends[shard]) for shard in shards])
         generator = generator_at(self.seed, epoch * self._windows + window, ITEMS_STREAM)
         return items[torch.randperm(len(items), generator=generator)]
-
-
-def _kept(cache: OrderedDict[Key, Any], key: Key, make: Callable[[Key], Any], limit: int) -> Any:
-    """The value of a key, made where it is not among the last `limit` that were used."""
-    if key not in cache:
-        cache[key] = make(key)
-    cache.move_to_end(key)
-    while len(cache) > limit:
-        cache.popitem(last=False)
-    return cache[key]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.distill import student_stage
-from training.draws import generator_at
+from training.draws import ADDED_NOISE_STREAM, NOISE_STREAM, generator_at
 from training.errors import TrainingError
 from training.evaluation.evaluation_set import EvaluationSet
 from training.evaluation.features import Pixels
@@ -25,7 +25,6 @@ from training.store import Store
 # To be raised when a change of the code changes the images that it makes of the same inputs.
 VERSION = 2
 MOST_IMAGES, PIXELS_AT_ONCE = 256, 1 << 18
-NOISE_STREAM, ADDED_NOISE_STREAM = 4, 7
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ class KernelDistance:
 
     mean: float
     deviation: float
-    subsets: int
     subset_images: int
 
 
@@ -84,7 +83,7 @@ def kernel_distance(
         return side[torch.from_numpy(random.choice(len(side), size, replace=False)).to(device)]
 
     values = [_squared_mmd(drawn(all_x), drawn(all_y)) for _ in range(subsets)]
-    return KernelDistance(float(np.mean(values)), float(np.std(values)), subsets, size)
+    return KernelDistance(float(np.mean(values)), float(np.std(values)), size)
 
 
 @dataclass(frozen=True)

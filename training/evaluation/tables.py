@@ -76,9 +76,9 @@ def _introduction(quality: Quality) -> str:
         f"Split: {about.data}. Every cell: {_count(about.images, 'generated image')}, one for each caption or class of "
         f"{_count(about.floor_images, 'real image')}{again}, against {about.reference_images} other real images.{few} "
         f"Floor: these {about.floor_images} real images against the same reference. w is the guidance scale less one. "
-        f"The noise of an image is the same in all rows and columns (seed {about.seed}), the networks compute in "
-        f"{about.precision}. Seconds an image on "
-        f"{_place(timing)}: the median of {timing.rounds} rounds of {timing.images} images with all rows in turns, "
+        "The noise that an image begins with is the same in all rows and columns "
+        f"(seed {about.seed}), the networks compute in {about.precision}. Seconds an image on {_place(timing)}: the "
+        f"median of {timing.rounds} rounds of {timing.images} images with all rows in turns, "
         "text encoding left out."
     )
 

@@ -7,7 +7,7 @@ UNet2DConditionModel, in pixels or latents, and DiT.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiTTransformer2DModel
-from torch import Tensor
 from tqdm import tqdm
 
 from training.diffusion import Prediction, Schedule
 from training.networks import NETWORKS, Network, NetworkDenoiser, never_drop, same_latents
+from training.pretrained.pipeline_classes import TeacherClasses
 from training.pretrained.pipeline_faults import TeacherError, first_line, network_faults
 from training.pretrained.pipeline_files import loaded_files, other_variants
 from training.pretrained.pipeline_prompts import PipelinePrompts, same_text
@@ -107,11 +107,9 @@ class TeacherPipeline:
         self._check_pooled()
         self._check_text_width()
         _ = self.schedule, self.prediction, self.unit, self.only_side
-        unknown = [number for numbers in self._numbers.values() for number in numbers if not self._is_class(number)]
-        if self.labels_count and unknown:
-            raise TeacherError(
-                f"{self.folder}: id2label names class {unknown[0]}, and its network has {self.labels_count}"
-            )
+        classes = self.classes
+        if classes.count and (unknown := classes.unknown):
+            raise TeacherError(f"{self.folder}: id2label names class {unknown[0]}, and its network has {classes.count}")
 
     def _class_of(self, part: str) -> str | None:
         """The class of one of the pipeline's parts; None if it has none."""
@@ -346,69 +344,12 @@ class TeacherPipeline:
         """The files of a part that are loaded, sorted; none if the pipeline lacks it."""
         return loaded_files(self.folder / part, self.variant)
 
-    def null_label(self, wanted: int | None) -> int:
-        """The class that stands for none: the one `wanted`, by default the last. Raises TeacherError if none is it."""
-        count = self.labels_count
-        if not count:
-            raise TeacherError(f"{self.folder} knows no classes")
-        if wanted is not None and not self._is_class(wanted):
-            raise TeacherError(f"{self.folder} has {count} classes: {wanted} is none of them")
-        return count - 1 if wanted is None else wanted
-
-    @property
-    def labels_count(self) -> int:
-        """How many classes its network can be given, the null class among them."""
+    @cached_property
+    def classes(self) -> TeacherClasses:
+        """The classes that its network can be given; none where it is conditioned on text alone."""
         config = self.network_config
         if self.part == "transformer":
-            return int(config.get("num_embeds_ada_norm", 1000)) + 1
-        return int(config.get("num_class_embeds") or 0)
-
-    def _is_class(self, number: int) -> bool:
-        return 0 <= number < self.labels_count
-
-    @cached_property
-    def _numbers(self) -> dict[str, set[int]]:
-        """The classes that a name of `id2label` may mean: it has several for some, divided by commas."""
-        known: dict[str, set[int]] = {}
-        for number, names in (self.index.get("id2label") or {}).items():
-            for name in {names, *names.split(",")}:
-                known.setdefault(name.strip(), set()).add(int(number))
-        return known
-
-    def labels(self, classes: Sequence[str]) -> Tensor:
-        """The number (K,) of each of K classes.
-
-        That is what `id2label` says if the pipeline has one, else the number that is the class's name, else, where no
-        name is a number, its place among the names if there are as many as the teacher has classes. Raises
-        TeacherError for what is none of these.
-        """
-        numbers = [self._number(name) for name in classes]
-        if None not in numbers:
-            return torch.tensor(numbers)
-        if known := [name for name, number in zip(classes, numbers, strict=True) if number is not None]:
-            raise TeacherError(
-                f"{self.folder}: the images' class {known[0]!r} is a number of the teacher's, and "
-                f"{classes[numbers.index(None)]!r} is none: name all of them by the teacher's numbers"
-            )
-        if len(classes) not in (self.labels_count, self.labels_count - 1):
-            raise TeacherError(
-                f"{self.folder} has {self.labels_count} classes, the images have {len(classes)}: name the classes "
-                "of the images by the teacher's numbers"
-            )
-        return torch.arange(len(classes))
-
-    def _number(self, name: str) -> int | None:
-        """The number of a class that is named; None for a name that says nothing where there is no `id2label`."""
-        meant = self._numbers.get(name, set())
-        if len(meant) > 1:
-            raise TeacherError(
-                f"{self.folder}: {name!r} may be any of the classes {', '.join(map(str, sorted(meant)))}: name it by "
-                "its number"
-            )
-        if meant:
-            return next(iter(meant))
-        if name.isdecimal() and self._is_class(int(name)):
-            return int(name)
-        if self._numbers or name.isdecimal():
-            raise TeacherError(f"{self.folder} has no class {name!r}")
-        return None
+            count = int(config.get("num_embeds_ada_norm", 1000)) + 1
+        else:
+            count = int(config.get("num_class_embeds") or 0)
+        return TeacherClasses(self.folder, count, self.index.get("id2label") or {})
