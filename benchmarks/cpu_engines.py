@@ -22,9 +22,11 @@ import onnxruntime as ort
 from benchmarks.arguments import known_bundle
 from benchmarks.fused_attention import fuse_attention
 from engines.backends.base import Array, EngineOptions, GraphSpec
-from engines.backends.ort import CPU, OrtEngine, _options
+from engines.backends.ort import OrtEngine, _options
+from engines.backends.ort_session import CPU
 from engines.bundle import Bundle, find_bundle, load_bundle
-from engines.compile import typical_inputs, unpack
+from engines.compile import unpack
+from engines.fidelity import typical_inputs
 
 WARMUP = 2
 PAUSE_S = 0.2

@@ -20,7 +20,8 @@ from engines.backends.base import Engine, EngineError, EngineOptions
 from engines.backends.ort import OrtEngine
 from engines.bench import PROMPTS, Contender, Made, Parity, parity
 from engines.bundle import Bundle, find_bundle, load_bundle
-from engines.compile import rewrite, typical_inputs, unpack
+from engines.compile import rewrite, unpack
+from engines.fidelity import typical_inputs
 from engines.pipeline import Generate, Pipeline
 from engines.plans import PRECISIONS
 

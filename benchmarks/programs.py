@@ -25,7 +25,7 @@ from engines.backends.exported import Device
 from engines.backends.pytorch import PytorchEngine, captures
 from engines.backends.standin import wait_until_built
 from engines.bundle import find_bundle, load_bundle
-from engines.compile import typical_inputs
+from engines.fidelity import typical_inputs
 from engines.plans import Precision, Profile
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")

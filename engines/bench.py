@@ -24,8 +24,8 @@ from engines.backends import open_engine
 from engines.backends.base import STEP_OUTPUT, Array, Engine, EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.backends.standin import wait_until_built
 from engines.bundle import Bundle
-from engines.compile import typical_inputs
 from engines.decibels import psnr_db
+from engines.fidelity import typical_inputs
 from engines.operations import count_operations
 from engines.pipeline import Generate, Pipeline
 from engines.plans import Precision, Profile

@@ -18,7 +18,7 @@ from engines.backends.cores import usable_cores
 from engines.bench import PROMPTS, Bench, Contender, Parity, Speed, memory_bytes, peak_operations_per_second
 from engines.build_command import sizes_option
 from engines.bundle import BundleError, find_bundle, load_bundle
-from engines.compile import FLOOR_DB
+from engines.fidelity import FLOOR_DB
 from engines.manifest import Manifest
 from engines.pipeline import TaskError
 from engines.plans import PRECISIONS

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from engines.backends import open_engine
 from engines.backends.base import EngineError, EngineOptions, GraphSpec
 from engines.bundle import Bundle, BundleError, find_problems
-from engines.compile import check_finite, checked_inputs, fidelity_db
+from engines.fidelity import check_finite, checked_inputs, fidelity_db
 from engines.manifest import WEIGHT_BITS
 from engines.pipeline import open_tokenizer
 

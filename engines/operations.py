@@ -13,8 +13,8 @@ import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
 from engines.backends.base import EngineError, GraphSpec
 from engines.backends.faults import failure
-from engines.backends.ort import load_session
-from engines.compile import typical_inputs
+from engines.backends.ort_session import load_session
+from engines.fidelity import typical_inputs
 
 Shape = Sequence[int]
 

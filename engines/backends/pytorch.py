@@ -42,7 +42,7 @@ from engines.backends.exported import (
 from engines.backends.faults import failure, kind_of
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
-from engines.compile import asked_of, check_engine, check_fidelity, checked_inputs
+from engines.fidelity import asked_of, check_engine, check_fidelity, checked_inputs
 from engines.hashes import check_unchanged
 from engines.plans import PlanCache, PlanKey, Precision
 

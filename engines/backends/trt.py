@@ -33,7 +33,8 @@ from engines.backends.ort import OrtCudaEngine, OrtEngine
 from engines.backends.resident import Resident
 from engines.backends.standin import StandIn, Wanted
 from engines.backends.trt_library import Library, build_plan, check_target, error_logger, find_library, started
-from engines.compile import asked_of, check_engine, prepare
+from engines.compile import prepare
+from engines.fidelity import asked_of, check_engine
 from engines.plans import PlanCache, PlanKey, Profile
 
 _DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}

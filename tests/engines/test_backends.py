@@ -18,7 +18,8 @@ from engines import backends
 from engines.backends import BACKENDS, BEST_FIRST, open_engine, open_engines, trt_library
 from engines.backends.base import Array, DeviceMemoryError, Engine, EngineError, EngineOptions, GraphSpec
 from engines.backends.fake import FakeEngine
-from engines.backends.ort import CPU, OrtCudaEngine, OrtEngine, OrtTensorrtEngine
+from engines.backends.ort import OrtCudaEngine, OrtEngine, OrtTensorrtEngine
+from engines.backends.ort_session import CPU
 from engines.backends.resident import Resident
 from engines.backends.trt_library import Library
 from engines.bundle import Bundle

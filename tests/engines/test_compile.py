@@ -21,7 +21,8 @@ from engines.backends.base import EngineError, GraphSpec, TensorSpec
 from engines.backends.trt_library import Library, _shapes, build_plan, error_logger, find_library
 from engines.build_command import build
 from engines.bundle import Bundle, load_bundle, shipped_bundle
-from engines.compile import asked_of, build_bundle, prepare, typical_inputs
+from engines.compile import build_bundle, prepare
+from engines.fidelity import FLOOR_DB, asked_of, typical_inputs
 from engines.plans import PRECISIONS, PlanCache, PlanKey, Precision, Profile, batch_sizes_up_to
 from tests.bundles import WORDS
 
@@ -60,7 +61,7 @@ def test_every_graph_of_a_bundle_builds(
     for plan in built:
         assert (plan.key.target, plan.key.precision, plan.key.library) == (target, precision, library.name)
         assert len(cache.load(plan.key) or b"") == plan.size_bytes > 0
-        assert plan.fidelity_db is None if precision == "fp32" else (plan.fidelity_db or 0) > compiling.FLOOR_DB
+        assert plan.fidelity_db is None if precision == "fp32" else (plan.fidelity_db or 0) > FLOOR_DB
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 
 from engines.backends.base import Array, EngineError, GraphSpec, TensorSpec
 from engines.bundle import Bundle
-from engines.compile import check_fidelity, checked_inputs, prepare, typical_inputs
+from engines.compile import prepare
+from engines.fidelity import check_fidelity, checked_inputs, typical_inputs
 from tests.bundles import WORDS, GraphBuilder, cosine_grid, make_tiny_bundle
 
 WIDTH = 8

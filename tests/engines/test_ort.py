@@ -13,7 +13,6 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-import engines.compile  # noqa: F401  (before the tests put their own `load_session` in place)
 from engines.backends import open_engine, ort
 from engines.backends.base import EngineError, EngineOptions, GraphSpec, TensorSpec
 from engines.bundle import Bundle

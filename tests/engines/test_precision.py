@@ -16,7 +16,8 @@ from hypothesis.extra.numpy import arrays
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from engines.bundle import load_bundle, shipped_bundle
-from engines.compile import typical_inputs, unpack
+from engines.compile import unpack
+from engines.fidelity import typical_inputs
 from engines.plans import Precision
 from engines.precision import NORMS, PRODUCTS, _bfloat16, cast, emulate
 

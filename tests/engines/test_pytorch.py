@@ -19,7 +19,7 @@ from engines.backends.exported import Tensors, compile_program, load_program, ru
 from engines.backends.pytorch import PytorchEngine  # noqa: E402
 from engines.backends.standin import StandIn  # noqa: E402
 from engines.bundle import Bundle  # noqa: E402
-from engines.compile import asked_of  # noqa: E402
+from engines.fidelity import asked_of  # noqa: E402
 from engines.hashes import sha256_of  # noqa: E402
 from engines.pipeline import Generate, Inpaint, Pipeline  # noqa: E402
 from engines.plans import PlanCache, PlanKey, Precision, Profile  # noqa: E402

@@ -27,7 +27,7 @@ from engines.backends.standin import StandIn
 from engines.backends.trt import TrtEngine
 from engines.backends.trt_library import Library, build_plan
 from engines.bundle import Bundle
-from engines.compile import asked_of
+from engines.fidelity import asked_of
 from engines.pipeline import Generate, Pipeline
 from engines.plans import PlanCache, PlanError, PlanKey, Profile
 from tests.engines.made_up_trt import MADE_UP, MadeUpContext, MadeUpCuda, build_nothing

@@ -24,7 +24,7 @@ from engines.backends import open_engine
 from engines.backends.base import EngineOptions
 from engines.backends.standin import StandIn, wait_until_built
 from engines.bundle import Bundle, BundleError, load_bundle
-from engines.compile import typical_inputs
+from engines.fidelity import typical_inputs
 from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
