@@ -21,10 +21,10 @@ from torch import Tensor
 
 from engines.pipeline import Generate, Pipeline, noise_of
 from training.commands import Reported, open_finished_run
-from training.distill import student_stage
 from training.pictures import to_uint8
 from training.run import Run
 from training.sampler import sample
+from training.stages import student_stage
 from training.text import load_text_encoder, load_tokenizer, tokenize
 
 PROMPTS = ("dog", "red apple", "smiling face", "car")

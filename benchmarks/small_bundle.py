@@ -13,12 +13,12 @@ import click
 from accelerate import Accelerator
 
 from benchmarks.small_pipeline import SIZE, make_checkpoint, write_images
-from training.distill import student_stage
 from training.exporting.export import export
 from training.exporting.graphs import SMALLEST_FIRST
 from training.networks import student_from
 from training.recipe import Recipe
 from training.run import Run
+from training.stages import student_stage
 
 STEPS = (4, 2, 1)
 IMAGES = 16

@@ -16,18 +16,20 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.autoencoder import Reconstructor, measure_scale, reconstruction_loss
+from training.data.order import BatchOrder
 from training.data.training_set import load_pixels, load_training_set
 from training.diffusion import Grid
 from training.draws import IMAGES_STREAM, Draws, generator_at, stage_seed
 from training.guidance import Condition, Denoiser, GuidedTeacher
-from training.loop import BatchOrder, save_picture, train
+from training.loop import save_picture, train
 from training.losses import Batch, Course, output_matching_loss, progressive_loss, teacher_loss
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.pictures import save_grid
 from training.rounds import ROWS_AT_ONCE, SHARDS, Trial, has_row, record
-from training.run import STAGE1, STUDENT, Run
+from training.run import Run
 from training.sampler import sample
 from training.sections import EncoderRecipe, Optimisation, Round, Stage2Recipe, TeacherRecipe
+from training.stages import AUTOENCODER, STAGE1, TEACHER, encoder_stage, student_stage
 from training.state import Validation
 from training.store import hash_of_array
 
@@ -42,16 +44,6 @@ Trials = Callable[[bool], Trial]
 """The trial of samplers, or with True of encoders, whose data are read when it is first asked for."""
 
 
-def student_stage(steps: int) -> str:
-    """The name of the stage that makes the student of so many steps."""
-    return f"{STUDENT}{steps}"
-
-
-def encoder_stage(steps: int) -> str:
-    """The name of the stage that makes the encoder of so many steps."""
-    return f"encoder-{steps}"
-
-
 def train_teacher(run: Run) -> bool:
     """The autoencoder, if the recipe has one, and the teacher; whether one of them was not done.
 
@@ -59,13 +51,13 @@ def train_teacher(run: Run) -> bool:
     """
     was_left = False
     run.know_checkpoint()
-    if run.recipe.autoencoder and not run.is_done("autoencoder"):
+    if run.recipe.autoencoder and not run.is_done(AUTOENCODER):
         train_autoencoder(run)
         was_left = True
-    if not run.is_done("teacher"):
+    if not run.is_done(TEACHER):
         _train_teacher(run)
         was_left = True
-    run.tidy("autoencoder", "teacher")
+    run.tidy(AUTOENCODER, TEACHER)
     return was_left
 
 
@@ -104,7 +96,7 @@ def train_autoencoder(run: Run) -> None:
     recipe = run.recipe.autoencoder
     assert recipe is not None
     images = load_pixels(run.recipe.data, "train")
-    run.known("autoencoder", hash_of_array(images.numpy()))
+    run.known(AUTOENCODER, hash_of_array(images.numpy()))
     with run.accelerator.main_process_first():
         fingerprint = load_training_set(run.recipe, "train", run.cache, run.prompts).fingerprint
     run.known("denoiser", fingerprint)
@@ -129,15 +121,15 @@ def train_autoencoder(run: Run) -> None:
             save_grid(torch.cat([shown, network.autoencoder(shown, return_dict=False)[0]]), path, SAMPLE_COLUMNS)
 
     model: AutoencoderKL = train(
-        network, loss, recipe, run.folder / "autoencoder", seed=run.recipe.seed, load=load, sample=show,
-        validation=_validation(run, "autoencoder", recipe, loss, some),
+        network, loss, recipe, run.folder / AUTOENCODER, seed=run.recipe.seed, load=load, sample=show,
+        validation=_validation(run, AUTOENCODER, recipe, loss, some),
         accelerator=run.accelerator, scale=run.recipe.scale, pace=run.pace,
     ).autoencoder  # fmt: skip
     measured = images[
         torch.randperm(len(images), generator=generator_at(run.recipe.seed, 0, IMAGES_STREAM))[:SCALE_IMAGES]
     ]
     model.register_to_config(scaling_factor=measure_scale(model, measured, run.device))
-    run.finish("autoencoder", model)
+    run.finish(AUTOENCODER, model)
 
 
 def _train_teacher(run: Run) -> None:
@@ -155,7 +147,7 @@ def _train_teacher(run: Run) -> None:
         return GuidedTeacher(network, network, run.null)
 
     network = NetworkDenoiser(unet, run.schedule, run.prediction)
-    _train_denoiser(run, "teacher", network, loss, recipe, TEACHER_SAMPLE_STEPS, guided)
+    _train_denoiser(run, TEACHER, network, loss, recipe, TEACHER_SAMPLE_STEPS, guided)
 
 
 def _match_outputs(run: Run, trial: Trial) -> None:
@@ -169,7 +161,7 @@ def _match_outputs(run: Run, trial: Trial) -> None:
     if run.is_done(STAGE1):  # and only its row is missing
         student = run.denoiser(STAGE1)
     else:
-        untrained = student_from(run.denoiser("teacher"), run.prediction)
+        untrained = student_from(run.denoiser(TEACHER), run.prediction)
         student = _train_denoiser(run, STAGE1, untrained, loss, recipe, steps)
     record(run, STAGE1, trial, student, steps, trial.from_teacher(teacher, steps, steps, stochastic=False))
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from training.capture import capture_network
 from training.checkpoints import Checkpoints
 from training.data.entries import DataError
-from training.draws import ORDER_STREAM, Draws, generator_at
+from training.draws import Draws
 from training.errors import Stopped, TrainingError
 from training.guard import signals
 from training.networks import compile_network
@@ -33,37 +33,6 @@ Network = TypeVar("Network", bound=nn.Module)
 StepLoss = Callable[[nn.Module, Any, Draws], Tensor]
 Load = Callable[[int, Draws], Any]
 SavePicture = Callable[[Any, Path], None]
-
-
-class BatchOrder:
-    """Which items form the batch of an update: epochs of seeded permutations, addressable at any update."""
-
-    def __init__(self, items: int, batch_size: int, seed: int) -> None:
-        """Over `items` items. Raises TrainingError when there are none."""
-        if items < 1:
-            raise TrainingError("the data set is empty")
-        self.items, self.batch_size, self.seed = items, batch_size, seed
-        self._epochs: dict[int, Tensor] = {}
-
-    def at(self, update: int) -> Tensor:
-        """The item indices (batch_size,) of an update."""
-        place, stop = update * self.batch_size, (update + 1) * self.batch_size
-        parts = []
-        while place < stop:
-            epoch, first = divmod(place, self.items)
-            parts.append(self._permutation(epoch)[first : first + stop - place])
-            place += len(parts[-1])
-        return torch.cat(parts)
-
-    def ahead(self, update: int) -> Tensor:
-        """Nothing: all items are there."""
-        return torch.empty(0, dtype=torch.int64)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = torch.randperm(self.items, generator=generator_at(self.seed, epoch, ORDER_STREAM))
-        return self._epochs[epoch]
 
 
 def learning_rate(recipe: Optimisation, update: int) -> float:

@@ -32,6 +32,7 @@ from training.pictures import from_uint8
 from training.prompts import tell_of_cut
 from training.run import Run
 from training.sections import DataRecipe
+from training.stages import AUTOENCODER
 from training.store import hash_of
 
 ROWS = 32
@@ -89,7 +90,7 @@ def precompute(run: Run, address: str, per_shard: int) -> int:
     images = _images(run)
     if run.pipeline is not None and images.classes:
         run.null_beside(run.pipeline.classes.numbers(images.classes))  # raises for those that cannot be learned from
-    if run.recipe.autoencoder is not None and not run.is_done("autoencoder"):
+    if run.recipe.autoencoder is not None and not run.is_done(AUTOENCODER):
         with training_alone(run.folder):
             train_autoencoder(run)
     made_with = run.made_with(images.classes)
@@ -234,6 +235,6 @@ def section(run: Run, address: str) -> str:
     if made_with is not None and made_with.fit:
         entries["fit"] = made_with.fit
     if run.is_latent and run.pipeline is None:
-        entries["autoencoder"] = str(run.folder / "autoencoder")
+        entries["autoencoder"] = str(run.folder / AUTOENCODER)
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in entries.items()]
     return "\n".join(["[data]", *lines])

@@ -36,14 +36,13 @@ from training.prompts import PromptEncoder
 from training.recipe import Recipe
 from training.run_data import training_data
 from training.sections import CheckpointRecipe, OwnPrediction, ScheduleName, TeacherRecipe
+from training.stages import AUTOENCODER, TEACHER, steps_of_student
 from training.state import check_average
 from training.store import hash_of, hash_of_files, sweep, whole_file
 from training.text import MiniLMPrompts
 
 RECORD = "recipe.json"
 NETWORK = "unet"
-STAGE1, STUDENT = "stage1", "student-"
-AUTOENCODER = "autoencoder"
 LEFT_OUT_OF_RECORD = frozenset({"export", "scale"})
 """What does not touch what was trained: what is exported, under which words, and how it fits its machines."""
 
@@ -120,7 +119,7 @@ class Run:
     def know_checkpoint(self) -> None:
         """Note the checkpoint that the teacher is, if it is one. Raises TrainingError for another than before."""
         if self.pipeline is not None:
-            self.known("teacher", self.weights("teacher"))
+            self.known(TEACHER, self.weights(TEACHER))
 
     @property
     def device(self) -> torch.device:
@@ -297,7 +296,7 @@ class Run:
 
     def denoiser(self, stage: str) -> NetworkDenoiser:
         """The network of a stage as a frozen Denoiser. Raises TrainingError if it is not done, or cannot be read."""
-        if stage == "teacher" and self.pipeline is not None:
+        if stage == TEACHER and self.pipeline is not None:
             return self.pipeline.denoiser().to(self.device)
         self.check_done(stage)
         folder = self.folder / stage / self.network_part
@@ -310,7 +309,7 @@ class Run:
     def guided_teacher(self) -> GuidedTeacher:
         """The teacher with classifier-free guidance: two network calls a step."""
         null = self.null  # before the networks, as there may be none
-        network = self.compiled(self.denoiser("teacher"))
+        network = self.compiled(self.denoiser(TEACHER))
         second = network if self.unconditional is None else self.compiled(self.unconditional.denoiser().to(self.device))
         return GuidedTeacher(network, second, null)
 
@@ -329,9 +328,9 @@ class Run:
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage's network is there."""
-        if stage == "autoencoder":
+        if stage == AUTOENCODER:
             return (self.folder / stage / AUTOENCODER_WEIGHTS).exists()
-        return (stage == "teacher" and self.pipeline is not None) or (self.folder / stage / self.network_part).is_dir()
+        return (stage == TEACHER and self.pipeline is not None) or (self.folder / stage / self.network_part).is_dir()
 
     def tidy(self, *stages: str) -> None:
         """Remove what stages that are done left when they were killed while they finished."""
@@ -349,9 +348,9 @@ class Run:
 
         Raises TrainingError if the stage is not done, or its weights are gone.
         """
-        if self.pipeline is not None and stage == "autoencoder":
+        if self.pipeline is not None and stage == AUTOENCODER:
             return hash_of_files(self.pipeline.files("vae"))
-        if self.pipeline is not None and stage == "teacher":
+        if self.pipeline is not None and stage == TEACHER:
             second = None if self.unconditional is None else self.unconditional.identity
             predicts_by = {"conditional": self.pipeline.identity, "unconditional": second}
             assert isinstance(self.recipe.teacher, CheckpointRecipe)
@@ -359,7 +358,7 @@ class Run:
                 predicts_by["null_class"] = str(null_class)
             return hash_of(predicts_by)
         self.check_done(stage)
-        folder = self.folder / stage / (self.network_part if stage != "autoencoder" else "")
+        folder = self.folder / stage / (self.network_part if stage != AUTOENCODER else "")
         if not (files := sorted(folder.glob("*.safetensors"))):
             raise TrainingError(f"{folder}: the weights of a stage that is done are gone")
         return hash_of_files(files)
@@ -373,9 +372,8 @@ class Run:
         checkpoints = Checkpoints(folder)
         if self.accelerator.is_main_process:
             try:
-                if stage.startswith(STUDENT):
+                if (steps := steps_of_student(stage)) is not None:
                     assert isinstance(network, NetworkDenoiser)
-                    steps = int(stage.removeprefix(STUDENT))
                     card = student_card(self.recipe, steps, self.schedule.timesteps, has_pipeline(network))
                     (folder / "README.md").write_text(card)
                 if self.pipeline is not None and isinstance(network, NetworkDenoiser):

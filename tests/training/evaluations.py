@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from training import run as runs
-from training.distill import student_stage
 from training.evaluation.command import evaluate as command
 from training.networks import NetworkDenoiser, build_autoencoder, build_unet, student_from
 from training.prompts import TextGraph
 from training.recipe import Recipe
 from training.run import Run
+from training.stages import student_stage
 
 SIZE = 8
 RECIPE = """

@@ -21,7 +21,7 @@ from engines.tasks import Generate
 from tests import pipelines
 from training.commands import open_finished_run
 from training.data.place import StreamError
-from training.distill import distill, encoder_stage, student_stage, train_teacher
+from training.distill import distill, train_teacher
 from training.draws import Draws
 from training.errors import TrainingError
 from training.exporting.export import export, step_graph
@@ -33,6 +33,7 @@ from training.recipe import Recipe
 from training.run import Run
 from training.sampler import sample
 from training.sections import DataRecipe
+from training.stages import encoder_stage, student_stage
 
 SHORT = {"updates": 2, "batch_size": 4, "learning_rate": 3e-3}
 RECIPE = """

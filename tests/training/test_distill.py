@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from training import distill
 from training.diffusion import Schedule, diffuse, x_from_v
-from training.distill import student_stage
 from training.draws import Draws, generator_at
 from training.errors import TrainingError
 from training.guidance import Condition, Denoiser
@@ -32,6 +31,7 @@ from training.rounds import ROWS as TRIAL_ROWS
 from training.rounds import Trial
 from training.run import NETWORK, Run
 from training.sampler import sample
+from training.stages import student_stage
 
 EXACT_STEPS = 64
 ROWS = 128

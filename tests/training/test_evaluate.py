@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from tests.training.evaluations import RECIPE, SIZE, invoke, make_captioned_run, make_digits_run, write_squares
-from training.distill import student_stage
 from training.errors import TrainingError
 from training.evaluation import candidates, judge
 from training.evaluation.candidates import Candidate, ImageMaker, trained_students
@@ -31,6 +30,7 @@ from training.networks import save_network
 from training.recipe import Recipe
 from training.run import NETWORK, Run
 from training.solvers import Solver
+from training.stages import student_stage
 from training.store import Store
 
 TEACHER, STUDENT = Candidate("teacher", 4), Candidate("student", 4)

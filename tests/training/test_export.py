@@ -29,7 +29,7 @@ from engines.pipeline import Pipeline
 from engines.rows import noise_of
 from engines.tasks import Edit, Generate, Inpaint, Transfer
 from training import networks
-from training.distill import distill, encoder_stage, student_stage
+from training.distill import distill
 from training.errors import TrainingError
 from training.exporting.card import commit_of_code, data_name, model_card
 from training.exporting.export import export
@@ -38,6 +38,7 @@ from training.pictures import to_uint8
 from training.recipe import Recipe
 from training.run import Run
 from training.sampler import Kept, Leg, noised, sample, sample_stochastic, transfer
+from training.stages import encoder_stage, student_stage
 from training.text import MiniLMPrompts, load_text_encoder, load_tokenizer, tokenize
 
 # Of 255, between ONNX Runtime and torch.

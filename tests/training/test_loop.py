@@ -20,9 +20,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from training.data.entries import DataError
+from training.data.order import BatchOrder
 from training.draws import Draws
 from training.errors import Stopped, TrainingError
-from training.loop import BatchOrder, learning_rate, shares, train
+from training.loop import learning_rate, shares, train
 from training.progress import Pace
 from training.sections import Optimisation, ScaleRecipe
 from training.state import Validation

@@ -29,7 +29,7 @@ from engines.tasks import Pixels
 from tests import pipelines
 from training import networks
 from training.data.inpainting import masked_condition
-from training.distill import distill, student_stage
+from training.distill import distill
 from training.draws import Draws
 from training.exporting.export import export
 from training.guidance import of_rows
@@ -40,6 +40,7 @@ from training.pretrained.teachers import TeacherError, TeacherPipeline
 from training.recipe import Recipe
 from training.run import Run
 from training.sampler import Kept, noised, sample
+from training.stages import student_stage
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 MAKERS: dict[str, Callable[[Path], Path]] = {

@@ -20,11 +20,11 @@ import fewstep
 from tests import pipelines
 from tests.training.test_pipelines import recipe, write_squares
 from training.data.entries import DataError
+from training.data.order import ShardOrder
 from training.data.place import StreamError
 from training.data.shard_index import make_index
-from training.data.shard_order import ShardOrder
 from training.data.shard_writer import PROGRESS
-from training.distill import distill, student_stage, train_autoencoder
+from training.distill import distill, train_autoencoder
 from training.draws import Draws
 from training.errors import TrainingError
 from training.evaluation.evaluation_set import load_evaluation_set
@@ -33,6 +33,7 @@ from training.precompute import precompute, section
 from training.recipe import Recipe
 from training.run import Run
 from training.sections import CheckpointRecipe, DataRecipe
+from training.stages import student_stage
 
 DEVICE = torch.device("cpu")
 SHORT = {"updates": 1, "batch_size": 2, "learning_rate": 1e-3}

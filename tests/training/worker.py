@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from training import loop
 from training.data.entries import DataError
-from training.data.shard_order import ShardOrder
+from training.data.order import ShardOrder
 from training.data.stream import ShardStream
 from training.draws import Draws
 from training.progress import Pace, Report

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from training import networks
-from training.data.training_set import Data, Order
+from training.data.order import Order
+from training.data.training_set import Data
 from training.draws import Draws
 from training.guidance import Condition
 from training.losses import Batch

@@ -9,10 +9,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from training.data.order import ShardOrder
 from training.data.place import Place, StreamError
 from training.data.shard_contents import DATA, ImageFit
 from training.data.shard_index import MadeWith, ShardIndex
-from training.data.shard_order import ShardOrder
 from training.data.stream import ShardStream
 from training.draws import Draws
 from training.guidance import Condition, of_rows

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from training.data.captioned import CaptionedImages
 from training.data.digits import CLASSES, load_digits_images
+from training.data.order import BatchOrder, Order
 from training.draws import Draws
 from training.guidance import Condition, of_rows
-from training.loop import BatchOrder
 from training.losses import Batch
 from training.pictures import from_uint8
 from training.prompts import PromptEncoder, encode_captions
@@ -26,18 +26,6 @@ from training.sections import DataRecipe
 from training.store import hash_of, hash_of_array
 
 SHOWN_SKIPPED = 20
-
-
-class Order(Protocol):
-    """Which items form the batch of an update, at any update."""
-
-    def at(self, update: int) -> Tensor:
-        """The item indices (batch_size,)."""
-        ...
-
-    def ahead(self, update: int) -> Tensor:
-        """Items that are worth preparing once those of the update are there."""
-        ...
 
 
 class Data(Protocol):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.distill import student_stage
 from training.draws import ADDED_NOISE_STREAM, NOISE_STREAM, generator_at
 from training.errors import TrainingError
 from training.evaluation.evaluation_set import EvaluationSet
@@ -20,6 +19,7 @@ from training.pictures import to_uint8
 from training.run import Run
 from training.sampler import fresh_from, sample_stochastic
 from training.solvers import SOLVER_NAMES, SOLVERS, Solver, sample_with
+from training.stages import AUTOENCODER, TEACHER, student_stage
 from training.store import Store
 
 # To be raised when a change of the code changes the images that it makes of the same inputs.
@@ -53,7 +53,7 @@ class Candidate:
     def stage(self) -> str:
         """The stage of the run that trained it."""
         if self.model == "teacher":
-            return "teacher"
+            return TEACHER
         return student_stage(self.steps // 2 if self.sampler == "stochastic" else self.steps)
 
     @property
@@ -140,7 +140,7 @@ class ImageMaker:
             "version": VERSION,
             "precision": arithmetic(self.run),
             "weights": self.weights(candidate.stage),
-            "autoencoder": self.weights("autoencoder") if self.run.is_latent else None,
+            "autoencoder": self.weights(AUTOENCODER) if self.run.is_latent else None,
             "model": candidate.model,
             "sampler": candidate.sampler,
             "steps": candidate.steps,

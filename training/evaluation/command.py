@@ -22,6 +22,7 @@ from training.evaluation.plots import save_plots
 from training.evaluation.tables import SOUND_IMAGES, to_csv, to_json, to_markdown
 from training.run import Run
 from training.solvers import SOLVERS, Solver
+from training.stages import TEACHER
 from training.store import Store, whole_file
 
 
@@ -229,7 +230,7 @@ def _candidates(
     wanted = trained if steps is None else steps
     if missing := [n for n in wanted if n not in trained]:
         raise TrainingError(f"{run.folder} has no trained student of {missing[0]} steps; it has {_listed(trained)}")
-    if not run.is_done("teacher"):
+    if not run.is_done(TEACHER):
         raise TrainingError(f"{run.folder} has no trained teacher")
     if max(teacher_steps) > run.schedule.timesteps:
         raise TrainingError(f"{max(teacher_steps)} steps cannot be taken on {run.schedule.timesteps} timesteps")

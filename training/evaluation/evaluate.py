@@ -26,6 +26,7 @@ from training.evaluation.metrics import root_mean_square_error
 from training.evaluation.quality import Cell, Provenance, Quality, Row, Timing
 from training.pictures import save_grid
 from training.run import Run
+from training.stages import AUTOENCODER
 
 # To be raised when a change of the code changes how long the same images take.
 TIMINGS_VERSION = 1
@@ -69,7 +70,7 @@ def evaluate(
         Row(c.model, c.sampler, c.steps, c.calls, seconds[k], tuple(cells[w, c] for w in plan.guidance))
         for k, c in enumerate(plan.candidates)
     )
-    autoencoder = ["autoencoder"] if maker.run.is_latent else []
+    autoencoder = [AUTOENCODER] if maker.run.is_latent else []
     provenance = Provenance(
         recipe=maker.run.recipe.name,
         split=data.split,

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from engines.bundle import Attribution, Description
 from training.data.digits import SOURCE as DIGITS_SOURCE
-from training.distill import student_stage
 from training.exporting.graphs import ExportError, Parity
 from training.run import Run
 from training.sections import ExportRecipe
+from training.stages import AUTOENCODER, TEACHER, student_stage
 from training.text import MINILM_NAME, MINILM_PACKAGE
 
 PICTURE = "samples.png"
@@ -155,7 +155,7 @@ def quality_table(run: Run) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{figures} is damaged: run `fewstep evaluate` again") from error
     exported = [student_stage(steps) for steps in run.recipe.export.steps]
-    for stage in (*exported, "teacher", *(["autoencoder"] if run.is_latent else [])):
+    for stage in (*exported, TEACHER, *([AUTOENCODER] if run.is_latent else [])):
         if measured.get(stage) != run.weights(stage):
             raise ExportError(
                 f"the quality table in {table.parent} is not of this {stage}: run `fewstep evaluate` again"

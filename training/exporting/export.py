@@ -27,7 +27,6 @@ from engines.bundle import (
 from engines.manifest import MASK, MASKED
 from training import networks
 from training.diffusion import Schedule, diffuse
-from training.distill import encoder_stage, student_stage
 from training.draws import Draws
 from training.exporting.card import (
     PICTURE,
@@ -45,6 +44,7 @@ from training.guidance import Condition
 from training.losses import Batch
 from training.prompts import TextGraph
 from training.run import Run
+from training.stages import encoder_stage, student_stage
 
 ENCODE, DECODE = "encode.onnx", "decode.onnx"
 SEEN = (MASK, MASKED)

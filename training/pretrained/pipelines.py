@@ -23,6 +23,7 @@ from training.pretrained.pipeline_files import SHARD
 from training.pretrained.teachers import INDEX, TeacherPipeline
 from training.recipe import Recipe
 from training.sections import OwnPrediction, TeacherRecipe
+from training.stages import AUTOENCODER
 from training.store import link, readable, to_disk, whole_file
 from training.text import save_text_parts
 
@@ -171,7 +172,7 @@ def _state_precision(config: Path) -> None:
 
 
 def _of_scratch(folder: Path, max_tokens: int) -> dict[str, Any]:
-    autoencoder = folder.parent / "autoencoder"
+    autoencoder = folder.parent / AUTOENCODER
     if autoencoder.is_dir():
         _link([autoencoder / CONFIG, *autoencoder.glob("*.safetensors")], folder / "vae", None)
     return {

@@ -20,10 +20,10 @@ from PIL import Image
 
 from training.data.captioned import CaptionedImages
 from training.data.convert import write_shards
+from training.data.order import ShardOrder
 from training.data.place import Place, StreamError
 from training.data.shard_contents import ImageFit
 from training.data.shard_index import make_index
-from training.data.shard_order import ShardOrder
 from training.data.shard_writer import TensorShardWriter
 from training.data.stream import ShardStream
 

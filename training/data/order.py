@@ -1,17 +1,62 @@
-"""The order in which shards are gone through: mixed within windows of shards, addressable at any update."""
+"""The order in which items are learned from, addressable at any update: all mixed, or within windows of shards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from training.data.entries import DataError
 from training.draws import ITEMS_STREAM, ORDER_STREAM, generator_at
+from training.errors import TrainingError
 
 KEPT = 2  # the epochs, and the windows, in which a batch may lie
+
+
+class Order(Protocol):
+    """Which items form the batch of an update, at any update."""
+
+    def at(self, update: int) -> Tensor:
+        """The item indices (batch_size,)."""
+        ...
+
+    def ahead(self, update: int) -> Tensor:
+        """Items that are worth preparing once those of the update are there."""
+        ...
+
+
+class BatchOrder:
+    """Which items form the batch of an update: epochs of seeded permutations, addressable at any update."""
+
+    def __init__(self, items: int, batch_size: int, seed: int) -> None:
+        """Over `items` items. Raises TrainingError when there are none."""
+        if items < 1:
+            raise TrainingError("the data set is empty")
+        self.items, self.batch_size, self.seed = items, batch_size, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def at(self, update: int) -> Tensor:
+        """The item indices (batch_size,) of an update."""
+        place, stop = update * self.batch_size, (update + 1) * self.batch_size
+        parts = []
+        while place < stop:
+            epoch, first = divmod(place, self.items)
+            parts.append(self._permutation(epoch)[first : first + stop - place])
+            place += len(parts[-1])
+        return torch.cat(parts)
+
+    def ahead(self, update: int) -> Tensor:
+        """Nothing: all items are there."""
+        return torch.empty(0, dtype=torch.int64)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = torch.randperm(self.items, generator=generator_at(self.seed, epoch, ORDER_STREAM))
+        return self._epochs[epoch]
 
 
 class ShardOrder:

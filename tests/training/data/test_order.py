@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data.entries import DataError
-from training.data.shard_order import ShardOrder
+from training.data.order import ShardOrder
 
 COUNTS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 quick = settings(deadline=None, max_examples=60)
