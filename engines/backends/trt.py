@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
     """Open the plan of ``graph``; where none loads, ONNX Runtime answers until it is built.
 
-    So it does until a plan that was built ahead, or just now, was seen to give what ONNX Runtime gives. Raises
+    A plan is used once it was seen to give what ONNX Runtime gives; one that was built ahead is checked here. Raises
     EngineError without TensorRT or a CUDA device, and for a device that the library does not compile for.
     """
     library, cuda = find_library(), Cuda()
@@ -57,72 +57,52 @@ def open_trt(graph: GraphSpec, options: EngineOptions) -> Engine:
         check_target(library, cuda.target)
     cache = PlanCache(options.plans)
     key = PlanKey(graph.sha256, asked_of(graph), library.name, cuda.target, options.precision, options.profile)
-
-    def load(plan: bytes, profile: Profile) -> TrtEngine:
-        return TrtEngine(graph, plan, library, cuda, profile)
-
-    def warm(plan: bytes, profile: Profile) -> Engine:
-        return _warm(load(plan, profile), options.profile)
-
-    kept = cache.find(key)
-    is_checked = kept is not None and cache.is_checked(replace(key, profile=kept[1]))
-    if kept is not None and is_checked and (engine := _if_it_runs(warm, *kept)) is not None:
-        return engine
     plain = replace(options, precision="fp32")
-    # What was built ahead may fit on the device only alone.
-    stand_in = _stand_in(graph, plain) if kept is None or is_checked else OrtEngine(graph, plain)
 
-    def checked(plan: bytes, profile: Profile) -> Engine:
+    def opened(plan: bytes, profile: Profile, reference: Engine | None) -> Engine:
+        """The engine of a plan, held to a reference where there is one, and warm."""
         with ExitStack() as closing:
-            engine = closing.enter_context(load(plan, profile))
-            check_engine(engine, stand_in, graph, options.precision, profile.batch_sizes[-1])
-            _warm(engine, options.profile)
+            engine = closing.enter_context(TrtEngine(graph, plan, library, cuda, profile))
+            if reference is not None:
+                check_engine(engine, reference, graph, options.precision, profile.batch_sizes[-1])
+            engine.warmup(options.profile.batch_sizes)
             closing.pop_all()
         return engine
 
-    def build(wanted: Wanted) -> Engine:
-        ahead = None if is_checked else cache.find(key)
-        if ahead is not None and (engine := _if_it_runs(checked, *ahead, wanted)) is not None:
-            plan, profile = ahead
-            cache.mark_checked(replace(key, profile=profile), plan)
+    def kept() -> Engine | None:
+        """The engine of a plan that is there; None without one that runs and gives what it should."""
+        if (found := cache.find(key)) is None:
+            return None
+        own = replace(key, profile=found[1])
+        try:
+            if cache.is_checked(own):
+                return opened(*found, None)
+            with OrtEngine(graph, plain) as reference:  # on the CPU, as the plan may fit on the device only alone
+                engine = opened(*found, reference)
+            cache.mark_checked(own, found[0])
             return engine
+        except DeviceLostError:
+            raise
+        except EngineError as error:
+            _log.warning("a plan does not load or run as it should, and is built anew: %s", error)
+            return None
+
+    if (engine := kept()) is not None:
+        return engine
+    stand_in = _stand_in(graph, plain)
+
+    def build(wanted: Wanted) -> Engine:
         with tempfile.TemporaryDirectory() as scratch:
             prepared, _ = prepare(graph, options.precision, Path(scratch))
             target = cuda.target if library.is_rtx else None
             made = build_plan(
                 library, prepared, graph.inputs, options.profile, target, lambda *_: wanted(), graph.path.name
             )
-        engine = checked(made, options.profile)
+        engine = opened(made, options.profile, stand_in)
         cache.keep(key, made)
         return engine
 
     return StandIn(stand_in, build, graph.path.name)
-
-
-def _if_it_runs(
-    opened: Callable[[bytes, Profile], Engine], plan: bytes, profile: Profile, wanted: Wanted | None = None
-) -> Engine | None:
-    """The engine of a plan that was there; None for one that does not load or run, or gives something else.
-
-    While one is made in the background, as long as it is ``wanted``, a device without memory is no fault of the plan.
-    """
-    try:
-        return opened(plan, profile)
-    except DeviceLostError:
-        raise
-    except EngineError as error:
-        if wanted is not None and (isinstance(error, DeviceMemoryError) or not wanted()):
-            raise
-        _log.warning("a plan does not load or run as it should, and is built anew: %s", error)
-        return None
-
-
-def _warm(engine: TrtEngine, profile: Profile) -> TrtEngine:
-    """The engine, warm for the sizes of a profile; one that cannot be is closed."""
-    with ExitStack() as closing:
-        closing.enter_context(engine).warmup(profile.batch_sizes)
-        closing.pop_all()
-    return engine
 
 
 def _stand_in(graph: GraphSpec, options: EngineOptions) -> Engine:

@@ -61,10 +61,10 @@ class Throughput:
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
     shows how long one takes and not how many could be made. How much work that is goes by the speed itself, which may
-    be far too high. So where a job itself took that long, ``BUSY_COST``, which fills ticks of every size, is enough,
-    and until something was measured four times what is finished. And time counts too in which a worker always had
-    images to finish, where it shows a lower speed: behind their ticks they are finished one by one, however many there
-    are.
+    be far too high. So where a job itself took that long, or as long as much was left whenever something was finished,
+    ``BUSY_COST``, which fills ticks of every size, is enough, and until something was measured four times what is
+    finished. And time counts too in which a worker always had images to finish, where it shows a lower speed: behind
+    their ticks they are finished one by one, however many there are.
 
     Of that time a pause does not count, from when something was finished until a worker began what is finished next: a
     bundle that loads, or a worker that starts anew, is no new speed. Where another job was worked on meanwhile, its
@@ -82,6 +82,7 @@ class Throughput:
         self._alone_s = 0.0
         self._measured = False
         self._since: float | None = None
+        self._busy_since: float | None = None
         self._pause = (-math.inf, -math.inf)
 
     @property
@@ -121,12 +122,14 @@ class Throughput:
         if self._since is None:
             return
         never_idle = finishing_s >= max(BUSY_S, now - self._since)
+        some = BUSY_COST if self._measured else 4 * cost
+        busy_s = self._busy_for(outstanding - cost >= some, now)
         alone_s = share * self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
         if (speed := self.alone_per_second) > 0:
             enough = BUSY_S * speed
-            if worked_s >= BUSY_S:
-                enough = min(enough, BUSY_COST if self._measured else 4 * cost)
+            if max(worked_s, busy_s) >= BUSY_S:
+                enough = min(enough, some)
             if outstanding < enough and not (never_idle and cost < speed * alone_s):
                 return
             alone_s = min(alone_s, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
@@ -139,7 +142,15 @@ class Throughput:
 
     def end(self) -> None:
         """There is no more work."""
-        self._since = None
+        self._since = self._busy_since = None
+
+    def _busy_for(self, busy: bool, now: float) -> float:
+        """The seconds for which enough was left whenever something was finished, and is now."""
+        if not busy:
+            self._busy_since = None
+        elif self._busy_since is None:
+            self._busy_since = now
+        return now - self._busy_since if self._busy_since is not None else 0.0
 
     def _elapsed(self, since: float, began: float, now: float) -> float:
         """The seconds that count now, where something was finished ``since``, and what is finished now ``began``."""

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
-from service.jobs import EXPIRED, Failed, Job, Outcome, Priority
+from service.jobs import EXPIRED, Failed, Finished, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
 from service.queue.admission import BUSY_COST, BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
@@ -403,6 +403,10 @@ class Leases:
                 self._away_until = None
 
 
-def _what_became(answer: int, outcome: Outcome, before: Outcome) -> Outcome | None:
-    """What became of a job for which the script `settle` gave this answer; ``before`` was tried first."""
-    return {1: outcome, 2: EXPIRED, 11: before, 12: EXPIRED}.get(answer)
+def _what_became(answer: int, outcome: Outcome, made: Outcome) -> Outcome | None:
+    """What became of a job for which the script `settle` gave this answer to ``outcome``, in place of ``made``.
+
+    Where an answer got lost, one of both was there before.
+    """
+    before = outcome if isinstance(made, Finished) else made
+    return {1: outcome, 2: EXPIRED, 11: made, 12: EXPIRED, 21: before, 22: EXPIRED}.get(answer)

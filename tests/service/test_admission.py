@@ -161,6 +161,43 @@ def test_images_that_are_finished_far_slower_than_their_ticks_are_measured() -> 
     assert door.throughput.per_second == pytest.approx(40, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("believed", "tick_s", "limit_s", "offered", "slow_from"),
+    [
+        (20000, 0.032, 2.0, 600, 0.0),
+        (32000, 0.032, 2.0, 2000, 5.0),
+        (40000, 0.02, 1.0, 1600, 0.0),
+        (12000, 0.0267, 0.5, 1200, 0.0),
+    ],
+)
+def test_a_speed_that_is_far_too_high_is_unlearnt_from_short_jobs(
+    believed: float, tick_s: float, limit_s: float, offered: float, slow_from: float
+) -> None:
+    """Of four ticks of 16 rows, with the bound that there is by default: half of them are done in time at last."""
+    door, now, came, done = Door(3072), 0.0, 0, 0
+    door.throughput.expect(believed)
+    line: deque[float] = deque()
+    while now < 30:
+        while came < now * offered / 4:
+            at = came * 4 / offered
+            came += 1
+            if door.knock("", 4, limit_s, at) is None:
+                line.append(at)
+        while line and line[0] + limit_s < now:
+            line.popleft()
+            door.withdrew(4)
+        batch = [line.popleft() for _ in range(min(len(line), 16))]
+        for _ in batch:
+            door.took(4)
+        worked_s = 4 * (tick_s if now >= slow_from else 0.001) if batch else 0.001
+        now += worked_s
+        for at in batch:
+            door.settled(4, worked_s, now)
+            done += now > 15 and now - at <= limit_s
+    assert done > 0.5 * 15 * 16 / (4 * tick_s)
+    assert 0.5 < door.throughput.per_second * tick_s / 16 < 2.5
+
+
 @pytest.mark.parametrize("lone_bursts", [0, 3])
 def test_a_fast_device_with_a_short_limit_keeps_its_speed(lone_bursts: int) -> None:
     """Ticks take 5 ms and 20 us a row, of 256 rows; a whole batch is settled job by job."""

@@ -177,6 +177,35 @@ async def test_an_outcome_whose_receipt_got_lost_counts_once(
         assert not other.settle("a", FINISHED)
 
 
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_receipt_that_got_lost_is_of_what_was_there_first(
+    api: RedisQueue, door: Door, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """The images, or else that the time of their job was over when they could be sent at last."""
+    monkeypatch.setattr(leases, "_AFTER_ERROR_S", 0.0)
+    late: list[Outcome] = []
+    async with opened(f"redis://127.0.0.1:{door.port}/0", on_late_outcome=late.append) as worker:
+        await api.submit(job("a"))
+        assert taken(worker) == ["a"]
+        own = worker._leases
+        settle = worker._threads.client.register_script(_script("settle"))
+        worker._threads.client.script_load(_script("settle"))
+        with own._changed:
+            lease = own._held["a"]
+        if told:
+            door.lose(settle.sha.encode(), 2)
+            assert own.settle("a", FINISHED) is None
+        else:
+            door.lose(settle.sha.encode())
+        with own._changed:
+            own._unsent["a"] = replace(lease, deadline=time.monotonic() - 100.0), FINISHED, ""
+        async with asyncio.timeout(30):
+            while not late:
+                await asyncio.sleep(0.05)
+        assert late == [FINISHED if told else EXPIRED]
+        assert await soon(api, "a") == late[0]
+
+
 async def test_a_dead_letter_whose_receipt_got_lost_is_counted(
     api: RedisQueue, redis_server: RedisServer, door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,20 +75,20 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def fields_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What metadata says beside the name and the captions of an image, without fields that are null: these say nothing.
+    """What metadata says beside the name and the captions of an image, without fields that say nothing.
 
-    Raises ValueError with a reason to show when what names its class or group is not a name, or cannot be encoded.
+    These are null or, as tables have it, blank. Raises ValueError with a reason to show when what names its class or
+    group is not a name, or cannot be encoded.
     """
     named = ("file_name", "text", "texts")
-    fields = {name: value for name, value in metadata.items() if value is not None and name not in named}
+    says = {name: value for name, value in metadata.items() if value is not None and str(value).strip()}
+    fields = {name: value for name, value in says.items() if name not in named}
     for name in ("class_name", "group"):
-        value = fields.get(name, name)
+        value = fields.get(name, "")
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise ValueError(f"its {name} is neither a string nor a number")
         if not is_text(str(value)):
             raise ValueError(f"its {name} has half a surrogate pair")
-        if not str(value).strip():
-            raise ValueError(f"its {name} is empty")
     return fields
 
 

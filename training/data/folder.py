@@ -63,17 +63,22 @@ def building(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def _is_set(folder: Path) -> bool:
     """Whether a folder is what this package writes: a set of images, or splits of shards and nothing else."""
-    return (folder / "dataset.json").is_file() or all(map(_is_split_of_shards, folder.iterdir()))
+    splits = _shown(folder)
+    return (folder / "dataset.json").is_file() or (bool(splits) and all(map(_is_split_of_shards, splits)))
 
 
 def _is_split_of_shards(folder: Path) -> bool:
     """Whether a folder holds shards of images, and the index of these if anything else."""
-    if not folder.is_dir():
+    names = {path.name for path in _shown(folder)}
+    shards = {name for name in names if re.fullmatch(r"[0-9]{6}\.tar", name)}
+    if not shards or names - shards - {"index.json"}:
         return False
-    others = {path.name for path in folder.iterdir() if not re.fullmatch(r"[0-9]{6}\.tar", path.name)}
-    if others - {"index.json"}:
-        return False
-    return not others or '"tensors"' not in (folder / "index.json").read_text()
+    return "index.json" not in names or b'"tensors"' not in (folder / "index.json").read_bytes()
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What is in a folder but for hidden files, which are of systems; nothing where it is none."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
 
 
 class SplitWriter:

@@ -66,14 +66,21 @@ def _refuse_other_metadata(folder: Path) -> None:
 
 
 def refuse_metadata_above(splits: Collection[Path], root: Path) -> None:
-    """Raise DataError where captions of splits without any of their own lie beside these."""
+    """Raise DataError where metadata lie beside splits whose images would be captioned by their folders."""
     for path in sorted(filter(_is_metadata, root.iterdir())):
-        if bare := [split for split in splits if not (split / METADATA).is_file()]:
-            raise DataError(f"{path} is not read: put what it says into {bare[0] / METADATA}, a JSON object a line")
+        for split in splits:
+            if any(_is_captioned_by_folder(split, file) for file in _files(split)):
+                raise DataError(f"{path} is not read: put what it says into {split / METADATA}, a JSON object a line")
+
+
+def _is_captioned_by_folder(split: Path, file: Path) -> bool:
+    is_image = file.parent != split and file.suffix.lower() in IMAGE_SUFFIXES
+    return is_image and not (split / METADATA).is_file() and _caption_file(file) is None
 
 
 def _is_metadata(path: Path) -> bool:
-    return path.stem == METADATA.partition(".")[0] and path.suffix in (".csv", ".jsonl", ".parquet")
+    named = path.stem == METADATA.partition(".")[0] and path.suffix in (".csv", ".jsonl", ".parquet")
+    return named and path.is_file()
 
 
 def _listed(folder: Path, place: str, line: bytes, named: dict[str, bool]) -> Entry | Skipped:
@@ -116,9 +123,8 @@ def _unlisted(folder: Path, path: Path, name: str, by_folder: bool) -> Entry | S
     if not is_text(name):
         return Skipped(ascii(name), "its name is not UTF-8")
     if not path.is_file():
-        return Skipped(name, "a link to nothing")
-    beside = next((file for suffix in (".txt", ".TXT") if (file := path.with_suffix(suffix)).is_file()), None)
-    if beside is not None:
+        return Skipped(name, "a link to nothing" if path.is_symlink() else "not a file")
+    if (beside := _caption_file(path)) is not None:
         try:
             return _entry(path, name, caption_lines(beside.read_bytes()), {})
         except (OSError, ValueError) as error:
@@ -128,6 +134,11 @@ def _unlisted(folder: Path, path: Path, name: str, by_folder: bool) -> Entry | S
         words = " ".join(label.replace("_", " ").replace("-", " ").split())
         return _entry(path, name, (words or label,), {"class_name": label})
     return Skipped(name, f"no caption: not in {METADATA}, and no {path.with_suffix('.txt').name} beside it")
+
+
+def _caption_file(image: Path) -> Path | None:
+    """The file beside an image that has its captions, if there is one."""
+    return next((file for suffix in (".txt", ".TXT") if (file := image.with_suffix(suffix)).is_file()), None)
 
 
 def _entry(path: Path, name: str, texts: tuple[str, ...], fields: dict[str, Any]) -> Entry:

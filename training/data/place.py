@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from training.data.entries import DataError
@@ -76,9 +75,9 @@ class Place:
         with _failing(f"{self.address}/{name} cannot be written"):
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(partial, data)
-            if isinstance(self._files, LocalFileSystem):
+            if type(self._files).mv is not fsspec.AbstractFileSystem.mv:
                 self._files.mv(partial, f"{self._root}/{name}")
-            else:  # whose `mv` takes * and [ in addresses for patterns
+            else:  # that one takes * and [ in addresses for patterns
                 self._files.cp_file(partial, f"{self._root}/{name}")
                 self._files.rm_file(partial)
 

@@ -26,7 +26,7 @@ Part = Callable[[], bytes]
 
 def shard_paths(folder: Path) -> list[Path]:
     """Shards of a folder, sorted by name; hidden files are passed over."""
-    return sorted(path for path in folder.glob("[!.]*.tar") if path.is_file())
+    return sorted(path for path in folder.glob("[!.]*.tar") if not path.is_dir())
 
 
 def read_shards(folder: Path) -> Iterator[Entry | Skipped]:

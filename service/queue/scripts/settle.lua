@@ -1,6 +1,6 @@
 -- Hands over the outcome of a job, and takes it out of the queue. The first call for a job returns 1, or 2 where whoever
 -- asked was told by its deadline that it has failed, so that it stays so; later ones return 0, but to the same consumer,
--- which was not told, ten more than the first.
+-- which was not told, ten more than the first where that had images, and twenty more where it had not.
 -- KEYS: stream of jobs, load, record, result, dead letters
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
@@ -26,6 +26,16 @@ local function elapsed_ms(since, began, now)
   return math.max(0, now - since) + worked_on
 end
 
+-- The milliseconds for which enough was left whenever something was finished, and is now.
+local function busy_for(busy, now)
+  if not busy then
+    redis.call('HDEL', load, 'busy')
+    return 0
+  end
+  redis.call('HSETNX', load, 'busy', now)
+  return math.max(0, now - redis.call('HGET', load, 'busy'))
+end
+
 -- The throughput of service/queue/admission.py, kept where what every worker finishes is seen.
 local function note_finished(model, cost)
   local outstanding, since = unpack(redis.call('HMGET', load, 'outstanding', 'since'))
@@ -36,17 +46,19 @@ local function note_finished(model, cost)
   local finished, seconds = speed_at(speed)
   local measured = redis.call('HGET', speed, 'alone')
   local alone = measured or seconds
+  local some = measured and busy_cost or 4 * cost
   local own = alone_ms(model, outstanding)
   local share = own > 0 and own / (own + beside_ms(own, work_of_others(model))) or 1
   local now = now_ms()
   local never_idle = tonumber(finishing) >= math.max(1000 * busy_s, now - since)
   local alone_s = share * elapsed_ms(tonumber(since), now - math.max(worked, 1000 * busy_s), now) / 1000
+  local busy_ms = busy_for(outstanding - cost >= tonumber(some), now)
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
     local enough = 1000 * busy_s
-    if tonumber(worked) >= enough then
-      enough = math.min(enough, alone_ms(model, measured and busy_cost or 4 * cost))
+    if math.max(worked, busy_ms) >= enough then
+      enough = math.min(enough, alone_ms(model, some))
     end
     if own < enough and not (never_idle and 1000 * alone_s > alone_ms(model, cost)) then
       return
@@ -64,7 +76,7 @@ local settled = PREFIX .. 'settled:' .. id
 
 -- Returns the answer, and notes it for who asks again because it was lost on its way.
 local function answered(answer)
-  redis.call('SET', settled, answer .. consumer, 'PX', keep)
+  redis.call('SET', settled, answer .. (over == 'done' and 1 or 0) .. consumer, 'PX', keep)
   return answer
 end
 
@@ -81,7 +93,10 @@ if state == 'queued' then -- Redis came back without the take: the outcome is as
   end
 elseif state ~= 'running' then
   local said = redis.call('GET', settled)
-  return said and said:sub(2) == consumer and 10 + said:sub(1, 1) or 0 -- By another worker, or cancelled.
+  if said and said:sub(3) == consumer then
+    return (said:sub(2, 2) == '1' and 10 or 20) + said:sub(1, 1)
+  end
+  return 0 -- Settled by another worker, or cancelled.
 end
 if reason ~= '' then
   local oldest_kept = string.format('%d', now_ms() - keep_dead)

@@ -275,9 +275,10 @@ def test_a_hub_cache_whose_files_are_links_is_read(tmp_path: Path) -> None:
     (split / "1.png").symlink_to(tmp_path / "blobs" / "aaa.png")
     (split / "metadata.jsonl").symlink_to(tmp_path / "blobs" / "bbb")
     (split / "2.png").symlink_to(tmp_path / "blobs" / "gone")
+    os.mkfifo(split / "3.png")
     images = CaptionedImages.open(split.parent)
     assert [record.texts for record in images.records] == [("a dog",)]
-    assert reasons(images) == {"2.png": "a link to nothing"}
+    assert reasons(images) == {"2.png": "a link to nothing", "3.png": "not a file"}
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
@@ -329,13 +330,30 @@ def test_a_group_may_be_missing_in_one_split(tmp_path: Path) -> None:
             CaptionedImages.open(tmp_path, "heldout", groups=wanted)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("", "is empty"), ("  ", "is empty"), (True, "neither a string")])
-def test_names_of_classes_that_say_nothing_are_refused(tmp_path: Path, name: Any, reason: str) -> None:
+@pytest.mark.parametrize("blank", ["", "  ", None])
+def test_blank_fields_say_nothing(tmp_path: Path, blank: str | None) -> None:
+    """As columns of tables have them."""
+    picture(tmp_path / "1.png")
+    metadata(tmp_path, {"file_name": "1.png", "text": "a", "class_name": "dog", "group": blank})
+    (record,) = CaptionedImages.open(tmp_path).records
+    assert (record.class_name, dict(record.fields)) == ("dog", {"class_name": "dog"})
+
+
+def test_the_name_of_a_class_is_no_truth_value(tmp_path: Path) -> None:
     for image in ("1.png", "2.png"):
         picture(tmp_path / image)
-    metadata(tmp_path, {"file_name": "1.png", "text": "a", "class_name": name}, {"file_name": "2.png", "text": "b"})
-    images = CaptionedImages.open(tmp_path)
-    assert [reason in skipped for skipped in reasons(images).values()] == [True]
+    metadata(tmp_path, {"file_name": "1.png", "text": "a", "class_name": True}, {"file_name": "2.png", "text": "b"})
+    assert list(reasons(CaptionedImages.open(tmp_path)).values()) == ["its class_name is neither a string nor a number"]
+
+
+def test_metadata_beside_splits_that_have_their_own_captions_hide_nothing(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "a" / "1.png")
+    (tmp_path / "train" / "a" / "1.txt").write_text("one")
+    picture(tmp_path / "test" / "2.png")
+    metadata(tmp_path / "test", {"file_name": "2.png", "text": "two"})
+    (tmp_path / "metadata.csv").touch()
+    (tmp_path / "metadata.parquet").mkdir()
+    assert [CaptionedImages.open(tmp_path, split).texts(0) for split in ("train", "test")] == [("one",), ("two",)]
 
 
 def test_a_good_line_after_a_bad_one_counts_and_so_does_one_after_a_line_that_is_too_deep(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from training.data.commands import data
@@ -255,3 +257,22 @@ def test_an_address_has_no_patterns(name: str) -> None:
     place.write("a.json", b"[]")
     assert (place.read("a.json"), place.names(".json")) == (b"[]", ["a.json"])
     place.remove("a.json")
+
+
+def test_a_file_system_that_only_renames_is_written_to(tmp_path: Path) -> None:
+    """As sftp and smb, which copy nothing."""
+
+    class Renaming(MemoryFileSystem):
+        protocol = "renaming"
+
+        def mv(self, path1: str, path2: str, **options: Any) -> None:
+            super().cp_file(path1, path2)
+            self.rm_file(path1)
+
+        def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+            raise NotImplementedError
+
+    fsspec.register_implementation("renaming", Renaming, clobber=True)
+    place = Place(f"renaming://{tmp_path.name}")
+    place.write("a.json", b"{}")
+    assert place.read("a.json") == b"{}"

@@ -291,3 +291,28 @@ def test_a_link_is_written_through(tmp_path: Path, source: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert len(CaptionedImages.open(tmp_path / "large")) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"source", "large", "link"}
+
+
+def test_a_link_to_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
+    shard(tmp_path / "train" / "000000.tar", {"a.png": png(1), "a.txt": b"one"})
+    (tmp_path / "train" / "000001.tar").symlink_to(tmp_path / "gone")
+    (skipped,) = CaptionedImages.open(tmp_path).skipped
+    assert str(skipped).startswith("000001.tar: the shard cannot be read to its end")
+
+
+def test_only_what_is_hidden_may_lie_beside_shards_that_are_overwritten(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    out.touch()
+    with pytest.raises(OutputExistsError, match="is not an image set"):
+        write_shards(source, out, overwrite=True)
+    out.unlink()
+    (out / "empty").mkdir(parents=True)
+    with pytest.raises(OutputExistsError, match="is not an image set"):
+        write_shards(source, out, overwrite=True)
+    (out / "empty").rmdir()
+    write_shards(source, out)
+    for hidden in (out / ".DS_Store", out / "train" / "._000000.tar"):
+        hidden.touch()
+    (out / "train" / "index.json").write_bytes(b"\xff")
+    write_shards(source, out, overwrite=True)
+    assert not (out / ".DS_Store").exists()
