@@ -46,7 +46,6 @@ EXPECTED_COST = 100.0
 SURPRISE = 3.0
 SHORT_STALL_S = 1.0
 BUSY_S = 0.25
-BUSY_COST = 512.0
 
 
 def expectation(per_second: float) -> tuple[float, float]:
@@ -61,10 +60,10 @@ class Throughput:
 
     Only time in which there was work for ``BUSY_S`` and more counts: a lone request, whose ticks are nearly empty,
     shows how long one takes and not how many could be made. How much work that is goes by the speed itself, which may
-    be far too high. So where a job itself took that long, or as long as much was left whenever something was finished,
-    ``BUSY_COST``, which fills ticks of every size, is enough, and until something was measured four times what is
-    finished. And time counts too in which a worker always had images to finish, where it shows a lower speed: behind
-    their ticks they are finished one by one, however many there are.
+    be far too high. So any work is enough where for that long, whenever something was finished, as much waited as
+    workers had, and four times what was finished: they had no room for it. And time counts too in which a worker always
+    had images to finish, where it shows a lower speed: behind their ticks they are finished one by one, however many
+    there are.
 
     Of that time a pause does not count, from when something was finished until a worker began what is finished next: a
     bundle that loads, or a worker that starts anew, is no new speed. Where another job was worked on meanwhile, its
@@ -80,7 +79,6 @@ class Throughput:
         self._cost = 0.0
         self._seconds = 0.0
         self._alone_s = 0.0
-        self._measured = False
         self._since: float | None = None
         self._busy_since: float | None = None
         self._pause = (-math.inf, -math.inf)
@@ -113,23 +111,21 @@ class Throughput:
         now: float,
         share: float = 1.0,
         finishing_s: float = 0.0,
+        waiting: float = 0.0,
     ) -> None:
         """``cost`` of the ``outstanding`` work was finished, by a worker that was at it for ``worked_s``.
 
         Since something was, the workers were at this work for a ``share`` of the time. Of ``worked_s`` the last
-        ``finishing_s`` are those behind its ticks.
+        ``finishing_s`` are those behind its ticks. Of the work ``waiting`` is still to be given to a worker.
         """
         if self._since is None:
             return
         never_idle = finishing_s >= max(BUSY_S, now - self._since)
-        some = BUSY_COST if self._measured else 4 * cost
-        busy_s = self._busy_for(outstanding - cost >= some, now)
+        is_busy = self._busy_for(waiting >= max(4 * cost, outstanding - waiting), now) >= BUSY_S
         alone_s = share * self._elapsed(self._since, now - max(worked_s, BUSY_S), now)
         self._since = now
         if (speed := self.alone_per_second) > 0:
-            enough = BUSY_S * speed
-            if max(worked_s, busy_s) >= BUSY_S:
-                enough = min(enough, some)
+            enough = 0.0 if is_busy else BUSY_S * speed
             if outstanding < enough and not (never_idle and cost < speed * alone_s):
                 return
             alone_s = min(alone_s, max(SHORT_STALL_S, SURPRISE * outstanding / speed))
@@ -138,14 +134,13 @@ class Throughput:
         self._cost = self._cost * kept + cost
         self._seconds = self._seconds * kept + elapsed
         self._alone_s = self._alone_s * kept + alone_s
-        self._measured = True
 
     def end(self) -> None:
         """There is no more work."""
         self._since = self._busy_since = None
 
     def _busy_for(self, busy: bool, now: float) -> float:
-        """The seconds for which enough was left whenever something was finished, and is now."""
+        """The seconds for which workers had no room for it whenever something was finished, and have none now."""
         if not busy:
             self._busy_since = None
         elif self._busy_since is None:
@@ -244,7 +239,7 @@ class Door:
         Of these the last ``finishing_s`` are those behind its ticks.
         """
         if worked_s is not None:
-            self.throughput.finished(cost, self.outstanding, worked_s, now, self._share(), finishing_s)
+            self.throughput.finished(cost, self.outstanding, worked_s, now, self._share(), finishing_s, self.waiting)
         self._ended(cost)
 
     def _let_in(self, cost: int, now: float, priority: Priority) -> None:

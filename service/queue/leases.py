@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from service.jobs import EXPIRED, Failed, Finished, Job, Outcome, Priority
 from service.queue import keys
 from service.queue.addresses import LONGEST_BLOCK_S
-from service.queue.admission import BUSY_COST, BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
+from service.queue.admission import BUSY_S, RATE_MEMORY_S, SHORT_STALL_S, SURPRISE, expectation
 from service.queue.base import HEAD_START_S, LATE_S, PATIENCE_S, WATCHED_S, Bounds, finishing_s, state_after, worked_s
 from service.queue.clients import AWAY, Arguments, ThreadsRedis
 from service.queue.keys import RESULT_TTL_S, SPEED_TTL_S, milliseconds
@@ -41,7 +41,7 @@ _AFTER_ERROR_S = 0.5
 
 _THROUGHPUT: Arguments = [
     *(str(RATE_MEMORY_S), str(SHORT_STALL_S), str(SURPRISE), milliseconds(SPEED_TTL_S)),
-    *(str(BUSY_S), str(BUSY_COST)),
+    str(BUSY_S),
 ]
 """What `settle` reckons speeds with, as service/queue/admission.py does."""
 

@@ -198,6 +198,23 @@ def test_a_speed_that_is_far_too_high_is_unlearnt_from_short_jobs(
     assert 0.5 < door.throughput.per_second * tick_s / 16 < 2.5
 
 
+def test_a_light_load_of_long_jobs_is_no_measure() -> None:
+    """Of 20 ticks each, a tenth of what ticks of 128 rows can do."""
+    rng, now = Random(2), 0.0
+    door = Door(10**9)
+    speed = 128 / (0.02 + 128 * 3e-5)
+    door.throughput.expect(speed / EXPECTED)
+    jobs: deque[float] = deque()
+    for _ in range(500):
+        now += rng.expovariate(0.1 * speed / 20)
+        while jobs and jobs[0] <= now:
+            door.settled(20, 0.42, jobs.popleft())
+        assert door.knock("", 20, 1.0, now) is None
+        door.took(20)
+        jobs.append(now + 0.42)
+    assert door.throughput.per_second == pytest.approx(speed)
+
+
 @pytest.mark.parametrize("lone_bursts", [0, 3])
 def test_a_fast_device_with_a_short_limit_keeps_its_speed(lone_bursts: int) -> None:
     """Ticks take 5 ms and 20 us a row, of 256 rows; a whole batch is settled job by job."""

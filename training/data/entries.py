@@ -60,7 +60,7 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
         value = metadata.get(key)
         if isinstance(value, list):
             given += value
-        elif value is not None:
+        elif says_something(value):
             given.append(value)
     if not given:
         raise ValueError('no caption: neither "text" nor "texts"')
@@ -81,7 +81,7 @@ def fields_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     group is not a name, or cannot be encoded.
     """
     named = ("file_name", "text", "texts")
-    says = {name: value for name, value in metadata.items() if value is not None and str(value).strip()}
+    says = {name: value for name, value in metadata.items() if says_something(value)}
     fields = {name: value for name, value in says.items() if name not in named}
     for name in ("class_name", "group"):
         value = fields.get(name, "")
@@ -90,6 +90,11 @@ def fields_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if not is_text(str(value)):
             raise ValueError(f"its {name} has half a surrogate pair")
     return fields
+
+
+def says_something(value: Any) -> bool:
+    """Whether a field of metadata is neither null nor, as tables have it, blank."""
+    return value is not None and bool(str(value).strip())
 
 
 def is_text(value: str) -> bool:

@@ -77,8 +77,10 @@ def _is_split_of_shards(folder: Path) -> bool:
 
 
 def _shown(folder: Path) -> list[Path]:
-    """What is in a folder but for hidden files, which are of systems; nothing where it is none."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    """What is in a folder but for the hidden files of systems; nothing where it is none."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if not re.fullmatch(r"\.DS_Store|\._.*", path.name) or path.is_dir()]
 
 
 class SplitWriter:

@@ -74,13 +74,14 @@ def refuse_metadata_above(splits: Collection[Path], root: Path) -> None:
 
 
 def _is_captioned_by_folder(split: Path, file: Path) -> bool:
-    is_image = file.parent != split and file.suffix.lower() in IMAGE_SUFFIXES
+    hidden = any(part.startswith(".") for part in file.relative_to(split).parts)
+    is_image = file.parent != split and file.suffix.lower() in IMAGE_SUFFIXES and not hidden
     return is_image and not (split / METADATA).is_file() and _caption_file(file) is None
 
 
 def _is_metadata(path: Path) -> bool:
     named = path.stem == METADATA.partition(".")[0] and path.suffix in (".csv", ".jsonl", ".parquet")
-    return named and path.is_file()
+    return named and not path.is_dir()
 
 
 def _listed(folder: Path, place: str, line: bytes, named: dict[str, bool]) -> Entry | Skipped:

@@ -76,10 +76,20 @@ class Place:
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(partial, data)
             if type(self._files).mv is not fsspec.AbstractFileSystem.mv:
-                self._files.mv(partial, f"{self._root}/{name}")
+                self._rename(partial, f"{self._root}/{name}")
             else:  # that one takes * and [ in addresses for patterns
                 self._files.cp_file(partial, f"{self._root}/{name}")
                 self._files.rm_file(partial)
+
+    def _rename(self, source: str, target: str) -> None:
+        """Move a file; some file systems do not move one over another."""
+        try:
+            self._files.mv(source, target)
+        except Exception:  # each has exceptions of its own
+            if not self._files.exists(target):
+                raise
+            self._files.rm_file(target)
+            self._files.mv(source, target)
 
     def remove(self, name: str) -> None:
         """Removes a file where there is one. Raises StreamError."""

@@ -18,6 +18,7 @@ from training.data.entries import (
     caption_lines,
     captions_of,
     fields_of,
+    says_something,
 )
 from training.data.pixels import decode
 
@@ -26,7 +27,7 @@ Part = Callable[[], bytes]
 
 def shard_paths(folder: Path) -> list[Path]:
     """Shards of a folder, sorted by name; hidden files are passed over."""
-    return sorted(path for path in folder.glob("[!.]*.tar") if not path.is_dir())
+    return sorted(path for path in folder.glob("[!.]*.tar") if path.is_file() or path.is_symlink())
 
 
 def read_shards(folder: Path) -> Iterator[Entry | Skipped]:
@@ -112,7 +113,7 @@ def captioned_entry(name: str, parts: Mapping[str, Part]) -> Entry | Skipped:
         fields = fields_of(metadata)
         if ".cls" in parts and not {"class_name", "group"} & set(fields):
             fields["class_name"] = _class_number(parts[".cls"]())
-        captioned = any(metadata.get(name) is not None for name in ("text", "texts"))
+        captioned = any(says_something(metadata.get(name)) for name in ("text", "texts"))
         if ".txt" in parts and not captioned:
             texts = caption_lines(parts[".txt"]())
         elif "class_name" in fields and not captioned:

@@ -114,7 +114,7 @@ local function remove(jobs, load, entry)
   redis.call('XACK', jobs, GROUP, entry)
   redis.call('XDEL', jobs, entry)
   if found and redis.call('HINCRBY', load, 'outstanding', -by_name(found[2]).cost) <= 0 then
-    redis.call('HDEL', load, 'since')
+    redis.call('HDEL', load, 'since', 'busy')
   end
   return found ~= nil
 end

@@ -5,11 +5,11 @@
 -- ARGV: id, entry, state of a job with this outcome, outcome, ms to keep it where nobody said how long, why the job is
 -- dead or '', ms to keep dead letters, bounds on outcomes that are kept and on their bytes,
 -- then of the throughput: seconds that it remembers, the shortest stall that counts as one, the surprise, ms to keep it,
--- the seconds of work from which on it is measured, and the row-ticks that are always enough, how many ms a worker was at the job, and how many of them behind its
+-- the seconds of work from which on it is measured, how many ms a worker was at the job, and how many of them behind its
 -- last tick; then the outcome of a job that is late, and the consumer
 local jobs, load, record, result, dead = unpack(KEYS)
 local id, entry, over, outcome, keep, reason, keep_dead, most, most_bytes = unpack(ARGV)
-local memory_s, stall_s, surprise, keep_speed, busy_s, busy_cost, worked, finishing, expired, consumer = unpack(ARGV, 10)
+local memory_s, stall_s, surprise, keep_speed, busy_s, worked, finishing, expired, consumer = unpack(ARGV, 10)
 
 -- The milliseconds that count now, where something was finished `since`, and what is finished now `began`.
 local function elapsed_ms(since, began, now)
@@ -26,14 +26,16 @@ local function elapsed_ms(since, began, now)
   return math.max(0, now - since) + worked_on
 end
 
--- The milliseconds for which enough was left whenever something was finished, and is now.
+-- The milliseconds for which workers had no room for it whenever something was finished, and have none now.
 local function busy_for(busy, now)
+  local since = tonumber(redis.call('HGET', load, 'busy') or now)
   if not busy then
     redis.call('HDEL', load, 'busy')
     return 0
   end
-  redis.call('HSETNX', load, 'busy', now)
-  return math.max(0, now - redis.call('HGET', load, 'busy'))
+  since = math.min(since, now) -- The clock may have gone back.
+  redis.call('HSET', load, 'busy', since)
+  return now - since
 end
 
 -- The throughput of service/queue/admission.py, kept where what every worker finishes is seen.
@@ -44,22 +46,18 @@ local function note_finished(model, cost)
   end
   local speed = PREFIX .. 'speed:' .. model
   local finished, seconds = speed_at(speed)
-  local measured = redis.call('HGET', speed, 'alone')
-  local alone = measured or seconds
-  local some = measured and busy_cost or 4 * cost
+  local alone = redis.call('HGET', speed, 'alone') or seconds
   local own = alone_ms(model, outstanding)
   local share = own > 0 and own / (own + beside_ms(own, work_of_others(model))) or 1
   local now = now_ms()
   local never_idle = tonumber(finishing) >= math.max(1000 * busy_s, now - since)
   local alone_s = share * elapsed_ms(tonumber(since), now - math.max(worked, 1000 * busy_s), now) / 1000
-  local busy_ms = busy_for(outstanding - cost >= tonumber(some), now)
+  local waiting = waiting_from(load, PRIORITIES[1])
+  local busy_ms = busy_for(waiting >= math.max(4 * cost, outstanding - waiting), now)
   redis.call('HSET', load, 'since', now)
   redis.call('PEXPIRE', speed, keep_speed)
   if finished > 0 then
-    local enough = 1000 * busy_s
-    if math.max(worked, busy_ms) >= enough then
-      enough = math.min(enough, alone_ms(model, some))
-    end
+    local enough = busy_ms >= 1000 * busy_s and 0 or 1000 * busy_s
     if own < enough and not (never_idle and 1000 * alone_s > alone_ms(model, cost)) then
       return
     end

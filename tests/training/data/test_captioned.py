@@ -152,7 +152,7 @@ def test_everything_broken_is_named_and_skipped(tmp_path: Path) -> None:
         "empty.png": "the file is empty",
         "words.png": "not an image in a known format",
         f"missing.png ({line(6)})": "the file is missing",
-        f"silent.png ({line(7)})": "empty caption",
+        f"silent.png ({line(7)})": "no caption",
         f"number.png ({line(8)})": "a caption is not a string",
         f"dumb.png ({line(9)})": "no caption",
         f"good.png ({line(10)})": "duplicate file_name",
@@ -290,6 +290,19 @@ def test_captions_beside_the_splits_are_not_passed_over(tmp_path: Path, name: st
         CaptionedImages.open(tmp_path)
 
 
+def test_metadata_that_are_a_link_to_nothing_are_not_passed_over(tmp_path: Path) -> None:
+    picture(tmp_path / "a" / "1.png")
+    (tmp_path / "metadata.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="is not read"):
+        CaptionedImages.open(tmp_path)
+
+
+def test_blank_captions_give_way_to_others(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png")
+    metadata(tmp_path, {"file_name": "1.png", "text": "one", "texts": ""})
+    assert CaptionedImages.open(tmp_path).texts(0) == ("one",)
+
+
 def test_captions_are_found_in_capitals_and_names_of_classes_are_tidy(tmp_path: Path) -> None:
     for name in ("dog/1.png", "my__dog/2.png", "_/3.png"):
         picture(tmp_path / name)
@@ -351,6 +364,7 @@ def test_metadata_beside_splits_that_have_their_own_captions_hide_nothing(tmp_pa
     (tmp_path / "train" / "a" / "1.txt").write_text("one")
     picture(tmp_path / "test" / "2.png")
     metadata(tmp_path / "test", {"file_name": "2.png", "text": "two"})
+    picture(tmp_path / "train" / "a" / "._1.png")
     (tmp_path / "metadata.csv").touch()
     (tmp_path / "metadata.parquet").mkdir()
     assert [CaptionedImages.open(tmp_path, split).texts(0) for split in ("train", "test")] == [("one",), ("two",)]

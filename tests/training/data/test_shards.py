@@ -311,6 +311,11 @@ def test_only_what_is_hidden_may_lie_beside_shards_that_are_overwritten(tmp_path
         write_shards(source, out, overwrite=True)
     (out / "empty").rmdir()
     write_shards(source, out)
+    (out / "dataset.json").unlink(missing_ok=True)
+    (out / ".git").mkdir()
+    with pytest.raises(OutputExistsError, match="is not an image set"):
+        write_shards(source, out, overwrite=True)
+    (out / ".git").rmdir()
     for hidden in (out / ".DS_Store", out / "train" / "._000000.tar"):
         hidden.touch()
     (out / "train" / "index.json").write_bytes(b"\xff")
