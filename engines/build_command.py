@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LARGEST_BATCH = 65536
 _SIZES = ",".join(map(str, BATCH_SIZES))
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 Asked = Callable[[], int]
 """The signal that asked to stop, SIGINT or SIGTERM; 0 as long as none did."""
 
@@ -42,6 +43,12 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
     return sizes
 
 
+def precision_option(text: str) -> Callable[[Command], Command]:
+    """The option --precision, with this help."""
+    kinds = click.Choice(list(PRECISIONS))
+    return click.option("--precision", type=kinds, default="fp32", show_default=True, help=text)
+
+
 @click.command()
 @click.argument("bundle")
 @click.option("--backend", type=click.Choice(["trt"]), default="trt", show_default=True)
@@ -50,13 +57,7 @@ def sizes_option(context: click.Context, option: click.Parameter, value: str) ->
     callback=lambda *given: given[-1] and given[-1].lower(),
     help="The chip, such as sm89.  [default: the one that is there]",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(list(PRECISIONS)),
-    default="fp32",
-    show_default=True,
-    help="What graphs are cast to.",
-)
+@precision_option("What graphs are cast to.")
 @click.option(
     "--batch-sizes",
     callback=sizes_option,

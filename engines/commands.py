@@ -11,13 +11,14 @@ import click
 
 from engines.backends import AUTO, BACKENDS, KEEP_PLANS
 from engines.backends.base import MAX_THREADS, EngineError
+from engines.build_command import precision_option
 from engines.bundle import Bundle, BundleError, Manifest, find_bundle, read_manifest
 from engines.files import write_whole
 from engines.images import ImageFormat, encode_image
 from engines.inspection import differences
 from engines.manifest import SAMPLERS, Sampler
 from engines.pipeline import MAX_SEED, Generate, Pipeline, TaskError
-from engines.plans import PRECISIONS, Precision
+from engines.plans import Precision
 from engines.provenance import describe_image
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -48,13 +49,7 @@ def _image_format(out: Path) -> ImageFormat:
     show_default=True,
     help="One that compiles is waited for; auto answers with what is there.",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(list(PRECISIONS)),
-    default="fp32",
-    show_default=True,
-    help="What the backend computes in; `ort` knows fp32 only.",
-)
+@precision_option("What the backend computes in; `ort` knows fp32 only.")
 @click.option("--plans", type=click.Path(path_type=Path, file_okay=False), help="Where compiled plans are kept.")
 @click.option("--threads", type=click.IntRange(0, MAX_THREADS), default=0, help="0 (default): every core it may use.")
 def generate(

@@ -190,6 +190,12 @@ def test_generate_without_a_bundle_fails_plainly(tmp_path: Path) -> None:
     assert "is not a bundle" in result.output
 
 
+def with_others(bundle: Bundle, folder: Path, *names: str) -> Bundle:
+    """A bundle with these files of a folder in place of its own, beside them, and with their hashes."""
+    files = {name: bundle.path / name for name in bundle.manifest.files}
+    return write_bundle(folder / "other", bundle.manifest, files | {name: folder / name for name in names})
+
+
 def test_inspect_shows_what_is_inside(bundle: Bundle) -> None:
     result = call(inspect, bundle.path)
     assert result.exit_code == 0
@@ -238,8 +244,7 @@ def test_inspect_names_a_graph_whose_rows_see_each_other(text_bundle: Bundle, tm
         node.output[:] = ["own" if output == name else output for output in node.output]
     model.graph.node.extend([mean, onnx.helper.make_node("Add", ["own", "mean"], [name])])
     onnx.save(model, tmp_path / "step-2.onnx")
-    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
-    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": tmp_path / "step-2.onnx"})
+    other = with_others(text_bundle, tmp_path, "step-2.onnx")
     shown = call(inspect, other.path)
     assert shown.exit_code == 1
     assert "DIFFERS  step-2.onnx: its rows are others in company than alone" in shown.output
@@ -248,8 +253,7 @@ def test_inspect_names_a_graph_whose_rows_see_each_other(text_bundle: Bundle, tm
 def test_inspect_names_a_graph_that_is_none(text_bundle: Bundle, tmp_path: Path) -> None:
     whole = (text_bundle.path / "step-2.onnx").read_bytes()
     (tmp_path / "step-2.onnx").write_bytes(whole[: len(whole) // 2])
-    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
-    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": tmp_path / "step-2.onnx"})
+    other = with_others(text_bundle, tmp_path, "step-2.onnx")
     shown = call(inspect, other.path)
     assert shown.exit_code == 1
     assert "DIFFERS  step-2.onnx: ONNX Runtime cannot load it" in shown.output
@@ -263,9 +267,7 @@ def test_inspect_finds_weights_by_any_spelling_of_where_they_lie(text_bundle: Bu
         for entry in tensor.external_data:
             entry.value = f"./{entry.value}" if entry.key == "location" else entry.value
     onnx.save(spelled, tmp_path / "step-2.onnx")
-    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
-    files |= {name: tmp_path / name for name in ("step-2.onnx", "step-2.onnx.data")}
-    shown = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    shown = call(inspect, with_others(text_bundle, tmp_path, "step-2.onnx", "step-2.onnx.data").path)
     assert shown.exit_code == 0, shown.output
 
 
@@ -275,8 +277,7 @@ def test_inspect_prints_nothing_but_its_document_of_a_graph_that_does_not_load(
     data = (text_bundle.path / "step-2.onnx").read_bytes()
     operator = onnx.load_from_string(data).graph.node[0].op_type.encode()
     (tmp_path / "step-2.onnx").write_bytes(data.replace(operator, operator[:-1] + b"\xff"))
-    files = {name: text_bundle.path / name for name in text_bundle.manifest.files}
-    other = write_bundle(tmp_path / "other", text_bundle.manifest, files | {"step-2.onnx": tmp_path / "step-2.onnx"})
+    other = with_others(text_bundle, tmp_path, "step-2.onnx")
     shown = call(inspect, other.path, "--json")
     assert "step-2.onnx: ONNX Runtime cannot load it" in json.loads(shown.stdout)["problems"][0]
     assert capfd.readouterr().out == ""
@@ -311,10 +312,7 @@ def test_inspect_names_a_graph_whose_values_are_not_finite(text_bundle: Bundle, 
     weight = next(w for w in graph.graph.initializer if w.data_type == onnx.TensorProto.FLOAT)
     weight.CopyFrom(onnx.numpy_helper.from_array(np.full_like(onnx.numpy_helper.to_array(weight), np.nan), weight.name))
     onnx.save(graph, tmp_path / "text.onnx")
-    files = {name: text_bundle.path / name for name in text_bundle.manifest.files} | {
-        "text.onnx": tmp_path / "text.onnx"
-    }
-    result = call(inspect, write_bundle(tmp_path / "other", text_bundle.manifest, files).path)
+    result = call(inspect, with_others(text_bundle, tmp_path, "text.onnx").path)
     assert result.exit_code == 1
     assert "DIFFERS  text.onnx: in fp32 it gives values that are not finite" in result.output
 
